@@ -1,0 +1,225 @@
+"""A prepared data set on disk: what is in the folder, and how it is read.
+
+    prepared/NAME/
+      train/ validation/ test/   Arrow, as `datasets.load_from_disk` reads them
+      tokenizer/source/ tokenizer/target/
+      meta.json                  where everything comes from, and the size and SHA-256 of every other file
+
+Reading costs no memory to speak of: ids are views on the memory-mapped files. A folder that is there is whole, since
+it was published by one rename; what happened to it since is noticed by its sizes on opening, by its hashes on `verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.files import sha256_of
+from data_prep.splits import PARTS
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from launch.console import UserError
+
+FORMAT = "relay-sentence-pairs-1"
+META = "meta.json"
+COLUMNS = ("source", "target", "attribution", "row", "source_ids", "target_ids")
+MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {folder}"
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    values int32 [total], offsets int64 [rows + 1], both read-only views on the file.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Ids in each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Ids of one row, int32 [length]."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def padded(self, indices: Sequence[int] | np.ndarray, fill: int) -> np.ndarray:
+        """The rows at `indices` side by side, int64 [len(indices), longest of them], `fill` behind each row's end."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        starts, lengths = self.offsets[chosen], self.lengths[chosen]
+        columns = np.arange(lengths.max(initial=0))
+        inside = columns < lengths[:, None]
+        batch = np.full(inside.shape, fill, dtype=np.int64)
+        batch[inside] = self.values[(starts[:, None] + columns)[inside]]
+        return batch
+
+
+class Texts(Sequence[str]):
+    """A column of texts, each decoded when it is asked for."""
+
+    def __init__(self, column: pa.Array):
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        return self._column[row].to_pylist() if isinstance(row, slice) else self._column[int(row)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return (value.as_py() for value in self._column)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of train, validation and test: ids and texts of the same rows, Chinese as source, English as target."""
+
+    name: str
+    source: Ragged
+    target: Ragged
+    source_texts: Texts
+    target_texts: Texts
+    rows: np.ndarray  # int64 [rows], which pair of the raw file this is, counted from 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An open prepared data set."""
+
+    folder: Path
+    meta: dict[str, Any]
+    source_tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: equal if and only if tokenizers, rows and ids of all parts are equal."""
+        return self.meta["fingerprint"]
+
+    @property
+    def joint_vocabulary(self) -> bool:
+        """Whether source and target share their ids."""
+        return self.source_tokenizer.sha256 == self.target_tokenizer.sha256
+
+    def part(self, name: str) -> Part:
+        """The part called train, validation or test, memory-mapped."""
+        if name not in PARTS:
+            raise UserError(f"there is no part {name!r}; the parts are {', '.join(PARTS)}")
+        return _open_part(self.folder / name, name)
+
+    def verify(self) -> None:
+        """Reads every file and compares its SHA-256 with meta.json. Raises UserError naming the first that differs."""
+        for name, about in self.meta["files"].items():
+            if sha256_of(self.folder / name) != about["sha256"]:
+                raise UserError(
+                    f"{self.folder / name} was changed or damaged since it was prepared; {_again(self.folder)}"
+                )
+
+
+def open_prepared(folder: str | Path) -> Prepared:
+    """The prepared data set in `folder`. Raises UserError when it is missing, half there, or its sizes have changed."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no prepared data set {folder}; make it with `{MAKE.format(folder=folder)}`")
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {_again(folder)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / META} cannot be read ({error}); {_again(folder)}") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{folder / META} is not of the form {FORMAT} that this version reads; {_again(folder)}")
+    missing = [name for name in (*PARTS, "tokenizer") if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(f"{folder} lacks {' and '.join(missing)}; {_again(folder)}")
+    for name, about in meta["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != about["bytes"]:
+            state = "is missing" if found is None else f"has {found:,} bytes instead of {about['bytes']:,}"
+            raise UserError(f"{path} {state}; {_again(folder)}")
+    return Prepared(
+        folder, meta, load_tokenizer(folder / "tokenizer/source"), load_tokenizer(folder / "tokenizer/target")
+    )
+
+
+def write_part(folder: Path, columns: dict[str, pa.Array]) -> str:
+    """Writes one part to `folder` with `datasets.save_to_disk`; `columns` are those of the module's `COLUMNS`.
+
+    Returns the SHA-256 of its rows and ids, which does not depend on the file format or on any library's version.
+    """
+    import datasets  # slow to import, and only whoever prepares data needs it
+
+    datasets.disable_progress_bars()
+    digest = hashlib.sha256()
+    digest.update(columns["row"].to_numpy().tobytes())
+    for side in ("source_ids", "target_ids"):
+        digest.update(columns[side].offsets.to_numpy().tobytes())
+        digest.update(columns[side].values.to_numpy().tobytes())
+    table = datasets.table.InMemoryTable(pa.table({name: columns[name] for name in COLUMNS}))
+    # A fingerprint of our own, since the library's would make two equal preparations differ in their files.
+    datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(folder, num_shards=1)
+    # `save_to_disk` cuts the table into pieces of 1,000 rows; in one piece a column is a plain array on the file.
+    (path,) = folder.glob("data-*.arrow")
+    saved = pa.ipc.open_stream(path.read_bytes()).read_all().combine_chunks()
+    with path.open("wb") as file, pa.ipc.new_stream(file, saved.schema) as writer:
+        writer.write_table(saved)
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> dict[str, dict[str, object]]:
+    """Size and SHA-256 of every file below `folder`, by its path in the folder: the `files` of meta.json."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
+    }
+
+
+def _again(folder: Path) -> str:
+    return f"prepare it again: `{MAKE.format(folder=folder)} --overwrite true` with its other options"
+
+
+def _open_part(folder: Path, name: str) -> Part:
+    # Not through `datasets`: every rank of a run opens this, and the import alone takes longer than all the rest.
+    tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(folder.glob("data-*.arrow"))]
+    table = pa.concat_tables(tables)
+    columns = {column: _one_chunk(table.column(column)) for column in table.column_names}
+    return Part(
+        name,
+        _ragged(columns["source_ids"]),
+        _ragged(columns["target_ids"]),
+        Texts(columns["source"]),
+        Texts(columns["target"]),
+        columns["row"].to_numpy(),
+    )
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """`column` in one piece: without a copy as it was prepared, copied if someone has saved it again in pieces."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _ragged(column: pa.LargeListArray) -> Ragged:
+    return Ragged(column.values.to_numpy(), column.offsets.to_numpy())

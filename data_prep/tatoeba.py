@@ -1,0 +1,346 @@
+"""Prepares English-Chinese sentence pairs (Tatoeba, as manythings.org hands them out) for training.
+
+    python -m data_prep.tatoeba --source sample --output prepared/sample
+    python -m data_prep.tatoeba --source cmn.txt --output prepared/tatoeba --split grouped --tokenizer sentencepiece
+
+The output is complete or absent. The same command again finds its work done; with other options, or after the source
+was edited, it refuses to touch what is there and says what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from data_prep.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
+from data_prep.prepared import FORMAT, META, Prepared, list_files, open_prepared, write_part
+from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, Pairs, Source, licence_of, open_source, read_pairs
+from data_prep.splits import PARTS, Split, grouped_split, leakage, random_split, side_of
+from data_prep.text import simplify
+from data_prep.tokenizers import UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
+from launch.config import Options, differing_keys, parse
+from launch.console import Progress, UserError, format_duration, run_main, say, warn
+
+PROG = "python -m data_prep.tatoeba"
+OUR_NAMES = {*PARTS, "tokenizer", META}
+
+
+class TatoebaOptions(Options):
+    """The keys of `python -m data_prep.tatoeba`."""
+
+    source: str = Field(
+        description="sample (generated, to try things out), download (manythings.org), or a .txt or .zip file"
+    )
+    output: Path = Field(description="the folder to make, for example prepared/tatoeba")
+    split: Literal["random", "grouped"] = Field(
+        "random", description="random: the usual one, which leaks; grouped: no sentence is in two parts"
+    )
+    tokenizer: Literal["word", "sentencepiece"] = Field(
+        "word", description="word: English words and Han characters; sentencepiece: byte-pair pieces"
+    )
+    vocabularies: Literal["joint", "separate"] = Field(
+        "joint", description="joint: Chinese and English share their ids (GPT); separate: two vocabularies (seq2seq)"
+    )
+    vocabulary_size: int = Field(
+        8000, ge=64, description="pieces of each sentencepiece vocabulary, at most (the sample wants about 600)"
+    )
+    min_frequency: int = Field(1, ge=1, description="a word that the training part has less often becomes <unk>")
+    simplify: bool = Field(False, description="convert the Chinese to simplified characters")
+    validation_share: float = Field(0.05, gt=0, lt=0.5, description="validation's share of what is not test (10 %)")
+    max_malformed_share: float = Field(
+        0.01, ge=0, le=1, description="refuse a source with more lines that are no pair than this share"
+    )
+    seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
+    overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
+
+    def defining(self) -> dict[str, object]:
+        """The options that the prepared content depends on."""
+        keys = ["split", "tokenizer", "vocabularies", "simplify", "validation_share", "seed"]
+        keys.append("min_frequency" if self.tokenizer == "word" else "vocabulary_size")
+        return {key: getattr(self, key) for key in sorted(keys)}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All rows of one side as ids: row i is `values[offsets[i]:offsets[i + 1]]`; values int32, offsets int64."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Encoded:
+        """The rows at `rows`, in that order."""
+        pieces = [self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        lengths = np.diff(self.offsets)[rows]
+        return Encoded(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+    @property
+    def arrow(self) -> pa.LargeListArray:
+        return pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(self.values))
+
+    def statistics(self) -> dict[str, float]:
+        """Ids per row: total, mean, percentiles and maximum."""
+        lengths = np.diff(self.offsets)
+        p50, p95, p99 = np.percentile(lengths, (50, 95, 99))
+        return {
+            "total": int(lengths.sum()),
+            "mean": round(float(lengths.mean()), 3),
+            "p50": float(p50),
+            "p95": float(p95),
+            "p99": float(p99),
+            "max": int(lengths.max()),
+        }
+
+    def unknown_share(self) -> float:
+        """Share of ids that are <unk>."""
+        return round(float(np.mean(self.values == UNK)), 6)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises UserError for everything the user can mend."""
+    options, dry_run = parse(
+        TatoebaOptions,
+        sys.argv[1:] if argv is None else argv,
+        prog=PROG,
+        about="Prepares English-Chinese sentence pairs for training: cleans, splits, tokenises.",
+    )
+    began = time.monotonic()
+    output = options.output
+    if not dry_run and recover(output):
+        say(f"an earlier replacement of {output} was interrupted; the previous data set is back")
+    existing = _existing(output, options.overwrite)
+    downloads = output.parent / "downloads"
+    if options.source == "download" and not (downloads / DOWNLOAD_NAME).exists():
+        if existing and not options.overwrite and _is_download_with(existing, options):
+            return _already(existing)  # although the zip file is gone: no reason to ask the network
+        if dry_run:
+            say(f"would download {DOWNLOAD_URL} to {downloads} and prepare {output} with:\n{_resolved(options)}")
+            return 0
+    source = open_source(options.source, downloads)
+    pairs = read_pairs(source, options.max_malformed_share)
+    differences = _differences(existing, options, source.sha256) if existing else []
+    if existing and not differences:
+        return _already(existing)
+    if differences and not options.overwrite:
+        raise UserError(
+            f"{output} was prepared differently ({'; '.join(differences)}); choose another --output, or replace it "
+            "with --overwrite true"
+        )
+    say(f"{source.place}: {len(pairs):,} pairs, {pairs.blank:,} blank and {pairs.malformed:,} malformed lines")
+    if dry_run:
+        say(f"would prepare {output} with:\n{_resolved(options)}")
+        return 0
+    with writing_to(output), temporary_folder(output) as temporary:
+        meta = build(temporary, options, source, pairs)
+        publish_folder(temporary, output, replace=output.exists())
+    _report(output, meta, time.monotonic() - began)
+    return 0
+
+
+def _resolved(options: TatoebaOptions) -> str:
+    return "\n".join(f"  {key}: {value}" for key, value in options.model_dump(mode="json").items())
+
+
+def _existing(output: Path, overwrite: bool) -> Prepared | None:
+    """The prepared data set that is at `output` already; None if there is nothing, or nothing that must be kept.
+
+    Raises UserError if `output` is damaged and may not be overwritten, or is something else, which no option replaces.
+    """
+    if not output.exists():
+        return None
+    if not output.is_dir():
+        raise UserError(f"--output {output} is a file; choose the name of a folder to make")
+    names = {path.name for path in output.iterdir()}
+    if not names <= OUR_NAMES:
+        raise UserError(
+            f"--output {output} holds other things ({', '.join(sorted(names - OUR_NAMES)[:3])}); choose a new folder, "
+            f"for example {output / 'tatoeba'}"
+        )
+    if META not in names:  # it is written last: a copy that did not get to its end
+        if names:
+            warn(f"{output} is only part of a prepared data set and is prepared again")
+        return None
+    try:
+        existing = open_prepared(output)
+        existing.verify()
+    except UserError:
+        if overwrite:
+            return None
+        raise
+    return existing
+
+
+def _is_download_with(existing: Prepared, options: TatoebaOptions) -> bool:
+    source = existing.meta["source"]
+    return source["kind"] == "download" and not _differences(existing, options, source["sha256"])
+
+
+def _differences(existing: Prepared, options: TatoebaOptions, sha256: str) -> list[str]:
+    """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
+    lines = differing_keys(existing.meta["options"], options.defining())
+    before = existing.meta["source"]
+    if before["sha256"] != sha256:
+        lines.append(
+            f"the source's content: {before['place']} {before['sha256'][:12]} -> {options.source} {sha256[:12]}"
+        )
+    return lines
+
+
+def _already(existing: Prepared) -> int:
+    say(f"{existing.folder} is already prepared with these options from this source; nothing to do")
+    return 0
+
+
+def build(folder: Path, options: TatoebaOptions, source: Source, pairs: Pairs) -> dict[str, Any]:
+    """Fills the empty `folder` with the prepared data set and returns its meta.json, which is written last."""
+    chinese_texts = [simplify(text) for text in pairs.chinese] if options.simplify else pairs.chinese
+    chinese, english = side_of(chinese_texts, "Chinese"), side_of(pairs.english, "English")
+    if options.split == "random":
+        split = random_split(len(pairs), options.validation_share, options.seed)
+    else:
+        split = grouped_split(english.normalised, chinese.normalised, options.validation_share, options.seed)
+
+    tokenizers = train_tokenizers(options, chinese.texts, english.texts, split)
+    encoded = {}
+    for side, texts in (("source", chinese.texts), ("target", english.texts)):
+        tokenizers[side].save(folder / "tokenizer" / side)
+        encoded[side] = _encode(tokenizers[side], texts)
+
+    digests, lengths, unknown = {}, {}, {}
+    for part in PARTS:
+        rows = split.rows(part)
+        ids = {side: encoded[side].take(rows) for side in encoded}
+        columns = {
+            "source": pa.array([chinese.texts[row] for row in rows], pa.large_string()),
+            "target": pa.array([english.texts[row] for row in rows], pa.large_string()),
+            "attribution": pa.array([pairs.attribution[row] for row in rows], pa.large_string()),
+            "row": pa.array(rows),
+            "source_ids": ids["source"].arrow,
+            "target_ids": ids["target"].arrow,
+        }
+        digests[part] = write_part(folder / part, columns)
+        lengths[part] = {side: ids[side].statistics() for side in ids}
+        unknown[part] = {side: ids[side].unknown_share() for side in ids}
+
+    identity = {
+        "options": options.defining(),
+        "source": source.sha256,
+        "tokenizers": {side: tokenizer.sha256 for side, tokenizer in tokenizers.items()},
+        "parts": digests,
+    }
+    meta = {
+        "format": FORMAT,
+        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "synthetic": source.synthetic,
+        "options": options.defining(),
+        "source": {
+            "kind": source.kind,
+            "place": source.place,
+            "bytes": len(source.content),
+            "sha256": source.sha256,
+            "archive": source.archive,
+            "licence": licence_of(source, pairs),
+        },
+        "counts": {
+            "lines": pairs.lines,
+            "pairs": len(pairs),
+            "blank": pairs.blank,
+            "malformed": pairs.malformed,
+            "malformed_listed": pairs.malformed_listed,
+            "duplicate_pairs": pairs.duplicates,
+        },
+        "rows": {part: len(split.rows(part)) for part in PARTS},
+        "groups": {"count": split.groups, "largest": split.largest_group} if split.groups else None,
+        "leakage": leakage(split, chinese, english),
+        "tokenizer": {
+            "kind": options.tokenizer,
+            "vocabularies": options.vocabularies,
+            **{
+                side: {"vocabulary_size": tokenizer.vocabulary_size, "sha256": tokenizer.sha256}
+                for side, tokenizer in tokenizers.items()
+            },
+            "unknown_share": unknown,
+        },
+        "lengths": lengths,
+        "files": list_files(folder),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("datasets", "pyarrow", "numpy", "sentencepiece", "OpenCC")},
+        },
+    }
+    write_atomically(folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    return meta
+
+
+def train_tokenizers(
+    options: TatoebaOptions, chinese: Sequence[str], english: Sequence[str], split: Split
+) -> dict[str, Tokenizer]:
+    """The source (Chinese) and target (English) tokenizer, made from the training part only."""
+    sides: dict[str, list[tuple[str, Language]]] = {
+        "source": [(chinese[row], "zh") for row in split.train],
+        "target": [(english[row], "en") for row in split.train],
+    }
+    joint = sides["source"] + sides["target"]
+    tokenizers: dict[str, Tokenizer] = {}
+    trained: bytes | None = None
+    for side, language in (("source", "zh"), ("target", "en")):
+        if trained is None or options.vocabularies == "separate":
+            texts = joint if options.vocabularies == "joint" else sides[side]
+            if options.tokenizer == "word":
+                trained = WordTokenizer.train(texts, options.min_frequency)
+            else:
+                trained = SentencePieceTokenizer.train(texts, options.vocabulary_size)
+        kind = WordTokenizer if options.tokenizer == "word" else SentencePieceTokenizer
+        tokenizers[side] = kind(trained, language)
+    if options.tokenizer == "sentencepiece":
+        for side in ("source", "target"):
+            if tokenizers[side].vocabulary_size < options.vocabulary_size:
+                warn(
+                    f"the training text has only {tokenizers[side].vocabulary_size:,} pieces for the {side} vocabulary, not "
+                    f" --vocabulary_size {options.vocabulary_size:,}; it is that much smaller"
+                )
+    return tokenizers
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
+    rows = []
+    with Progress(f"tokenising {tokenizer.language}", len(texts), "rows") as progress:
+        for text in texts:
+            rows.append(np.array(tokenizer.encode(text), dtype=np.int32))
+            progress.advance()
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return Encoded(np.concatenate(rows), offsets)
+
+
+def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
+    tokenizer, lengths = meta["tokenizer"], meta["lengths"]["train"]
+    say(
+        f"prepared {output} in {format_duration(seconds)}"
+        + (" (generated text, not real data)" if meta["synthetic"] else "")
+    )
+    say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
+    for part in ("test", "validation"):
+        say(f"  leakage   {meta['leakage'][part]['words']}")
+    for side, name in (("source", "Chinese"), ("target", "English")):
+        say(
+            f"  {name}   {tokenizer[side]['vocabulary_size']:,} ids, {lengths[side]['mean']:.1f} per sentence "
+            f"(max {lengths[side]['max']}), <unk> on test {tokenizer['unknown_share']['test'][side]:.2%}"
+        )
+    if meta["counts"]["malformed"]:
+        say(f"  malformed {meta['counts']['malformed']:,} lines were left out; meta.json lists them")
+    say(f"  identity  {meta['fingerprint'][:16]}")
+
+
+if __name__ == "__main__":
+    run_main(main)

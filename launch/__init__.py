@@ -1,0 +1,1 @@
+"""How a run is started: its options, its surroundings, its words on the screen."""

@@ -1,0 +1,92 @@
+"""The processes of a run: device, process group, and the few collectives that the engine uses.
+
+The device's own backend (NCCL) carries gradients; small decisions of the host travel over gloo, so that asking "does any
+rank want to stop?" never waits for queued work of the GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.console import UserError
+from launch.environment import Ranks, keep_freed_memory, read_ranks
+
+# Long enough for the slowest save or download between two collectives, short enough to end a hanging run.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+class Cluster:
+    """A context: the process group exists inside it and is taken down at its end."""
+
+    def __init__(self) -> None:
+        self.ranks: Ranks = read_ranks()
+        self.device = self._own_device()
+        self._control: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def is_first(self) -> bool:
+        return self.ranks.rank == 0
+
+    def _own_device(self) -> torch.device:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.ranks.local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"{self.ranks.local_world_size} processes on this node but {torch.cuda.device_count()} GPUs: "
+                f"start with --nproc-per-node={torch.cuda.device_count()} (each process needs a GPU of its own)"
+            )
+        return torch.device("cuda", self.ranks.local_rank)
+
+    def __enter__(self) -> Cluster:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
+        if self.world_size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not dist.is_initialized():
+            return
+        # After an error the peers may be gone: leave without waiting, the launcher takes them down.
+        if kind is None:
+            dist.barrier(self._control)
+        dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a tensor on this rank's device."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def maximum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise maximum over ranks of a few host numbers; the device is not involved."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
+        return tensor.tolist()
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        if self.world_size == 1:
+            return f"one process on {name}, {torch.get_num_threads()} threads"
+        backend = "NCCL" if self.device.type == "cuda" else "gloo"
+        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        return f"{self.world_size} processes on {name} ({backend}){threads}"

@@ -1,0 +1,111 @@
+"""Data-parallel training of one model: the small interface between the loop and whatever runs the step.
+
+prepare (the constructor), forward_backward, step, state. The gradient of a step is the sum over all its micro-batches
+divided once by the step's weight, so it does not depend on how they were spread over ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.engine.cluster import Cluster
+from training.engine.precision import Precision
+
+
+class DataParallel:
+    """A replica of the model on every rank; gradients are added up once a step, during the last backward pass."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        cluster: Cluster,
+        precision: Precision,
+        clip_norm: float | None,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self._cluster, self._precision, self._clip_norm = cluster, precision, clip_norm
+        self._scaler = precision.scaler()
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._replica: nn.Module = model
+        if cluster.world_size > 1:
+            # DDP regroups its buckets after the first backward pass of a process. From three ranks on that changes the
+            # order of the sums, so the first step after a resume would differ in its last bits. With this flag the
+            # buckets stay as they are; with two ranks a + b = b + a and nothing is needed.
+            fixed_buckets = cluster.world_size > 2
+            if fixed_buckets:
+                warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            device_ids = [cluster.device.index] if cluster.device.type == "cuda" else None
+            self._replica = DistributedDataParallel(
+                model, device_ids=device_ids, gradient_as_bucket_view=True, find_unused_parameters=fixed_buckets
+            )
+        self.skipped_in_a_row = torch.zeros((), device=cluster.device)
+
+    def forward_backward(
+        self,
+        batches: Sequence[Any],
+        weight: float,
+        loss: Callable[[nn.Module, Any], Tensor],
+        seed: Callable[[Any], None],
+    ) -> Tensor:
+        """Runs this rank's micro-batches. `loss` gives the weighted sum over a micro-batch; `weight` is the whole step's.
+
+        Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
+        """
+        total = torch.zeros((), device=self._cluster.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            # The forward pass must be inside no_sync as well: DDP decides there whether this backward communicates.
+            ddp = isinstance(self._replica, DistributedDataParallel)
+            with self._replica.no_sync() if ddp and not last else contextlib.nullcontext():
+                seed(batch)
+                with self._precision.autocast():
+                    share = loss(self._replica, batch) / weight
+                total += share.detach()
+                scaled = share if self._scaler is None else self._scaler.scale(share)
+                # DDP averages over ranks, and a sum is wanted.
+                (scaled * self._cluster.world_size).backward()
+        return total
+
+    def step(self, lr: float) -> Tensor:
+        """Clips and applies the gradient; returns its norm before clipping, a scalar on the device.
+
+        A gradient that is not finite is skipped on every rank alike, since all hold the same sum, and counted in
+        `skipped_in_a_row`. Nothing here waits for the device.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)  # before clipping: the threshold is for true gradients
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        bad = (~norm.isfinite()).float()
+        if self._scaler is None:
+            self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
+            self.optimizer.step()
+            own_skip = False
+        else:
+            # An overflow at a scale above 1 is the scaler searching its range, as it does in the first steps by design.
+            own_skip = self._scaler.get_scale() > 1
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides parameters and optimizer state."""
+        return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave; a scaler starts afresh where the earlier session had none."""
+        if self._scaler is not None and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])

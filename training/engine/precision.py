@@ -1,0 +1,52 @@
+"""Which number format the forward and backward pass use, and why.
+
+bf16 from compute capability 8.0 on. Asked by capability, not by `torch.cuda.is_bf16_supported()`: that says yes on older
+cards too, where bf16 is emulated and slow. Weights, gradients and optimizer state stay fp32 throughout.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from launch.console import UserError
+
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A format and the reason for it."""
+
+    name: Literal["fp32", "bf16", "fp16"]
+    reason: str
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which forward passes run."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Loss scaling, which fp16 alone needs: its smallest gradients would round to zero."""
+        return torch.amp.GradScaler(self.device.type) if self.name == "fp16" else None
+
+
+def choose_precision(wanted: PrecisionName, device: torch.device) -> Precision:
+    """The format to use on `device`; raises UserError where the wanted one does not exist there."""
+    if device.type == "cpu":
+        if wanted == "auto":
+            return Precision("fp32", "on a CPU fp32 is the fastest of the exact choices", device)
+        return Precision(wanted, "as asked for", device)
+    major, minor = torch.cuda.get_device_capability(device)
+    card = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
+    if wanted == "auto":
+        if major >= 8:
+            return Precision("bf16", f"{card}, bf16 needs sm_80", device)
+        return Precision("fp16", f"{card}, bf16 needs sm_80", device)
+    if wanted == "bf16" and major < 8:
+        raise UserError(f"precision bf16: {card} and only emulates bf16, slowly; use --precision fp16 or auto")
+    return Precision(wanted, "as asked for", device)

@@ -1,0 +1,163 @@
+"""Trains a GPT to translate Chinese to English, as one sequence `<sos> Chinese <sep> English <eos>`.
+
+    torchrun --nproc-per-node=2 -m training.gpt configs/gpt/sample.yaml
+    python -m training.gpt configs/gpt/base.yaml --optim.lr 5e-4 --dry-run
+
+The same command starts, resumes, and says so when the run is finished.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from data_prep.prepared import Part, open_prepared
+from data_prep.tokenizers import EOS, PAD, SEP, SOS
+from launch.config import Options, parse
+from launch.console import UserError, run_main, say
+from training.engine.batch_plan import BatchPlan
+from training.engine.cluster import Cluster
+from training.engine.loop import RunOptions, Task, Validation, train
+from training.models.gpt import GPT, GPTOptions
+
+# Positions of a validation batch: no gradients are kept, so it may be larger than a micro-batch.
+VALIDATION_TOKENS = 8192
+
+
+class LossOptions(Options):
+    """Which tokens are learned, and how."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
+    source_weight: float = Field(0.0, ge=0, description="weight of a source token's loss; a target token's is 1")
+
+
+class GPTConfig(RunOptions):
+    """All options of a GPT training."""
+
+    model: GPTOptions = Field(default_factory=GPTOptions)
+    loss: LossOptions = Field(default_factory=LossOptions)
+
+
+class Sequences:
+    """`<sos> source <sep> target` of every pair that fits the context; `<eos>` is predicted but never an input.
+
+    lengths [n]: input tokens. target_tokens, source_tokens [n]: how many predictions belong to each side; the source's
+    last is `<sep>`, the target's last `<eos>`.
+    """
+
+    def __init__(self, part: Part, context: int):
+        lengths = part.source.lengths + part.target.lengths + 2
+        self._part = part
+        self._rows = np.flatnonzero(lengths <= context)
+        self.left_out = len(lengths) - len(self._rows)
+        self.lengths = lengths[self._rows]
+        self.source_tokens = part.source.lengths[self._rows] + 1
+        self.target_tokens = part.target.lengths[self._rows] + 1
+
+    def weights(self, source_weight: float) -> np.ndarray:
+        """Each sequence's share in the loss's denominator, [n]."""
+        return self.target_tokens + source_weight * self.source_tokens
+
+    def batch(self, samples: np.ndarray, *, with_source: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs [B, T], padded on the right, and the N positions that are scored.
+
+        Returns inputs, scored [N] (indices into the B*T positions), labels [N], and is_target [N]: whether the label
+        belongs to the target side. Without `with_source`, only those that do are scored.
+        """
+        rows = self._rows[samples]
+        source, target = self._part.source, self._part.target
+        full = np.full(
+            (len(rows), int(self.lengths[samples].max()) + 1), PAD, dtype=np.int64
+        )  # + 1: <eos>, a label only
+        full[:, 0] = SOS
+        position = np.arange(full.shape[1])
+        separator = 1 + source.lengths[rows][:, None]
+        end = separator + 1 + target.lengths[rows][:, None]
+        padded_source, padded_target = source.padded(rows, PAD), target.padded(rows, PAD)
+        full[(position >= 1) & (position < separator)] = padded_source[
+            np.arange(padded_source.shape[1]) < separator - 1
+        ]
+        np.put_along_axis(full, separator, SEP, axis=1)
+        inside_target = np.arange(padded_target.shape[1]) < end - separator - 1
+        full[(position > separator) & (position < end)] = padded_target[inside_target]
+        np.put_along_axis(full, end, EOS, axis=1)
+        predicts_target = (position >= separator) & (position < end)
+        scored = (position < end) if with_source else predicts_target
+        inputs, labels, scored, predicts_target = full[:, :-1], full[:, 1:], scored[:, :-1], predicts_target[:, :-1]
+        return (
+            torch.from_numpy(np.ascontiguousarray(inputs)),
+            torch.from_numpy(np.flatnonzero(scored)),
+            torch.from_numpy(labels[scored]),
+            torch.from_numpy(predicts_target[scored]),
+        )
+
+
+def summed_loss(
+    model: nn.Module, sequences: Sequences, samples: np.ndarray, options: LossOptions, device: torch.device
+):
+    """Cross-entropy summed over a micro-batch's scored tokens, those of the source weighted: a scalar, with gradient."""
+    batch = sequences.batch(samples, with_source=options.source_weight > 0)
+    inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
+    logits = model(inputs, scored).float()
+    if options.source_weight == 0:
+        return F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing, reduction="sum")
+    losses = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing, reduction="none")
+    return (losses * torch.where(is_target, 1.0, options.source_weight)).sum()
+
+
+@torch.no_grad()
+def validation_scores(model: nn.Module, sequences: Sequences, cluster: Cluster) -> Validation:
+    """Loss and accuracy over all target tokens, without smoothing or dropout; every rank scores its share."""
+    model.eval()
+    order = np.argsort(sequences.lengths, kind="stable")
+    per_batch = max(1, VALIDATION_TOKENS // int(sequences.lengths.max()))
+    batches = np.split(order, range(per_batch, len(order), per_batch))
+    totals = torch.zeros(2, dtype=torch.float64)
+    for samples in batches[cluster.rank :: cluster.world_size]:
+        batch = sequences.batch(samples, with_source=False)
+        inputs, scored, labels, _ = (tensor.to(cluster.device) for tensor in batch)
+        logits = model(inputs, scored).float()
+        totals[0] += F.cross_entropy(logits, labels, reduction="sum").item()
+        totals[1] += (logits.argmax(-1) == labels).sum().item()
+    model.train()
+    loss, right = (cluster.sum(totals.to(cluster.device)) / int(sequences.target_tokens.sum())).tolist()
+    return Validation(loss, right)
+
+
+def main() -> int:
+    config, dry_run = parse(GPTConfig, sys.argv[1:], prog="python -m training.gpt", about=__doc__)
+    data = open_prepared(config.data)
+    if not data.joint_vocabulary:
+        raise UserError(
+            f"{config.data} has two vocabularies, but a GPT reads and writes one: prepare with --vocabularies joint"
+        )
+    pairs = Sequences(data.part("train"), config.model.context)
+    held_out = Sequences(data.part("validation"), config.model.context)
+    for name, sequences in (("training", pairs), ("validation", held_out)):
+        if sequences.left_out:
+            say(f"{sequences.left_out:,} {name} pairs are longer than model.context ({config.model.context}): left out")
+
+    with Cluster() as cluster:
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        model = GPT(config.model, data.source_tokenizer.vocabulary_size)
+        weights = pairs.weights(config.loss.source_weight)
+        plan = BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=config.optim.epochs)
+        scored = pairs.target_tokens.sum() + (pairs.source_tokens.sum() if config.loss.source_weight else 0)
+        task = Task(
+            name="gpt",
+            model=model,
+            plan=plan,
+            loss=lambda replica, samples: summed_loss(replica, pairs, samples, config.loss, cluster.device),
+            validate=lambda replica: validation_scores(replica, held_out, cluster),
+            flops_per_token=model.flops_per_token(float(pairs.lengths.mean()), float(scored / pairs.lengths.sum())),
+        )
+        return train(config, task, data, cluster, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    run_main(main)

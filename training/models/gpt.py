@@ -1,0 +1,248 @@
+"""A decoder-only transformer (GPT) that is trained from scratch.
+
+Pre-norm blocks, exact GELU, tied input and output embeddings; learned or rotary positions, LayerNorm or RMSNorm.
+Sequences are padded on the right only. Attention is causal, so no real position ever sees padding and training needs
+no mask; decoding writes new tokens over the padding (see `Cache`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from launch.config import Options
+
+
+class GPTOptions(Options):
+    """Shape of the model; the vocabulary comes from the prepared data."""
+
+    layers: int = Field(4, ge=1, description="number of transformer blocks")
+    heads: int = Field(4, ge=1, description="attention heads per block; must divide width")
+    width: int = Field(128, ge=1, description="width of the residual stream")
+    context: int = Field(
+        128, ge=4, description="longest sequence in tokens; longer training pairs are left out, counted"
+    )
+    positions: Literal["learned", "rotary"] = Field("rotary", description="how positions enter the model")
+    norm: Literal["layer", "rms"] = Field("layer", description="LayerNorm or RMSNorm")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on embeddings and on each block's two outputs")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> GPTOptions:
+        if self.width % self.heads:
+            raise ValueError(f"model.heads ({self.heads}) must divide model.width ({self.width})")
+        if self.positions == "rotary" and (self.width // self.heads) % 2:
+            raise ValueError(f"rotary positions need an even width per head, got {self.width // self.heads}")
+        return self
+
+
+@dataclass
+class Cache:
+    """Keys and values of the positions seen so far, for decoding token by token.
+
+    keys, values: one tensor [B, heads, capacity, width / heads] per layer. lengths [B]: real positions per row. Rows may
+    differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left there,
+    so slot and position are the same number and the slots in front are all real.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+
+    def select(self, rows: Tensor) -> Cache:
+        """The cache of `rows` (indices [B'] or mask [B]): to drop finished sentences, or to reorder beams."""
+        return Cache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2), through PyTorch's fused kernel."""
+
+    def __init__(self, options: GPTOptions):
+        super().__init__()
+        self.heads = options.heads
+        self.query_key_value = nn.Linear(options.width, 3 * options.width)
+        self.output = nn.Linear(options.width, options.width)
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, width] -> query, key, value, each [B, heads, T, width / heads]; query and key are rotated."""
+        batch, length, width = x.shape
+        heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return query, key, value
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        query, key, value = self.project(x, rotation)
+        return self.merge(F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+    def merge(self, per_head: Tensor) -> Tensor:
+        """[B, heads, T, width / heads] -> [B, T, width], mixed by the output projection."""
+        return self.output(per_head.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: attention, then a feed-forward layer four times as wide."""
+
+    def __init__(self, options: GPTOptions):
+        super().__init__()
+        norm = nn.LayerNorm if options.norm == "layer" else nn.RMSNorm
+        self.attention_norm = norm(options.width)
+        self.attention = SelfAttention(options)
+        self.feed_forward_norm = norm(options.width)
+        self.expand = nn.Linear(options.width, 4 * options.width)
+        self.contract = nn.Linear(4 * options.width, options.width)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+        return x + self.dropout(self.feed_forward(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
+
+
+class GPT(nn.Module):
+    """See the module's docstring. `forward` is for training; `prefill` and `extend` decode with a cache."""
+
+    def __init__(self, options: GPTOptions, vocabulary_size: int):
+        super().__init__()
+        self.options = options
+        self.vocabulary_size = vocabulary_size
+        self.embedding = nn.Embedding(vocabulary_size, options.width)
+        learned = options.positions == "learned"
+        self.position_embedding = nn.Embedding(options.context, options.width) if learned else None
+        self.dropout = nn.Dropout(options.dropout)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.final_norm = (nn.LayerNorm if options.norm == "layer" else nn.RMSNorm)(options.width)
+        if not learned:
+            self.register_buffer("rotations", rotary_table(options.context, options.width // options.heads), False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's initialisation: normal 0.02, and the outputs into the residual stream scaled by its depth."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for layer in (block.attention.output, block.contract):
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.options.layers))
+
+    def forward(self, tokens: Tensor, scored: Tensor | None = None) -> Tensor:
+        """tokens [B, T], padded on the right -> logits [B, T, vocabulary].
+
+        With `scored` [N], indices into the B*T positions, only those logits are computed: [N, vocabulary]. The output
+        layer is the widest of the model, so positions without a loss are left out of it.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x, rotation = self._embed(tokens, positions)
+        for block in self.blocks:
+            x = block(x, rotation)
+        if scored is not None:
+            x = x.flatten(0, 1)[scored]
+        return self._logits(x)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """tokens [B, T], positions [T] or [B, T] -> embeddings [B, T, width] and the rotation of these positions."""
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            return self.dropout(x + self.position_embedding(positions)), None
+        table = self.rotations[:, positions]
+        if positions.dim() == 2:  # one position per row: leave room for the heads, [2, B, 1, T, D / 2]
+            table = table.unsqueeze(2)
+        return self.dropout(x), (table[0].to(x.dtype), table[1].to(x.dtype))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.final_norm(x), self.embedding.weight)
+
+    def prefill(self, prompts: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Cache]:
+        """Reads prompts [B, S], padded on the right, of `lengths` [B] real tokens.
+
+        Returns the logits behind each prompt's last real token [B, vocabulary], and a cache with room for `capacity`
+        positions per row (at most the model's context).
+        """
+        batch, width = prompts.shape
+        x, rotation = self._embed(prompts, torch.arange(width, device=prompts.device))
+        keys, values = [], []
+        for block in self.blocks:
+            query, key, value = block.attention.project(block.attention_norm(x), rotation)
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x = x + block.attention.merge(attended)
+            x = x + block.feed_forward(x)
+            keys.append(_with_room(key, capacity))
+            values.append(_with_room(value, capacity))
+        last = x[torch.arange(batch, device=x.device), lengths - 1]
+        return self._logits(last), Cache(keys, values, lengths.clone())
+
+    def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Appends one token per row, tokens [B], to the cache in place; returns the logits behind it [B, vocabulary]."""
+        slots = cache.lengths
+        rows = torch.arange(len(tokens), device=tokens.device)
+        x, rotation = self._embed(tokens[:, None], slots[:, None])
+        filled = int(slots.max()) + 1
+        visible = (torch.arange(filled, device=tokens.device) <= slots[:, None])[:, None, None]
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            query, key, value = block.attention.project(block.attention_norm(x), rotation)
+            keys[rows, :, slots] = key[:, :, 0]
+            values[rows, :, slots] = value[:, :, 0]
+            attended = F.scaled_dot_product_attention(
+                query, keys[:, :, :filled], values[:, :, :filled], attn_mask=visible
+            )
+            x = x + block.attention.merge(attended)
+            x = x + block.feed_forward(x)
+        cache.lengths = slots + 1
+        return self._logits(x[:, 0])
+
+    def attention_maps(self, tokens: Tensor) -> list[Tensor]:
+        """Attention weights of one sequence, tokens [T]: per layer [heads, T, T]; row t sums to 1 over positions <= t."""
+        x, rotation = self._embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
+        future = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device).triu(1)
+        maps = []
+        for block in self.blocks:
+            query, key, value = block.attention.project(block.attention_norm(x), rotation)
+            scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+            weights = scores.masked_fill(future, -math.inf).softmax(-1)
+            maps.append(weights[0])
+            x = x + block.attention.merge(weights @ value)
+            x = x + block.feed_forward(x)
+        return maps
+
+    def flops_per_token(self, length: float, scored_share: float) -> float:
+        """Floating-point operations of a forward and backward pass per real token, padding not counted.
+
+        6 per weight of the blocks, 6 per weight of the output layer on the share of positions that are scored, and the
+        two products of causal attention over half of `length` positions. Embedding look-ups cost none.
+        """
+        options = self.options
+        blocks = 12 * options.layers * options.width**2
+        output = self.vocabulary_size * options.width * scored_share
+        attention = options.layers * options.width * length  # 2 products x 2 / 2 for the causal half, before the 6 / 2
+        return 6 * (blocks + output) + 6 * attention
+
+
+def rotary_table(context: int, width: int) -> Tensor:
+    """Cosine and sine [2, context, width / 2] of rotary positions (Su et al. 2021, RoFormer, eq. 34), base 10,000."""
+    frequencies = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.arange(context, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the pairs (i, i + D/2) of x [B, heads, T, D] by their position's angle."""
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def _with_room(x: Tensor, capacity: int) -> Tensor:
+    """[B, heads, S, D] -> [B, heads, capacity, D], the new slots zero."""
+    room = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+    room[:, :, : x.shape[2]] = x
+    return room
