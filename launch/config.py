@@ -111,7 +111,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a UTF-8 text file; a config is YAML text") from None
     try:
-        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a subclass of SafeLoader)
+        values = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -35,7 +35,7 @@ def warn(text: str) -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and exits with what it returns; a `UserError` becomes one line on standard error and exit status 1."""
+    """Runs `main` and exits with what it returns; a `UserError` becomes one line on standard error, status 1."""
     try:
         status = main() or 0
     except UserError as error:

@@ -100,7 +100,7 @@ class Sequences:
 def summed_loss(
     model: nn.Module, sequences: Sequences, samples: np.ndarray, options: LossOptions, device: torch.device
 ):
-    """Cross-entropy summed over a micro-batch's scored tokens, those of the source weighted: a scalar, with gradient."""
+    """Cross-entropy summed over a micro-batch's scored tokens, the source's weighted: a scalar, with gradient."""
     batch = sequences.batch(samples, with_source=options.source_weight > 0)
     inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
     logits = model(inputs, scored).float()

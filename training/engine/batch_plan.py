@@ -54,8 +54,8 @@ class MicroBatch:
 class BatchPlan:
     """The plan of a whole run over samples of `lengths` [n] (tokens) with loss weights `weights` [n].
 
-    A sample's weight is its share in the loss's denominator: its number of supervised tokens. The plan sums them, so that
-    every rank knows a step's denominator without communication.
+    A sample's weight is its share in the loss's denominator: its number of supervised tokens. The plan sums them, so
+    that every rank knows a step's denominator without communication.
     """
 
     def __init__(self, lengths: np.ndarray, weights: np.ndarray, options: BatchOptions, *, seed: int, epochs: float):

@@ -1,8 +1,8 @@
 """A checkpoint is published or it does not exist.
 
 It is written to a temporary folder, brought to the disk, and renamed; the manifest, written last, holds the size and
-SHA-256 of every other file. On loading the manifest is checked first: a checkpoint that fails is set aside with a message
-and the newest valid one before it is taken. Which checkpoint is newest or best follows from what is in the folder; no
+SHA-256 of every other file. On loading the manifest is checked first: a checkpoint that fails is set aside with a
+message and the newest valid one before it is taken. Which checkpoint is newest or best follows from what is in the folder; no
 pointer file can lie about it. Loading runs no code: tensors are safetensors, everything else is JSON.
 
     runs/NAME/checkpoints/step-0000012000/

@@ -1,7 +1,7 @@
 """The processes of a run: device, process group, and the few collectives that the engine uses.
 
-The device's own backend (NCCL) carries gradients; small decisions of the host travel over gloo, so that asking "does any
-rank want to stop?" never waits for queued work of the GPU.
+The device's own backend (NCCL) carries gradients; small decisions of the host travel over gloo, so that asking "does
+any rank want to stop?" never waits for queued work of the GPU.
 """
 
 from __future__ import annotations

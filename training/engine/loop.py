@@ -47,7 +47,7 @@ class LogOptions(Options):
 
 
 class RunOptions(Options):
-    """What every training has; a script adds its own groups. All but `run_dir`, `checkpoint` and `log` define the run."""
+    """What every training has; a script adds its own groups. See `_MAY_CHANGE` for what does not define the run."""
 
     run_dir: Path = Field(description="the run's folder: config, metrics, checkpoints, status, report")
     data: Path = Field(description="prepared data set, made by data_prep")
@@ -91,8 +91,8 @@ class Task:
 def train(config: RunOptions, task: Task, data: Prepared, cluster: Cluster, *, dry_run: bool = False) -> int:
     """Trains to the end, or to the next stop; returns the process's exit status (0 finished, 75 resumable).
 
-    Raises UserError when the run folder holds another run, when the number of ranks does not fit, or when gradients stay
-    not finite; status.json then says `failed`.
+    Raises UserError when the run folder holds another run, when the number of ranks does not fit, or when gradients
+    stay not finite; status.json then says `failed`.
     """
     _check_world_size(config, cluster)
     precision = choose_precision(config.precision, cluster.device)

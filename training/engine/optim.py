@@ -39,8 +39,10 @@ def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
 
 
 def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torch.optim.AdamW:
-    """AdamW over all parameters; matrices decay, vectors (biases, norms) do not. Raises UserError if the warm-up is longer
-    than the run."""
+    """AdamW over all parameters; matrices decay, vectors (biases, norms) do not.
+
+    Raises UserError if the warm-up is longer than the run.
+    """
     if options.warmup_steps >= steps:
         raise UserError(
             f"optim.warmup_steps is {options.warmup_steps}, but the whole run has {steps} steps: "

@@ -55,7 +55,10 @@ class DataParallel:
         loss: Callable[[nn.Module, Any], Tensor],
         seed: Callable[[Any], None],
     ) -> Tensor:
-        """Runs this rank's micro-batches. `loss` gives the weighted sum over a micro-batch; `weight` is the whole step's.
+        """Runs this rank's micro-batches.
+
+        loss(replica, batch): the weighted sum over a micro-batch. weight: the whole step's denominator, over all ranks.
+        seed(batch): called before each forward pass, so that dropout belongs to the micro-batch.
 
         Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
         """

@@ -1,7 +1,7 @@
 """Which number format the forward and backward pass use, and why.
 
-bf16 from compute capability 8.0 on. Asked by capability, not by `torch.cuda.is_bf16_supported()`: that says yes on older
-cards too, where bf16 is emulated and slow. Weights, gradients and optimizer state stay fp32 throughout.
+bf16 from compute capability 8.0 on. Asked by capability, not by `torch.cuda.is_bf16_supported()`: that says yes on
+older cards too, where bf16 is emulated and slow. Weights, gradients and optimizer state stay fp32 throughout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """metrics.jsonl: the record of a run, one JSON object a line.
 
-Lines are appended and flushed as they come. When a run resumes from an earlier step, the record is cut back to it, so no
-step ever stands twice.
+Lines are appended and flushed as they come. When a run resumes from an earlier step, the record is cut back to it, so
+no step ever stands twice.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class GPTOptions(Options):
 class Cache:
     """Keys and values of the positions seen so far, for decoding token by token.
 
-    keys, values: one tensor [B, heads, capacity, width / heads] per layer. lengths [B]: real positions per row. Rows may
-    differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left there,
+    keys, values: one tensor [B, heads, capacity, width / heads] per layer. lengths [B]: real positions per row. Rows
+    may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left there,
     so slot and position are the same number and the slots in front are all real.
     """
 
@@ -182,7 +182,7 @@ class GPT(nn.Module):
         return self._logits(last), Cache(keys, values, lengths.clone())
 
     def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Appends one token per row, tokens [B], to the cache in place; returns the logits behind it [B, vocabulary]."""
+        """Appends one token per row, tokens [B], to the cache in place; returns the logits behind it [B, vocab]."""
         slots = cache.lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         x, rotation = self._embed(tokens[:, None], slots[:, None])
@@ -201,7 +201,7 @@ class GPT(nn.Module):
         return self._logits(x[:, 0])
 
     def attention_maps(self, tokens: Tensor) -> list[Tensor]:
-        """Attention weights of one sequence, tokens [T]: per layer [heads, T, T]; row t sums to 1 over positions <= t."""
+        """Attention weights of one sequence, tokens [T]: [heads, T, T] per layer; row t sums to 1 over <= t."""
         x, rotation = self._embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
         future = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device).triu(1)
         maps = []

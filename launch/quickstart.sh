@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained, evaluated translator in one command: sample corpus, small GPT, two DDP processes.
+#   bash launch/quickstart.sh
+# Safe to stop (Ctrl-C) and to run again: it continues where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh
+
+# One process per GPU where there are any; on a CPU two processes that share its cores.
+processes=$(python - <<'PY'
+import torch
+print(min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2)
+PY
+)
+threads=$(( $(getconf _NPROCESSORS_ONLN) / processes ))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
+
+echo "== 1/3 preparing the sample corpus (made up by grammar templates, not real data)"
+python -m data_prep.tatoeba --source sample --tokenizer word --output prepared/sample
+echo "== 2/3 training a small GPT with $processes process(es)"
+torchrun --standalone --nproc-per-node="$processes" -m training.gpt configs/gpt/sample.yaml
+grep -q '"status": "finished"' runs/gpt-sample/status.json || exit 75
+echo "== 3/3 evaluating"
+python -m training.evaluation.evaluate runs/gpt-sample
+echo
+echo "Translate with it:  .venv/bin/python -m training.evaluation.translate runs/gpt-sample '你好。'"
