@@ -29,7 +29,6 @@ from launch.console import UserError
 
 FORMAT = "relay-sentence-pairs-1"
 META = "meta.json"
-COLUMNS = ("source", "target", "attribution", "row", "source_ids", "target_ids")
 MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {folder}"
 
 
@@ -57,6 +56,12 @@ class Ragged:
             raise IndexError(f"row {row} of {len(self)}")
         row %= len(self)
         return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """A copy of the rows at `rows`, in that order."""
+        offsets = np.cumsum([0, *self.lengths[rows]], dtype=np.int64)
+        moved_by = np.repeat(self.offsets[rows] - offsets[:-1], self.lengths[rows])
+        return Ragged(self.values[np.arange(offsets[-1]) + moved_by], offsets)
 
     def padded(self, indices: Sequence[int] | np.ndarray, fill: int) -> np.ndarray:
         """The rows at `indices` side by side, int64 [len(indices), longest of them], `fill` behind each row's end."""
@@ -165,20 +170,22 @@ def open_prepared(folder: str | Path) -> Prepared:
     )
 
 
-def write_part(folder: Path, columns: dict[str, pa.Array]) -> str:
-    """Writes one part to `folder` with `datasets.save_to_disk`; `columns` are those of the module's `COLUMNS`.
+def write_part(folder: Path, rows: np.ndarray, texts: dict[str, list[str]], source: Ragged, target: Ragged) -> str:
+    """Writes one part to `folder` with `datasets.save_to_disk`: the raw file's row numbers, the text columns, the ids.
 
     Returns the SHA-256 of its rows and ids, which does not depend on the file format or on any library's version.
     """
     import datasets  # slow to import, and only whoever prepares data needs it
 
     datasets.disable_progress_bars()
-    digest = hashlib.sha256()
-    digest.update(columns["row"].to_numpy().tobytes())
-    for side in ("source_ids", "target_ids"):
-        digest.update(columns[side].offsets.to_numpy().tobytes())
-        digest.update(columns[side].values.to_numpy().tobytes())
-    table = datasets.table.InMemoryTable(pa.table({name: columns[name] for name in COLUMNS}))
+    columns = {name: pa.array(column, pa.large_string()) for name, column in texts.items()}
+    columns["row"] = pa.array(rows)
+    digest = hashlib.sha256(rows.tobytes())
+    for name, ids in (("source_ids", source), ("target_ids", target)):
+        # Large lists, since their offsets are int64: one chunk holds any number of ids.
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(ids.offsets), pa.array(ids.values))
+        digest.update(ids.offsets.tobytes() + ids.values.tobytes())
+    table = datasets.table.InMemoryTable(pa.table(columns))
     # A fingerprint of our own, since the library's would make two equal preparations differ in their files.
     datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(folder, num_shards=1)
     # `save_to_disk` cuts the table into pieces of 1,000 rows; in one piece a column is a plain array on the file.

@@ -204,7 +204,7 @@ def read_pairs(source: Source, max_malformed_share: float) -> Pairs:
 
 
 def _decoded(source: Source) -> str:
-    if not source.content.strip():
+    if not source.content:
         raise UserError(f"{source.place} is empty; expected lines of `English TAB Chinese`")
     try:
         return source.content.decode("utf-8-sig")

@@ -15,21 +15,19 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_prep.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
-from data_prep.prepared import FORMAT, META, Prepared, list_files, open_prepared, write_part
+from data_prep.prepared import FORMAT, META, Prepared, Ragged, list_files, open_prepared, write_part
 from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, Pairs, Source, licence_of, open_source, read_pairs
 from data_prep.splits import PARTS, Split, grouped_split, leakage, random_split, side_of
 from data_prep.text import simplify
-from data_prep.tokenizers import UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
+from data_prep.tokenizers import KINDS, UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from launch.config import Options, differing_keys, parse
 from launch.console import Progress, UserError, format_duration, run_main, say, warn
 
@@ -56,7 +54,11 @@ class TatoebaOptions(Options):
     vocabulary_size: int = Field(
         8000, ge=64, description="pieces of each sentencepiece vocabulary, at most (the sample wants about 600)"
     )
-    min_frequency: int = Field(1, ge=1, description="a word that the training part has less often becomes <unk>")
+    min_frequency: int = Field(
+        1,
+        ge=1,
+        description="rarer words of the training part become <unk>; with 1 a model never meets <unk> in training",
+    )
     simplify: bool = Field(False, description="convert the Chinese to simplified characters")
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="validation's share of what is not test (10 %)")
     max_malformed_share: float = Field(
@@ -65,46 +67,18 @@ class TatoebaOptions(Options):
     seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
     overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
 
+    @model_validator(mode="after")
+    def _of_this_tokenizer(self) -> TatoebaOptions:
+        other = "vocabulary_size" if self.tokenizer == "word" else "min_frequency"
+        if other in self.model_fields_set:
+            raise ValueError(f"{other} has no effect with tokenizer {self.tokenizer}: leave it out")
+        return self
+
     def defining(self) -> dict[str, object]:
         """The options that the prepared content depends on."""
         keys = ["split", "tokenizer", "vocabularies", "simplify", "validation_share", "seed"]
         keys.append("min_frequency" if self.tokenizer == "word" else "vocabulary_size")
         return {key: getattr(self, key) for key in sorted(keys)}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """All rows of one side as ids: row i is `values[offsets[i]:offsets[i + 1]]`; values int32, offsets int64."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def take(self, rows: np.ndarray) -> Encoded:
-        """The rows at `rows`, in that order."""
-        pieces = [self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows]
-        lengths = np.diff(self.offsets)[rows]
-        return Encoded(np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-
-    @property
-    def arrow(self) -> pa.LargeListArray:
-        return pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(self.values))
-
-    def statistics(self) -> dict[str, float]:
-        """Ids per row: total, mean, percentiles and maximum."""
-        lengths = np.diff(self.offsets)
-        p50, p95, p99 = np.percentile(lengths, (50, 95, 99))
-        return {
-            "total": int(lengths.sum()),
-            "mean": round(float(lengths.mean()), 3),
-            "p50": float(p50),
-            "p95": float(p95),
-            "p99": float(p99),
-            "max": int(lengths.max()),
-        }
-
-    def unknown_share(self) -> float:
-        """Share of ids that are <unk>."""
-        return round(float(np.mean(self.values == UNK)), 6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         about="Prepares English-Chinese sentence pairs for training: cleans, splits, tokenises.",
     )
     began = time.monotonic()
-    output = options.output
+    # Of a link to a folder, the folder is replaced, not the link.
+    output = options.output.resolve() if options.output.is_symlink() else options.output
+    if output.name in ("", "..") or output.is_file():
+        raise UserError(
+            f"--output {output} is not the name of a folder to make; choose one, for example prepared/tatoeba"
+        )
     if not dry_run and recover(output):
         say(f"an earlier replacement of {output} was interrupted; the previous data set is back")
     existing = _existing(output, options.overwrite)
@@ -159,8 +138,6 @@ def _existing(output: Path, overwrite: bool) -> Prepared | None:
     """
     if not output.exists():
         return None
-    if not output.is_dir():
-        raise UserError(f"--output {output} is a file; choose the name of a folder to make")
     names = {path.name for path in output.iterdir()}
     if not names <= OUR_NAMES:
         raise UserError(
@@ -221,17 +198,14 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: Pairs) -
     for part in PARTS:
         rows = split.rows(part)
         ids = {side: encoded[side].take(rows) for side in encoded}
-        columns = {
-            "source": pa.array([chinese.texts[row] for row in rows], pa.large_string()),
-            "target": pa.array([english.texts[row] for row in rows], pa.large_string()),
-            "attribution": pa.array([pairs.attribution[row] for row in rows], pa.large_string()),
-            "row": pa.array(rows),
-            "source_ids": ids["source"].arrow,
-            "target_ids": ids["target"].arrow,
+        texts = {
+            "source": [chinese.texts[row] for row in rows],
+            "target": [english.texts[row] for row in rows],
+            "attribution": [pairs.attribution[row] for row in rows],
         }
-        digests[part] = write_part(folder / part, columns)
-        lengths[part] = {side: ids[side].statistics() for side in ids}
-        unknown[part] = {side: ids[side].unknown_share() for side in ids}
+        digests[part] = write_part(folder / part, rows, texts, ids["source"], ids["target"])
+        lengths[part] = {side: _statistics(ids[side]) for side in ids}
+        unknown[part] = {side: round(float(np.mean(ids[side].values == UNK)), 6) for side in ids}
 
     identity = {
         "options": options.defining(),
@@ -287,40 +261,43 @@ def train_tokenizers(
     options: TatoebaOptions, chinese: Sequence[str], english: Sequence[str], split: Split
 ) -> dict[str, Tokenizer]:
     """The source (Chinese) and target (English) tokenizer, made from the training part only."""
-    sides: dict[str, list[tuple[str, Language]]] = {
+    texts: dict[str, list[tuple[str, Language]]] = {
         "source": [(chinese[row], "zh") for row in split.train],
         "target": [(english[row], "en") for row in split.train],
     }
-    joint = sides["source"] + sides["target"]
-    tokenizers: dict[str, Tokenizer] = {}
-    trained: bytes | None = None
-    for side, language in (("source", "zh"), ("target", "en")):
-        if trained is None or options.vocabularies == "separate":
-            texts = joint if options.vocabularies == "joint" else sides[side]
-            if options.tokenizer == "word":
-                trained = WordTokenizer.train(texts, options.min_frequency)
-            else:
-                trained = SentencePieceTokenizer.train(texts, options.vocabulary_size)
-        kind = WordTokenizer if options.tokenizer == "word" else SentencePieceTokenizer
-        tokenizers[side] = kind(trained, language)
-    if options.tokenizer == "sentencepiece":
-        for side in ("source", "target"):
-            if tokenizers[side].vocabulary_size < options.vocabulary_size:
-                warn(
-                    f"the training text has only {tokenizers[side].vocabulary_size:,} pieces for the {side} vocabulary, not "
-                    f" --vocabulary_size {options.vocabulary_size:,}; it is that much smaller"
-                )
-    return tokenizers
+    if options.vocabularies == "joint":
+        both = _train(options, texts["source"] + texts["target"])
+        contents = {"source": both, "target": both}
+    else:
+        contents = {side: _train(options, texts[side]) for side in texts}
+    kind = KINDS[options.tokenizer]
+    return {"source": kind(contents["source"], "zh"), "target": kind(contents["target"], "en")}
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
+def _train(options: TatoebaOptions, texts: Sequence[tuple[str, Language]]) -> bytes:
+    if options.tokenizer == "word":
+        return WordTokenizer.train(texts, options.min_frequency)
+    content = SentencePieceTokenizer.train(texts, options.vocabulary_size)
+    size = SentencePieceTokenizer(content, "zh").vocabulary_size
+    if size < options.vocabulary_size:
+        warn(f"the training text has only {size:,} pieces, so a vocabulary is below --vocabulary_size")
+    return content
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Ragged:
     rows = []
     with Progress(f"tokenising {tokenizer.language}", len(texts), "rows") as progress:
         for text in texts:
             rows.append(np.array(tokenizer.encode(text), dtype=np.int32))
             progress.advance()
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return Encoded(np.concatenate(rows), offsets)
+    return Ragged(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+
+def _statistics(ids: Ragged) -> dict[str, float]:
+    """Ids per row: total, mean, percentiles and maximum."""
+    p50, p95, p99 = (float(value) for value in np.percentile(ids.lengths, (50, 95, 99)))
+    mean = round(float(ids.lengths.mean()), 3)
+    return {"total": len(ids.values), "mean": mean, "p50": p50, "p95": p95, "p99": p99, "max": int(ids.lengths.max())}
 
 
 def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:

@@ -10,7 +10,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from launch.console import UserError
 class Options(BaseModel):
     """Base of all option groups: unknown keys are mistakes, values do not change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 OptionsType = TypeVar("OptionsType", bound=Options)
@@ -85,12 +85,14 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]],
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is a mistake, and 3e-4 is a number, as people expect."""
+    """YAML in which a key that stands twice is a mistake, not a silent choice of the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the parent class says so, with the line
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -112,10 +114,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a UTF-8 text file; a config is YAML text") from None
     try:
         values = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise UserError(f"{path}{where} is not valid YAML: {problem}") from None
     if values is None:
         return {}
@@ -157,6 +159,11 @@ def all_keys(cls: type[Options], prefix: str = "") -> dict[str, FieldInfo]:
 def _explain(cls: type[Options], detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
+        if isinstance(detail["input"], dict) and detail["input"]:  # an unknown group: name the keys in it
+            inner = [
+                {**detail, "loc": (*detail["loc"], name), "input": value} for name, value in detail["input"].items()
+            ]
+            return "; ".join(_explain(cls, each) for each in inner)
         keys = list(all_keys(cls))
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         if not near:  # the right last name under the wrong group, or without its group

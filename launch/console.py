@@ -5,10 +5,12 @@ Rank 0 speaks for all ranks; an error that the user can mend is one line that sa
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -42,11 +44,25 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         if _speaks():
             _clear_line()
             print(f"error: {error}", file=sys.stderr, flush=True)
+            _tell_torchrun(str(error))
         status = 1
+    except KeyboardInterrupt:
+        if _speaks():
+            _clear_line()
+            print("interrupted", file=sys.stderr, flush=True)
+        status = 130
     except BrokenPipeError:  # `... | head` closed our standard output: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leaves the message where torchrun looks for it, so that it ends its long report with the same line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        about = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(about), encoding="utf-8")
 
 
 # A progress line stays on the terminal's last line; whoever prints must clear it first.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep import tatoeba
@@ -36,7 +37,9 @@ def copy(sample, tmp_path) -> Path:
 def test_ids_are_views_on_the_file_and_decode_to_the_texts(sample):
     pairs = sample_pairs()
     for name in PARTS:
+        allocated = pa.total_allocated_bytes()
         part = sample.part(name)
+        assert pa.total_allocated_bytes() == allocated, "copied instead of memory-mapped"
         for ids in (part.source, part.target):
             assert ids.values.dtype == np.int32 and ids.offsets.dtype == np.int64
             assert not ids.values.flags.owndata and not ids.values.flags.writeable and not ids.offsets.flags.owndata
@@ -55,6 +58,8 @@ def test_padded_rows_stand_side_by_side_with_fill_behind():
     assert ragged.padded([2, 0, 1, 0], fill=-1).tolist() == [[9, -1], [7, 8], [-1, -1], [7, 8]]
     assert ragged.padded(np.array([1]), fill=0).shape == (1, 0)
     assert ragged.padded([], fill=0).shape == (0, 0)
+    taken = ragged.take(np.array([3, 1, 0]))
+    assert taken.values.tolist() == [5, 7, 8] and taken.offsets.tolist() == [0, 1, 1, 3]
     assert ragged[-1].tolist() == [5] and [row.tolist() for row in ragged] == [[7, 8], [], [9], [5]]
     with pytest.raises(IndexError):
         ragged[4]
@@ -147,6 +152,7 @@ def test_failed_write_keeps_the_previous_file_and_no_temporary(tmp_path):
         file.write(b"second, not finished")
         raise RuntimeError
     assert (tmp_path / "status.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
     write_atomically(tmp_path / "status.json", b"third")
     assert (tmp_path / "status.json").read_bytes() == b"third"
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]

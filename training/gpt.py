@@ -20,13 +20,13 @@ from data_prep.prepared import Part, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.config import Options, parse
 from launch.console import UserError, run_main, say
-from training.engine.batch_plan import BatchPlan
+from training.engine.batch_plan import BatchPlan, cut_by_length
 from training.engine.cluster import Cluster
 from training.engine.loop import RunOptions, Task, Validation, train
 from training.models.gpt import GPT, GPTOptions
 
-# Positions of a validation batch: no gradients are kept, so it may be larger than a micro-batch.
-VALIDATION_TOKENS = 8192
+# Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
+VALIDATION_TOKENS = 2048
 
 
 class LossOptions(Options):
@@ -85,12 +85,13 @@ class Sequences:
         np.put_along_axis(full, separator, SEP, axis=1)
         inside_target = np.arange(padded_target.shape[1]) < end - separator - 1
         full[(position > separator) & (position < end)] = padded_target[inside_target]
-        np.put_along_axis(full, end, EOS, axis=1)
+        inputs = full[:, :-1].copy()
+        np.put_along_axis(full, end, EOS, axis=1)  # behind the copy: a label only
         predicts_target = (position >= separator) & (position < end)
         scored = (position < end) if with_source else predicts_target
-        inputs, labels, scored, predicts_target = full[:, :-1], full[:, 1:], scored[:, :-1], predicts_target[:, :-1]
+        labels, scored, predicts_target = full[:, 1:], scored[:, :-1], predicts_target[:, :-1]
         return (
-            torch.from_numpy(np.ascontiguousarray(inputs)),
+            torch.from_numpy(inputs),
             torch.from_numpy(np.flatnonzero(scored)),
             torch.from_numpy(labels[scored]),
             torch.from_numpy(predicts_target[scored]),
@@ -115,8 +116,7 @@ def validation_scores(model: nn.Module, sequences: Sequences, cluster: Cluster) 
     """Loss and accuracy over all target tokens, without smoothing or dropout; every rank scores its share."""
     model.eval()
     order = np.argsort(sequences.lengths, kind="stable")
-    per_batch = max(1, VALIDATION_TOKENS // int(sequences.lengths.max()))
-    batches = np.split(order, range(per_batch, len(order), per_batch))
+    batches = np.split(order, cut_by_length(sequences.lengths[order], VALIDATION_TOKENS)[1:-1])
     totals = torch.zeros(2, dtype=torch.float64)
     for samples in batches[cluster.rank :: cluster.world_size]:
         batch = sequences.batch(samples, with_source=False)

@@ -71,7 +71,9 @@ class BatchPlan:
         self.weights = weights
         self.seed = seed
         self.micro_batches_per_step = options.micro_batches_per_step
-        self.cuts = _cuts(np.sort(self.lengths), options.tokens_per_micro_batch, options.sentences_per_micro_batch)
+        self.cuts = cut_by_length(
+            np.sort(self.lengths), options.tokens_per_micro_batch, options.sentences_per_micro_batch
+        )
         self.micro_batches_per_epoch = len(self.cuts) - 1
         self.steps = max(1, math.ceil(epochs * self.micro_batches_per_epoch / self.micro_batches_per_step))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -123,7 +125,7 @@ class BatchPlan:
         return samples[places], random.permutation(self.micro_batches_per_epoch)
 
 
-def _cuts(ordered: np.ndarray, most_tokens: int | None, most_sentences: int | None) -> np.ndarray:
+def cut_by_length(ordered: np.ndarray, most_tokens: int | None, most_sentences: int | None = None) -> np.ndarray:
     """Where to cut ascending lengths [n] into the longest micro-batches within both bounds: [0, ..., n].
 
     A micro-batch computes (sentences x its longest) positions. Samples are sorted, so that product grows with the end

@@ -2,8 +2,8 @@
 
 It is written to a temporary folder, brought to the disk, and renamed; the manifest, written last, holds the size and
 SHA-256 of every other file. On loading the manifest is checked first: a checkpoint that fails is set aside with a
-message and the newest valid one before it is taken. Which checkpoint is newest or best follows from what is in the folder; no
-pointer file can lie about it. Loading runs no code: tensors are safetensors, everything else is JSON.
+message and the newest valid one before it is taken. Which checkpoint is newest or best follows from what is in the
+folder; no pointer file can lie about it. Loading runs no code: tensors are safetensors, everything else is JSON.
 
     runs/NAME/checkpoints/step-0000012000/
       model.safetensors  optimizer.safetensors  state.json  manifest.json
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data_prep.files import publish_folder, sha256_of, temporary_folder, write_atomically, writing_to
 from launch.config import Options
-from launch.console import UserError, say, warn
+from launch.console import UserError, warn
 
 MANIFEST = "manifest.json"
 
@@ -174,9 +174,3 @@ def _retire(run_dir: str | Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(doomed)
     for leftover in Path(run_dir, "checkpoints").glob("removing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def announce(checkpoint: Checkpoint | None) -> None:
-    """Says where the run continues."""
-    if checkpoint is not None:
-        say(f"resuming from {checkpoint.folder}, verified")

@@ -7,7 +7,8 @@ any rank want to stop?" never waits for queued work of the GPU.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from launch.console import UserError
 from launch.environment import Ranks, keep_freed_memory, read_ranks
+
+T = TypeVar("T")
 
 # Long enough for the slowest save or download between two collectives, short enough to end a hanging run.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -68,6 +71,23 @@ class Cluster:
         if kind is None:
             dist.barrier(self._control)
         dist.destroy_process_group()
+
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Runs `work` on the first rank while the others wait; they get None.
+
+        A UserError there ends every rank with it, so that it is reported once and nobody waits for the one that left.
+        """
+        result: T | None = None
+        error: UserError | None = None
+        if self.is_first:
+            try:
+                result = work()
+            except UserError as raised:
+                error = raised
+        (failed,) = self.maximum([error is not None])
+        if failed:
+            raise error or UserError("the first rank stopped with an error")
+        return result
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks of a tensor on this rank's device."""

@@ -6,15 +6,14 @@ a micro-batch and a validation, and every rank calls `train` with the same ones.
 
 from __future__ import annotations
 
-import resource
+import contextlib
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,8 +31,8 @@ from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import PrecisionName, choose_precision
-from training.engine.session import EXIT_RESUMABLE, StopFlag, read_status, write_status
-from training.engine.tracking import Record
+from training.engine.session import EXIT_RESUMABLE, StopFlag, write_status
+from training.engine.tracking import Record, Window, memory_mb
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
 SKIPPED_STEPS_LIMIT = 5
@@ -106,16 +105,17 @@ def train(config: RunOptions, task: Task, data: Prepared, cluster: Cluster, *, d
 
     run = _Run(config, task, data, cluster, engine)
     latest = run.open()
-    status = read_status(config.run_dir)
     if latest is not None and latest.step >= task.plan.steps:
-        reason = status["reason"] if status else "all steps done"
-        say(f"{config.run_dir} is finished ({reason}); to train anew choose another --run_dir or remove the folder")
+        run.write_status("finished", "all steps done")
+        say(f"{config.run_dir} is finished: {latest.step:,} steps; to train anew choose another --run_dir")
         return 0
     try:
         return run.session(latest)
-    except UserError as error:
-        if cluster.is_first:
-            write_status(config.run_dir, "failed", str(error), step=run.step, steps=task.plan.steps)
+    except KeyboardInterrupt:
+        run.write_status("resumable", "interrupted twice")
+        raise
+    except Exception as error:
+        run.write_status("failed", str(error) or type(error).__name__)
         raise
 
 
@@ -157,8 +157,8 @@ def _dry_run(config: RunOptions, task: Task, engine: DataParallel, cluster: Clus
         value = float(loss)
         times.append(time.monotonic() - began)
     whole = format_duration(times[-1] * task.plan.steps)
-    say(f"dry run: loss {value:.4f}, a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}, ")
-    say(f"memory {memory_mb(cluster.device):,.0f} MB a process; nothing was written")
+    say(f"dry run: loss {value:.4f}; a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}")
+    say(f"{memory_mb(cluster.device):,.0f} MB of memory a process; nothing was written")
     return 0
 
 
@@ -176,16 +176,8 @@ def _forward_backward(config: RunOptions, task: Task, engine: DataParallel, clus
     )
 
 
-def memory_mb(device: torch.device) -> float:
-    """Most memory this process has used so far, in MB: of the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
 class _Run:
-    """The run folder and the state of the loop: step, best score, the window of steps since the last report."""
+    """The run folder and the state of the loop: the step, and the best score so far."""
 
     def __init__(self, config: RunOptions, task: Task, data: Prepared, cluster: Cluster, engine: DataParallel):
         self.config, self.task, self.data, self.cluster, self.engine = config, task, data, cluster, engine
@@ -194,35 +186,40 @@ class _Run:
 
     def open(self) -> Checkpoint | None:
         """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint."""
-        run_dir = self.config.run_dir
-        latest = None
-        if self.cluster.is_first:
-            with writing_to(run_dir, option="--run_dir"):
-                Path(run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
-            latest = checkpoints.newest_valid(run_dir)
         # Only one rank verifies; the others learn which checkpoint passed.
+        latest = self.cluster.on_first(self._prepare_folder)
         (step,) = self.cluster.maximum([latest.step if latest is not None else -1])
         if step < 0:
-            if self.cluster.is_first:
-                with writing_to(run_dir, option="--run_dir"):
-                    self._describe_in_folder()
             return None
-        latest = Checkpoint(Path(run_dir, "checkpoints", f"step-{int(step):010d}"))
+        latest = Checkpoint(Path(self.config.run_dir, "checkpoints", f"step-{int(step):010d}"))
         self._check_same_run(latest)
         latest.load_into(self.engine.model, self.engine.optimizer)
         state = latest.state()
         self.engine.load_state(state)
         self.best = {key: state[key] for key in self.best}
         self.step = latest.step
-        checkpoints.announce(latest)
+        say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
         return latest
 
-    def _describe_in_folder(self) -> None:
-        """Config, data description and tokenizer: the run can be understood and used without its data."""
+    def _prepare_folder(self) -> Checkpoint | None:
+        """Finds the newest valid checkpoint. A new run's folder gets config, data description and tokenizer instead, so
+        that the run can be understood and used without its data."""
         run_dir = self.config.run_dir
-        write_atomically(run_dir / "config.yaml", f"# task: {self.task.name}\n{to_yaml(self.config)}")
-        write_atomically(run_dir / "data.json", (self.data.folder / "meta.json").read_bytes())
-        shutil.copytree(self.data.folder / "tokenizer", run_dir / "tokenizer", dirs_exist_ok=True)
+        with writing_to(run_dir, option="--run_dir"):
+            Path(run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
+            latest = checkpoints.newest_valid(run_dir)
+            if latest is None:
+                write_atomically(run_dir / "config.yaml", to_yaml(self.config))
+                write_atomically(run_dir / "data.json", (self.data.folder / "meta.json").read_bytes())
+                shutil.copytree(self.data.folder / "tokenizer", run_dir / "tokenizer", dirs_exist_ok=True)
+        return latest
+
+    def write_status(self, status: Literal["running", "finished", "resumable", "failed"], reason: str) -> None:
+        """status.json, by one rank; on a full disk the status is lost, not the error that led to it."""
+        if self.cluster.is_first:
+            with contextlib.suppress(OSError):
+                steps = self.task.plan.steps
+                write_status(self.config.run_dir, status, reason, step=self.step, steps=steps, **self.best)
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -254,10 +251,9 @@ class _Run:
         stop = StopFlag(config.run_dir, cluster)
         record = Record(config.run_dir, resumed_step=self.step) if cluster.is_first else None
         saved_step = latest.step if latest is not None else None
-        report = _Report(self, record)
-        reason = None
-        if cluster.is_first:
-            write_status(config.run_dir, "running", "training", step=self.step, steps=plan.steps)
+        window = Window(plan)
+        reason, speed = None, ""
+        self.write_status("running", "training")
         with Progress("training", plan.steps, "steps", start=self.step) as progress:
             while self.step < plan.steps:
                 reason = stop.agreed(self.step)
@@ -266,16 +262,18 @@ class _Run:
                 loss = _forward_backward(config, self.task, self.engine, cluster, self.step)
                 lr = learning_rate(self.step, plan.steps, config.optim)
                 norm = self.engine.step(lr)
-                report.add(self.step, loss)
+                window.add(self.step, loss)
                 self.step += 1
                 done = self.step == plan.steps
                 if done or self.step % config.log.every_steps == 0:
-                    report.write(lr, norm)
-                progress.advance(note=report.note)
+                    speed = self._report(window, record, lr, norm)
+                progress.advance(note=speed)
                 if done or self.step % config.log.validate_every_steps == 0:
-                    report.pause(self._validate, record)
+                    with window.paused():
+                        self._validate(record)
                 if done or self.step % config.checkpoint.every_steps == 0:
-                    report.pause(self._save)
+                    with window.paused():
+                        self._save()
                     saved_step = self.step
         if reason is not None and saved_step != self.step:
             self._save()
@@ -283,6 +281,32 @@ class _Run:
         if record is not None:
             record.close()
         return self._end(reason)
+
+    def _report(self, window: Window, record: Record | None, lr: float, norm: Tensor) -> str:
+        """Closes the window: writes its line, and returns what the progress line says about it.
+
+        Raises UserError on every rank alike when too many gradients in a row were not finite.
+        """
+        figures = window.close(self.cluster)
+        skipped = int(self.engine.skipped_in_a_row)
+        if record is not None:
+            record.write(
+                "train",
+                self.step,
+                epoch=round(self.task.plan.epoch(self.step), 4),
+                **asdict(figures),
+                lr=lr,
+                grad_norm=float(norm),
+                skipped_in_a_row=skipped,
+                flops_per_s=round(figures.tokens_per_s * self.task.flops_per_token),
+                memory_mb=round(memory_mb(self.cluster.device), 1),
+            )
+        if skipped >= SKIPPED_STEPS_LIMIT:
+            raise UserError(
+                f"the gradients of {skipped} steps in a row were not finite (step {self.step}): lower optim.lr, "
+                "or try --precision fp32; the checkpoints before stand"
+            )
+        return f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
 
     def _validate(self, record: Record | None) -> None:
         result = self.task.validate(self.engine.model)
@@ -300,8 +324,8 @@ class _Run:
         )
 
     def _save(self) -> None:
-        if self.cluster.is_first:
-            checkpoints.save(
+        self.cluster.on_first(
+            lambda: checkpoints.save(
                 self.config.run_dir,
                 self.step,
                 model=self.engine.model,
@@ -310,75 +334,14 @@ class _Run:
                 about=self._about(),
                 keep=self.config.checkpoint.keep,
             )
+        )
 
     def _end(self, reason: str | None) -> int:
-        run_dir, steps = self.config.run_dir, self.task.plan.steps
-        status = "finished" if reason is None else "resumable"
-        if self.cluster.is_first:
-            write_status(run_dir, status, reason or "all steps done", step=self.step, steps=steps, **self.best)
+        steps = self.task.plan.steps
+        self.write_status("finished" if reason is None else "resumable", reason or "all steps done")
         if reason is None:
-            say(f"finished: {steps:,} steps; best validation accuracy at step {self.best['best_step']:,}; {run_dir}")
+            say(f"finished: {steps:,} steps, the best at step {self.best['best_step']:,}; see {self.config.run_dir}")
             return 0
         say(f"stopped by {reason} at step {self.step:,} of {steps:,}; the same command continues from there")
         # A launcher takes any other status for a failure and cannot pass it on; status.json is what counts there.
         return 0 if self.cluster.ranks.launched else EXIT_RESUMABLE
-
-
-class _Report:
-    """The window of steps since the last line of metrics.jsonl: loss, speed, memory."""
-
-    def __init__(self, run: _Run, record: Record | None):
-        self._run, self._record = run, record
-        self._losses: list[Tensor] = []
-        self._tokens = self._positions = 0
-        self._began = time.monotonic()
-        self.note = ""
-
-    def add(self, step: int, loss: Tensor) -> None:
-        """Takes in one step: its loss on this rank (left on the device), and the tokens of all ranks."""
-        self._losses.append(loss)
-        for batch in self._run.task.plan.step(step):
-            lengths = self._run.task.plan.lengths[batch.samples]
-            self._tokens += int(lengths.sum())
-            self._positions += len(lengths) * int(lengths[-1])
-
-    def pause(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Runs something that is not training, and keeps it out of the speed."""
-        began = time.monotonic()
-        work(*arguments)
-        self._began += time.monotonic() - began
-
-    def write(self, lr: float, norm: Tensor) -> None:
-        """Sums the losses over ranks, checks for gradients that stay not finite, writes the line and starts afresh.
-
-        Raises UserError on every rank alike when too many steps in a row had to be skipped.
-        """
-        run = self._run
-        losses = run.cluster.sum(torch.stack(self._losses)).tolist()
-        skipped = int(run.engine.skipped_in_a_row)
-        seconds = time.monotonic() - self._began
-        speed = self._tokens / seconds
-        mean = sum(losses) / len(losses)
-        if self._record is not None:
-            self._record.write(
-                "train",
-                run.step,
-                epoch=round(run.task.plan.epoch(run.step), 4),
-                loss=mean,
-                lr=lr,
-                grad_norm=float(norm),
-                skipped_in_a_row=skipped,
-                tokens_per_s=round(speed, 1),
-                flops_per_s=round(speed * run.task.flops_per_token),
-                padding_share=round(1 - self._tokens / self._positions, 5),
-                memory_mb=round(memory_mb(run.cluster.device), 1),
-            )
-        if skipped >= SKIPPED_STEPS_LIMIT:
-            raise UserError(
-                f"the gradients of {skipped} steps in a row were not finite (step {run.step}): lower optim.lr, "
-                "or try --precision fp32; the checkpoints before stand"
-            )
-        self.note = f"loss {mean:.3f} · {speed:,.0f} tokens/s"
-        self._losses.clear()
-        self._tokens = self._positions = 0
-        self._began = time.monotonic()

@@ -44,7 +44,11 @@ class DataParallel:
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             device_ids = [cluster.device.index] if cluster.device.type == "cuda" else None
             self._replica = DistributedDataParallel(
-                model, device_ids=device_ids, gradient_as_bucket_view=True, find_unused_parameters=fixed_buckets
+                model,
+                device_ids=device_ids,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=fixed_buckets,
+                broadcast_buffers=False,  # buffers are constants here (tables of positions), equal from the start
             )
         self.skipped_in_a_row = torch.zeros((), device=cluster.device)
 

@@ -85,7 +85,7 @@ def translate(
     *,
     limit_factor: float = 2.0,
     limit_extra: int = 10,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = 16384,
     label: str | None = None,
 ) -> list[Translation]:
     """Translates `sources` (ids without special tokens), the most probable token at each step.
@@ -96,14 +96,13 @@ def translate(
     """
     results = [Translation([]) for _ in sources]
     limits = {}
-    for index, source in enumerate(sources):
+    for index, (source, result) in enumerate(zip(sources, results, strict=True)):
         room = decoder.room(len(source))
         if len(source) == 0:
-            results[index].problem = "the sentence is empty"
+            result.problem = "the sentence is empty"
         elif room < 1:
-            results[index].problem = (
-                f"the sentence is too long: {len(source)} tokens, the model's context has room for {len(source) + room - 1}"
-            )
+            most = len(source) + room - 1
+            result.problem = f"the sentence is too long: {len(source):,} tokens, the model takes {most:,} at most"
         else:
             limits[index] = min(int(limit_factor * len(source)) + limit_extra, room)
     # Longest first: what does not fit into memory fails at once, and the time left is not underestimated.

@@ -46,8 +46,8 @@ class Cache:
     """Keys and values of the positions seen so far, for decoding token by token.
 
     keys, values: one tensor [B, heads, capacity, width / heads] per layer. lengths [B]: real positions per row. Rows
-    may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left there,
-    so slot and position are the same number and the slots in front are all real.
+    may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left
+    there, so slot and position are the same number and the slots in front are all real.
     """
 
     keys: list[Tensor]

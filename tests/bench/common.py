@@ -1,0 +1,231 @@
+"""What the benches share: command line, prepared data, child processes, and the report.
+
+Everything measured runs on the CPU, in processes of its own with a stated number of threads, so neither this process's
+settings nor what ran before play into a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from data_prep.prepared import Prepared, open_prepared
+from launch.config import parse
+from launch.console import UserError, say
+from training.engine.batch_plan import BatchPlan
+from training.engine.tracking import read_metrics
+from training.gpt import GPTConfig, Sequences
+
+ROOT = Path(__file__).resolve().parents[2]
+TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
+
+# The recipe that the GPT is trained with for real; benches shorten it and point it elsewhere.
+BASE = ROOT / "configs/gpt/base.yaml"
+BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line of a bench. data: a raw file of sentence pairs, or `sample`."""
+
+    quick: bool
+    data: str
+
+    @property
+    def about_data(self) -> str:
+        """Whose sentences the figures are for."""
+        if self.data == "sample":
+            return "the sample corpus (generated, with a small vocabulary: not the figures of real text)"
+        return f"{Path(self.data).name} ({Path(self.data).stat().st_size:,} bytes)"
+
+
+def read_arguments(name: str, about: str, argv: Sequence[str] | None = None) -> Arguments:
+    """--quick and --data; without --data Tatoeba where it lies beside the checkout, else the sample corpus."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute; the same figures, noisier")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        default=str(TATOEBA) if TATOEBA.is_file() else "sample",
+        help="raw Tatoeba file, or `sample` for the sample corpus (default: %(default)s)",
+    )
+    found = parser.parse_args(argv)
+    if found.data != "sample" and not Path(found.data).is_file():
+        raise UserError(f"there is no file {found.data}: name a raw Tatoeba file (.txt), or --data sample")
+    return Arguments(found.quick, found.data)
+
+
+def prepare(arguments: Arguments, folder: Path, *options: str) -> Prepared:
+    """Prepares the raw data into `folder` by the command that users run. Validation, which no bench needs, is small."""
+    words = ["--source", arguments.data, "--output", folder, "--validation_share", 0.01]
+    run_module("data_prep.tatoeba", *words, *options)
+    return open_prepared(folder)
+
+
+def environment(threads: int, **more: str) -> dict[str, str]:
+    """Environment of a process that computes with `threads` threads on the CPU."""
+    ours = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **ours, **more}
+
+
+def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1) -> None:
+    """Runs `python -m module words...` from the repository's root, under torchrun when `ranks` > 1.
+
+    Raises UserError with the end of its output when it fails.
+    """
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launcher, module, *map(str, words)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+
+
+class Worker:
+    """A process that waits without using the CPU, and does a piece of work whenever it is asked: see `serve`.
+
+    Peers can so take turns, or work at the same moment, without starting anew each time.
+    """
+
+    def __init__(self, module: str, *words: object, threads: int, **more: str):
+        command = [sys.executable, "-m", module, *map(str, words)]
+        ours, pipe = environment(threads, **more), subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=ROOT, env=ours, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(self, amount: float) -> None:
+        """Starts a piece of work of this amount."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{amount}\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> float:
+        """Waits for what the work asked for came to."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(f"a peer of the bench ended by itself, exit status {self._process.wait()}")
+        return float(line)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def serve(work: Callable[[float], float]) -> None:
+    """The other end of `Worker`: one amount a line on standard input, one result a line on standard output."""
+    for line in sys.stdin:
+        print(work(float(line)), flush=True)
+
+
+@contextmanager
+def workers(**started: Worker) -> Iterator[dict[str, Worker]]:
+    """The workers by name, stopped at the end whatever happens."""
+    try:
+        yield started
+    finally:
+        for worker in started.values():
+            worker.stop()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Steady speed of a training, of all ranks together. Tokens are real ones, padding not counted."""
+
+    steps_per_s: float
+    tokens_per_s: float
+    flops_per_s: float
+
+
+def gpt_config(words: Sequence[object], data: Prepared) -> GPTConfig:
+    """What `training.gpt words... --data ...` runs with."""
+    words = [*map(str, words), "--data", str(data.folder), "--run_dir", "unused"]
+    return parse(GPTConfig, words, prog="python -m training.gpt", about="")[0]
+
+
+def gpt_plan(config: GPTConfig, data: Prepared) -> BatchPlan:
+    """The batch plan of such a run, as `training.gpt` makes it."""
+    pairs = Sequences(data.part("train"), config.model.context)
+    weights = pairs.weights(config.loss.source_weight)
+    return BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=config.optim.epochs)
+
+
+def train_gpt(words: Sequence[object], data: Prepared, run_dir: Path, *, steps: int, ranks: int, threads: int) -> Speed:
+    """Runs `training.gpt` for `steps` steps, as users start it, and reads its speed from the run's own record.
+
+    The first quarter of the steps is warm-up and not counted; nor are validation and saving, after the last step.
+    """
+    plan = gpt_plan(gpt_config(words, data), data)
+    epochs = steps * plan.micro_batches_per_step / plan.micro_batches_per_epoch
+    never = 10**9
+    run_module(
+        "training.gpt",
+        *words,
+        *("--data", data.folder, "--run_dir", run_dir, "--optim.epochs", epochs, "--optim.warmup_steps", 0),
+        *("--log.every_steps", steps // 4, "--log.validate_every_steps", never, "--checkpoint.every_steps", never),
+        ranks=ranks,
+        threads=threads,
+    )
+    lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
+    seconds = [after["time"] - before["time"] for before, after in pairwise(lines)]
+
+    def total(rate: str) -> float:
+        return sum(line[rate] * duration for line, duration in zip(lines[1:], seconds, strict=True))
+
+    return Speed(
+        (lines[-1]["step"] - lines[0]["step"]) / sum(seconds),
+        total("tokens_per_s") / sum(seconds),
+        total("flops_per_s") / sum(seconds),
+    )
+
+
+def ratio_by_rounds(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the rounds of ours / theirs: within a round the machine has changed least."""
+    return median(our / their for our, their in zip(ours, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number. target: what is aimed at, in words, where something is."""
+
+    name: str
+    value: float
+    meaning: str
+    target: str = ""
+
+
+def report(bench: str, arguments: Arguments, figures: Sequence[Figure], **more: Any) -> None:
+    """Prints the figures as a table, then as one JSON object on the last line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    say(f"\n{bench}: data {arguments.about_data}; {cores} cores, torch {torch.__version__}")
+    rows = [(figure.name, show(figure.value), figure.target, figure.meaning) for figure in figures]
+    rows.insert(0, ("figure", "value", "target", "meaning"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, value, target, meaning in rows:
+        say(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {target:<{widths[2]}}  {meaning}")
+    about = {"bench": bench, "quick": arguments.quick, "data": Path(arguments.data).name, "cores": cores}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    say(json.dumps({**about, **versions, **{figure.name: figure.value for figure in figures}, **more}))
+
+
+def show(value: float) -> str:
+    """A number with the digits that mean something."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1e-3 else f"{value:.4g}"

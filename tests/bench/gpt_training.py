@@ -1,0 +1,240 @@
+"""The GPT as Relay trains it, against the loop of the usual notebook and against what the processor can do.
+
+Part 1, `sentences_ratio`: configs/gpt/seed.yaml (width 64, 4 layers, 4 heads, words as tokens, Adam 1e-3 constant) on
+the same sentences with the same initial weights, 32 sentences an optimizer step, loss on the English side only.
+
+- The notebook: every pair padded to 128 tokens beforehand, a shuffling DataLoader, logits at all 128 positions,
+  cross-entropy that ignores padding and source. One process with two threads, at its best: it shares this repository's
+  model with its fused attention, the fused optimizer, and memory kept between steps; of OpenMP's two ways of waiting,
+  the one that runs faster here counts (--quick: the passive one).
+- Relay: `torchrun --nproc-per-node=2 -m training.gpt` as a user runs it, two micro-batches of 16 sentences of
+  near-equal length a step, one thread a rank. Beside it, as one process of two threads.
+
+Before anything is timed, both must give the same loss for the same 32 sentences and weights, to 1e-5.
+
+Part 2, `peak_share`: configs/gpt/base.yaml under torchrun, two ranks of one thread. Its real tokens a second times 6
+times its parameters, over the speed of a plain fp32 matrix product of width 2,048 on the same two cores: two processes
+of one thread at the same moment or one process of two threads, whichever is faster. `peak_share_exact` counts the work
+that the model really does per real token instead: the output layer where tokens are scored only, and attention.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from data_prep.prepared import Part, Prepared, open_prepared
+from data_prep.tokenizers import EOS, PAD, SEP, SOS
+from launch.console import UserError, run_main, say
+from launch.environment import keep_freed_memory
+from tests.bench.common import (
+    BASE,
+    BASE_DATA,
+    ROOT,
+    Figure,
+    Worker,
+    gpt_config,
+    gpt_plan,
+    prepare,
+    ratio_by_rounds,
+    read_arguments,
+    report,
+    serve,
+    train_gpt,
+    workers,
+)
+from training.engine.optim import build_optimizer
+from training.gpt import GPTConfig, Sequences, summed_loss
+from training.models.gpt import GPT
+
+SENTENCES_PER_STEP = 32
+CONTEXT = 128
+IGNORED = -100
+MATRIX_WIDTH = 2048
+
+SEED = ROOT / "configs/gpt/seed.yaml"
+
+
+def new_model(config: GPTConfig, data: Prepared) -> GPT:
+    """The model with the initial weights that `training.gpt` gives it."""
+    torch.manual_seed(config.seed)
+    return GPT(config.model, data.source_tokenizer.vocabulary_size)
+
+
+def notebook_tensors(part: Part) -> tuple[Tensor, Tensor]:
+    """Inputs and labels [n, 128] of all pairs that fit, padded; labels that are not learned are IGNORED."""
+    inputs, labels = [], []
+    for source, target in zip(part.source, part.target, strict=True):
+        tokens = [SOS, *source.tolist(), SEP, *target.tolist(), EOS]
+        room = CONTEXT + 1 - len(tokens)
+        if room >= 0:
+            inputs.append((tokens + room * [PAD])[:-1])
+            labels.append((len(source) + 1) * [IGNORED] + tokens[len(source) + 2 :] + room * [IGNORED])
+    return torch.tensor(inputs), torch.tensor(labels)
+
+
+def notebook_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the labels that count, from logits at all positions."""
+    return F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def notebook(folder: str) -> None:
+    """The peer, a process of its own: asked for a number of steps, it answers with the seconds they took."""
+    keep_freed_memory()
+    data = open_prepared(folder)
+    config = gpt_config([SEED], data)
+    model = new_model(config, data)
+    optimizer = build_optimizer(model, config.optim, steps=1)
+    pairs = TensorDataset(*notebook_tensors(data.part("train")))
+    loader = DataLoader(pairs, batch_size=SENTENCES_PER_STEP, shuffle=True, drop_last=True)
+    epoch = iter(loader)
+
+    def train(steps: float) -> float:
+        nonlocal epoch
+        began = time.monotonic()
+        for _ in range(int(steps)):
+            batch = next(epoch, None)
+            if batch is None:
+                epoch = iter(loader)
+                batch = next(epoch)
+            optimizer.zero_grad()
+            loss = notebook_loss(model, *batch)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        return time.monotonic() - began
+
+    serve(train)
+
+
+def peak() -> None:
+    """Asked for a number of seconds, multiplies matrices for so long and answers with the GFLOP/s."""
+    a, b, out = (torch.randn(MATRIX_WIDTH, MATRIX_WIDTH) for _ in range(3))
+
+    def multiply(seconds: float) -> float:
+        began, products = time.monotonic(), 0
+        while time.monotonic() - began < seconds:
+            torch.mm(a, b, out=out)
+            products += 1
+        return products * 2 * MATRIX_WIDTH**3 / (time.monotonic() - began) / 1e9
+
+    serve(multiply)
+
+
+def loss_difference(data: Prepared) -> float:
+    """How far the two losses of the same 32 sentences lie apart, dropout off. Raises UserError above 1e-5."""
+    config = gpt_config([SEED], data)
+    model = new_model(config, data).eval()
+    pairs = Sequences(data.part("train"), CONTEXT)
+    samples = np.random.default_rng(0).choice(len(pairs.lengths), SENTENCES_PER_STEP, replace=False)
+    inputs, labels = notebook_tensors(data.part("train"))
+    device = torch.device("cpu")
+    with torch.no_grad():
+        theirs = notebook_loss(model, inputs[samples], labels[samples]).item()
+        micro_batches = np.split(samples, 2)
+        ours = sum(summed_loss(model, pairs, batch, config.loss, device).item() for batch in micro_batches)
+    ours /= pairs.weights(config.loss.source_weight)[samples].sum()
+    if not abs(ours - theirs) <= 1e-5:
+        raise UserError(f"the two sides do not train the same: loss {ours:.7f} (Relay) and {theirs:.7f} (notebook)")
+    return abs(ours - theirs)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["notebook"]:
+        return notebook(sys.argv[2])
+    if sys.argv[1:2] == ["peak"]:
+        return peak()
+    arguments = read_arguments("gpt_training", __doc__)
+    rounds = 1 if arguments.quick else 3
+    relay_steps, notebook_steps, base_steps, peak_s = (60, 6, 12, 0.5) if arguments.quick else (400, 20, 40, 1.0)
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
+        say(f"preparing {arguments.about_data}")
+        with ThreadPoolExecutor(2) as pool:
+            making_words = pool.submit(prepare, arguments, Path(folder, "words"), "--tokenizer", "word")
+            making_pieces = pool.submit(prepare, arguments, Path(folder, "pieces"), *BASE_DATA)
+            words, pieces = making_words.result(), making_pieces.result()
+        difference = loss_difference(words)
+        say(f"the same loss on both sides, difference {difference:.1e}")
+
+        waiting = ["passive"] if arguments.quick else ["passive", "active"]
+        module = "tests.bench.gpt_training"
+        speeds: defaultdict[str, list[float]] = defaultdict(list)
+        with workers(
+            **{way: Worker(module, "notebook", words.folder, threads=2, OMP_WAIT_POLICY=way) for way in waiting},
+            first=Worker(module, "peak", threads=1),
+            second=Worker(module, "peak", threads=1),
+            both=Worker(module, "peak", threads=2),
+        ) as started:
+
+            def ask(names: list[str], amount: float) -> float:
+                """Sum of what the workers of these names answer, all at work at the same time."""
+                for name in names:
+                    started[name].ask(amount)
+                return sum(started[name].answer() for name in names)
+
+            def measure_peak() -> None:
+                speeds["peak"].append(max(ask(["first", "second"], peak_s), ask(["both"], peak_s)))
+
+            for name in started:  # the first piece of work also sets things up
+                ask([name], 2 if name in waiting else 0.1)
+            for number in range(rounds):
+                for ranks in (2, 1):
+                    run_dir = Path(folder, f"seed-{number}-{ranks}")
+                    threads = 2 // ranks
+                    speed = train_gpt([SEED], words, run_dir, steps=relay_steps, ranks=ranks, threads=threads)
+                    speeds[f"relay {ranks}"].append(speed.steps_per_s * SENTENCES_PER_STEP)
+                    for way in waiting[ranks - 1 :: 2]:  # passive behind one, active behind the other
+                        sentences = notebook_steps * SENTENCES_PER_STEP
+                        speeds[f"notebook {way}"].append(sentences / ask([way], notebook_steps))
+                measure_peak()
+                base = train_gpt([BASE], pieces, Path(folder, f"base-{number}"), steps=base_steps, ranks=2, threads=1)
+                speeds["base tokens"].append(base.tokens_per_s)
+                speeds["base flops"].append(base.flops_per_s)
+                measure_peak()
+                say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
+
+        relay, one_process = median(speeds["relay 2"]), median(speeds["relay 1"])
+        best_way = max(waiting, key=lambda way: median(speeds[f"notebook {way}"]))
+        theirs = median(speeds[f"notebook {best_way}"])
+        ratio = ratio_by_rounds(speeds["relay 2"], speeds[f"notebook {best_way}"])
+        one_process_ratio = ratio_by_rounds(speeds["relay 1"], speeds[f"notebook {best_way}"])
+        peak_gflops = median(speeds["peak"])
+        tokens, gflops = median(speeds["base tokens"]), median(speeds["base flops"]) / 1e9
+        parameters = sum(parameter.numel() for parameter in new_model(gpt_config([BASE], pieces), pieces).parameters())
+        plan = gpt_plan(gpt_config([SEED], words), words)
+        report(
+            "gpt_training",
+            arguments,
+            [
+                Figure("sentences_ratio", ratio, "Relay (2 ranks) over the notebook (2 threads)", ">= 8"),
+                Figure("one_process_ratio", one_process_ratio, "Relay as one process of 2 threads, over the same"),
+                Figure("relay_sentences_per_s", relay, "torchrun, 2 ranks x 1 thread"),
+                Figure("relay_one_process_sentences_per_s", one_process, "1 process x 2 threads"),
+                Figure("notebook_sentences_per_s", theirs, f"1 process x 2 threads, waiting {best_way}"),
+                Figure("padding_share", plan.padding_share(), "of the positions Relay computes in an epoch", "< 0.03"),
+                Figure("notebook_padding_share", 1 - float(plan.lengths.mean()) / CONTEXT, "of those of the notebook"),
+                Figure("loss_difference", difference, "on the same sentences with the same weights", "<= 1e-5"),
+                Figure("peak_share", tokens * 6 * parameters / 1e9 / peak_gflops, "base: 6 x parameters", ">= 0.6"),
+                Figure("peak_share_exact", gflops / peak_gflops, "base: operations that are really done"),
+                Figure("base_tokens_per_s", tokens, "torchrun, 2 ranks x 1 thread, real tokens"),
+                Figure("base_parameters", parameters, "embedding included"),
+                Figure("peak_gflops", peak_gflops, f"fp32 matrix product of width {MATRIX_WIDTH:,} on both cores"),
+            ],
+            notebook_waiting=best_way,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

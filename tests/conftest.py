@@ -1,0 +1,190 @@
+"""What several tests need: prepared data, and commands started as people start them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from training.engine.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
+
+# Long enough for a machine that has ten times as much to do as cores. Nothing waits this long unless it hangs.
+PATIENCE_S = 1800
+
+# The tests run on the CPU everywhere, one thread per process, since several processes run at once.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """What it said to the user about mistakes; torchrun's own report of a failed process is not among it."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+class Started:
+    """A running command with all of its processes."""
+
+    def __init__(self, words: list[str], folder: Path):
+        self._out, self._err = folder / "out", folder / "err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def printed(self) -> str:
+        """Everything so far, for a failing test's message."""
+        return self._out.read_text("utf-8", "replace") + self._err.read_text("utf-8", "replace")
+
+    def wait(self) -> Result:
+        """Waits for its end."""
+        try:
+            status = self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {PATIENCE_S} s:\n{self.printed()}")
+        return Result(status, self._out.read_text("utf-8"), self._err.read_text("utf-8"))
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        """Waits until metrics.jsonl in `run_dir` has come to `step`."""
+        end = time.monotonic() + PATIENCE_S
+        while not any(line["step"] >= step for line in read_metrics(run_dir)):
+            if self.process.poll() is not None:
+                pytest.fail(f"ended with {self.process.returncode} before step {step}:\n{self.printed()}")
+            if time.monotonic() > end:
+                pytest.fail(f"not at step {step} after {PATIENCE_S} s:\n{self.printed()}")
+            time.sleep(0.02)
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank. torchrun starts ranks in order, so process ids tell them apart."""
+        return _children(self.process.pid)[number]
+
+    def kill_all(self) -> None:
+        """SIGKILL to the launcher and every rank, as when the machine's plug is pulled."""
+        # The ranks lead process groups of their own, so one signal to the launcher's group would miss them. They are
+        # stopped first: a rank that saw its peer die could still write something.
+        family = [self.process.pid, *_descendants(self.process.pid)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in family:
+                with suppress(ProcessLookupError):  # already gone
+                    os.kill(pid, number)
+        self.process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                about = (entry / "stat").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            state, parent = about.rpartition(")")[2].split()[:2]  # the name in brackets may hold blanks
+            if int(parent) == pid and state != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def _descendants(pid: int) -> list[int]:
+    return [below for child in _children(pid) for below in (child, *_descendants(child))]
+
+
+Launch = Callable[..., Started]
+
+
+@contextmanager
+def launching(folder: Path) -> Iterator[Launch]:
+    """Gives `launch(*words, module="training.gpt", ranks=None)`: `python -m module words`, or torchrun with `ranks`.
+
+    What still runs at the end of the block is killed.
+    """
+    started: list[Started] = []
+
+    def launch(*words: object, module: str = "training.gpt", ranks: int | None = None) -> Started:
+        command = [sys.executable]
+        if ranks is not None:
+            torchrun = Path(sysconfig.get_path("scripts"), "torchrun")
+            command = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}"]
+        output = folder / f"output-{len(started)}"
+        output.mkdir()
+        started.append(Started([*command, "-m", module, *map(str, words)], output))
+        return started[-1]
+
+    try:
+        yield launch
+    finally:
+        for command in started:
+            if command.process.poll() is None:
+                command.kill_all()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Starts commands for one test; see `launching`."""
+    with launching(tmp_path) as start:
+        yield start
+
+
+def prepare(folder: Path, *words: object) -> Path:
+    """A data set prepared by the real command."""
+    with launching(folder) as launch:
+        output = folder / "data"
+        result = launch("--tokenizer", "word", "--output", output, *words, module="data_prep.tatoeba").wait()
+        assert result.status == 0, result
+        return output
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample corpus, prepared with the word tokenizer and one vocabulary."""
+    return prepare(tmp_path_factory.mktemp("sample"), "--source", "sample")
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real sentence pairs, prepared likewise; skips where the file is not at hand."""
+    if not REAL_TATOEBA.is_file():
+        pytest.skip(f"the real Tatoeba file is not at {REAL_TATOEBA} (RELAY_DATA names the folder above it)")
+    return prepare(tmp_path_factory.mktemp("real"), "--source", REAL_TATOEBA)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB that can be filled, at no one else's cost; skips where mounting is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no `mount` command to make a small disk with")
+    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mounted = subprocess.run(words, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

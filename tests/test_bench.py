@@ -1,0 +1,50 @@
+"""The benches, run as people run them: a table, then one JSON line with the promised figures. No speed is asserted."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PATIENCE_S, Launch
+
+PROMISED = {
+    "gpt_training": [
+        "sentences_ratio",
+        "relay_sentences_per_s",
+        "relay_one_process_sentences_per_s",
+        "notebook_sentences_per_s",
+        "padding_share",
+        "notebook_padding_share",
+        "peak_share",
+        "peak_share_exact",
+        "base_tokens_per_s",
+    ],
+    "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
+}
+
+
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("name", PROMISED)
+def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -> None:
+    # The sample corpus, so that the test is the same on every machine.
+    result = launch("--quick", "--data", "sample", module=f"tests.bench.{name}").wait()
+    assert result.status == 0, result
+    *table, last = result.out.strip().splitlines()
+    figures = json.loads(last)
+    assert figures["bench"] == name
+    for promised in PROMISED[name]:
+        assert math.isfinite(figures[promised]) and figures[promised] > 0, promised
+        assert any(promised in line for line in table), f"{promised} is missing from the table"
+    if name == "gpt_training":
+        # These do not depend on the machine's speed.
+        assert figures["loss_difference"] <= 1e-5
+        assert figures["padding_share"] < 0.03 < figures["notebook_padding_share"]
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_bench_names_a_data_file_that_is_missing(name: str, launch: Launch, tmp_path: Path) -> None:
+    result = launch("--data", tmp_path / "none.txt", module=f"tests.bench.{name}").wait()
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert "none.txt" in line

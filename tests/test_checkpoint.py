@@ -1,0 +1,378 @@
+"""A checkpoint is published or it does not exist: after kills, on full disks, with flipped bits."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import count, product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from launch.console import UserError
+from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints, choose, newest_valid, save
+from training.models.gpt import GPT, GPTOptions
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+ABOUT = {"task": "gpt", "config": {"seed": 1234, "model": {"width": 32}}, "data": {"fingerprint": "f00"}}
+
+# A server that has loaded torch once and is forked for every process that a test kills.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+
+
+def trained(steps: int, width: int = 16) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small GPT after `steps` optimizer steps; the same in every process."""
+    torch.manual_seed(0)
+    model = GPT(GPTOptions(layers=1, heads=2, width=width, context=8, dropout=0), 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    return model, optimizer
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tokens = torch.randint(0, 12, (4, 8), generator=torch.Generator().manual_seed(step))
+    nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save_step(run_dir: Path, step: int, *, keep: int = 2, best: int | None = None, width: int = 16) -> Checkpoint:
+    """Publishes what `trained(step)` gives."""
+    return save_trained(run_dir, step, *trained(step, width), keep=keep, best=best)
+
+
+def save_trained(
+    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int, best: int | None
+) -> Checkpoint:
+    state = {"scaler": None, "best_step": best, "best_accuracy": None}
+    return save(run_dir, step, model=model, optimizer=optimizer, state=state, about=ABOUT, keep=keep)
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in checkpoints(run_dir)]
+
+
+def names_in(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:010d}"
+
+
+def assert_restores(checkpoint: Checkpoint | None, step: int) -> None:
+    """It is the checkpoint of `step` and gives back model and optimizer of that step bit for bit."""
+    assert checkpoint is not None
+    assert checkpoint.step == step
+    expected_model, expected_optimizer = trained(step)
+    model, optimizer = trained(0)
+    checkpoint.load_into(model, optimizer)
+    for name, value in expected_model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    expected, restored = expected_optimizer.state_dict(), optimizer.state_dict()
+    assert restored["param_groups"] == expected["param_groups"]
+    assert restored["state"].keys() == expected["state"].keys()
+    for index, values in expected["state"].items():
+        assert restored["state"][index].keys() == values.keys()
+        for kind, value in values.items():
+            assert torch.equal(restored["state"][index][kind], value), (index, kind)
+
+
+def test_restored_model_and_optimizer_are_bit_equal_and_train_on_alike(tmp_path):
+    save_step(tmp_path, 5)
+    checkpoint = newest_valid(tmp_path)
+    assert_restores(checkpoint, 5)
+    model, optimizer = trained(0)
+    checkpoint.load_into(model, optimizer)
+    for step in range(5, 9):
+        train_step(model, optimizer, step)
+    expected, _ = trained(9)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_checkpoint_holds_all_and_nothing_that_runs_when_loaded(tmp_path):
+    state = {"scaler": {"scale": 2.0**16, "_growth_tracker": 3}, "best_step": 7, "best_accuracy": 0.1 + 0.2}
+    model, optimizer = trained(1)
+    checkpoint = save(tmp_path, 7, model=model, optimizer=optimizer, state=state, about=ABOUT, keep=1)
+    assert sorted(path.name for path in checkpoint.folder.iterdir()) == sorted(FILES)
+    for path in checkpoint.folder.iterdir():
+        start = path.read_bytes()[:2]
+        assert start != b"PK" and start[:1] != b"\x80", f"{path.name} is a pickle"
+    assert checkpoint.state() == state
+    assert {key: checkpoint.manifest[key] for key in ABOUT} == ABOUT
+    assert checkpoint.manifest["step"] == checkpoint.step == 7
+    assert set(checkpoint.manifest["files"]) == set(FILES) - {MANIFEST}
+
+
+# What is killed at which moment.
+
+
+def die_at(moment: int) -> None:
+    """Arranges that this process kills itself right before its `moment`-th operation on files from now on."""
+    operations = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
+    done = count()
+
+    def watch(event: str, _: object) -> None:
+        if event in operations and next(done) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def save_and_die(run_dir: Path, step: int, best: int | None, moment: int) -> None:
+    model, optimizer = trained(step)
+    die_at(moment)
+    save_trained(run_dir, step, model, optimizer, keep=1, best=best)
+
+
+@pytest.mark.parametrize(("best", "old_stays"), [(None, False), (1, True)], ids=["retired", "best"])
+def test_kill_at_any_moment_of_a_save_keeps_the_previous_checkpoint(tmp_path, capsys, best, old_stays):
+    """Before each single file operation of a save in turn, of the retirement of older checkpoints too."""
+    for moment in count():
+        run_dir = tmp_path / str(moment)
+        save_step(run_dir, 1, keep=1)
+        process = FORKS.Process(target=save_and_die, args=(run_dir, 2, best, moment))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        found = newest_valid(run_dir)
+        assert found is not None, f"nothing is left after a kill at moment {moment}"
+        assert_restores(found, found.step)
+        # The next session trains on from there, saves the same step, and leaves no trace of the accident.
+        if found.step == 1:
+            found = save_step(run_dir, 2, keep=1, best=best)
+        found = save_step(run_dir, 3, keep=1, best=best)
+        assert_restores(newest_valid(run_dir), 3)
+        assert names_in(run_dir) == ([folder_of(1)] if old_stays else []) + [folder_of(3)]
+    assert moment > 20, "the save has more operations than that: the watch does not work"
+    assert capsys.readouterr().err == "", "what is published is valid: there is nothing to set aside"
+
+
+def test_kill_while_a_step_is_saved_again_keeps_a_checkpoint(tmp_path):
+    """The last step may be saved as the best one and again as the last one, when no other checkpoint is kept."""
+    for moment in count():
+        run_dir = tmp_path / str(moment)
+        save_step(run_dir, 1, keep=1)
+        process = FORKS.Process(target=save_and_die, args=(run_dir, 1, None, moment))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert_restores(newest_valid(run_dir), 1)
+
+
+def save_for_ever(run_dir: Path) -> None:
+    for step in count(2):
+        save_step(run_dir, step, keep=1, width=512)
+
+
+@pytest.mark.parametrize("trial", range(4))
+def test_kill_at_a_random_moment_of_large_saves_keeps_a_valid_checkpoint(tmp_path, capsys, trial):
+    save_step(tmp_path, 1, keep=1, width=512)
+    process = FORKS.Process(target=save_for_ever, args=(tmp_path,))
+    process.start()
+    while not list((tmp_path / "checkpoints").glob(".*")) and steps_in(tmp_path) == [1]:
+        assert process.is_alive()
+        time.sleep(0.001)
+    time.sleep(random.Random(trial).uniform(0, 0.3))
+    process.kill()
+    process.join()
+    published = steps_in(tmp_path)
+    found = newest_valid(tmp_path)
+    assert found is not None and found.step == published[-1]
+    assert capsys.readouterr().err == ""
+
+
+# What is damaged, and how.
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def assert_set_aside(run_dir: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    """The damaged step 2 is noticed, renamed and named, and step 1 is taken. Puts step 2 back in its place."""
+    found = newest_valid(run_dir)
+    assert found is not None and found.step == 1, f"{case}: not noticed"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{folder_of(2)} is damaged: " in err and f"invalid-{folder_of(2)}" in err, case
+    assert names_in(run_dir) == [f"invalid-{folder_of(2)}", folder_of(1)]
+    damaged = run_dir / "checkpoints" / f"invalid-{folder_of(2)}"
+    damaged.rename(damaged.with_name(folder_of(2)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_single_flipped_bit_is_noticed_and_the_previous_checkpoint_taken(tmp_path, capsys, name):
+    save_step(tmp_path, 1)
+    path = save_step(tmp_path, 2).folder / name
+    size = path.stat().st_size
+    dice = random.Random(name)
+    # Every byte of the small files, and of the large ones the ends and a choice.
+    places = range(size) if size < 4096 else [0, 7, 8, size // 2, size - 1, *(dice.randrange(size) for _ in range(50))]
+    for place in places:
+        bit = dice.randrange(8)
+        flip(path, place, bit)
+        assert_set_aside(tmp_path, capsys, f"bit {bit} of byte {place}")
+        flip(path, place, bit)
+    assert_restores(newest_valid(tmp_path), 2)
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_by_a_byte(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\n")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def take_from_the_step_before(path: Path) -> None:
+    path.write_bytes((path.parent.with_name(folder_of(1)) / path.name).read_bytes())
+
+
+def add_a_file(path: Path) -> None:
+    (path.parent / f"{path.name}.bak").write_bytes(path.read_bytes())
+
+
+DAMAGES = (
+    cut_in_half,
+    cut_by_a_byte,
+    empty,
+    lengthen,
+    remove,
+    replace_by_a_folder,
+    take_from_the_step_before,
+    add_a_file,
+)
+
+
+@pytest.mark.parametrize(("damage", "name"), product(DAMAGES, FILES), ids=lambda each: getattr(each, "__name__", each))
+def test_damaged_file_is_noticed_and_the_previous_checkpoint_taken(
+    tmp_path, capsys, damage: Callable[[Path], None], name: str
+):
+    if (damage, name) == (take_from_the_step_before, "state.json"):
+        pytest.skip("the same content in both steps: no damage")
+    save_step(tmp_path, 1)
+    damage(save_step(tmp_path, 2).folder / name)
+    assert_set_aside(tmp_path, capsys, damage.__name__)
+    assert_restores(newest_valid(tmp_path), 1)
+
+
+def test_without_any_valid_checkpoint_the_damage_is_told_and_the_run_starts_anew(tmp_path, capsys):
+    for step in (1, 2):
+        cut_in_half(save_step(tmp_path, step).folder / "model.safetensors")
+    with pytest.raises(UserError, match="has no valid checkpoint"):
+        choose(tmp_path, "last")
+    assert newest_valid(tmp_path) is None
+    assert capsys.readouterr().err.count("is damaged: model.safetensors has") == 2
+    save_step(tmp_path, 1)
+    assert_restores(newest_valid(tmp_path), 1)
+
+
+# What is kept.
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("best", [None, 10, 40, 60])
+def test_the_newest_and_the_best_are_kept(tmp_path, keep, best):
+    saved = []
+    for step in range(10, 70, 10):
+        best_so_far = best if best is not None and step >= best else None
+        save_step(tmp_path, step, keep=keep, best=best_so_far)
+        saved.append(step)
+        # The best of later steps may be retired before it is the best only if it was not yet known as such.
+        assert steps_in(tmp_path) == sorted({*saved[-keep:], *([best_so_far] if best_so_far else [])})
+    assert all(checkpoint.verify() is None for checkpoint in checkpoints(tmp_path))
+    assert choose(tmp_path, "last").step == 60
+    assert choose(tmp_path, "best").step == (best or 60)
+
+
+def test_keep_of_zero_is_refused():
+    from training.engine.checkpoint import CheckpointOptions
+
+    with pytest.raises(ValueError, match="keep"):
+        CheckpointOptions(keep=0)
+
+
+# Where it cannot be written.
+
+
+def assert_refused_without_a_trace(run_dir: Path, said: str) -> None:
+    """Saving step 2 fails with one clear line; step 1 stands untouched and nothing unfinished lies about."""
+    with pytest.raises(UserError) as caught:
+        save_step(run_dir, 2, keep=1, width=128)
+    message = str(caught.value)
+    assert said in message and "--run_dir" in message and "\n" not in message
+    assert names_in(run_dir) == [folder_of(1)]
+    assert_restores(newest_valid(run_dir), 1)
+
+
+def test_full_disk_is_one_clear_error_and_the_old_checkpoint_stands(small_disk):
+    run_dir = small_disk / "run"
+    save_step(run_dir, 1)
+    # Room for less and less of the new checkpoint, so that each of its files is once the one that does not fit.
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    for left in (900_000, 300_000, 40_000, 0):
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            file.write(bytes(max(0, free - left)))
+        assert_refused_without_a_trace(run_dir, "no space left on the disk")
+        filler.unlink()
+    save_step(run_dir, 2)
+    assert_restores(newest_valid(run_dir), 2)
+
+
+def test_read_only_disk_is_one_clear_error_and_the_old_checkpoint_stands(small_disk):
+    run_dir = small_disk / "run"
+    save_step(run_dir, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert_refused_without_a_trace(run_dir, "is on a read-only file system")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_is_one_clear_error_and_the_old_checkpoint_stands(tmp_path):
+    save_step(tmp_path, 1)
+    (tmp_path / "checkpoints").chmod(0o555)
+    try:
+        assert_refused_without_a_trace(tmp_path, "no permission to write")
+    finally:
+        (tmp_path / "checkpoints").chmod(0o755)
+
+
+def test_manifest_is_json_that_people_can_read(tmp_path):
+    text = (save_step(tmp_path, 1).folder / MANIFEST).read_text(encoding="utf-8")
+    assert json.loads(text)["files"]["model.safetensors"]["bytes"] > 0
+    assert text.count("\n") > 10

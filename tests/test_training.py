@@ -1,0 +1,441 @@
+"""Whole trainings, started, killed, stopped and resumed as it happens to people.
+
+The measure of all of them is an uninterrupted run: the model after any accident is the same bit for bit, on as many
+ranks, and on another number of ranks the same up to the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from data_prep.prepared import open_prepared
+from launch.config import parse, to_yaml
+from tests.conftest import ROOT, Launch, Result, launching, prepare
+from training.engine.batch_plan import BatchPlan
+from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
+from training.engine.session import read_status
+from training.engine.tracking import read_metrics
+from training.gpt import GPTConfig, Sequences
+
+MODEL = ("--model.width", 32, "--model.layers", 2, "--model.heads", 2, "--model.context", 64, "--log.every_steps", 1)
+STEPS = 200
+# 642 micro-batches an epoch: it ends in the middle of a step, and the run goes on behind it.
+WHOLE_RUN = (
+    *MODEL,
+    *("--batch.sentences_per_micro_batch", 8, "--batch.tokens_per_micro_batch", 256),
+    *("--batch.micro_batches_per_step", 4, "--optim.epochs", 1.24, "--optim.warmup_steps", 20, "--optim.lr", 3e-3),
+    *("--log.validate_every_steps", 50, "--checkpoint.every_steps", 40),
+)
+SHORT_RUN = (*MODEL, "--batch.tokens_per_micro_batch", 256, "--optim.warmup_steps", 2)
+
+
+def command_of(run_dir: Path, data: Path, *words: object) -> tuple[object, ...]:
+    return ("--run_dir", run_dir, "--data", data, *words)
+
+
+def config_of(command: tuple[object, ...]) -> GPTConfig:
+    return parse(GPTConfig, [str(word) for word in command], prog="", about="")[0]
+
+
+def plan_of(command: tuple[object, ...]) -> BatchPlan:
+    """The plan that the run itself has."""
+    config = config_of(command)
+    pairs = Sequences(open_prepared(config.data).part("train"), config.model.context)
+    weights = pairs.weights(config.loss.source_weight)
+    return BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=config.optim.epochs)
+
+
+def train_lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run_dir) if line["kind"] == "train"]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in train_lines(run_dir)]
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    status = read_status(run_dir)
+    assert status is not None
+    return status
+
+
+def last_checkpoint(run_dir: Path) -> Checkpoint:
+    last = checkpoints(run_dir)[-1]
+    assert last.verify() is None
+    return last
+
+
+def content_of(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder` and every byte in it, save the time in status.json."""
+    content = {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    if (folder / "status.json").exists():
+        status = {**status_of(folder), "time": None}
+        content[str(folder / "status.json")] = json.dumps(status).encode()
+    return content
+
+
+def assert_same_model(run_dir: Path, uninterrupted: Path) -> None:
+    """The end of both runs is the same: weights, optimizer, scaler, bit for bit."""
+    assert status_of(run_dir)["status"] == "finished"
+    last, expected = last_checkpoint(run_dir), last_checkpoint(uninterrupted)
+    assert last.step == expected.step
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (last.folder / name).read_bytes() == (expected.folder / name).read_bytes(), name
+
+
+def assert_same_record(run_dir: Path, uninterrupted: Path) -> None:
+    """Every step stands once, in order, and says what the uninterrupted run's says, to the last digit."""
+    steps = [line["step"] for line in train_lines(run_dir)]
+    assert all(later > earlier for earlier, later in pairwise(steps))
+    times = {"tokens_per_s", "flops_per_s", "memory_mb", "time"}
+    records = [
+        [{key: value for key, value in line.items() if key not in times} for line in read_metrics(folder)]
+        for folder in (run_dir, uninterrupted)
+    ]
+    assert records[0] == records[1]
+
+
+def assert_only_one_line_is_said(result: Result, *parts: str) -> None:
+    """The ranks say what is wrong in one line, once, and none ends with a traceback."""
+    assert result.status == 1, result
+    (line,) = result.error_lines
+    for part in parts:
+        assert part in line
+    assert not re.search(r'File ".*(training|launch|data_prep)/', result.err), result.err
+
+
+def damage(checkpoint: Checkpoint) -> None:
+    """Flips one bit of the weights."""
+    path = checkpoint.folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Callable[[int], Path]:
+    """The run folder of `WHOLE_RUN` on so many ranks (1: a plain process), trained when it is first asked for."""
+    runs: dict[int, Path] = {}
+
+    def run(ranks: int) -> Path:
+        if ranks not in runs:
+            folder = tmp_path_factory.mktemp(f"uninterrupted-{ranks}")
+            with launching(folder) as launch:
+                command = command_of(folder / "run", sample_data, *WHOLE_RUN)
+                result = launch(*command, ranks=ranks if ranks > 1 else None).wait()
+            assert result.status == 0, result
+            runs[ranks] = folder / "run"
+        return runs[ranks]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample corpus, split otherwise."""
+    return prepare(tmp_path_factory.mktemp("other"), "--source", "sample", "--seed", 5)
+
+
+@pytest.fixture(scope="module")
+def two_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("separate"), "--source", "sample", "--vocabularies", "separate")
+
+
+# The order of sums is all that the number of ranks changes.
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_curve_does_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
+    alone, shared = losses(uninterrupted(1)), losses(uninterrupted(ranks))
+    assert len(alone) == STEPS
+    assert shared == pytest.approx(alone, rel=1e-4)
+    assert alone[-1] < 0.7 * alone[0], "a curve that does not fall would prove little"
+
+
+def test_a_finished_run_is_complete(uninterrupted):
+    run_dir = uninterrupted(2)
+    assert {path.name for path in run_dir.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+        "status.json",
+        "tokenizer",
+    }
+    status = status_of(run_dir)
+    assert (status["status"], status["step"], status["steps"]) == ("finished", STEPS, STEPS)
+    validations = {line["step"]: line["accuracy"] for line in read_metrics(run_dir) if line["kind"] == "validation"}
+    assert list(validations) == [50, 100, 150, 200]
+    assert status["best_accuracy"] == max(validations.values()) == validations[status["best_step"]]
+    assert [path.name for path in run_dir.rglob(".*")] == [], "temporary files"
+
+
+def test_same_command_twice_gives_the_same_weights(uninterrupted, launch: Launch, sample_data, tmp_path):
+    result = launch(*command_of(tmp_path / "run", sample_data, *WHOLE_RUN), ranks=2).wait()
+    assert result.status == 0, result
+    assert_same_model(tmp_path / "run", uninterrupted(2))
+    assert_same_record(tmp_path / "run", uninterrupted(2))
+
+
+# What happens to a run, and what it costs.
+
+
+def test_killed_rank_killed_machine_and_flipped_bit_cost_nothing_but_time(
+    uninterrupted, launch: Launch, sample_data, tmp_path
+):
+    run_dir = tmp_path / "run"
+    command = command_of(run_dir, sample_data, *WHOLE_RUN)
+
+    first = launch(*command, ranks=2)
+    first.wait_for_step(run_dir, 45)
+    os.kill(first.rank(1), signal.SIGKILL)
+    assert first.wait().status != 0
+
+    second = launch(*command, ranks=2)
+    second.wait_for_step(run_dir, 105)
+    second.kill_all()
+    assert "resuming at step" in second.printed()
+    assert len(checkpoints(run_dir)) >= 2
+    damaged = checkpoints(run_dir)[-1]
+    damage(damaged)
+
+    third = launch(*command, ranks=2).wait()
+    assert third.status == 0, third
+    assert f"checkpoint {damaged.folder} is damaged" in third.err
+    assert_same_model(run_dir, uninterrupted(2))
+    assert_same_record(run_dir, uninterrupted(2))
+
+
+def test_four_killed_ranks_resume_to_the_same_weights(uninterrupted, launch: Launch, sample_data, tmp_path):
+    """Four, since from three ranks on the order of DDP's sums can change in the middle of a process's life."""
+    run_dir = tmp_path / "run"
+    command = command_of(run_dir, sample_data, *WHOLE_RUN)
+    first = launch(*command, ranks=4)
+    first.wait_for_step(run_dir, 60)
+    first.kill_all()
+    second = launch(*command, ranks=4).wait()
+    assert second.status == 0, second
+    assert "resuming at step" in second.out
+    assert_same_model(run_dir, uninterrupted(4))
+    assert_same_record(run_dir, uninterrupted(4))
+
+
+def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_continues(
+    uninterrupted, launch: Launch, sample_data, tmp_path
+):
+    run_dir = tmp_path / "run"
+    command = command_of(run_dir, sample_data, *WHOLE_RUN)
+
+    first = launch(*command, ranks=2)
+    first.wait_for_step(run_dir, 30)
+    os.kill(first.rank(1), signal.SIGTERM)
+    result = first.wait()
+    assert result.status == 0, result
+    assert_stopped(run_dir, result, "signal SIGTERM")
+
+    # Another person's session: how often to save and to report may change at any time.
+    second = launch(*command, "--checkpoint.every_steps", 7, "--log.every_steps", 2, "--checkpoint.keep", 3, ranks=2)
+    second.wait_for_step(run_dir, 90)
+    second.process.terminate()
+    result = second.wait()
+    assert_stopped(run_dir, result, "signal SIGTERM")
+
+    third = launch(*command, ranks=2).wait()
+    assert third.status == 0, third
+    assert_same_model(run_dir, uninterrupted(2))
+
+
+def assert_stopped(run_dir: Path, result: Result, reason: str) -> None:
+    """A stop on request: the step it came to is saved, and status.json says how to go on."""
+    status = status_of(run_dir)
+    assert (status["status"], status["reason"], status["steps"]) == ("resumable", reason, STEPS), result
+    assert f"stopped by {reason} at step {status['step']} of 200; the same command continues" in result.out
+    assert last_checkpoint(run_dir).step == status["step"]
+    assert status["step"] - 2 < train_lines(run_dir)[-1]["step"] <= status["step"]
+    assert result.error_lines == []
+
+
+def test_stopped_plain_process_exits_75_refuses_another_run_and_goes_on_with_two_ranks(
+    uninterrupted, launch: Launch, sample_data, other_data, tmp_path
+):
+    run_dir = tmp_path / "run"
+    command = command_of(run_dir, sample_data, *WHOLE_RUN)
+    first = launch(*command)
+    first.wait_for_step(run_dir, 60)
+    (run_dir / "STOP").touch()
+    result = first.wait()
+    assert result.status == 75, result
+    assert_stopped(run_dir, result, f"the file {run_dir / 'STOP'}")
+    assert not (run_dir / "STOP").exists(), "the next session would stop at once"
+
+    before = content_of(run_dir)
+    changed = launch(*command, "--seed", 4, "--optim.lr", 1e-3, "--model.layers", 3, "--loss.label_smoothing", 0.1)
+    other = launch(*command, "--data", other_data)
+    parts = ["seed: 1234 -> 4", "optim.lr: 0.003 -> 0.001", "model.layers: 2 -> 3", "loss.label_smoothing: 0.0 -> 0.1"]
+    assert_only_one_line_is_said(changed.wait(), "another definition", *parts, "nothing was changed")
+    assert_only_one_line_is_said(other.wait(), "another definition", "data.fingerprint: ", "nothing was changed")
+    assert content_of(run_dir) == before
+
+    second = launch(*command, ranks=2).wait()
+    assert second.status == 0, second
+    assert f"resuming at step {status_of_step(before, run_dir)}" in second.out
+    assert losses(run_dir) == pytest.approx(losses(uninterrupted(1)), rel=1e-4)
+
+
+def status_of_step(content: dict[str, bytes | None], run_dir: Path) -> int:
+    return json.loads(content[str(run_dir / "status.json")] or b"")["step"]
+
+
+def test_finished_run_says_so_and_changes_nothing(uninterrupted, launch: Launch, sample_data):
+    """Even if the process was killed right behind its last checkpoint, before it could write that it has finished."""
+    run_dir = uninterrupted(2)
+    before = content_of(run_dir)
+    status = run_dir / "status.json"
+    status.write_text(status.read_text(encoding="utf-8").replace('"finished"', '"running"'), encoding="utf-8")
+    result = launch(*command_of(run_dir, sample_data, *WHOLE_RUN)).wait()
+    assert result.status == 0, result
+    assert f"{run_dir} is finished" in result.out
+    assert content_of(run_dir) == before
+
+
+def test_fp16_keeps_its_scaler_and_resumes_to_the_same_weights(launch: Launch, sample_data, tmp_path):
+    options = (*SHORT_RUN, "--precision", "fp16", "--optim.epochs", 0.4, "--checkpoint.every_steps", 10)
+    whole = launch(*command_of(tmp_path / "whole", sample_data, *options))
+    command = command_of(tmp_path / "run", sample_data, *options)
+    first = launch(*command)
+    first.wait_for_step(tmp_path / "run", 15)
+    first.kill_all()
+    assert launch(*command).wait().status == 0
+    assert whole.wait().status == 0
+    scaler = last_checkpoint(tmp_path / "run").state()["scaler"]
+    assert scaler["_growth_tracker"] >= 30, "it counts the steps since the start or the last overflow"
+    assert_same_model(tmp_path / "run", tmp_path / "whole")
+
+
+def test_gradients_that_stay_not_finite_end_the_run_on_all_ranks_with_a_valid_checkpoint(
+    launch: Launch, sample_data, tmp_path
+):
+    run_dir = tmp_path / "run"
+    options = ("--optim.lr", 1e30, "--optim.warmup_steps", 0, "--optim.epochs", 1, "--checkpoint.every_steps", 1)
+    result = launch(*command_of(run_dir, sample_data, *SHORT_RUN, *options), ranks=2).wait()
+    assert_only_one_line_is_said(result, "gradients of 5 steps in a row were not finite", "lower optim.lr")
+    status = status_of(run_dir)
+    assert status["status"] == "failed"
+    assert "lower optim.lr" in status["reason"]
+    assert status["step"] < status["steps"]
+    saved = newest_valid(run_dir)
+    assert saved is not None
+    assert all(tensor.isfinite().all() for tensor in load_file(saved.folder / "model.safetensors").values())
+    assert "is damaged" not in result.err
+
+
+def test_full_disk_ends_all_ranks_with_one_clear_line_and_the_run_can_go_on(launch: Launch, sample_data, small_disk):
+    run_dir = small_disk / "run"
+    options = (*SHORT_RUN, "--optim.epochs", 0.3, "--checkpoint.every_steps", 5, "--checkpoint.keep", 10)
+    command = command_of(run_dir, sample_data, *options)
+    result = launch(*command, ranks=2).wait()
+    assert_only_one_line_is_said(result, "no space left on the disk", "--run_dir")
+    assert status_of(run_dir)["status"] == "failed"
+    stopped_at = last_checkpoint(run_dir).step
+    assert stopped_at % 5 == 0
+    result = launch(*command, "--checkpoint.keep", 1).wait()
+    assert result.status == 0, result
+    assert f"resuming at step {stopped_at}" in result.out
+
+
+# What a run says about itself.
+
+
+def test_padding_is_not_counted_as_tokens(launch: Launch, sample_data, tmp_path):
+    """Micro-batches of many sentences, in which a good part is padding; the clock is that of the lines themselves."""
+    options = (
+        *MODEL,
+        *("--batch.sentences_per_micro_batch", 1100, "--batch.tokens_per_micro_batch", "null"),
+        *("--batch.micro_batches_per_step", 1, "--optim.epochs", 1.6, "--optim.warmup_steps", 0),
+    )
+    command = command_of(tmp_path / "run", sample_data, *options)
+    result = launch(*command).wait()
+    assert result.status == 0, result
+    plan, lines = plan_of(command), train_lines(tmp_path / "run")
+    assert len(lines) == plan.steps == 8
+    real, computed = [], []
+    for step in range(plan.steps):
+        lengths = [plan.lengths[batch.samples] for batch in plan.step(step)]
+        real.append(sum(int(each.sum()) for each in lengths))
+        computed.append(sum(len(each) * int(each.max()) for each in lengths))
+    assert [line["padding_share"] for line in lines] == pytest.approx(1 - np.divide(real, computed), abs=1e-4)
+    counted = sum(line["tokens_per_s"] * (line["time"] - before["time"]) for before, line in pairwise(lines))
+    assert sum(computed[1:]) > 1.1 * sum(real[1:]), "too little padding for this test to test anything"
+    assert counted == pytest.approx(sum(real[1:]), rel=0.05)
+
+
+def test_memory_beyond_model_and_optimizer_stays_below_a_gigabyte_on_real_data(launch: Launch, real_data, tmp_path):
+    options = ("--optim.epochs", 0.04, "--optim.warmup_steps", 0, "--log.every_steps", 1)
+    command = command_of(tmp_path / "run", real_data, *options, "--log.validate_every_steps", 2)
+    result = launch(ROOT / "configs/gpt/base.yaml", *command).wait()
+    assert result.status == 0, result
+    line = train_lines(tmp_path / "run")[-1]
+    assert line["step"] > 2, "the line must come after a validation"
+    weights = last_checkpoint(tmp_path / "run").model_state()
+    state_mb = 16 * sum(tensor.numel() for tensor in weights.values()) / 1e6  # weights, gradients, two moments, fp32
+    assert line["memory_mb"] - state_mb < 1000
+
+
+def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: Launch, sample_data, tmp_path):
+    command = command_of(tmp_path / "run", sample_data, *WHOLE_RUN)
+    before = content_of(tmp_path)
+    result = launch(*command, "--dry-run").wait()
+    assert result.status == 0, result
+    plan = plan_of(command)
+    for part in (
+        to_yaml(config_of(command)),
+        "5,130 samples",
+        f"{plan.lengths.sum():,} tokens an epoch in 642 micro-batches",
+        f"{plan.padding_share():.1%} padding",
+        "a step: 1 ranks x 4 micro-batches",
+        "200 steps in 1.24 epochs",
+        "nothing was written",
+    ):
+        assert part in result.out
+    loss = re.search(r"loss (\d+\.\d+)", result.out)
+    assert loss and abs(float(loss[1]) - math.log(open_prepared(sample_data).source_tokenizer.vocabulary_size)) < 0.5
+    after = {path: content for path, content in content_of(tmp_path).items() if "/output-" not in path}
+    assert after == before
+
+
+# What cannot be started is answered in one line, before anything is made.
+
+
+def test_ranks_that_cannot_share_a_step_are_told_what_fits(launch: Launch, sample_data, tmp_path):
+    command = command_of(tmp_path / "run", sample_data, *SHORT_RUN, "--batch.micro_batches_per_step", 9)
+    result = launch(*command, ranks=2).wait()
+    assert_only_one_line_is_said(result, "2 ranks cannot share the 9 micro-batches", "1 or 3 or 9 ranks")
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_that_cannot_start_is_one_clear_line(launch: Launch, sample_data, two_vocabularies, tmp_path):
+    run_dir = tmp_path / "run"
+    missing = launch(*command_of(run_dir, tmp_path / "nowhere", *SHORT_RUN))
+    separate = launch(*command_of(run_dir, two_vocabularies, *SHORT_RUN))
+    late = launch(*command_of(run_dir, sample_data, *SHORT_RUN, "--optim.epochs", 0.1, "--optim.warmup_steps", 500))
+    for started, parts in (
+        (missing, (f"there is no prepared data set {tmp_path / 'nowhere'}", "python -m data_prep.tatoeba")),
+        (separate, ("has two vocabularies", "--vocabularies joint")),
+        (late, ("optim.warmup_steps is 500", "shorten the warm-up or raise optim.epochs")),
+    ):
+        result = started.wait()
+        assert_only_one_line_is_said(result, *parts)
+        assert len(result.err.splitlines()) == 1, result
+    assert not run_dir.exists()

@@ -1,0 +1,95 @@
+"""Translates sentences with a trained model, one a line.
+
+    python -m training.evaluation.translate runs/NAME "你好。"
+    python -m training.evaluation.translate runs/NAME --input zh.txt --output en.txt
+    cat zh.txt | python -m training.evaluation.translate runs/NAME > en.txt
+
+Promises: line N of the output belongs to line N of the input, whatever becomes of it; what cannot be translated is
+named on standard error with its line number and leaves an empty line; a file larger than memory is no problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep.files import open_atomically, writing_to
+from launch.console import UserError, run_main, say, warn
+from training.engine.cluster import Cluster
+from training.evaluation.decoding import translate
+from training.evaluation.trained import TrainedModel, open_trained
+
+# Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
+LINES_PER_BLOCK = 4096
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises UserError for everything the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m training.evaluation.translate", description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="Chinese sentences (default: standard input)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best: on validation")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default standard output; appears when complete")
+    arguments = parser.parse_args(argv)
+    if arguments.input and arguments.sentences:
+        raise UserError("both sentences and --input were given; leave one out")
+    with Cluster() as cluster, ExitStack() as files:
+        if cluster.world_size > 1:
+            raise UserError("translation runs as one process: start it with python, not with torchrun")
+        if arguments.sentences:
+            lines: Iterable[bytes] = (sentence.encode("utf-8", "surrogateescape") for sentence in arguments.sentences)
+        elif arguments.input:
+            lines = files.enter_context(_opened(arguments.input))
+        else:
+            lines = sys.stdin.buffer
+        trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
+        # Whoever types at a terminal wants an answer to every line.
+        typed = not (arguments.sentences or arguments.input) and sys.stdin.isatty()
+        translations = translate_lines(trained, lines, lines_per_block=1 if typed else LINES_PER_BLOCK)
+        if arguments.output is None:
+            for translation in translations:
+                say(translation)
+            return 0
+        folder = arguments.output.parent
+        if not folder.is_dir():
+            raise UserError(f"--output {arguments.output}: there is no folder {folder}; make it first")
+        with writing_to(arguments.output), open_atomically(arguments.output) as output:
+            for translation in translations:
+                output.write(translation.encode() + b"\n")
+    return 0
+
+
+def translate_lines(trained: TrainedModel, lines: Iterable[bytes], *, lines_per_block: int) -> Iterator[str]:
+    """One translation per line (UTF-8, with or without its line end), in order; what went wrong is warned about."""
+    lines = iter(lines)
+    first = 1
+    while block := [line.decode("utf-8", "replace") for line in islice(lines, lines_per_block)]:
+        sources = [trained.encode(line) for line in block]
+        label = f"translating from line {first:,}" if lines_per_block > 1 else None
+        results = translate(trained.decoder, sources, label=label)
+        for number, (line, result) in enumerate(zip(block, results, strict=True), first):
+            if "\ufffd" in line:
+                warn(f"line {number}: not UTF-8 throughout; what could not be read counts as unknown characters")
+            if result.problem is not None:
+                warn(f"line {number}: {result.problem}; its line in the output is empty")
+            elif not result.ended:
+                warn(f"line {number}: the translation was cut off after {len(result.ids)} tokens")
+            yield trained.target_tokenizer.decode(result.ids)
+        first += len(block)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"--input {path} cannot be read: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)
