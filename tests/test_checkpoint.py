@@ -25,9 +25,10 @@ from training.models.gpt import GPT, GPTOptions
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 ABOUT = {"task": "gpt", "config": {"seed": 1234, "model": {"width": 32}}, "data": {"fingerprint": "f00"}}
 
-# A server that has loaded torch once and is forked for every process that a test kills.
+# A server that has loaded torch once, with what it loads at the first optimizer step, and is forked for every process
+# that a test kills.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def trained(steps: int, width: int = 16) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -12,6 +12,8 @@ folder; no pointer file can lie about it. Loading runs no code: tensors are safe
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -139,8 +142,8 @@ def save(
     """
     final = Path(run_dir, "checkpoints", f"step-{step:010d}")
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
-        save_file(_tensors(model), folder / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+        _write_tensors(folder / "model.safetensors", _tensors(model))
+        _write_tensors(folder / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
         write_atomically(folder / "state.json", json.dumps(state, indent=2))
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
@@ -149,6 +152,17 @@ def save(
         publish_folder(folder, final, replace=True)
     _retire(run_dir, keep, state["best_step"])
     return Checkpoint(final)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        # The library wraps what the system said; `writing_to` knows a full disk by its number.
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -268,13 +268,13 @@ class _Run:
                 if done or self.step % config.log.every_steps == 0:
                     speed = self._report(window, record, lr, norm)
                 progress.advance(note=speed)
-                if done or self.step % config.log.validate_every_steps == 0:
-                    with window.paused():
-                        self._validate(record)
-                if done or self.step % config.checkpoint.every_steps == 0:
-                    with window.paused():
+                with window.paused():
+                    is_best = False
+                    if done or self.step % config.log.validate_every_steps == 0:
+                        is_best = self._validate(record)
+                    if done or is_best or self.step % config.checkpoint.every_steps == 0:
                         self._save()
-                    saved_step = self.step
+                        saved_step = self.step
         if reason is not None and saved_step != self.step:
             self._save()
         stop.clear()
@@ -308,20 +308,21 @@ class _Run:
             )
         return f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
 
-    def _validate(self, record: Record | None) -> None:
+    def _validate(self, record: Record | None) -> bool:
+        """Scores the model on held-out data and records it; true if it is the best so far."""
         result = self.task.validate(self.engine.model)
         # Accuracy picks the best checkpoint: late in training the loss rises with over-confidence while translations
         # still improve.
-        if self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]:
+        is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
+        if is_best:
             self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
-            if self.step % self.config.checkpoint.every_steps:
-                self._save()
         if record is not None:
             record.write("validation", self.step, loss=result.loss, accuracy=result.accuracy)
         say(
             f"step {self.step:,}/{self.task.plan.steps:,}: validation loss {result.loss:.4f}, "
-            f"token accuracy {result.accuracy:.2%}" + (" (best)" if self.best["best_step"] == self.step else "")
+            f"token accuracy {result.accuracy:.2%}" + (" (best)" if is_best else "")
         )
+        return is_best
 
     def _save(self) -> None:
         self.cluster.on_first(
