@@ -1,13 +1,13 @@
 """Decoding: one sentence at a time without a cache, against batches with the key-value cache.
 
-Both sides translate sentences of the same test part with the same GPT and must give the same translations. The model is
-trained for a moment first, so that translations end where they usually do: with random weights most run to the length
-limit. The slow side takes a sample of the sentences, evenly spread over the lengths of their translations, so that a
-sentence costs there what it costs on the other side.
+Both sides translate sentences of the same test part with the same GPT of random weights, and must give the same tokens.
+`<eos>` is made to come exactly where the reference ends, on both sides: a speed per sentence means something only for
+translations of usual length, and random weights know none.
 
-- The obvious way: the whole sequence through the model for every token, one process at its best, which is one thread or
-  two; it shares this repository's model with its fused attention.
-- Relay: `training.evaluation.decoding.translate`, one process of two threads.
+- The obvious way: the whole sequence through the model for every token. One process at its best, which is one thread or
+  two. It shares this repository's model with its fused attention. It takes every n-th of the sentences in order of
+  length, so that a sentence costs there what it costs on the other side.
+- Relay: `training.evaluation.decoding.translate` on all of them, one process of two threads.
 
 `gpt_ratio` is that of the seed recipe's model (width 64, 4 layers, 4 heads, words as tokens); without --quick a larger
 one (width 256, 6 layers, 8 heads) is measured too.
@@ -20,43 +20,44 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from data_prep.prepared import Part, open_prepared
+from data_prep.prepared import open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.console import Progress, UserError, run_main, say
+from launch.console import UserError, run_main, say
 from launch.environment import keep_freed_memory
 from tests.bench.common import Figure, Worker, prepare, ratio_by_rounds, read_arguments, report, serve, workers
-from training.evaluation.decoding import GPTDecoder, Translation, translate
-from training.gpt import Sequences
-from training.models.gpt import GPT, GPTOptions
+from training.evaluation.decoding import GPTDecoder, translate
+from training.models.gpt import GPT, Cache, GPTOptions
 
 MODELS = {
     "gpt": GPTOptions(layers=4, heads=4, width=64, context=128),
     "base": GPTOptions(layers=6, heads=8, width=256, context=128),
 }
-SENTENCES_PER_STEP = 48
 
 # Rounding differs between the two ways, so once in a while two tokens are as good as each other.
-SAME_SHARE = 0.99
+SAME_SHARE = 0.98
 
 
 @torch.inference_mode()
-def translate_plainly(
-    model: GPT, source: Sequence[int], *, limit_factor: float = 2.0, limit_extra: int = 10
-) -> list[int]:
-    """Greedy translation of one sentence, the whole sequence through the model for every token: the obvious way."""
+def translate_plainly(model: GPT, source: Sequence[int], length: int | None = None) -> list[int]:
+    """Greedy translation of one sentence, the whole sequence through the model for every token: the obvious way.
+
+    Ends where the model says so, at `translate`'s limit, or, with `length`, after so many tokens and no sooner.
+    """
     sequence = [SOS, *source, SEP]
     prompt = len(sequence)
-    limit = min(int(limit_factor * len(source)) + limit_extra, model.options.context - prompt)
+    limit = min(2 * len(source) + 10, model.options.context - prompt)
     while len(sequence) - prompt < limit:
         logits = model(torch.tensor([sequence]))[0, -1]
         logits[[PAD, SOS, SEP]] = -torch.inf
+        if length is not None:
+            logits[EOS] = torch.inf if len(sequence) - prompt == length else -torch.inf
         token = int(logits.argmax())
         if token == EOS:
             break
@@ -64,109 +65,147 @@ def translate_plainly(
     return sequence[prompt:]
 
 
-def briefly_trained(name: str, part: Part, vocabulary_size: int, steps: int) -> GPT:
-    """The model `name` after `steps` optimizer steps, in evaluation mode."""
-    torch.manual_seed(1234)
-    model = GPT(MODELS[name], vocabulary_size)
-    sequences = Sequences(part, model.options.context)
-    generator = np.random.default_rng(1234)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 if model.options.width <= 64 else 1e-3)
-    with Progress(f"training {name}", steps, "steps") as progress:
-        for _ in range(steps):
-            samples = generator.choice(len(sequences.lengths), SENTENCES_PER_STEP, replace=False)
-            inputs, scored, labels, _ = sequences.batch(samples, with_source=False)
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs, scored), labels).backward()
-            optimizer.step()
-            progress.advance()
-    return model.eval()
+@dataclass
+class GivenLengthsState:
+    """A GPT's cache, and how many tokens each row's translation shall have and has, [B] each."""
+
+    cache: Cache
+    wanted: Tensor
+    produced: Tensor
+
+    def select(self, rows: Tensor) -> GivenLengthsState:
+        return GivenLengthsState(self.cache.select(rows), self.wanted[rows], self.produced[rows])
 
 
-def evenly_spread(count: int, results: Sequence[Translation], sources: Sequence[Sequence[int]]) -> list[int]:
-    """`count` rows whose translations and sources are as long as all are: every n-th in order of length."""
-    by_length = sorted(range(len(sources)), key=lambda row: (len(results[row].ids), len(sources[row])))
-    middles = (np.arange(count) + 0.5) * len(sources) / count
-    return [by_length[int(middle)] for middle in middles]
+class GivenLengths(GPTDecoder):
+    """A GPT whose `<eos>` comes after as many tokens as `lengths` says for the source, and no sooner."""
+
+    def __init__(self, model: GPT, lengths: dict[tuple[int, ...], int]):
+        super().__init__(model)
+        self._lengths = lengths
+
+    def begin(self, sources: list[Sequence[int]], limit: int) -> tuple[Tensor, GivenLengthsState]:
+        logits, cache = super().begin(sources, limit)
+        wanted = torch.tensor([self._lengths[tuple(source)] for source in sources])
+        state = GivenLengthsState(cache, wanted, torch.zeros_like(wanted))
+        return self._end(logits, state), state
+
+    def extend(self, tokens: Tensor, state: GivenLengthsState) -> Tensor:
+        state.produced = state.produced + 1
+        return self._end(super().extend(tokens, state.cache), state)
+
+    def _end(self, logits: Tensor, state: GivenLengthsState) -> Tensor:
+        logits[:, EOS] = torch.where(state.produced == state.wanted, torch.inf, -torch.inf)
+        return logits
 
 
-def side(way: str, file: str) -> None:
-    """One side, a process of its own: asked for anything, it translates its sentences and answers sentences a second."""
+class Sentences:
+    """The test sentences, the length of each one's translation, and the model that translates them."""
+
+    def __init__(self, name: str, folder: str | Path):
+        data = open_prepared(folder)
+        test = data.part("test")
+        torch.manual_seed(1234)
+        self.model = GPT(MODELS[name], data.source_tokenizer.vocabulary_size).eval()
+        self.sources = [row.tolist() for row in test.source]
+        # A source may stand several times with several references: the first one's length is that of all.
+        self.lengths: dict[tuple[int, ...], int] = {}
+        for source, target in zip(self.sources, test.target, strict=True):
+            self.lengths.setdefault(tuple(source), min(len(target), 2 * len(source) + 9))
+
+    def spread(self, count: int) -> list[list[int]]:
+        """`count` sources in order of length, as long as all are: every n-th."""
+        ordered = sorted(self.sources, key=lambda source: (self.lengths[tuple(source)], len(source)))
+        return [ordered[int((number + 0.5) * len(ordered) / count)] for number in range(count)]
+
+    def plainly(self, sources: list[list[int]]) -> list[list[int]]:
+        """Tokens of the translations, the obvious way."""
+        return [translate_plainly(self.model, source, self.lengths[tuple(source)]) for source in sources]
+
+    def batched(self, sources: list[list[int]]) -> list[list[int]]:
+        """Tokens of the translations, Relay's way."""
+        return [result.ids for result in translate(GivenLengths(self.model, self.lengths), sources)]
+
+
+def side(way: str, name: str, folder: str) -> None:
+    """One side, a process of its own: asked for a number of sentences, it answers how many a second it translated."""
     keep_freed_memory()
-    name, state, sources, sample = torch.load(file)
-    model = GPT(MODELS[name], len(state["embedding.weight"]))
-    model.load_state_dict(state)
-    decoder = GPTDecoder(model.eval())
+    sentences = Sentences(name, folder)
+    work = {"plainly": sentences.plainly, "batched": sentences.batched}[way]
 
-    def work(_: float) -> float:
+    def measure(count: float) -> float:
+        chosen = sentences.spread(int(count))
         began = time.monotonic()
-        if way == "batched":
-            translate(decoder, sources)
-            return len(sources) / (time.monotonic() - began)
-        for row in sample:
-            translate_plainly(model, sources[row])
-        return len(sample) / (time.monotonic() - began)
+        work(chosen)
+        return count / (time.monotonic() - began)
 
-    serve(work)
+    serve(measure)
+
+
+def same_share(sentences: Sentences, count: int) -> float:
+    """Share of `count` sentences that both ways translate the same. Raises UserError below SAME_SHARE."""
+    chosen = sentences.spread(count)
+    pairs = zip(sentences.plainly(chosen), sentences.batched(chosen), strict=True)
+    share = sum(plain == batched for plain, batched in pairs) / count
+    if share < SAME_SHARE:
+        raise UserError(f"the two sides translate only {share:.1%} of the sentences the same: nothing to compare")
+    return share
+
+
+def compare(name: str, folder: Path, *, rounds: int, plain_count: int) -> list[Figure]:
+    """All figures of the model `name`, the sides taking turns."""
+    sentences = Sentences(name, folder)
+    total = len(sentences.sources)
+    same = same_share(sentences, plain_count)
+    speeds: defaultdict[str, list[float]] = defaultdict(list)
+
+    def start(way: str, threads: int) -> Worker:
+        return Worker("tests.bench.decoding", "side", way, name, folder, threads=threads)
+
+    with workers(plain1=start("plainly", 1), plain2=start("plainly", 2), batched=start("batched", 2)) as started:
+
+        def ask(which: str, count: int) -> float:
+            started[which].ask(count)
+            return started[which].answer()
+
+        counts = {"plain1": plain_count, "plain2": plain_count, "batched": total}
+        for which in started:  # the first piece of work also sets things up
+            ask(which, min(counts[which], 200))
+        for number in range(rounds):
+            for which, count in counts.items():
+                speeds[which].append(ask(which, count))
+            say(f"{name}, round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.1f}" for k, v in speeds.items()))
+    best, threads = max((median(speeds[which]), which[-1]) for which in ("plain1", "plain2"))
+    produced = sum(sentences.lengths[tuple(source)] for source in sentences.sources) / total
+    return [
+        Figure(
+            f"{name}_ratio",
+            ratio_by_rounds(speeds["batched"], speeds[f"plain{threads}"]),
+            "Relay over the obvious way",
+            ">= 30" if name == "gpt" else "",
+        ),
+        Figure(f"{name}_batched_sentences_per_s", median(speeds["batched"]), f"Relay, {total:,} sentences, 2 threads"),
+        Figure(f"{name}_plain_sentences_per_s", best, f"the obvious way, {plain_count} of them, {threads} thread(s)"),
+        Figure(f"{name}_tokens_per_sentence", produced, "produced on both sides, <eos> not counted"),
+        Figure(f"{name}_same_share", same, "of sentences translated the same by both", f">= {SAME_SHARE}"),
+    ]
 
 
 def main() -> int:
     if sys.argv[1:2] == ["side"]:
         return side(*sys.argv[2:])
     arguments = read_arguments("decoding", __doc__)
-    torch.set_num_threads(1)  # this process only prepares; the sides choose for themselves
-    rounds, steps, sampled = (3, 60, 40) if arguments.quick else (5, 150, 150)
-    figures = []
-    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
+    # This process only prepares and checks; what is measured runs in the sides.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         say(f"preparing {arguments.about_data}")
-        prepare(arguments, Path(folder, "words"), "--tokenizer", "word")
-        for name in ["gpt"] if arguments.quick else ["gpt", "base"]:
-            figures += measure(name, Path(folder), rounds=rounds, steps=steps, sampled=sampled)
+        folder = Path(temporary, "words")
+        prepare(arguments, folder, "--tokenizer", "word")
+        figures = compare("gpt", folder, rounds=3 if arguments.quick else 7, plain_count=60 if arguments.quick else 200)
+        if not arguments.quick:
+            figures += compare("base", folder, rounds=3, plain_count=60)
         report("decoding", arguments, figures)
     return 0
-
-
-def measure(name: str, folder: Path, *, rounds: int, steps: int, sampled: int) -> list[Figure]:
-    """All figures of one model. Raises UserError when the two sides do not translate the same."""
-    data = open_prepared(folder / "words")
-    test = data.part("test")
-    sources = [test.source[row].tolist() for row in range(len(test))]
-    model = briefly_trained(name, data.part("train"), data.source_tokenizer.vocabulary_size, steps)
-    results = translate(GPTDecoder(model), sources)
-    sample = evenly_spread(sampled, results, sources)
-    same = sum(results[row].ids == translate_plainly(model, sources[row]) for row in sample) / len(sample)
-    if same < SAME_SHARE:
-        raise UserError(f"the two sides translate only {same:.1%} of the sentences the same: nothing to compare")
-    file = folder / f"{name}.pt"
-    torch.save((name, model.state_dict(), sources, sample), file)
-
-    def start(way: str, threads: int) -> Worker:
-        return Worker("tests.bench.decoding", "side", way, file, threads=threads)
-
-    speeds: defaultdict[str, list[float]] = defaultdict(list)
-    with workers(plain1=start("plain", 1), plain2=start("plain", 2), batched=start("batched", 2)) as started:
-        for number in range(-1, rounds):  # the first round also sets things up
-            for side_name, worker in started.items():
-                worker.ask(1)
-                speed = worker.answer()
-                if number >= 0:
-                    speeds[side_name].append(speed)
-    best = max(("plain1", "plain2"), key=lambda side_name: median(speeds[side_name]))
-    produced = sum(len(result.ids) for result in results) / len(results)
-    meaning = (
-        f"batches with a cache (2 threads) over one at a time without ({best[-1]} thread{'s' * (best == 'plain2')})"
-    )
-    return [
-        Figure(f"{name}_ratio", ratio_by_rounds(speeds["batched"], speeds[best]), meaning, ">= 30" * (name == "gpt")),
-        Figure(f"{name}_batched_sentences_per_s", median(speeds["batched"]), f"all {len(sources):,} test sentences"),
-        Figure(f"{name}_plain_sentences_per_s", median(speeds[best]), f"a sample of {len(sample):,} of them"),
-        Figure(
-            f"{name}_tokens_per_sentence", produced, f"produced; the references have {test.target.lengths.mean():.2f}"
-        ),
-        Figure(f"{name}_ended_share", sum(result.ended for result in results) / len(results), "of translations"),
-        Figure(
-            f"{name}_same_share", same, "of sampled sentences translated the same by both sides", f">= {SAME_SHARE}"
-        ),
-    ]
 
 
 if __name__ == "__main__":

@@ -189,7 +189,11 @@ def _training(report: Report) -> str:
         ("padding share", f"{mean(line['padding_share'] for line in train):.2%}"),
         ("memory", f"{max(line['memory_mb'] for line in train):,.0f} MB at most"),
     ]
-    return f'<figure class="whole">{loss_curve(report.metrics)}</figure>{_table(facts)}'
+    about = (
+        '<p class="faint">The training loss is the objective itself, with dropout, label smoothing and, where it has a '
+        "weight, the source side; the validation loss is that of plain target tokens.</p>"
+    )
+    return f'<figure class="whole">{loss_curve(report.metrics)}</figure>{about}{_table(facts)}'
 
 
 def _examples(report: Report) -> str:
