@@ -71,11 +71,11 @@ class SelfAttention(nn.Module):
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, width] -> query, key, value, each [B, heads, T, width / heads]; query and key are rotated."""
         batch, length, width = x.shape
-        heads = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        query_key, value = self.query_key_value(x).split([2 * width, width], dim=-1)
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        return query, key, value
+            query_key = rotate(query_key, rotation, width // self.heads)
+        query, key = query_key.view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return query, key, value.view(batch, length, self.heads, -1).transpose(1, 2)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         query, key, value = self.project(x, rotation)
@@ -121,7 +121,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
         self.final_norm = (nn.LayerNorm if options.norm == "layer" else nn.RMSNorm)(options.width)
         if not learned:
-            self.register_buffer("rotations", rotary_table(options.context, options.width // options.heads), False)
+            table = rotary_table(options.context, options.width // options.heads)
+            self.register_buffer(
+                "rotations", table.tile(2 * options.heads), persistent=False
+            )  # every query and key head
         self._initialise()
 
     def _initialise(self) -> None:
@@ -154,10 +157,8 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             return self.dropout(x + self.position_embedding(positions)), None
-        table = self.rotations[:, positions]
-        if positions.dim() == 2:  # one position per row: leave room for the heads, [2, B, 1, T, D / 2]
-            table = table.unsqueeze(2)
-        return self.dropout(x), (table[0].to(x.dtype), table[1].to(x.dtype))
+        cosine, sine = self.rotations[:, positions]
+        return self.dropout(x), (cosine, sine)
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.final_norm(x), self.embedding.weight)
@@ -228,17 +229,21 @@ class GPT(nn.Module):
 
 
 def rotary_table(context: int, width: int) -> Tensor:
-    """Cosine and sine [2, context, width / 2] of rotary positions (Su et al. 2021, RoFormer, eq. 34), base 10,000."""
+    """What `rotate` multiplies with (Su et al. 2021, RoFormer, eq. 34; base 10,000): [2, context, width]."""
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.arange(context, dtype=torch.float32)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()])
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)])
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (i, i + D/2) of x [B, heads, T, D] by their position's angle."""
-    cosine, sine = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], width: int) -> Tensor:
+    """Rotates the pairs (i, i + width / 2) in each `width` features of x [B, T, n * width] by their position's angle.
+
+    All heads of query and key at once, over long rows: several times as fast on a CPU as one head after another.
+    """
+    cosine, sine = (factor.to(x.dtype) for factor in rotation)
+    halves_swapped = x.unflatten(-1, (-1, 2, width // 2)).flip(-2).flatten(-3)
+    return torch.addcmul(x * cosine, halves_swapped, sine)
 
 
 def _with_room(x: Tensor, capacity: int) -> Tensor:
