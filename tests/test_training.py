@@ -108,12 +108,13 @@ def assert_same_record(run_dir: Path, uninterrupted: Path) -> None:
 
 
 def assert_only_one_line_is_said(result: Result, *parts: str) -> None:
-    """The ranks say what is wrong in one line, once, and none ends with a traceback."""
+    """The ranks say what is wrong in one line, once; none ends with a traceback, and no library adds a warning."""
     assert result.status == 1, result
     (line,) = result.error_lines
     for part in parts:
         assert part in line
     assert not re.search(r'File ".*(training|launch|data_prep)/', result.err), result.err
+    assert "Warning: " not in result.err
 
 
 def damage(checkpoint: Checkpoint) -> None:

@@ -42,6 +42,8 @@ class DataParallel:
             fixed_buckets = cluster.world_size > 2
             if fixed_buckets:
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            # Its successor is not in every torch that this runs on.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             device_ids = [cluster.device.index] if cluster.device.type == "cuda" else None
             self._replica = DistributedDataParallel(
                 model,
