@@ -150,6 +150,7 @@ def test_kill_at_any_moment_of_a_save_keeps_the_previous_checkpoint(tmp_path, ca
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
+        assert [each.verify() for each in checkpoints(run_dir) if each.verify()] == [], "what is published is whole"
         found = newest_valid(run_dir)
         assert found is not None, f"nothing is left after a kill at moment {moment}"
         assert_restores(found, found.step)

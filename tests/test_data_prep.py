@@ -182,7 +182,7 @@ def test_same_command_again_does_nothing_and_says_so(tmp_path):
     source = small_corpus(tmp_path / "cmn.txt")
     prepare_here("--source", source, "--output", tmp_path / "x")
     before = (tmp_path / "x/meta.json").stat().st_mtime_ns
-    again = prepare("--source", source, "--output", tmp_path / "x", "--vocabulary_size", 500)  # not read by `word`
+    again = prepare("--source", source, "--output", tmp_path / "x", "--overwrite", "false")
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert (tmp_path / "x/meta.json").stat().st_mtime_ns == before
 

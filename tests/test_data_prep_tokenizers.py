@@ -36,7 +36,8 @@ def sets(tmp_path_factory) -> dict[str, Prepared]:
         for vocabularies in ("joint", "separate"):
             output = folder / f"{kind}-{vocabularies}"
             words = ["--source", "sample", "--output", str(output), "--tokenizer", kind]
-            assert tatoeba.main([*words, "--vocabularies", vocabularies, "--vocabulary_size", "600"]) == 0
+            words += ["--vocabulary_size", "600"] if kind == "sentencepiece" else []
+            assert tatoeba.main([*words, "--vocabularies", vocabularies]) == 0
     return {path.name: open_prepared(path) for path in folder.iterdir()}
 
 
@@ -140,7 +141,8 @@ def test_rare_words_become_unknown():
 def test_vocabulary_never_sees_validation_or_test_rows(kind, vocabularies, tmp_path):
     lines = sample_lines()[:400]
     words = ["--source", str(tmp_path / "cmn.txt"), "--tokenizer", kind, "--vocabularies", vocabularies]
-    words += ["--vocabulary_size", "400", "--output"]
+    words += ["--vocabulary_size", "400"] if kind == "sentencepiece" else []
+    words += ["--output"]
     (tmp_path / "cmn.txt").write_text("\n".join(lines), encoding="utf-8")
     assert tatoeba.main([*words, str(tmp_path / "plain")]) == 0
     plain = open_prepared(tmp_path / "plain")
@@ -153,6 +155,13 @@ def test_vocabulary_never_sees_validation_or_test_rows(kind, vocabularies, tmp_p
     assert planted.target_tokenizer.sha256 == plain.target_tokenizer.sha256
     assert UNK in planted.source_tokenizer.encode("龘")
     assert planted.meta["tokenizer"]["unknown_share"]["test"]["source"] > 0.1
+
+
+@pytest.mark.parametrize(("kind", "key"), [("word", "vocabulary_size"), ("sentencepiece", "min_frequency")])
+def test_option_of_the_other_tokenizer_is_refused_not_ignored(kind, key, tmp_path):
+    with pytest.raises(UserError, match=f"{key} has no effect with tokenizer {kind}"):
+        tatoeba.main(["--source", "sample", "--output", str(tmp_path / "x"), "--tokenizer", kind, f"--{key}", "100"])
+    assert not (tmp_path / "x").exists()
 
 
 def test_vocabulary_size_that_does_not_fit_the_text_is_answered(tmp_path, capsys):

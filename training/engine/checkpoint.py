@@ -11,6 +11,7 @@ folder; no pointer file can lie about it. Loading runs no code: tensors are safe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -53,15 +54,19 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """step, task, config, data, versions, best, and `files` with the size in bytes and SHA-256 of each."""
+        """step, task, config, data, versions, `files` (bytes and SHA-256 of each), and the `sha256` of all this."""
         return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
 
     def verify(self) -> str | None:
         """What is wrong with it, or None. Reads every byte."""
         try:
             files = self.manifest["files"]
-        except (OSError, ValueError, KeyError) as error:
+            # Written again from what was read, every byte must be the same: nothing else vouches for the manifest.
+            intact = (self.folder / MANIFEST).read_bytes() == _manifest_text(self.manifest).encode()
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"its {MANIFEST} cannot be read ({error})"
+        if not intact:
+            return f"the content of {MANIFEST} has changed (SHA-256 differs)"
         present = {path.name for path in self.folder.iterdir()} - {MANIFEST}
         if present != set(files):
             missing, extra = sorted(set(files) - present), sorted(present - set(files))
@@ -148,10 +153,17 @@ def save(
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
         }
-        write_atomically(folder / MANIFEST, json.dumps({"step": step, **about, "files": files}, indent=2))
+        write_atomically(folder / MANIFEST, _manifest_text({"step": step, **about, "files": files}))
         publish_folder(folder, final, replace=True)
     _retire(run_dir, keep, state["best_step"])
     return Checkpoint(final)
+
+
+def _manifest_text(content: dict[str, Any]) -> str:
+    """The manifest as it is written, its last key the SHA-256 of the rest."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
