@@ -21,6 +21,6 @@ echo "== 2/3 training a small GPT with $processes process(es)"
 torchrun --standalone --nproc-per-node="$processes" -m training.gpt configs/gpt/sample.yaml "$@"
 grep -q '"status": "finished"' runs/gpt-sample/status.json || exit 75
 echo "== 3/3 evaluating"
-python -m training.evaluation.evaluate runs/gpt-sample
+torchrun --standalone --nproc-per-node="$processes" -m training.evaluation.evaluate runs/gpt-sample
 echo
 echo "Translate with it:  .venv/bin/python -m training.evaluation.translate runs/gpt-sample '你好。'"

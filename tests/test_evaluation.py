@@ -173,6 +173,17 @@ def test_evaluating_again_gives_the_same_bytes(evaluated):
     assert [path.read_bytes() for path in paths] == before
 
 
+def test_ranks_that_share_the_sentences_write_what_one_process_writes(evaluated, run_copy):
+    shutil.rmtree(run_copy / "evaluation", ignore_errors=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    words = [*torchrun, "training.evaluation.evaluate", str(run_copy)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("test.json", "test-translations.jsonl"):
+        assert (run_copy / "evaluation" / name).read_text() == (evaluated / "evaluation" / name).read_text()
+
+
 def test_examples_are_drawn_by_a_fixed_seed_and_at_least_ten(evaluated, capsys):
     assert EXAMPLES >= 10 and example_rows(600) == example_rows(600)
     assert sorted(example_rows(4)) == [0, 1, 2, 3]

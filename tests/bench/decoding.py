@@ -7,7 +7,8 @@ translations of usual length, and random weights know none.
 - The obvious way: the whole sequence through the model for every token. One process at its best, which is one thread or
   two. It shares this repository's model with its fused attention. It takes every n-th of the sentences in order of
   length, so that a sentence costs there what it costs on the other side.
-- Relay: `training.evaluation.decoding.translate` on all of them, one process of two threads.
+- Relay: `training.evaluation.decoding.translate` on all of them, two processes of one thread with half of the sentences
+  each, as `training.evaluation.evaluate` shares them under torchrun. Beside it, one process of two threads.
 
 `gpt_ratio` is that of the seed recipe's model (width 64, 4 layers, 4 heads, words as tokens); without --quick a larger
 one (width 256, 6 layers, 8 heads) is measured too.
@@ -162,18 +163,31 @@ def compare(name: str, folder: Path, *, rounds: int, plain_count: int) -> list[F
     def start(way: str, threads: int) -> Worker:
         return Worker("tests.bench.decoding", "side", way, name, folder, threads=threads)
 
-    with workers(plain1=start("plainly", 1), plain2=start("plainly", 2), batched=start("batched", 2)) as started:
+    with workers(
+        plain1=start("plainly", 1),
+        plain2=start("plainly", 2),
+        one=start("batched", 2),
+        first=start("batched", 1),
+        second=start("batched", 1),
+    ) as started:
 
-        def ask(which: str, count: int) -> float:
-            started[which].ask(count)
-            return started[which].answer()
+        def ask(names: Sequence[str], count: int) -> float:
+            """Sentences a second of these workers together, each asked for `count` at the same moment."""
+            for name in names:
+                started[name].ask(count)
+            return sum(started[name].answer() for name in names)
 
-        counts = {"plain1": plain_count, "plain2": plain_count, "batched": total}
-        for which in started:  # the first piece of work also sets things up
-            ask(which, min(counts[which], 200))
+        sides = {
+            "plain1": (["plain1"], plain_count),
+            "plain2": (["plain2"], plain_count),
+            "batched": (["first", "second"], total // 2),
+            "one_process": (["one"], total),
+        }
+        for names, count in sides.values():  # the first piece of work also sets things up
+            ask(names, min(count, 200))
         for number in range(rounds):
-            for which, count in counts.items():
-                speeds[which].append(ask(which, count))
+            for which, (names, count) in sides.items():
+                speeds[which].append(ask(names, count))
             say(f"{name}, round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.1f}" for k, v in speeds.items()))
     best, threads = max((median(speeds[which]), which[-1]) for which in ("plain1", "plain2"))
     produced = sum(sentences.lengths[tuple(source)] for source in sentences.sources) / total
@@ -184,7 +198,10 @@ def compare(name: str, folder: Path, *, rounds: int, plain_count: int) -> list[F
             "Relay over the obvious way",
             ">= 30" if name == "gpt" else "",
         ),
-        Figure(f"{name}_batched_sentences_per_s", median(speeds["batched"]), f"Relay, {total:,} sentences, 2 threads"),
+        Figure(
+            f"{name}_batched_sentences_per_s", median(speeds["batched"]), f"Relay, {total:,} sentences, 2 processes"
+        ),
+        Figure(f"{name}_one_process_sentences_per_s", median(speeds["one_process"]), "Relay, 1 process x 2 threads"),
         Figure(f"{name}_plain_sentences_per_s", best, f"the obvious way, {plain_count} of them, {threads} thread(s)"),
         Figure(f"{name}_tokens_per_sentence", produced, "produced on both sides, <eos> not counted"),
         Figure(f"{name}_same_share", same, "of sentences translated the same by both", f">= {SAME_SHARE}"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,6 +93,14 @@ class Cluster:
         """Sum over ranks of a tensor on this rank's device."""
         if self.world_size > 1:
             dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank. For results of moderate size: they travel pickled."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
         return values
 
     def maximum(self, values: Sequence[float]) -> list[float]:

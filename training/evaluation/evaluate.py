@@ -1,6 +1,7 @@
 """Scores a trained model and writes the run's report.
 
     python -m training.evaluation.evaluate runs/NAME [--checkpoint best|last] [--data FOLDER] [--part test]
+    torchrun --standalone --nproc-per-node=2 -m training.evaluation.evaluate runs/NAME   # the ranks share the sentences
 
 Writes runs/NAME/report.html and, under runs/NAME/evaluation/, PART.json (scores), PART-translations.jsonl (source,
 reference, translation of every row) and PART-attention-N.svg.
@@ -22,7 +23,7 @@ from data_prep.files import write_atomically, writing_to
 from data_prep.prepared import Part, Prepared, open_prepared
 from data_prep.splits import PARTS
 from data_prep.tokenizers import EOS, SEP, SOS
-from launch.console import UserError, run_main, say
+from launch.console import run_main, say
 from training.engine.cluster import Cluster
 from training.engine.tracking import read_metrics
 from training.evaluation.attention_maps import attention_sheet
@@ -45,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")
     arguments = parser.parse_args(argv)
     with Cluster() as cluster:
-        if cluster.world_size > 1:
-            raise UserError("evaluation runs as one process: start it with python, not with torchrun")
         trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         data = open_prepared(arguments.data or trained.config.data)
         trained.check_fits(data)
@@ -57,8 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(trained: TrainedModel, data: Prepared, part_name: str, cluster: Cluster) -> Path:
     """Decodes and scores one part of `data`, writes everything the module names, and returns the report's path."""
     part = data.part(part_name)
-    sources = [part.source[row].tolist() for row in range(len(part))]
-    results = translate(trained.decoder, sources, label=f"translating {part_name}")
+    # Every rank translates every world-size-th row: long and short ones are spread evenly, since rows come shuffled.
+    sources = [part.source[row].tolist() for row in range(cluster.rank, len(part), cluster.world_size)]
+    shares = cluster.gather(translate(trained.decoder, sources, label=f"translating {part_name}"))
+    results = [shares[row % cluster.world_size][row // cluster.world_size] for row in range(len(part))]
+    token_scores = _token_scores(trained, part, cluster)
+    path = trained.run_dir / "report.html"
+    if not cluster.is_first:
+        return path
     translations = [trained.target_tokenizer.decode(result.ids) for result in results]
     scores = {
         "part": part_name,
@@ -67,7 +72,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, cluster: Clu
         "data_fingerprint": data.fingerprint,
         "step": trained.step,
         **score_texts(translations, part.target_texts).to_json(),
-        **_token_scores(trained, part, cluster),
+        **token_scores,
         "cut_off": sum(not result.ended and result.problem is None for result in results),
         "not_translated": sum(result.problem is not None for result in results),
     }
@@ -89,7 +94,6 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, cluster: Clu
         versions=_versions(trained),
     )
     folder = trained.run_dir / "evaluation"
-    path = trained.run_dir / "report.html"
     with writing_to(trained.run_dir, option="RUN"):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{part_name}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")

@@ -187,8 +187,11 @@ class GPT(nn.Module):
         slots = cache.lengths
         rows = torch.arange(len(tokens), device=tokens.device)
         x, rotation = self._embed(tokens[:, None], slots[:, None])
-        filled = int(slots.max()) + 1
-        visible = (torch.arange(filled, device=tokens.device) <= slots[:, None])[:, None, None]
+        shortest, longest = (int(length) for length in slots.aminmax())
+        filled = longest + 1
+        visible = None  # rows of one length see every slot: attention without a mask is quicker
+        if shortest < longest:
+            visible = (torch.arange(filled, device=tokens.device) <= slots[:, None])[:, None, None]
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             query, key, value = block.attention.project(block.attention_norm(x), rotation)
             keys[rows, :, slots] = key[:, :, 0]
