@@ -20,6 +20,7 @@ PROMISED = {
         "peak_share_exact",
         "base_tokens_per_s",
     ],
+    "decoding": ["gpt_ratio", "gpt_batched_sentences_per_s", "gpt_plain_sentences_per_s", "gpt_same_share"],
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
 }
 

@@ -71,19 +71,17 @@ class Sequences:
         """
         rows = self._rows[samples]
         source, target = self._part.source, self._part.target
-        full = np.full(
-            (len(rows), int(self.lengths[samples].max()) + 1), PAD, dtype=np.int64
-        )  # + 1: <eos>, a label only
+        longest = int(self.lengths[samples].max())
+        full = np.full((len(rows), longest + 1), PAD, dtype=np.int64)  # one more than inputs: <eos> is a label only
         full[:, 0] = SOS
         position = np.arange(full.shape[1])
         separator = 1 + source.lengths[rows][:, None]
         end = separator + 1 + target.lengths[rows][:, None]
         padded_source, padded_target = source.padded(rows, PAD), target.padded(rows, PAD)
-        full[(position >= 1) & (position < separator)] = padded_source[
-            np.arange(padded_source.shape[1]) < separator - 1
-        ]
-        np.put_along_axis(full, separator, SEP, axis=1)
+        inside_source = np.arange(padded_source.shape[1]) < separator - 1
         inside_target = np.arange(padded_target.shape[1]) < end - separator - 1
+        full[(position >= 1) & (position < separator)] = padded_source[inside_source]
+        np.put_along_axis(full, separator, SEP, axis=1)
         full[(position > separator) & (position < end)] = padded_target[inside_target]
         inputs = full[:, :-1].copy()
         np.put_along_axis(full, end, EOS, axis=1)  # behind the copy: a label only
@@ -100,7 +98,7 @@ class Sequences:
 
 def summed_loss(
     model: nn.Module, sequences: Sequences, samples: np.ndarray, options: LossOptions, device: torch.device
-):
+) -> Tensor:
     """Cross-entropy summed over a micro-batch's scored tokens, the source's weighted: a scalar, with gradient."""
     batch = sequences.batch(samples, with_source=options.source_weight > 0)
     inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
