@@ -47,7 +47,10 @@ def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
         reason = _MENDABLE.get(error.errno or 0)
         if reason is None:
             raise
-        raise UserError(reason.format(path=path, option=option) + "; nothing unfinished was left behind") from error
+        known = os.strerror(error.errno or 0)
+        more = f" ({error.strerror})" if error.strerror and error.strerror != known else ""
+        said = reason.format(path=path, option=option)
+        raise UserError(f"{said}{more}; nothing unfinished was left behind") from error
 
 
 def fsync_folder(folder: Path) -> None:
@@ -180,6 +183,16 @@ def recover(final: Path) -> bool:
     aside.rename(final)
     fsync_folder(final.parent)
     return True
+
+
+def drop_from_cache(path: Path) -> None:
+    """Asks the system to forget a file's content, so that the next read comes from the disk. Where it can: Linux."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Options of every command: typed, from a YAML file, overridden on the command line.
 
 Every mistake is found at once and answered with the nearest valid key. A YAML key and its command-line option have one
-spelling: `optim: {lr: 3e-4}` in the file is `--optim.lr 3e-4` on the command line.
+spelling: `optim: {lr: 3e-4}` in the file is `--optim.lr 3e-4` on the command line (where `-` may stand for `_`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ import types
 import typing
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from launch.console import UserError
+from launch.console import UserError, format_duration, parse_duration
 
 
 class Options(BaseModel):
     """Base of all option groups: unknown keys are mistakes, values do not change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# Seconds, written as people write them: 90s, 30m, 11h30m, 1d12h, 4:00:00, or a number of seconds.
+Duration = Annotated[
+    float,
+    BeforeValidator(lambda value: parse_duration(value) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: text if parse_duration(text := format_duration(value)) == value else value),
+    "duration",
+]
 
 
 OptionsType = TypeVar("OptionsType", bound=Options)
@@ -76,7 +85,7 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]],
                     mistakes.append(f"--{key} has no value (write --{key} VALUE)")
                     continue
                 text = words.pop(0)
-            overrides.append((key, text))
+            overrides.append((key.replace("-", "_"), text))
         else:
             files.append(word)
     if len(files) > 1:
@@ -173,7 +182,7 @@ def _explain(cls: type[Options], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{key} is required"
     field = all_keys(cls).get(key)
-    expected = f" (expected {_type_name(field.annotation)})" if field is not None else ""
+    expected = f" (expected {_field_type(field)})" if field is not None else ""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     value = detail["input"]
     if not key:  # a check across several keys; its message names them
@@ -181,7 +190,13 @@ def _explain(cls: type[Options], detail: Any) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}{expected}"
 
 
+def _field_type(field: FieldInfo) -> str:
+    return "duration" if "duration" in field.metadata else _type_name(field.annotation)
+
+
 def _type_name(annotation: Any) -> str:
+    if annotation == Duration:
+        return "duration"
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(annotation))
@@ -200,13 +215,18 @@ def help_text(cls: type[Options], *, prog: str, about: str) -> str:
     lines = [f"usage: {prog} [CONFIG.yaml] [--key value ...] [--dry-run]", "", about, "", "keys:"]
     rows = []
     for key, field in all_keys(cls).items():
-        default = "required" if field.default is PydanticUndefined else f"default {_show(field.default)}"
-        rows.append((f"  --{key}", _type_name(field.annotation), default, field.description or ""))
+        default = "required" if field.default is PydanticUndefined else f"default {_default(field)}"
+        rows.append((f"  --{key}", _field_type(field), default, field.description or ""))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, kind, default, meaning in rows:
         lines.append(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {meaning} ({default})")
     lines += ["", "  --dry-run  check everything, print the resolved options and what would be done, and stop"]
     return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    is_duration = _field_type(field).startswith("duration") and field.default is not None
+    return format_duration(field.default) if is_duration else _show(field.default)
 
 
 def _show(value: Any) -> str:

@@ -5,17 +5,30 @@ Rank 0 speaks for all ranks; an error that the user can mend is one line that sa
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 
 class UserError(Exception):
     """Something the user can mend. The message says what was found, what was expected and what to do."""
+
+
+class PeerError(Exception):
+    """Another process of the run failed, which this one only notices: the other's error is the one to read."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, where nothing needs more than to leave: what is half written is removed on the way out."""
 
 
 def _speaks() -> bool:
@@ -36,20 +49,37 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def say_as_any_rank(text: str) -> None:
+    """Prints on standard error, whichever rank this is: for what only this one knows."""
+    _clear_line()
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and exits with what it returns; a `UserError` becomes one line on standard error, status 1."""
+    """Runs `main` and exits with what it returns; a `UserError` becomes one line on standard error, status 1.
+
+    SIGTERM ends it in good order with status 75 (try again later), unless `main` handles the signal itself.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main() or 0
     except UserError as error:
         if _speaks():
-            _clear_line()
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            _tell_torchrun(str(error))
+            say_as_any_rank(f"error: {error}")
+            tell_torchrun(f"error: {error}")
         status = 1
+    except PeerError as error:
+        say_as_any_rank(f"rank {os.environ.get('RANK', '0')} ends as well: {error}")
+        status = 1
+    except Terminated:
+        if _speaks():
+            say_as_any_rank(
+                "stopped by signal SIGTERM; nothing unfinished was left behind, start the same command again"
+            )
+        status = 75
     except KeyboardInterrupt:
         if _speaks():
-            _clear_line()
-            print("interrupted", file=sys.stderr, flush=True)
+            say_as_any_rank("interrupted")
         status = 130
     except BrokenPipeError:  # `... | head` closed our standard output: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,11 +87,15 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def _tell_torchrun(message: str) -> None:
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def tell_torchrun(message: str) -> None:
     """Leaves the message where torchrun looks for it, so that it ends its long report with the same line."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        about = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}
+        about = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -86,6 +120,29 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+_UNITS_S = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90`, `90s`, `3m05s`, `11h30m`, `1d04h`, `4:00:00` or `1-00:00:00`; raises ValueError on others.
+
+    It reads what `format_duration` writes, and what SLURM does.
+    """
+    text = text.strip()
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if 0 <= seconds < math.inf:
+            return seconds
+    parts = re.findall(r"([0-9.]+)([dhms])", text)
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    clock = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if clock:
+        days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    raise ValueError(f"{text!r} is no duration: write 90s, 30m, 11h30m or 4:00:00")
 
 
 class Progress:

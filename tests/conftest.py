@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +45,15 @@ class Result:
 class Started:
     """A running command with all of its processes."""
 
-    def __init__(self, words: list[str], folder: Path):
+    def __init__(self, words: list[str], folder: Path, environment: Mapping[str, str] | None = None):
         self._out, self._err = folder / "out", folder / "err"
+        # Every process that comes of the command inherits this, and can be found by it when its parent is gone.
+        self._mark = f"RELAY_TEST={folder}"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 words,
                 cwd=ROOT,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, **(environment or {}), "RELAY_TEST": str(folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -79,6 +81,16 @@ class Started:
             if time.monotonic() > end:
                 pytest.fail(f"not at step {step} after {PATIENCE_S} s:\n{self.printed()}")
             time.sleep(0.02)
+
+    def living(self) -> list[int]:
+        """The process ids of all that came of the command and still runs, orphans too."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(OSError):  # gone meanwhile, or another user's
+                    if self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+        return found
 
     def rank(self, number: int) -> int:
         """The process id of a rank. torchrun starts ranks in order, so process ids tell them apart."""
@@ -121,18 +133,25 @@ Launch = Callable[..., Started]
 def launching(folder: Path) -> Iterator[Launch]:
     """Gives `launch(*words, module="training.gpt", ranks=None)`: `python -m module words`, or torchrun with `ranks`.
 
-    What still runs at the end of the block is killed.
+    environment: variables beside the usual ones. torchrun: more of its own options. What still runs at the end of the
+    block is killed.
     """
     started: list[Started] = []
 
-    def launch(*words: object, module: str = "training.gpt", ranks: int | None = None) -> Started:
+    def launch(
+        *words: object,
+        module: str = "training.gpt",
+        ranks: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        torchrun: Sequence[str] = (),
+    ) -> Started:
         command = [sys.executable]
         if ranks is not None:
-            torchrun = Path(sysconfig.get_path("scripts"), "torchrun")
-            command = [str(torchrun), "--standalone", f"--nproc-per-node={ranks}"]
+            program = Path(sysconfig.get_path("scripts"), "torchrun")
+            command = [str(program), "--standalone", f"--nproc-per-node={ranks}", *torchrun]
         output = folder / f"output-{len(started)}"
         output.mkdir()
-        started.append(Started([*command, "-m", module, *map(str, words)], output))
+        started.append(Started([*command, "-m", module, *map(str, words)], output, environment))
         return started[-1]
 
     try:
@@ -141,6 +160,9 @@ def launching(folder: Path) -> Iterator[Launch]:
         for command in started:
             if command.process.poll() is None:
                 command.kill_all()
+            for pid in command.living():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

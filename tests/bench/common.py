@@ -27,7 +27,7 @@ from launch.config import parse
 from launch.console import UserError, say
 from training.engine.batch_plan import BatchPlan
 from training.engine.tracking import read_metrics
-from training.gpt import GPTConfig, Sequences
+from training.gpt import GPTConfig, Sequences, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
@@ -39,10 +39,11 @@ BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line of a bench. data: a raw file of sentence pairs, or `sample`."""
+    """The command line of a bench. data: a raw file of sentence pairs, or `sample`. more: what this bench alone has."""
 
     quick: bool
     data: str
+    more: argparse.Namespace
 
     @property
     def about_data(self) -> str:
@@ -52,8 +53,13 @@ class Arguments:
         return f"{Path(self.data).name} ({Path(self.data).stat().st_size:,} bytes)"
 
 
-def read_arguments(name: str, about: str, argv: Sequence[str] | None = None) -> Arguments:
-    """--quick and --data; without --data Tatoeba where it lies beside the checkout, else the sample corpus."""
+def read_arguments(
+    name: str, about: str, add_more: Callable[[argparse.ArgumentParser], Any] | None = None
+) -> Arguments:
+    """--quick and --data; without --data Tatoeba where it lies beside the checkout, else the sample corpus.
+
+    add_more: adds the arguments that this bench alone has.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m tests.bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,10 +70,12 @@ def read_arguments(name: str, about: str, argv: Sequence[str] | None = None) -> 
         default=str(TATOEBA) if TATOEBA.is_file() else "sample",
         help="raw Tatoeba file, or `sample` for the sample corpus (default: %(default)s)",
     )
-    found = parser.parse_args(argv)
+    if add_more is not None:
+        add_more(parser)
+    found = parser.parse_args()
     if found.data != "sample" and not Path(found.data).is_file():
         raise UserError(f"there is no file {found.data}: name a raw Tatoeba file (.txt), or --data sample")
-    return Arguments(found.quick, found.data)
+    return Arguments(found.quick, found.data, found)
 
 
 def prepare(arguments: Arguments, folder: Path, *options: str) -> Prepared:
@@ -161,9 +169,7 @@ def gpt_config(words: Sequence[object], data: Prepared) -> GPTConfig:
 
 def gpt_plan(config: GPTConfig, data: Prepared) -> BatchPlan:
     """The batch plan of such a run, as `training.gpt` makes it."""
-    pairs = Sequences(data.part("train"), config.model.context)
-    weights = pairs.weights(config.loss.source_weight)
-    return BatchPlan(pairs.lengths, weights, config.batch, seed=config.seed, epochs=config.optim.epochs)
+    return plan_of(config, Sequences(data.part("train"), config.model.context))
 
 
 def train_gpt(words: Sequence[object], data: Prepared, run_dir: Path, *, steps: int, ranks: int, threads: int) -> Speed:
@@ -171,13 +177,11 @@ def train_gpt(words: Sequence[object], data: Prepared, run_dir: Path, *, steps: 
 
     The first quarter of the steps is warm-up and not counted; nor are validation and saving, after the last step.
     """
-    plan = gpt_plan(gpt_config(words, data), data)
-    epochs = steps * plan.micro_batches_per_step / plan.micro_batches_per_epoch
     never = 10**9
     run_module(
         "training.gpt",
         *words,
-        *("--data", data.folder, "--run_dir", run_dir, "--optim.epochs", epochs, "--optim.warmup_steps", 0),
+        *("--data", data.folder, "--run_dir", run_dir, "--optim.steps", steps, "--optim.warmup_steps", 0),
         *("--log.every_steps", steps // 4, "--log.validate_every_steps", never, "--checkpoint.every_steps", never),
         ranks=ranks,
         threads=threads,

@@ -54,11 +54,22 @@ class MicroBatch:
 class BatchPlan:
     """The plan of a whole run over samples of `lengths` [n] (tokens) with loss weights `weights` [n].
 
+    It is `steps` long where they are given, else `epochs`.
+
     A sample's weight is its share in the loss's denominator: its number of supervised tokens. The plan sums them, so
     that every rank knows a step's denominator without communication.
     """
 
-    def __init__(self, lengths: np.ndarray, weights: np.ndarray, options: BatchOptions, *, seed: int, epochs: float):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        weights: np.ndarray,
+        options: BatchOptions,
+        *,
+        seed: int,
+        epochs: float,
+        steps: int | None = None,
+    ):
         if not len(lengths):
             raise UserError("there is no sample to train on: prepare data with at least one pair that fits the context")
         longest = int(lengths.max())
@@ -75,7 +86,7 @@ class BatchPlan:
             np.sort(self.lengths), options.tokens_per_micro_batch, options.sentences_per_micro_batch
         )
         self.micro_batches_per_epoch = len(self.cuts) - 1
-        self.steps = max(1, math.ceil(epochs * self.micro_batches_per_epoch / self.micro_batches_per_step))
+        self.steps = steps or max(1, math.ceil(epochs * self.micro_batches_per_epoch / self.micro_batches_per_step))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def step(self, step: int) -> list[MicroBatch]:

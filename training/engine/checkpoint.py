@@ -1,44 +1,47 @@
 """A checkpoint is published or it does not exist.
 
 It is written to a temporary folder, brought to the disk, and renamed; the manifest, written last, holds the size and
-SHA-256 of every other file. On loading the manifest is checked first: a checkpoint that fails is set aside with a
-message and the newest valid one before it is taken. Which checkpoint is newest or best follows from what is in the
-folder; no pointer file can lie about it. Loading runs no code: tensors are safetensors, everything else is JSON.
+SHA-256 of every other file and vouches for itself. On loading it is checked first: a checkpoint that fails is set aside
+with a message and the newest valid one before it is taken. Which checkpoint is newest or best follows from what is in
+the folder; no pointer file can lie about it. Loading runs no code: tensors are safetensors, everything else is JSON.
 
     runs/NAME/checkpoints/step-0000012000/
       model.safetensors  optimizer.safetensors  state.json  manifest.json
+
+`python -m training.engine.checkpoint runs/NAME` lists the checkpoints of a run and verifies every byte of them. When
+and how a running training saves is the business of `training.engine.saving`.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_prep.files import publish_folder, sha256_of, temporary_folder, write_atomically, writing_to
-from launch.config import Options
-from launch.console import UserError, warn
+from data_prep.files import drop_from_cache, publish_folder, sha256_of, temporary_folder, write_atomically, writing_to
+from launch.console import UserError, run_main, say, warn
 
 MANIFEST = "manifest.json"
 
+# What is written besides tensors is a few kilobytes; a file system needs some room for itself too.
+_ROOM_BESIDE_TENSORS = 200_000
 
-class CheckpointOptions(Options):
-    """How often to save and what to keep."""
-
-    every_steps: int = Field(500, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best one")
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,37 +70,63 @@ class Checkpoint:
             return f"its {MANIFEST} cannot be read ({error})"
         if not intact:
             return f"the content of {MANIFEST} has changed (SHA-256 differs)"
+        if self.manifest["step"] != self.step:
+            return f"its {MANIFEST} is that of step {self.manifest['step']}"
         present = {path.name for path in self.folder.iterdir()} - {MANIFEST}
         if present != set(files):
             missing, extra = sorted(set(files) - present), sorted(present - set(files))
             return f"files missing: {missing or 'none'}, files that do not belong: {extra or 'none'}"
         for name, about in files.items():
             path = self.folder / name
-            if path.stat().st_size != about["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {about['bytes']:,}"
-            if sha256_of(path) != about["sha256"]:
-                return f"the content of {name} has changed (SHA-256 differs)"
+            try:
+                size = path.stat().st_size
+                if size != about["bytes"]:
+                    return f"{name} has {size:,} bytes instead of {about['bytes']:,}"
+                if sha256_of(path) != about["sha256"]:
+                    return f"the content of {name} has changed (SHA-256 differs)"
+            except OSError as error:  # a sector that the disk cannot read any more
+                return f"{name} cannot be read ({error.strerror})"
         return None
 
     def state(self) -> dict[str, Any]:
-        """The small values: gradient scaler, best score and its step."""
+        """The small values: gradient scaler, best score and its step, what the record needs to go on."""
         return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
 
     def model_state(self) -> dict[str, Tensor]:
         """The model's tensors by parameter name, on the CPU."""
         return load_file(self.folder / "model.safetensors")
 
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by kind and parameter name, on the CPU."""
+        return load_file(self.folder / "optimizer.safetensors")
+
     def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restores parameters and optimizer state in place."""
         model.load_state_dict(self.model_state())
-        tensors = load_file(self.folder / "optimizer.safetensors")
         names = {parameter: name for name, parameter in model.named_parameters()}
         ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(ordered))}
-        for index, name in enumerate(ordered):
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                state[index][kind] = tensors[f"{kind}/{name}"]
+        index_of = {name: index for index, name in enumerate(ordered)}
+        state: dict[int, dict[str, Tensor]] = {}  # empty before the first step
+        for key, tensor in self.optimizer_state().items():
+            kind, _, name = key.partition("/")
+            state.setdefault(index_of[name], {})[kind] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of both, by file and by name, where it lies now: nothing is copied.
+
+    Optimizer state goes by the parameter's name: a parameter's index means nothing once the model changes.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        "model.safetensors": {name: tensor.detach() for name, tensor in model.state_dict().items()},
+        "optimizer.safetensors": {
+            f"{kind}/{names[parameter]}": value.detach()
+            for parameter, kinds in optimizer.state.items()
+            for kind, value in kinds.items()
+        },
+    }
 
 
 def checkpoints(run_dir: str | Path) -> list[Checkpoint]:
@@ -106,16 +135,19 @@ def checkpoints(run_dir: str | Path) -> list[Checkpoint]:
     return [Checkpoint(folder) for folder in folders if folder.name.removeprefix("step-").isdigit()]
 
 
-def newest_valid(run_dir: str | Path) -> Checkpoint | None:
-    """The newest checkpoint that passes `verify`; those that do not are renamed to `invalid-step-...` and named."""
+def newest_valid(run_dir: str | Path, *, set_aside: bool = True) -> Checkpoint | None:
+    """The newest checkpoint that passes `verify`; those that do not are named, and renamed to `invalid-step-...`."""
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = checkpoint.verify()
         if problem is None:
             return checkpoint
-        aside = checkpoint.folder.with_name(f"invalid-{checkpoint.folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.folder.rename(aside)
-        warn(f"checkpoint {checkpoint.folder} is damaged: {problem}. Set aside as {aside.name}, taking an older one")
+        said = f"checkpoint {checkpoint.folder} is damaged: {problem}. "
+        if set_aside:
+            aside = checkpoint.folder.with_name(f"invalid-{checkpoint.folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.folder.rename(aside)
+            said += f"Set aside as {aside.name}, taking an older one"
+        warn(said)
     return None
 
 
@@ -130,45 +162,74 @@ def choose(run_dir: str | Path, which: Literal["best", "last"]) -> Checkpoint:
     return next((checkpoint for checkpoint in valid if checkpoint.step == best_step), valid[-1])
 
 
-def save(
+def publish(
     run_dir: str | Path,
     step: int,
+    tensors: Mapping[str, Tensors],
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    about: dict[str, Any],
+    state: Mapping[str, Any],
+    about: Mapping[str, Any],
     keep: int,
 ) -> Checkpoint:
-    """Publishes a checkpoint of `step` and then removes those beyond `keep` and the best.
+    """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the best.
 
-    `state` holds what `Checkpoint.state` gives back ("best_step" among it), `about` goes into the manifest. Raises
-    UserError when the disk is full or not writable; older checkpoints stand untouched.
+    tensors: what goes into which file, in host memory. state: what `Checkpoint.state` gives back ("best_step" among
+    it). about: goes into the manifest. An older checkpoint is removed only after the new one was read back from the
+    disk and found valid. Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the
+    older checkpoints then stand untouched.
     """
     final = Path(run_dir, "checkpoints", f"step-{step:010d}")
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
-        _write_tensors(folder / "model.safetensors", _tensors(model))
-        _write_tensors(folder / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+        _check_room(folder, sum(tensor.nbytes for part in tensors.values() for tensor in part.values()))
+        for name, part in tensors.items():
+            _write_tensors(folder / name, part)
         write_atomically(folder / "state.json", json.dumps(state, indent=2))
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
         }
-        write_atomically(folder / MANIFEST, _manifest_text({"step": step, **about, "files": files}))
+        written = {"step": step, **about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "files": files}
+        write_atomically(folder / MANIFEST, _manifest_text(written))
         publish_folder(folder, final, replace=True)
-    _retire(run_dir, keep, state["best_step"])
-    return Checkpoint(final)
+    checkpoint = Checkpoint(final)
+    _retire(run_dir, checkpoint, keep, state["best_step"])
+    return checkpoint
 
 
-def _manifest_text(content: dict[str, Any]) -> str:
+def copy_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
+    """Publishes a copy of a checkpoint in another run folder; raises UserError if what arrived is not what was read."""
+    final = Path(run_dir, "checkpoints", checkpoint.folder.name)
+    with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
+        _check_room(folder, sum(about["bytes"] for about in checkpoint.manifest["files"].values()))
+        for path in checkpoint.folder.iterdir():
+            shutil.copyfile(path, folder / path.name)
+        publish_folder(folder, final, replace=True)
+    copy = Checkpoint(final)
+    problem = copy.verify()
+    if problem is not None:
+        raise UserError(
+            f"the copy of {checkpoint.folder} to {final} went wrong: {problem}; start the same command again"
+        )
+    return copy
+
+
+def _check_room(folder: Path, tensor_bytes: int) -> None:
+    """Better to know before the first byte than after the last one that fits."""
+    needed = tensor_bytes + _ROOM_BESIDE_TENSORS
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+
+
+def _manifest_text(content: Mapping[str, Any]) -> str:
     """The manifest as it is written, its last key the SHA-256 of the rest."""
     content = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Tensors) -> None:
     try:
-        save_file(tensors, path)
+        save_file(dict(tensors), path)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -177,26 +238,59 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by parameter name: a parameter's index means nothing once the model changes."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{kind}/{names[parameter]}": value.detach().cpu().contiguous()
-        for parameter, kinds in optimizer.state.items()
-        for kind, value in kinds.items()
-    }
-
-
-def _retire(run_dir: str | Path, keep: int, best_step: int | None) -> None:
-    for checkpoint in checkpoints(run_dir)[:-keep]:
-        if checkpoint.step != best_step:
-            # Renamed first: a kill in the middle of removing must not leave a half-empty checkpoint under a valid name.
-            doomed = checkpoint.folder.with_name(f"removing-{checkpoint.folder.name}")
-            checkpoint.folder.rename(doomed)
-            shutil.rmtree(doomed)
+def _retire(run_dir: str | Path, newest: Checkpoint, keep: int, best_step: int | None) -> None:
+    surplus = [checkpoint for checkpoint in checkpoints(run_dir)[:-keep] if checkpoint.step != best_step]
+    if surplus:
+        # What the disk holds counts, not what the system still has in memory.
+        for path in newest.folder.iterdir():
+            drop_from_cache(path)
+        problem = newest.verify()
+        if problem is not None:
+            raise OSError(errno.EIO, f"{newest.folder} read back from the disk is damaged: {problem}")
+    for checkpoint in surplus:
+        # Renamed first: a kill in the middle of removing must not leave a half-empty checkpoint under a valid name.
+        doomed = checkpoint.folder.with_name(f"removing-{checkpoint.folder.name}")
+        checkpoint.folder.rename(doomed)
+        shutil.rmtree(doomed)
     for leftover in Path(run_dir, "checkpoints").glob("removing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Lists and verifies; the exit status is 1 if a checkpoint is damaged or there is none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.engine.checkpoint",
+        description="Lists the checkpoints of a run and verifies every byte of them; changes nothing.",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
+    run_dir = parser.parse_args(argv).run_dir
+    if not (run_dir / "checkpoints").is_dir():
+        raise UserError(f"{run_dir} is not a run folder: there is no folder checkpoints in it")
+    found = checkpoints(run_dir)
+    problems = {checkpoint.step: checkpoint.verify() for checkpoint in found}
+    valid = [checkpoint for checkpoint in found if problems[checkpoint.step] is None]
+    best_step = valid[-1].state()["best_step"] if valid else None
+    say(f"{'step':>12}  {'MB':>9}  {'written':<24}  verified")
+    for checkpoint in found:
+        size = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
+        problem = problems[checkpoint.step]
+        written = "unknown" if problem else checkpoint.manifest["time"]
+        role = ", ".join(
+            name
+            for name, holds in (
+                ("newest", checkpoint == valid[-1] if valid else False),
+                ("best", checkpoint.step == best_step),
+            )
+            if holds
+        )
+        verdict = f"DAMAGED: {problem}" if problem else "ok" + (f" ({role})" if role else "")
+        say(f"{checkpoint.step:>12,}  {size:>9,.1f}  {written:<24}  {verdict}")
+    for folder in sorted((run_dir / "checkpoints").glob("invalid-step-*")):
+        say(f"{folder.name}: set aside earlier as damaged; remove it when you do not need it any more")
+    if not valid:
+        raise UserError(f"{run_dir} has no valid checkpoint: the next start of the run begins at step 0")
+    return 1 if len(valid) < len(found) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

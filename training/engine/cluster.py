@@ -14,19 +14,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.console import UserError
-from launch.environment import Ranks, keep_freed_memory, read_ranks
+from launch.console import PeerError, UserError
+from launch.environment import Ranks, keep_freed_memory, read_ranks, watching_launcher
 
 T = TypeVar("T")
 
 # Long enough for the slowest save or download between two collectives, short enough to end a hanging run.
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+COLLECTIVE_TIMEOUT_S = 600.0
+
+# How long torchrun may take to answer its ranks, which it does in milliseconds.
+_LAUNCHER_ANSWERS_S = 20.0
+
+# What gloo and NCCL say when the process at the other end is gone.
+_PEER_IS_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "remote process exited",
+    "nccl communicator was aborted",
+    "watchdog caught collective operation timeout",
+)
 
 
 class Cluster:
-    """A context: the process group exists inside it and is taken down at its end."""
+    """A context: the process group exists inside it and is taken down at its end.
 
-    def __init__(self) -> None:
+    timeout_s: how long a rank waits for the others in a collective before it gives up. An error that only means that
+    another rank is gone leaves the context as `PeerError`.
+    """
+
+    def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+        self._timeout = datetime.timedelta(seconds=timeout_s)
         self.ranks: Ranks = read_ranks()
         self.device = self._own_device()
         self._control: dist.ProcessGroup | None = None
@@ -59,18 +78,31 @@ class Cluster:
         else:
             keep_freed_memory()
         if self.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-            self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            self._meet("nccl" if self.device.type == "cuda" else "gloo")
+            self._control = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def _meet(self, backend: str) -> None:
+        store = None
+        if watching_launcher() is not None:
+            # torchrun keeps the store through which ranks find each other, and has it ready before it starts them. When
+            # it was killed meanwhile, torch would try to reach it for as long as a collective may take.
+            try:
+                store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=_LAUNCHER_ANSWERS_S)))
+            except RuntimeError as error:
+                raise PeerError("the launcher does not answer, it was probably killed; nothing was done") from error
+            store.set_timeout(self._timeout)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._timeout)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if not dist.is_initialized():
             return
         # After an error the peers may be gone: leave without waiting, the launcher takes them down.
         if kind is None:
             dist.barrier(self._control)
         dist.destroy_process_group()
+        if error is not None and means_lost_peer(error):
+            raise peer_error(error) from error
 
     def on_first(self, work: Callable[[], T]) -> T | None:
         """Runs `work` on the first rank while the others wait; they get None.
@@ -88,6 +120,10 @@ class Cluster:
         if failed:
             raise error or UserError("the first rank stopped with an error")
         return result
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of a list: every world-size-th."""
+        return items[self.rank :: self.world_size]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks of a tensor on this rank's device."""
@@ -118,3 +154,14 @@ class Cluster:
         backend = "NCCL" if self.device.type == "cuda" else "gloo"
         threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
         return f"{self.world_size} processes on {name} ({backend}){threads}"
+
+
+def means_lost_peer(error: BaseException) -> bool:
+    """Whether an exception says no more than that another rank is gone or does not answer."""
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _PEER_IS_GONE)
+
+
+def peer_error(error: BaseException) -> PeerError:
+    """The same in words for people: a long message of a library in one line."""
+    said = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    return PeerError(f"lost contact to another rank, whose error is the cause ({said[:120]})")

@@ -1,99 +1,56 @@
 """The training loop: from a config and a task to a finished, or resumable, run folder.
 
 The same command starts and resumes. The loop knows no task: a script gives it a model, a batch plan, the summed loss of
-a micro-batch and a validation, and every rank calls `train` with the same ones.
+a micro-batch and a validation, and every rank calls `train` with the same ones. It knows two kinds of places: a step,
+and the boundary behind it, where it reports, validates and saves, and where alone a session ends.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
+import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from data_prep.files import write_atomically, writing_to
 from data_prep.prepared import Prepared
-from launch.config import Options, differing_keys, to_yaml
+from launch.config import to_yaml
 from launch.console import Progress, UserError, format_duration, say
-from training.engine import checkpoint as checkpoints
-from training.engine.batch_plan import BatchOptions, BatchPlan, MicroBatch
-from training.engine.checkpoint import Checkpoint, CheckpointOptions
-from training.engine.cluster import Cluster
-from training.engine.optim import OptimOptions, build_optimizer, learning_rate
+from training.engine.batch_plan import MicroBatch
+from training.engine.checkpoint import Checkpoint, tensors_of
+from training.engine.cluster import Cluster, means_lost_peer, peer_error
+from training.engine.logbook import Logbook
+from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
-from training.engine.precision import PrecisionName, choose_precision
-from training.engine.session import EXIT_RESUMABLE, StopFlag, write_status
-from training.engine.tracking import Record, Window, memory_mb
+from training.engine.precision import choose_precision
+from training.engine.run_folder import RunFolder, Status, write_status
+from training.engine.saving import Saver
+from training.engine.session import EXIT_RESUMABLE, StopFlag, Stopped
+from training.engine.task import MAY_CHANGE, RunOptions, Task
+from training.engine.tracking import Window, memory_mb, read_metrics
+from training.engine.wandb_tracker import send_the_rest
+from training.engine.watchdog import Watchdog
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
 SKIPPED_STEPS_LIMIT = 5
 
 
-class LogOptions(Options):
-    """How often to report."""
-
-    every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    validate_every_steps: int = Field(200, ge=1, description="steps between validations; the last step always has one")
-
-
-class RunOptions(Options):
-    """What every training has; a script adds its own groups. See `_MAY_CHANGE` for what does not define the run."""
-
-    run_dir: Path = Field(description="the run's folder: config, metrics, checkpoints, status, report")
-    data: Path = Field(description="prepared data set, made by data_prep")
-    seed: int = Field(1234, ge=0, description="fixes initial weights, order of data and dropout")
-    precision: PrecisionName = Field("auto", description="auto: bf16 from sm_80 on, fp16 below, fp32 on a CPU")
-    batch: BatchOptions = Field(default_factory=BatchOptions)
-    optim: OptimOptions = Field(default_factory=OptimOptions)
-    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
-    log: LogOptions = Field(default_factory=LogOptions)
-
-
-# What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
-_MAY_CHANGE = {"run_dir", "data", "checkpoint", "log"}
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Scores on held-out data: mean loss per target token (nats) and share of target tokens predicted exactly."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a script hands to the loop.
-
-    loss(model, samples): the weighted loss summed over a micro-batch, a scalar; its weights add up to the plan's.
-    validate(model): held-out scores, computed by all ranks together and equal on each.
-    flops_per_token: forward and backward, per real token.
-    """
-
-    name: str
-    model: nn.Module
-    plan: BatchPlan
-    loss: Callable[[nn.Module, np.ndarray], Tensor]
-    validate: Callable[[nn.Module], Validation]
-    flops_per_token: float
-
-
 def train(config: RunOptions, task: Task, data: Prepared, cluster: Cluster, *, dry_run: bool = False) -> int:
     """Trains to the end, or to the next stop; returns the process's exit status (0 finished, 75 resumable).
 
-    Raises UserError when the run folder holds another run, when the number of ranks does not fit, or when gradients
-    stay not finite; status.json then says `failed`.
+    Raises UserError when the run folder holds another run or is in use, when the number of ranks does not fit, when no
+    checkpoint can be written, or when gradients stay not finite; status.json then says `failed`.
     """
     _check_world_size(config, cluster)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has one order of sums only with this
+        torch.use_deterministic_algorithms(True)
     precision = choose_precision(config.precision, cluster.device)
     model = task.model.to(cluster.device)
     optimizer = build_optimizer(model, config.optim, task.plan.steps)
@@ -104,18 +61,18 @@ def train(config: RunOptions, task: Task, data: Prepared, cluster: Cluster, *, d
         return _dry_run(config, task, engine, cluster)
 
     run = _Run(config, task, data, cluster, engine)
-    latest = run.open()
-    if latest is not None and latest.step >= task.plan.steps:
-        run.write_status("finished", "all steps done")
-        say(f"{config.run_dir} is finished: {latest.step:,} steps; to train anew choose another --run_dir")
+    if run.open():
+        run.confirm_finished()
+        say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
         return 0
     try:
-        return run.session(latest)
+        return run.session()
     except KeyboardInterrupt:
-        run.write_status("resumable", "interrupted twice")
+        run.abandon("resumable", "interrupted twice")
         raise
     except Exception as error:
-        run.write_status("failed", str(error) or type(error).__name__)
+        seen = peer_error(error) if means_lost_peer(error) else error
+        run.abandon("failed", str(seen) or type(error).__name__)
         raise
 
 
@@ -143,7 +100,7 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
         f"{plan.padding_share():.1%} padding\n"
         f"a step: {cluster.world_size} ranks x {per_rank} micro-batches, about "
         f"{tokens / plan.micro_batches_per_epoch * plan.micro_batches_per_step:,.0f} tokens; "
-        f"{plan.steps:,} steps in {config.optim.epochs:g} epochs"
+        f"{plan.steps:,} steps in {plan.epoch(plan.steps):.2f} epochs"
     )
 
 
@@ -162,9 +119,17 @@ def _dry_run(config: RunOptions, task: Task, engine: DataParallel, cluster: Clus
     return 0
 
 
-def _forward_backward(config: RunOptions, task: Task, engine: DataParallel, cluster: Cluster, step: int) -> Tensor:
+def _forward_backward(
+    config: RunOptions,
+    task: Task,
+    engine: DataParallel,
+    cluster: Cluster,
+    step: int,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> Tensor:
     def seed(batch: MicroBatch) -> None:
         """Dropout depends on the micro-batch, never on the rank or the session that runs it."""
+        beat(f"step {step + 1}, forward pass")
         words = np.random.SeedSequence([config.seed, step, batch.number]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0] >> np.uint64(1)))
 
@@ -173,55 +138,48 @@ def _forward_backward(config: RunOptions, task: Task, engine: DataParallel, clus
         task.plan.weight(step),
         lambda model, batch: task.loss(model, batch.samples),
         seed,
+        lambda: beat(f"step {step + 1}, backward pass"),
     )
 
 
 class _Run:
-    """The run folder and the state of the loop: the step, and the best score so far."""
+    """The state of the loop: the step, and what of its boundary is done. The first rank alone writes, for all."""
 
     def __init__(self, config: RunOptions, task: Task, data: Prepared, cluster: Cluster, engine: DataParallel):
         self.config, self.task, self.data, self.cluster, self.engine = config, task, data, cluster, engine
+        self.stop = StopFlag(config.run_dir, cluster, config.session)
         self.step = 0
+        self.saved_step: int | None = None
+        self.validated_step = 0
         self.best: dict[str, Any] = {"best_step": None, "best_accuracy": None}
+        self.wandb_id: str | None = None
+        self.window = Window(task.plan)
+        self.speed = ""
+        # Of the first rank alone.
+        self.folder: RunFolder | None = None
+        self.saver: Saver | None = None
+        self.logbook: Logbook | None = None
 
-    def open(self) -> Checkpoint | None:
-        """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint."""
+    def open(self) -> bool:
+        """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint.
+
+        Returns whether the run is finished already.
+        """
         # Only one rank verifies; the others learn which checkpoint passed.
-        latest = self.cluster.on_first(self._prepare_folder)
+        latest = self.cluster.on_first(self._open_folder)
         (step,) = self.cluster.maximum([latest.step if latest is not None else -1])
-        if step < 0:
-            return None
-        latest = Checkpoint(Path(self.config.run_dir, "checkpoints", f"step-{int(step):010d}"))
-        self._check_same_run(latest)
-        latest.load_into(self.engine.model, self.engine.optimizer)
-        state = latest.state()
-        self.engine.load_state(state)
-        self.best = {key: state[key] for key in self.best}
-        self.step = latest.step
-        say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
-        return latest
+        if step >= 0:
+            self._restore(Checkpoint(Path(self.config.run_dir, "checkpoints", f"step-{int(step):010d}")))
+        return self.step == self.validated_step == self.task.plan.steps
 
-    def _prepare_folder(self) -> Checkpoint | None:
-        """Finds the newest valid checkpoint. A new run's folder gets config, data description and tokenizer instead, so
-        that the run can be understood and used without its data."""
-        run_dir = self.config.run_dir
-        with writing_to(run_dir, option="--run_dir"):
-            Path(run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
-            latest = checkpoints.newest_valid(run_dir)
-            if latest is None:
-                write_atomically(run_dir / "config.yaml", to_yaml(self.config))
-                write_atomically(run_dir / "data.json", (self.data.folder / "meta.json").read_bytes())
-                shutil.copytree(self.data.folder / "tokenizer", run_dir / "tokenizer", dirs_exist_ok=True)
-        return latest
-
-    def write_status(self, status: Literal["running", "finished", "resumable", "failed"], reason: str) -> None:
-        """status.json, by one rank; on a full disk the status is lost, not the error that led to it."""
-        if self.cluster.is_first:
-            with contextlib.suppress(OSError):
-                steps = self.task.plan.steps
-                write_status(self.config.run_dir, status, reason, step=self.step, steps=steps, **self.best)
+    def _open_folder(self) -> Checkpoint | None:
+        self.folder = RunFolder(self.config.run_dir)
+        return self.folder.open(
+            self._about(), self.data, config=to_yaml(self.config), source=self.config.resume_from, may_change=MAY_CHANGE
+        )
 
     def _about(self) -> dict[str, Any]:
+        """What defines the run and goes into every manifest."""
         return {
             "task": self.task.name,
             "config": self.config.model_dump(mode="json"),
@@ -233,70 +191,109 @@ class _Run:
             "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
         }
 
-    def _check_same_run(self, latest: Checkpoint) -> None:
-        def definition(about: dict[str, Any]) -> dict[str, Any]:
-            config = {key: value for key, value in about["config"].items() if key not in _MAY_CHANGE}
-            return {"task": about["task"], **config, "data": about["data"]}
+    def _restore(self, latest: Checkpoint) -> None:
+        latest.load_into(self.engine.model, self.engine.optimizer)
+        state = latest.state()
+        self.engine.load_state(state)
+        self.best = {key: state[key] for key in self.best}
+        self.step = self.saved_step = latest.step
+        self.validated_step, self.wandb_id = state["validated_step"], state["wandb_id"]
+        self.window = Window(self.task.plan, self.step, state["window_losses"])
+        say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
 
-        differences = differing_keys(definition(latest.manifest), definition(self._about()))
-        if differences:
-            raise UserError(
-                f"{self.config.run_dir} holds a run with another definition ({'; '.join(differences)}): "
-                "restore these keys to continue it, or choose another --run_dir; nothing was changed"
-            )
+    def confirm_finished(self) -> None:
+        """Perhaps a kill came between the last checkpoint and what was to be said about the end."""
+        if self.cluster.is_first:
+            run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
+            write_status(run_dir, "finished", "all steps done", step=self.step)
+            send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
-    def session(self, latest: Checkpoint | None) -> int:
-        """Steps until the end or a stop; every way out leaves a checkpoint of the last step and a status."""
-        config, plan, cluster = self.config, self.task.plan, self.cluster
-        stop = StopFlag(config.run_dir, cluster)
-        record = Record(config.run_dir, resumed_step=self.step) if cluster.is_first else None
-        saved_step = latest.step if latest is not None else None
-        window = Window(plan)
-        reason, speed = None, ""
-        self.write_status("running", "training")
-        with Progress("training", plan.steps, "steps", start=self.step) as progress:
-            while self.step < plan.steps:
-                reason = stop.agreed(self.step)
-                if reason is not None:
-                    break
-                loss = _forward_backward(config, self.task, self.engine, cluster, self.step)
-                lr = learning_rate(self.step, plan.steps, config.optim)
-                norm = self.engine.step(lr)
-                window.add(self.step, loss)
-                self.step += 1
-                done = self.step == plan.steps
-                if done or self.step % config.log.every_steps == 0:
-                    speed = self._report(window, record, lr, norm)
-                progress.advance(note=speed)
-                with window.paused():
-                    is_best = False
-                    if done or self.step % config.log.validate_every_steps == 0:
-                        is_best = self._validate(record)
-                    if done or is_best or self.step % config.checkpoint.every_steps == 0:
-                        self._save()
-                        saved_step = self.step
-        if reason is not None and saved_step != self.step:
-            self._save()
-        stop.clear()
-        if record is not None:
-            record.close()
+    # The session.
+
+    def session(self) -> int:
+        """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
+        config, plan, reason = self.config, self.task.plan, None
+        if self.cluster.is_first:
+            self._open_books()
+        with (
+            Watchdog(config.run_dir, self.cluster, self.stop, config.session.hang_timeout) as self.watchdog,
+            Progress("training", plan.steps, "steps", start=self.step) as self.progress,
+        ):
+            try:
+                self._boundary()  # the last session may have been stopped within one
+                while self.step < plan.steps:
+                    self.stop.check()
+                    self._train_step()
+                    self._boundary()
+            except Stopped as stopped:
+                reason = stopped.reason
+            if self.saved_step != self.step:
+                self._save()
+            self.cluster.on_first(self._finish_saving)
+        self.stop.clear()
         return self._end(reason)
 
-    def _report(self, window: Window, record: Record | None, lr: float, norm: Tensor) -> str:
-        """Closes the window: writes its line, and returns what the progress line says about it.
+    def _open_books(self) -> None:
+        config, cluster = self.config, self.cluster
+        self.saver = saver = Saver(config.run_dir, config.checkpoint, self._about())
+        self.stop.reserve_s, self.stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
+        self.logbook = Logbook(
+            config.run_dir,
+            step=self.step,
+            validated_step=self.validated_step,
+            steps=self.task.plan.steps,
+            world_size=cluster.world_size,
+            device=str(cluster.device),
+            usable_s=self.stop.usable_s(),
+            wandb=config.wandb,
+            wandb_id=self.wandb_id,
+            config=config.model_dump(mode="json"),
+        )
+        self.wandb_id = self.logbook.wandb_id
+        self.logbook.status("running", "training", self.step, **self.best)
+
+    def _train_step(self) -> None:
+        loss = _forward_backward(self.config, self.task, self.engine, self.cluster, self.step, self.watchdog.beat)
+        self.lr = learning_rate(self.step, self.task.plan.steps, self.config.optim)
+        self.norm = self.engine.step(self.lr)
+        self.window.add(self.step, loss)
+        self.step += 1
+        if self.saver is not None and self.saver.unprepared:
+            self.saver.prepare(tensors_of(self.engine.model, self.engine.optimizer))
+        done = self.step == self.task.plan.steps
+        if done or self.step % self.config.log.every_steps == 0:
+            self._report()
+        self.progress.advance(note=self.speed)
+
+    def _boundary(self) -> None:
+        """What is due after a step, as far as it is not done: validate, save."""
+        if self.step == 0:
+            return
+        done = self.step == self.task.plan.steps
+        with self.window.paused():
+            is_best = validated = False
+            if self.validated_step < self.step and (done or self.step % self.config.log.validate_every_steps == 0):
+                is_best, validated = self._validate(), True
+            due = done or self.step % self.config.checkpoint.every_steps == 0
+            # A checkpoint of this step from a stop within the validation does not know how that went: it is made anew.
+            if is_best or (due and (validated or self.saved_step != self.step)):
+                self._save()
+
+    def _report(self) -> None:
+        """Closes the window: writes its line, and notes what the progress line says about it.
 
         Raises UserError on every rank alike when too many gradients in a row were not finite.
         """
-        figures = window.close(self.cluster)
+        figures = self.window.close(self.cluster)
         skipped = int(self.engine.skipped_in_a_row)
-        if record is not None:
-            record.write(
+        if self.logbook is not None:
+            self.logbook.line(
                 "train",
                 self.step,
                 epoch=round(self.task.plan.epoch(self.step), 4),
                 **asdict(figures),
-                lr=lr,
-                grad_norm=float(norm),
+                lr=self.lr,
+                grad_norm=float(self.norm),
                 skipped_in_a_row=skipped,
                 flops_per_s=round(figures.tokens_per_s * self.task.flops_per_token),
                 memory_mb=round(memory_mb(self.cluster.device), 1),
@@ -306,43 +303,69 @@ class _Run:
                 f"the gradients of {skipped} steps in a row were not finite (step {self.step}): lower optim.lr, "
                 "or try --precision fp32; the checkpoints before stand"
             )
-        return f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
+        self.speed = f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
 
-    def _validate(self, record: Record | None) -> bool:
+    def _validate(self) -> bool:
         """Scores the model on held-out data and records it; true if it is the best so far."""
-        result = self.task.validate(self.engine.model)
+        result = self.task.validate(self.engine.model, self._share)
         # Accuracy picks the best checkpoint: late in training the loss rises with over-confidence while translations
         # still improve.
         is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
         if is_best:
             self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
-        if record is not None:
-            record.write("validation", self.step, loss=result.loss, accuracy=result.accuracy)
+        if self.logbook is not None:
+            self.logbook.line("validation", self.step, loss=result.loss, accuracy=result.accuracy)
+        self.validated_step = self.step
         say(
             f"step {self.step:,}/{self.task.plan.steps:,}: validation loss {result.loss:.4f}, "
             f"token accuracy {result.accuracy:.2%}" + (" (best)" if is_best else "")
         )
         return is_best
 
+    def _share(self, batches: Sequence[Any]) -> Iterator[Any]:
+        return self.stop.share(batches, lambda: self.watchdog.beat(f"validation after step {self.step}"))
+
     def _save(self) -> None:
-        self.cluster.on_first(
-            lambda: checkpoints.save(
-                self.config.run_dir,
-                self.step,
-                model=self.engine.model,
-                optimizer=self.engine.optimizer,
-                state={**self.engine.state(), **self.best},
-                about=self._about(),
-                keep=self.config.checkpoint.keep,
-            )
-        )
+        window_losses = self.window.losses(self.cluster)
+        if self.saver is not None and self.logbook is not None:
+            state = {
+                **self.engine.state(),
+                **self.best,
+                "validated_step": self.validated_step,
+                "window_losses": window_losses,
+                "wandb_id": self.wandb_id,
+            }
+            self.saver.save(self.step, tensors_of(self.engine.model, self.engine.optimizer), state)
+            self.logbook.came_to(self.step)
+        self.saved_step = self.step
+
+    def _finish_saving(self) -> None:
+        assert self.saver is not None
+        self.saver.drain()
+        self.saver.check()
 
     def _end(self, reason: str | None) -> int:
-        steps = self.task.plan.steps
-        self.write_status("finished" if reason is None else "resumable", reason or "all steps done")
-        if reason is None:
-            say(f"finished: {steps:,} steps, the best at step {self.best['best_step']:,}; see {self.config.run_dir}")
+        """Writes down how the session ended. reason: of a stop, None if all steps are done."""
+        # A save that failed is known to one rank; all must leave with the same status.
+        error = self.saver.error if self.saver is not None else None
+        (unsaved,) = self.cluster.maximum([error is not None])
+        if reason is None and not unsaved:
+            self._close("finished", "all steps done")
             return 0
-        say(f"stopped by {reason} at step {self.step:,} of {steps:,}; the same command continues from there")
+        reason = reason or "the last save, which failed"
+        self._close("resumable", f"{reason} ({error})" if error else reason)
+        where = f"the last checkpoint ({error})" if error else "there"
+        stopped = f"stopped by {reason} at step {self.step:,} of {self.task.plan.steps:,}"
+        say(f"{stopped}; the same command continues from {where}")
         # A launcher takes any other status for a failure and cannot pass it on; status.json is what counts there.
         return 0 if self.cluster.ranks.launched else EXIT_RESUMABLE
+
+    def _close(self, status: Status, reason: str) -> None:
+        if self.logbook is not None and self.saver is not None:
+            self.logbook.close(status, reason, self.step, self.best, self.saver)
+
+    def abandon(self, status: Status, reason: str) -> None:
+        """The end by an error: what is in flight is brought to its end, and the status written."""
+        if self.saver is not None and status == "failed":
+            self.saver.drain()
+        self._close(status, reason)

@@ -25,6 +25,7 @@ class OptimOptions(Options):
     warmup_steps: int = Field(100, ge=0, description="steps of linear rise from 0 to lr")
     final_lr_share: float = Field(0.02, ge=0, le=1, description="lr at the last step, as a share of the peak")
     epochs: float = Field(10, gt=0, description="length of the training in passes over the data")
+    steps: int | None = Field(None, ge=1, description="length in optimizer steps instead; null: epochs count")
 
 
 def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
@@ -46,7 +47,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torc
     if options.warmup_steps >= steps:
         raise UserError(
             f"optim.warmup_steps is {options.warmup_steps}, but the whole run has {steps} steps: "
-            "shorten the warm-up or raise optim.epochs"
+            "shorten the warm-up or train longer (optim.epochs, optim.steps)"
         )
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]

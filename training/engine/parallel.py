@@ -60,11 +60,13 @@ class DataParallel:
         weight: float,
         loss: Callable[[nn.Module, Any], Tensor],
         seed: Callable[[Any], None],
+        before_backward: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Runs this rank's micro-batches.
 
         loss(replica, batch): the weighted sum over a micro-batch. weight: the whole step's denominator, over all ranks.
-        seed(batch): called before each forward pass, so that dropout belongs to the micro-batch.
+        seed(batch): called before each forward pass, so that dropout belongs to the micro-batch. before_backward():
+        called between the two passes.
 
         Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
         """
@@ -79,6 +81,7 @@ class DataParallel:
                     share = loss(self._replica, batch) / weight
                 total += share.detach()
                 scaled = share if self._scaler is None else self._scaler.scale(share)
+                before_backward()
                 # DDP averages over ranks, and a sum is wanted.
                 (scaled * self._cluster.world_size).backward()
         return total

@@ -1,16 +1,18 @@
 """metrics.jsonl, the record of a run: one JSON object a line, and what is measured for it.
 
 Lines are appended and flushed as they come. When a run resumes from an earlier step, the record is cut back to it, so
-no step ever stands twice.
+no step ever stands twice. After any number of stops and kills it reads as if the run had never been interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.files import write_atomically, writing_to
+from data_prep.files import write_atomically
+from launch.console import warn
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 
@@ -27,20 +30,45 @@ METRICS = "metrics.jsonl"
 
 
 class Record:
-    """Appends to `run_dir`/metrics.jsonl. Used on one rank only."""
+    """Appends to `run_dir`/metrics.jsonl. Used on one rank only.
 
-    def __init__(self, run_dir: Path, *, resumed_step: int):
+    Of the lines of earlier sessions it keeps those up to the resumed step, and of validations those up to
+    `validated_step`: one that was interrupted is done again. lines: the kept ones. reached: the last step of all that
+    was there. follower: is handed every new line.
+    """
+
+    def __init__(self, run_dir: Path, *, resumed_step: int, validated_step: int):
         self._path = run_dir / METRICS
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step]
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        last = {"train": resumed_step, "validation": validated_step}
+        found = read_metrics(run_dir)
+        self.reached = found[-1]["step"] if found else 0
+        self.lines = [line for line in found if line["step"] <= last.get(line["kind"], resumed_step)]
+        self.follower: Callable[[dict[str, Any]], None] | None = None
+        if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = b""  # lines for which there was no room
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line: what (`kind`: train, validation), after how many optimizer steps, the values, and the time."""
         line = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
-        with writing_to(self._path, option="--run_dir"):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self._waiting += json.dumps(line).encode() + b"\n"
+        self._flush()
+        if self.follower is not None:
+            self.follower(line)
+
+    def _flush(self) -> None:
+        end = self._path.stat().st_size
+        try:
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._waiting = b""
+                return
+        except OSError as error:
+            reason = error.strerror
+        else:
+            reason = os.strerror(errno.ENOSPC)
+        self._file.truncate(end)  # half a line is none
+        warn(f"{self._path} cannot be written ({reason}); its lines wait until it can")
 
     def close(self) -> None:
         """Ends the record."""
@@ -57,24 +85,44 @@ class Figures:
 
 
 class Window:
-    """The steps since the last line of the record: their losses and tokens, and the time that went into training."""
+    """The steps since the last line of the record: their losses and tokens, and the time that went into training.
 
-    def __init__(self, plan: BatchPlan):
+    earlier: the losses, summed over ranks, of the steps that an earlier session did of this window, and which `losses`
+    gave it to save. They count in the loss and in the padding, not in the speed.
+    """
+
+    def __init__(self, plan: BatchPlan, step: int = 0, earlier: Sequence[float] = ()):
         self._plan = plan
-        self._start()
+        self._start(earlier)
+        for done in range(step - len(earlier), step):
+            self._count(done)
+        self._tokens = 0
 
-    def _start(self) -> None:
+    def _start(self, earlier: Sequence[float] = ()) -> None:
+        self._earlier = list(earlier)
         self._losses: list[Tensor] = []
-        self._tokens = self._positions = 0
+        self._tokens = self._real = self._positions = 0
         self._began = time.monotonic()
 
     def add(self, step: int, loss: Tensor) -> None:
         """Takes in one step: its loss on this rank, left on the device, and the tokens of all ranks."""
         self._losses.append(loss)
+        self._tokens += self._count(step)
+
+    def _count(self, step: int) -> int:
+        tokens = 0
         for batch in self._plan.step(step):
             lengths = self._plan.lengths[batch.samples]
-            self._tokens += int(lengths.sum())
+            tokens += int(lengths.sum())
             self._positions += len(lengths) * int(lengths[-1])
+        self._real += tokens
+        return tokens
+
+    def losses(self, cluster: Cluster) -> list[float]:
+        """The loss of each step so far, summed over ranks. To be called by all ranks."""
+        if not self._losses:
+            return list(self._earlier)
+        return [*self._earlier, *cluster.sum(torch.stack(self._losses)).tolist()]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -85,11 +133,11 @@ class Window:
 
     def close(self, cluster: Cluster) -> Figures:
         """The figures of the window, its losses summed over ranks; a new window begins. To be called by all ranks."""
-        losses = cluster.sum(torch.stack(self._losses)).tolist()
+        losses = self.losses(cluster)
         figures = Figures(
             loss=sum(losses) / len(losses),
             tokens_per_s=round(self._tokens / (time.monotonic() - self._began), 1),
-            padding_share=round(1 - self._tokens / self._positions, 5),
+            padding_share=round(1 - self._real / self._positions, 5),
         )
         self._start()
         return figures
@@ -110,3 +158,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a kill left half a line at the end, which the next one must not be appended to."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")

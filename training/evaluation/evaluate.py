@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node=2 -m training.evaluation.evaluate runs/NAME   # the ranks share the sentences
 
 Writes runs/NAME/report.html and, under runs/NAME/evaluation/, PART.json (scores), PART-translations.jsonl (source,
-reference, translation of every row) and PART-attention-N.svg.
+reference, translation of every row) and PART-attention-N.svg. A run that wandb shows gets the scores there, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from data_prep.tokenizers import EOS, SEP, SOS
 from launch.console import run_main, say
 from training.engine.cluster import Cluster
 from training.engine.tracking import read_metrics
+from training.engine.wandb_tracker import publish_evaluation
 from training.evaluation.attention_maps import attention_sheet
 from training.evaluation.decoding import Translation, translate
 from training.evaluation.report import SYNTHETIC, Example, Report, example_rows, render
@@ -103,6 +104,8 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, cluster: Clu
         write_atomically(path, render(report))
     _print(scores, examples)
     say(f"\nreport: {path}")
+    shown = [(example.source, example.reference, example.translation, example.note) for example in examples]
+    publish_evaluation(trained.run_dir, trained.config.wandb, scores, shown, path, part=part_name)
     return path
 
 

@@ -1,0 +1,291 @@
+"""Proves on this machine that a run which is killed and resumed gives the same model as one that never stopped.
+
+    python -m launch.prove configs/gpt/sample.yaml
+    python -m launch.prove configs/gpt/base.yaml --steps 500 --kills 10 --processes 4 --model.dropout 0.3
+
+It trains the config's first steps twice: once uninterrupted, and once with accidents at random moments, each followed
+by the same command again. Then it compares SHA-256 of weights, optimizer state and small values, and every loss on the
+way. Options that it does not know go to the training. The config's own run folder is not touched.
+
+On GPUs the training runs with `--deterministic true`, since some of their kernels add up in no fixed order; what that
+costs is measured and told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.console import UserError, format_duration, run_main, say
+from launch.processes import children, family_of, is_alive, kill_all
+from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
+from training.engine.run_folder import read_sessions, read_status
+from training.engine.tracking import read_metrics
+
+Accident = Literal["rank killed", "all killed", "launcher killed", "killed while saving", "rank told to stop"]
+
+# Each of them once before any of them twice, in random order.
+ACCIDENTS: tuple[Accident, ...] = (
+    "rank killed",
+    "all killed",
+    "killed while saving",
+    "launcher killed",
+    "rank told to stop",
+)
+
+# What differs from machine to machine and from minute to minute; all else in the record must be equal.
+_MEASURED = {"tokens_per_s", "flops_per_s", "memory_mb", "time"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that can be started again and again. words: module and options; processes: ranks under torchrun."""
+
+    words: tuple[str, ...]
+    run_dir: Path
+    steps: int
+    processes: int
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """One session; what it says goes to `output.txt` beside the run folder."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+        command = [sys.executable, *torchrun, "-m", *self.words, "--run_dir", str(self.run_dir)]
+        with self.output.open("ab") as output:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+    @property
+    def output(self) -> Path:
+        return self.run_dir.with_name(f"{self.run_dir.name}-output.txt")
+
+    def finish(self) -> None:
+        """Trains to the end without an accident; raises UserError if that fails."""
+        status = self.start().wait()
+        if status or (read_status(self.run_dir) or {}).get("status") != "finished":
+            tail = self.output.read_text("utf-8", "replace")[-3000:]
+            raise UserError(f"the training did not finish (exit status {status}):\n{tail}")
+
+    def step(self) -> int:
+        """The last step of the record."""
+        lines = read_metrics(self.run_dir)
+        return lines[-1]["step"] if lines else 0
+
+    def last(self) -> Checkpoint:
+        """The newest checkpoint; raises UserError if there is none or it is damaged."""
+        found = newest_valid(self.run_dir, set_aside=False)
+        if found is None:
+            raise UserError(f"{self.run_dir} has no valid checkpoint")
+        return found
+
+
+@dataclass(frozen=True)
+class Event:
+    """An accident. at: the last step on record then; saved: the newest published checkpoint; lost: what went wrong."""
+
+    accident: Accident
+    at: int
+    saved: int
+    lost: str | None
+
+
+def have_accident(training: Training, accident: Accident, dice: random.Random) -> Event | None:
+    """One session that ends by `accident`, at a random moment; None if it was finished before."""
+    began_at = max((checkpoint.step for checkpoint in checkpoints(training.run_dir)), default=0)
+    sessions = len(read_sessions(training.run_dir))
+    process = training.start()
+
+    def wait_for(happened: Callable[[], bool], pause_s: float = 0.01) -> None:
+        while process.poll() is None and not happened():
+            time.sleep(pause_s)
+
+    wait_for(lambda: len(children(process.pid)) >= training.processes)
+    ranks, family = children(process.pid)[: training.processes], family_of(process.pid)
+    if accident in ("rank killed", "all killed") and dice.random() < 0.125:
+        time.sleep(dice.uniform(0, 6))  # perhaps before the first step
+    else:
+        # Somewhere before the end, but far enough for the run to get on.
+        target = began_at + 1 + int(dice.random() * min(training.steps - began_at, max(2, training.steps // 4)))
+        wait_for(lambda: len(read_sessions(training.run_dir)) > sessions)  # the record is now cut back
+        wait_for(lambda: training.step() >= target)
+        if accident == "killed while saving":
+            saving = training.run_dir / "checkpoints"
+            wait_for(lambda: bool(list(saving.glob(".step-*.partial"))), pause_s=0.0005)
+        else:
+            time.sleep(dice.random() * 0.1)
+    if process.poll() is not None:
+        return None
+    with suppress(ProcessLookupError):  # it has just ended by itself
+        if accident in ("all killed", "killed while saving"):
+            kill_all(family)
+        elif accident == "launcher killed":
+            process.kill()
+        else:
+            number = signal.SIGKILL if accident == "rank killed" else signal.SIGTERM
+            os.kill(dice.choice(ranks), number)
+    process.wait()
+    _wait_until_gone(family)
+    at = training.step()
+    found = checkpoints(training.run_dir)
+    problems = [f"{checkpoint.folder.name}: {problem}" for checkpoint in found if (problem := checkpoint.verify())]
+    saved = found[-1].step if found else 0
+    if saved < began_at:
+        problems.append(f"step {began_at} was published before and is gone")
+    return Event(accident, at, saved, "; ".join(problems) or None)
+
+
+def _wait_until_gone(family: Sequence[int], patience_s: float = 90.0) -> None:
+    """Waits for ranks that outlive their launcher for a save; raises UserError if one stays."""
+    end = time.monotonic() + patience_s
+    while alive := [pid for pid in family if is_alive(pid)]:
+        if time.monotonic() > end:
+            raise UserError(f"process {alive[0]} still runs {patience_s:g} s after its run was ended")
+        time.sleep(0.02)
+
+
+def interrupt(training: Training, kills: int, dice: random.Random) -> list[Event]:
+    """Trains to the end with `kills` accidents, or with as many as fit before the run is finished."""
+    events: list[Event] = []
+    waiting: list[Accident] = []
+    while len(events) < kills:
+        if not waiting:
+            waiting = dice.sample(ACCIDENTS, len(ACCIDENTS))
+        event = have_accident(training, waiting.pop(), dice)
+        if event is None:
+            break
+        events.append(event)
+    training.finish()
+    return events
+
+
+def differences(one: Training, other: Training) -> list[str]:
+    """What is not the same at the end of two trainings: files of the last checkpoint, lines of the record."""
+    first, second = one.last(), other.last()
+    found = [f"steps: {first.step} and {second.step}"] if first.step != second.step else []
+    files, others = first.manifest["files"], second.manifest["files"]
+    found += [name for name in files if files[name]["sha256"] != others[name]["sha256"]]
+    records = [
+        [{key: value for key, value in line.items() if key not in _MEASURED} for line in read_metrics(each.run_dir)]
+        for each in (one, other)
+    ]
+    if records[0] != records[1]:
+        same = sum(line == twin for line, twin in zip(*records, strict=False))
+        found.append(f"the record: {same} of {len(records[0])} lines are the same, {len(records[1])} are there")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 if both runs end the same, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.prove",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="for example configs/gpt/sample.yaml")
+    parser.add_argument("--steps", type=int, default=300, help="steps to train (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=5, help="accidents (default %(default)s)")
+    parser.add_argument("--processes", type=int, help="ranks on this machine (default: one per GPU, 2 on a CPU)")
+    parser.add_argument("--random-seed", type=int, default=0, help="of the moments (default %(default)s)")
+    parser.add_argument("--script", help="module to run (default: training.NAME for configs/NAME/...)")
+    arguments, options = parser.parse_known_args(argv)
+    _check(arguments)
+    gpus = _gpus()
+    processes = arguments.processes or gpus or 2
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    script = arguments.script or f"training.{arguments.config.resolve().parent.name}"
+    words = [script, str(arguments.config), *options, *_shortened(arguments.steps)]
+    if gpus:
+        words += ["--deterministic", "true"]
+        say("GPUs: with --deterministic true (deterministic algorithms of torch, CUBLAS_WORKSPACE_CONFIG=:4096:8)")
+    Path("runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="prove-", dir="runs"))
+
+    def training(name: str, *more: str) -> Training:
+        return Training((*words, *more), folder / name, arguments.steps, processes)
+
+    began = time.monotonic()
+    say(f"uninterrupted: {arguments.steps} steps with {processes} process(es)")
+    whole = training("uninterrupted")
+    whole.finish()
+    say(f"interrupted: the same with {arguments.kills} accidents")
+    broken = training("interrupted")
+    events = interrupt(broken, arguments.kills, random.Random(arguments.random_seed))
+    different = differences(whole, broken)
+    lost = [event for event in events if event.lost]
+    _print(events, whole, broken)
+    if gpus:
+        free = training("not-deterministic", "--deterministic", "false")
+        free.finish()
+        say(f"deterministic kernels take {_speed(free) / _speed(whole) - 1:.1%} more time here")
+    if different or lost:
+        say(f"NOT the same: {'; '.join(different) or 'a published checkpoint was lost'}. Both runs are in {folder}")
+        return 1
+    say(
+        f"the same, bit for bit: {len(events)} accidents, all {len(read_metrics(whole.run_dir))} lines of the record "
+        f"equal, {format_duration(time.monotonic() - began)}"
+    )
+    if len(events) < arguments.kills:
+        say(f"(the run was finished before {arguments.kills} accidents could happen; more --steps leave room for more)")
+    shutil.rmtree(folder)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.config.is_file():
+        raise UserError(f"there is no config file {arguments.config}; for example configs/gpt/sample.yaml")
+    if not Path("/proc/self/stat").exists():
+        raise UserError("this proof finds the processes to kill in /proc, which only Linux has")
+    for name, least in (("steps", 20), ("kills", 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
+
+
+def _shortened(steps: int) -> list[str]:
+    """Options that make a short run of any config, with every part of a long one in it."""
+    chosen: dict[str, Any] = {
+        "optim.steps": steps,
+        "optim.warmup_steps": steps // 10,
+        "checkpoint.every_steps": max(2, steps // 25),
+        "log.every_steps": 1,
+        "log.validate_every_steps": max(5, steps // 6),
+        "wandb.mode": "disabled",
+    }
+    return [word for key, value in chosen.items() for word in (f"--{key}", str(value))]
+
+
+def _gpus() -> int:
+    import torch  # takes seconds: only when everything else is checked
+
+    return torch.cuda.device_count()
+
+
+def _speed(training: Training) -> float:
+    rates = sorted(line["tokens_per_s"] for line in read_metrics(training.run_dir) if line["kind"] == "train")
+    return rates[len(rates) // 2]
+
+
+def _print(events: Sequence[Event], whole: Training, broken: Training) -> None:
+    say(f"\n  {'accident':<22} {'at step':>8} {'resumed at':>11} {'done again':>11}")
+    for event in events:
+        verdict = f"  LOST: {event.lost}" if event.lost else ""
+        say(f"  {event.accident:<22} {event.at:>8} {event.saved:>11} {event.at - event.saved:>11}{verdict}")
+    say(f"\n  {'SHA-256 at the end':<24} {'uninterrupted':<18} {'interrupted':<18}")
+    files, others = (each.last().manifest["files"] for each in (whole, broken))
+    for name in files:
+        one, other = files[name]["sha256"][:16], others[name]["sha256"][:16]
+        say(f"  {name:<24} {one:<18} {other:<18} {'same' if one == other else 'DIFFERENT'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

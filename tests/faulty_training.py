@@ -1,0 +1,122 @@
+"""`training.gpt`, to which accidents happen at exact places. Used by tests/test_faults.py.
+
+    ACCIDENTS='{"folder": "/tmp/x", "list": [{"at": "forward", "step": 20, "rank": 1, "do": "SIGTERM"}]}' \\
+        torchrun --standalone --nproc-per-node=2 -m tests.faulty_training --run_dir ... --data ...
+
+at: forward (before a forward pass of the step), batch (behind each batch of the validation after the step), validated
+(behind that validation), or write (when the weights of the step's checkpoint are being written).
+step, rank: where; without, at each. do: what, see `happen`. always: at every such place, not only at the first.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import training.gpt as gpt
+from launch.console import run_main
+from training.engine import checkpoint
+from training.engine.batch_plan import BatchPlan
+
+_ACCIDENTS = json.loads(os.environ["ACCIDENTS"])
+_FOLDER = Path(_ACCIDENTS["folder"])
+_RANK = int(os.environ.get("RANK", 0))
+_real_time = time.time
+
+
+class PlantedError(Exception):
+    """Stands for a mistake in a model."""
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def hold(name: str) -> None:
+    """Says that this place is reached, and waits for leave to go on."""
+    (_FOLDER / f"at-{name}-{_RANK}").touch()
+    while not (_FOLDER / f"go-{name}").exists():
+        time.sleep(0.005)
+
+
+def happen(about: dict[str, Any], name: str) -> None:
+    """The accident itself: hold, pause, sleep, raise, clock, a signal to itself, or an error of the file system."""
+    what = about["do"]
+    if what == "hold":
+        hold(name)
+    elif what == "pause":
+        time.sleep(about["seconds"])
+    elif what == "sleep":
+        sleep_for_ever()
+    elif what == "raise":
+        raise PlantedError("a planted mistake")
+    elif what == "clock":  # jumps to and fro
+        ahead = time.time() - _real_time() > about["seconds"] / 2
+        time.time = (lambda: _real_time() - about["seconds"]) if ahead else (lambda: _real_time() + about["seconds"])
+    elif what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    else:
+        number = getattr(errno, what)
+        raise OSError(number, os.strerror(number))
+
+
+def reach(place: str, step: int) -> None:
+    """Lets happen what is to happen here."""
+    for about in _ACCIDENTS["list"]:
+        here = about["at"] == place and about.get("step") in (None, step) and about.get("rank") in (None, _RANK)
+        if here and (about.get("always") or not about.get("done")):
+            about["done"] = True
+            happen(about, f"{place}-{step}")
+
+
+class _Traps:
+    """Puts `reach` in front of the product's functions; what they do stays theirs."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._share, self._loss = BatchPlan.share, gpt.summed_loss
+        self._scores, self._save_file = gpt.validation_scores, checkpoint.save_file
+
+    def set(self) -> None:
+        def share(plan: BatchPlan, step: int, rank: int, world_size: int) -> Any:
+            self.step = step + 1
+            return self._share(plan, step, rank, world_size)
+
+        BatchPlan.share = share
+        gpt.summed_loss, gpt.validation_scores, checkpoint.save_file = self.loss, self.scores, self.save_file
+
+    def loss(self, *arguments: Any) -> Any:
+        reach("forward", self.step)
+        return self._loss(*arguments)
+
+    def scores(self, model: nn.Module, sequences: Any, cluster: Any, share: Any) -> Any:
+        def shared(batches: Any) -> Iterator[Any]:
+            for batch in share(batches):
+                yield batch
+                reach("batch", self.step)
+
+        result = self._scores(model, sequences, cluster, shared)
+        reach("validated", self.step)
+        return result
+
+    def save_file(self, tensors: Any, path: Path) -> None:
+        if path.name == "model.safetensors":
+            path.write_bytes(b"half a file")
+            reach("write", int("".join(filter(str.isdigit, path.parent.name))))
+        self._save_file(tensors, path)
+
+
+if __name__ == "__main__":
+    _Traps().set()
+    sys.argv[0] = gpt.__file__
+    run_main(gpt.main)

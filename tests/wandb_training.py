@@ -1,0 +1,85 @@
+"""A training as wandb sees it: nothing but the lines of a record. A process of its own, so that it can be killed.
+
+    python -m tests.wandb_training '{"run_dir": ..., "options": {...}, "from": 0, "to": 20, ...}'
+
+Prints what it measured as its last line, a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from training.engine import wandb_session, wandb_tracker
+from training.engine.wandb_tracker import WandbOptions, WandbTracker, publish_evaluation
+
+CONFIG = {"optim": {"lr": 1e-3, "epochs": 2}, "seed": 7}
+VALIDATE_EVERY = 5
+SUMMARY = {"best_step": 15, "best_accuracy": 0.75}
+SCORES = {"bleu": 28.4, "loss": 2.1}
+EXAMPLES = [("你好。", "Hello.", "Hallo.", "")]
+
+
+def lines_of(step: int) -> list[dict[str, Any]]:
+    """The record's lines of a step, the same in every session that trains it."""
+    lines = [{"kind": "train", "step": step, "loss": 1 / step, "lr": 1e-3, "time": 1.7e9 + step}]
+    if step % VALIDATE_EVERY == 0:
+        lines.append(
+            {"kind": "validation", "step": step, "loss": 2 / step, "accuracy": 0.5, "time": 1.7e9 + step + 0.5}
+        )
+    return lines
+
+
+def row_of(step: int) -> dict[str, Any]:
+    """The history row that a step comes to, without wandb's own keys."""
+    lines = lines_of(step)
+    values = {f"{line['kind']}/{key}": line[key] for line in lines for key in ("loss", "lr", "accuracy") if key in line}
+    return {"step": step, **values}
+
+
+def main(about: dict[str, Any]) -> None:
+    """`from`: step of the checkpoint; `to`: last step; `end`: status, or "kill"; `pause`: seconds between lines.
+
+    `interrupt`: the last line is not reached; `interrupted`: nor was it in the session before. `limits`: constants of
+    the tracker to be shorter than they are. `evaluate`: an evaluation of this part instead of a training.
+    """
+    for name, seconds in about.get("limits", {}).items():
+        setattr(wandb_session if hasattr(wandb_session, name) else wandb_tracker, name, seconds)
+    run_dir = Path(about["run_dir"])
+    options = WandbOptions(**about["options"])
+    if about.get("evaluate"):
+        began = time.monotonic()
+        publish_evaluation(run_dir, options, SCORES, EXAMPLES, run_dir / "report.html", part=about["evaluate"])
+        print(json.dumps({"seconds": time.monotonic() - began}))
+        return
+    lines = [line for step in range(1, about["from"] + 1) for line in lines_of(step)]
+    fresh = [line for step in range(about["from"] + 1, about["to"] + 1) for line in lines_of(step)]
+    if about.get("interrupted"):
+        fresh.insert(0, lines.pop())
+    if about.get("interrupt"):
+        fresh.pop()
+    began = time.monotonic()
+    tracker = WandbTracker(options, run_dir, run_id=about.get("run_id"), config=CONFIG, lines=lines)
+    made = time.monotonic() - began
+    print("begun", flush=True)
+    adds = []
+    for line in fresh:
+        began = time.perf_counter()
+        tracker.add(line)
+        adds.append(time.perf_counter() - began)
+        time.sleep(about.get("pause", 0.0))
+    if about["end"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    tracker.close(about["end"], "because", SUMMARY if about["end"] == "finished" else {})
+    measured = {"made": made, "add": sorted(adds)[len(adds) // 2] if adds else 0, "close": time.monotonic() - began}
+    print(json.dumps({"run_id": tracker.run_id, "wandb": "wandb" in sys.modules, **measured}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,80 @@
+"""What a training script gives to the loop: the options of a run, and the task itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor, nn
+
+from launch.config import Options
+from training.engine.batch_plan import BatchOptions, BatchPlan
+from training.engine.optim import OptimOptions
+from training.engine.precision import PrecisionName
+from training.engine.saving import CheckpointOptions
+from training.engine.session import SessionOptions
+from training.engine.wandb_tracker import WandbOptions
+
+
+class LogOptions(Options):
+    """How often to report."""
+
+    every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    validate_every_steps: int = Field(200, ge=1, description="steps between validations; the last step always has one")
+
+
+class RunOptions(Options):
+    """What every training has; a script adds its own groups. See `MAY_CHANGE` for what does not define the run."""
+
+    run_dir: Path = Field(description="the run's folder: config, metrics, checkpoints, status, report")
+    data: Path = Field(description="prepared data set, made by data_prep")
+    seed: int = Field(1234, ge=0, description="fixes initial weights, order of data and dropout")
+    precision: PrecisionName = Field("auto", description="auto: bf16 from sm_80 on, fp16 below, fp32 on a CPU")
+    deterministic: bool = Field(
+        False, description="on a GPU, only kernels that give the same bits every time (slower); a CPU does so anyway"
+    )
+    resume_from: Path | None = Field(
+        None, description="a run folder, read-only perhaps, to continue in run_dir where it has come further"
+    )
+    batch: BatchOptions = Field(default_factory=BatchOptions)
+    optim: OptimOptions = Field(default_factory=OptimOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    log: LogOptions = Field(default_factory=LogOptions)
+    session: SessionOptions = Field(default_factory=SessionOptions)
+    wandb: WandbOptions = Field(default_factory=WandbOptions)
+
+
+# What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
+MAY_CHANGE = {"run_dir", "data", "deterministic", "resume_from", "checkpoint", "log", "session", "wandb"}
+
+Share = Callable[[Sequence[Any]], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores on held-out data: mean loss per target token (nats) and share of target tokens predicted exactly."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script hands to the loop.
+
+    loss(model, samples): the weighted loss summed over a micro-batch, a scalar; its weights add up to the plan's.
+    validate(model, share): held-out scores, computed by all ranks together and equal on each. share(batches) gives this
+    rank's part of a list of batches; it ends the validation, with `Stopped`, when a stop has been agreed.
+    flops_per_token: forward and backward, per real token.
+    """
+
+    name: str
+    model: nn.Module
+    plan: BatchPlan
+    loss: Callable[[nn.Module, np.ndarray], Tensor]
+    validate: Callable[[nn.Module, Share], Validation]
+    flops_per_token: float
