@@ -3,8 +3,9 @@
     ACCIDENTS='{"folder": "/tmp/x", "list": [{"at": "forward", "step": 20, "rank": 1, "do": "SIGTERM"}]}' \\
         torchrun --standalone --nproc-per-node=2 -m tests.faulty_training --run_dir ... --data ...
 
-at: forward (before a forward pass of the step), batch (behind each batch of the validation after the step), validated
-(behind that validation), or write (when the weights of the step's checkpoint are being written).
+at: plan (the ranks have met, and nothing else has begun; step 0), forward (before a forward pass of the step), batch
+(behind each batch of the validation after the step), validated (behind that validation), or write (when the weights of
+the step's checkpoint are being written).
 step, rank: where; without, at each. do: what, see `happen`. always: at every such place, not only at the first.
 """
 
@@ -84,7 +85,7 @@ class _Traps:
 
     def __init__(self) -> None:
         self.step = 0
-        self._share, self._loss = BatchPlan.share, gpt.summed_loss
+        self._plan_of, self._share, self._loss = gpt.plan_of, BatchPlan.share, gpt.summed_loss
         self._scores, self._save_file = gpt.validation_scores, checkpoint.save_file
 
     def set(self) -> None:
@@ -92,8 +93,12 @@ class _Traps:
             self.step = step + 1
             return self._share(plan, step, rank, world_size)
 
-        BatchPlan.share = share
+        BatchPlan.share, gpt.plan_of = share, self.plan_of
         gpt.summed_loss, gpt.validation_scores, checkpoint.save_file = self.loss, self.scores, self.save_file
+
+    def plan_of(self, *arguments: Any) -> Any:
+        reach("plan", 0)
+        return self._plan_of(*arguments)
 
     def loss(self, *arguments: Any) -> Any:
         reach("forward", self.step)

@@ -220,15 +220,25 @@ def test_kills_at_any_moment_lose_no_more_than_since_the_last_checkpoint(uninter
 
 def test_ranks_whose_launcher_is_killed_save_and_go_away_by_themselves(uninterrupted, launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=2)
-    for number, step in ((signal.SIGKILL, 10), (signal.SIGUSR1, 30)):  # torchrun does not catch SIGUSR1 unless told to
-        session = life.start(SLOW)
-        session.wait_for_step(life.run_dir, step)
-        os.kill(session.process.pid, number)
-        assert session.wait().status == -number
-        assert_all_gone(session)
-        assert_stopped(life.run_dir, "the end of the launcher")
+    # When the ranks have met and nothing else has happened.
+    session = life.start(SLOW, {"at": "plan", "do": "hold"})
+    for rank in range(2):
+        life.wait_at(session, "plan-0", rank)
+    os.kill(session.process.pid, signal.SIGKILL)
+    assert session.wait().status == -signal.SIGKILL
+    life.go_on("plan-0")
+    assert_all_gone(session)
+    assert_stopped(life.run_dir, "the end of the launcher")
 
-    # While the ranks are only starting: they have no launcher then to meet at.
+    # In the middle; torchrun does not catch SIGUSR1 unless told to.
+    session = life.start(SLOW)
+    session.wait_for_step(life.run_dir, 30)
+    os.kill(session.process.pid, signal.SIGUSR1)
+    assert session.wait().status == -signal.SIGUSR1
+    assert_all_gone(session)
+    assert_stopped(life.run_dir, "the end of the launcher")
+
+    # While the ranks are only starting: they have no place then to meet at.
     session = life.start()
     wait_until(session, lambda: len(session.living()) == 3, "starting its ranks")
     os.kill(session.process.pid, signal.SIGKILL)

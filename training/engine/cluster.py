@@ -22,8 +22,8 @@ T = TypeVar("T")
 # Long enough for the slowest save or download between two collectives, short enough to end a hanging run.
 COLLECTIVE_TIMEOUT_S = 600.0
 
-# How long torchrun may take to answer its ranks, which it does in milliseconds.
-_LAUNCHER_ANSWERS_S = 20.0
+# How long torchrun may take to answer its ranks, which it does in milliseconds. Torch gives up after twice that.
+_LAUNCHER_ANSWERS_S = 10.0
 
 # What gloo and NCCL say when the process at the other end is gone.
 _PEER_IS_GONE = (
@@ -40,13 +40,16 @@ _PEER_IS_GONE = (
 class Cluster:
     """A context: the process group exists inside it and is taken down at its end.
 
-    timeout_s: how long a rank waits for the others in a collective before it gives up. An error that only means that
-    another rank is gone leaves the context as `PeerError`.
+    timeout_s: how long a rank waits for the others in a collective before it gives up. launcher: the process id of the
+    torchrun that started this rank, None without one. An error that only means that another rank is gone leaves the
+    context as `PeerError`.
     """
 
     def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self.ranks: Ranks = read_ranks()
+        # Before the ranks meet at it: when that succeeds, this was the launcher and not who adopts its orphans.
+        self.launcher = watching_launcher()
         self.device = self._own_device()
         self._control: dist.ProcessGroup | None = None
 
@@ -84,7 +87,7 @@ class Cluster:
 
     def _meet(self, backend: str) -> None:
         store = None
-        if watching_launcher() is not None:
+        if self.launcher is not None:
             # torchrun keeps the store through which ranks find each other, and has it ready before it starts them. When
             # it was killed meanwhile, torch would try to reach it for as long as a collective may take.
             try:

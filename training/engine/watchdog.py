@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.console import format_duration, say_as_any_rank, tell_torchrun
-from launch.environment import watching_launcher
 from training.engine.cluster import Cluster
 from training.engine.run_folder import write_status
 from training.engine.session import StopFlag
@@ -45,7 +44,7 @@ class Watchdog:
         self._folder, self._run_dir = run_dir / FOLDER, run_dir
         self._rank, self._world_size = cluster.rank, cluster.world_size
         self._stop, self._timeout_s = stop, timeout_s
-        self._launcher = watching_launcher()
+        self._launcher = cluster.launcher
         self._beats, self._doing, self._since = 0, "starting", time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
