@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.processes import children, family_of, kill_all
 from training.engine.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,36 +95,12 @@ class Started:
 
     def rank(self, number: int) -> int:
         """The process id of a rank. torchrun starts ranks in order, so process ids tell them apart."""
-        return _children(self.process.pid)[number]
+        return children(self.process.pid)[number]
 
     def kill_all(self) -> None:
         """SIGKILL to the launcher and every rank, as when the machine's plug is pulled."""
-        # The ranks lead process groups of their own, so one signal to the launcher's group would miss them. They are
-        # stopped first: a rank that saw its peer die could still write something.
-        family = [self.process.pid, *_descendants(self.process.pid)]
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in family:
-                with suppress(ProcessLookupError):  # already gone
-                    os.kill(pid, number)
+        kill_all(family_of(self.process.pid))
         self.process.wait()
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                about = (entry / "stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            state, parent = about.rpartition(")")[2].split()[:2]  # the name in brackets may hold blanks
-            if int(parent) == pid and state != "Z":
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def _descendants(pid: int) -> list[int]:
-    return [below for child in _children(pid) for below in (child, *_descendants(child))]
 
 
 Launch = Callable[..., Started]

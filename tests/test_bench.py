@@ -25,6 +25,7 @@ PROMISED = {
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
     "save_stall": ["stall_ratio", "background_stall_s", "synchronous_stall_s", "published_after_s"],
     "resume_time": ["ratio", "resumed_s", "new_s"],
+    "wandb_gone": ["added_share", "added_s", "step_s", "step_ratio"],
     "verify_speed": ["verify_gb_per_s", "from_disk_gb_per_s", "plain_gb_per_s", "verify_ratio"],
 }
 

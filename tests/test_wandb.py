@@ -19,7 +19,10 @@ from typing import Any
 import pytest
 
 from launch.console import UserError
-from tests.conftest import ROOT, _children
+from launch.processes import children
+from tests.conftest import PATIENCE_S, ROOT, Launch
+from tests.test_faults import RUN, SLOW
+from tests.test_training import command_of, train_lines
 from tests.wandb_server import KEY, Run, WandbServer
 from tests.wandb_training import CONFIG, EXAMPLES, SCORES, SUMMARY, row_of
 from training.engine import wandb_session
@@ -27,7 +30,6 @@ from training.engine.wandb_log import SessionLog, item_key, read_records, sessio
 from training.engine.wandb_tracker import WandbOptions, WandbTracker, publish_evaluation
 
 REFUSING = "http://127.0.0.1:9"  # nothing listens there
-PATIENCE_S = 120
 
 
 def steps(last: int) -> list[int]:
@@ -203,7 +205,7 @@ def test_file_counts_up_to_its_first_damage(runner: Runner) -> None:
 def test_what_a_dying_wandb_still_writes_is_not_counted_twice(runner: Runner) -> None:
     killed = runner.start(last=4000, pause=0.05, limits={"FLUSH_EVERY_S": 0.3})
     wait_for(lambda: any(log.steps for log in runner.logs()), "rows in a file")
-    wandb_core = _children(killed.pid)
+    wandb_core = children(killed.pid)
     for pid in wandb_core:
         os.kill(pid, signal.SIGSTOP)  # a machine so busy that it has not yet noticed its parent's end
     killed.kill()
@@ -379,3 +381,35 @@ def test_missing_wandb_is_said_before_the_training_and_only_a_warning_after_it(
         WandbTracker(options, tmp_path, run_id=None, config={}, lines=[])
     publish_evaluation(tmp_path, options, SCORES, EXAMPLES, tmp_path / "report.html")
     assert "pip install wandb" in capsys.readouterr().err
+
+
+def test_training_that_is_killed_and_loses_its_server_shows_its_record_once(
+    runner: Runner, server: WandbServer, launch: Launch, sample_data: Path, tmp_path: Path
+) -> None:
+    run_dir, last = tmp_path / "training", 200
+    words = ("--optim.steps", last, "--log.every_steps", 1, "--wandb.mode", "online", "--wandb.project", "lab")
+    command = command_of(run_dir, sample_data, *RUN, *words)
+    slow = json.dumps({"folder": str(tmp_path), "list": [SLOW]})
+    environment = {**runner.environment, "ACCIDENTS": slow}
+
+    def start() -> Any:
+        return launch(*command, module="tests.faulty_training", ranks=2, environment=environment)
+
+    killed = start()
+    wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")
+    killed.kill_all()
+    ((run_id, run),) = server.runs.items()
+    arrived = len(run.history)
+    deserted = start()
+    wait_for(lambda: len(run.history) > arrived + 10, "rows of the second session on the server")
+    server.die()
+    result = deserted.wait()
+    assert result.status == 0 and "did not take the last rows in time" in result.err
+    assert len(run.history) < last
+    server.come_back()
+    result = start().wait()
+    assert result.status == 0 and "is finished" in result.out
+    assert list(server.runs) == [run_id]
+    found = [(row["step"], row["train/loss"]) for row in run.history]
+    assert found == [(line["step"], line["loss"]) for line in train_lines(run_dir)]
+    assert len(found) == last

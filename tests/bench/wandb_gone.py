@@ -1,0 +1,134 @@
+"""What wandb costs a training when its server goes away in the middle of a run, against the same run without wandb.
+
+One process with one thread trains a small GPT and logs every tenth step, the default. A stand-in for the server
+(loopback) takes the first rows and then refuses every connection for as long as the run lasts. What counts
+is the time behind that: everything that threads beside the training's and wandb's own process compute there, as if each
+of their seconds were taken from the training. That can be told to a thousandth, and bounds what wandb can add to a
+step; how long the steps themselves took, with and without wandb in turns, varies by more than that and is told beside
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from data_prep.prepared import Prepared
+from launch.console import UserError, run_main, say
+from launch.processes import descendants
+from tests.bench.common import (
+    BASE_DATA,
+    ROOT,
+    Figure,
+    environment,
+    prepare,
+    ratio_by_rounds,
+    read_arguments,
+    report,
+)
+from tests.wandb_server import KEY, WandbServer
+from training.engine.tracking import read_metrics
+
+EVERY = 10  # steps between lines of the record
+TRAINING = (
+    *("--model.width", 128, "--model.layers", 2, "--model.heads", 4, "--batch.tokens_per_micro_batch", 512),
+    *("--optim.warmup_steps", 0, "--log.every_steps", EVERY),
+    *("--log.validate_every_steps", 10**9, "--checkpoint.every_steps", 10**9),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Per step, over the last part of a run, in seconds: its duration, and what was computed beside the training."""
+
+    step_s: float
+    beside_s: float
+
+
+def main() -> int:
+    arguments = read_arguments("wandb_gone", __doc__)
+    rounds, steps = (1, 60) if arguments.quick else (5, 300)
+    without: list[Run] = []
+    gone: list[Run] = []
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
+        say(f"preparing {arguments.about_data}")
+        data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
+        for number in range(rounds):
+            without.append(train(data, Path(folder, f"without-{number}"), steps, None))
+            with WandbServer() as server:
+                gone.append(train(data, Path(folder, f"gone-{number}"), steps, server))
+            say(f"round {number + 1} of {rounds}: without {without[-1]}, server gone {gone[-1]}")
+    step_s = median(run.step_s for run in without)
+    added_s = median(run.beside_s for run in gone) - median(run.beside_s for run in without)
+    ratio = ratio_by_rounds([run.step_s for run in gone], [run.step_s for run in without])
+    report(
+        "wandb_gone",
+        arguments,
+        [
+            Figure("added_share", added_s / step_s, "computed for wandb per step, over a step", "< 0.01"),
+            Figure("added_s", added_s, "the same in seconds"),
+            Figure("step_s", step_s, "a step without wandb"),
+            Figure("step_ratio", ratio, "a step with the server gone over one without wandb; noisy"),
+        ],
+    )
+    return 0
+
+
+def train(data: Prepared, run_dir: Path, steps: int, server: WandbServer | None) -> Run:
+    """A run of which the last three fifths count; the server, if any, goes away before them."""
+    words = [*map(str, TRAINING), "--data", str(data.folder), "--run_dir", str(run_dir), "--optim.steps", str(steps)]
+    own = {}
+    if server is not None:
+        words += ["--wandb.mode", "online"]
+        own = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "training.gpt", *words]
+    with (run_dir.parent / "output.txt").open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(1, **own), stdout=output, stderr=output)
+
+    def wait_for(step: int) -> int:
+        while not (lines := read_metrics(run_dir)) or lines[-1]["step"] < step:
+            if process.poll() is not None:
+                raise UserError(f"the training ended early: {(run_dir.parent / 'output.txt').read_text('utf-8')}")
+            time.sleep(0.02)
+        return lines[-1]["step"]
+
+    wait_for(steps // 5)
+    if server is not None:
+        while not any(run.history for run in server.runs.values()):
+            time.sleep(0.02)
+        server.die()
+    first = wait_for(2 * steps // 5)
+    before = beside(process.pid)
+    last = wait_for(steps - EVERY)
+    computed = beside(process.pid) - before
+    if process.wait():
+        raise UserError(f"the training failed: {(run_dir.parent / 'output.txt').read_text('utf-8')}")
+    if server is not None and not all(len(run.history) < first // EVERY for run in server.runs.values()):
+        raise UserError("the server had not gone away in time")
+    times = [
+        line["time"] for line in read_metrics(run_dir) if line["kind"] == "train" and first <= line["step"] <= last
+    ]
+    seconds = median(after - before for before, after in pairwise(times)) / EVERY
+    return Run(round(seconds, 4), round(computed / (last - first), 6))
+
+
+def beside(pid: int) -> float:
+    """Processor seconds so far of a process's threads but the first, and of all processes below it."""
+    files = [path / "stat" for path in Path(f"/proc/{pid}/task").iterdir() if path.name != str(pid)]
+    files += [Path(f"/proc/{below}/stat") for below in descendants(pid)]
+    ticks = 0
+    for file in files:
+        user, system = file.read_text().rpartition(")")[2].split()[11:13]
+        ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    run_main(main)
