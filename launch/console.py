@@ -62,7 +62,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = main() or 0
+        status = _run(main)
     except UserError as error:
         if _speaks():
             say_as_any_rank(f"error: {error}")
@@ -87,7 +87,25 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
+_told_to_leave = False
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except (UserError, PeerError):
+        raise
+    except Exception as error:
+        # Whatever library was at work when the signal came may have made an error of its own of it: an extension
+        # module that is being loaded says that it cannot be imported.
+        if _told_to_leave:
+            raise Terminated from error
+        raise
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    global _told_to_leave
+    _told_to_leave = True
     raise Terminated
 
 

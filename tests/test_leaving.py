@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from launch.processes import children
-from tests.conftest import PATIENCE_S, Launch, Started
+from tests.conftest import PATIENCE_S, ROOT, Launch, Started
 
 
 def wait_for(started: Started, happened: Callable[[], object]) -> None:
@@ -32,6 +34,25 @@ def test_preparation_told_to_stop_leaves_nothing_and_the_same_command_does_it_al
     assert list(output.parent.iterdir()) == []
     assert launch(*words, module="data_prep.tatoeba").wait().status == 0
     assert [path.name for path in output.parent.iterdir()] == ["data"]
+
+
+def test_a_library_that_makes_an_error_of_the_signal_changes_nothing(tmp_path):
+    (tmp_path / "loading.py").write_text(
+        "import os, signal, time\n"
+        "from launch.console import run_main\n"
+        "def main():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "    except BaseException:\n"
+        "        raise ImportError('this module cannot be loaded')\n"
+        "run_main(main)\n"
+    )
+    command = [sys.executable, tmp_path / "loading.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 75, result
+    assert "stopped by signal SIGTERM" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch, sample_data, tmp_path):
