@@ -62,14 +62,14 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 
 def save_step(run_dir: Path, step: int, *, keep: int = 2, best: int | None = None, width: int = 16) -> Checkpoint:
-    """Publishes what `trained(step)` gives."""
+    """Publishes what `trained(step)` gives. best: the step that was validated with a high score."""
     return save_trained(run_dir, step, *trained(step, width), keep=keep, best=best)
 
 
 def save_trained(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int, best: int | None
 ) -> Checkpoint:
-    state = {"scaler": None, "best_step": best, "best_accuracy": None}
+    state = {"scaler": None, "accuracy": 1.0 if step == best else None}
     return publish(run_dir, step, tensors_of(model, optimizer), state=state, about=ABOUT, keep=keep)
 
 
@@ -117,7 +117,7 @@ def test_restored_model_and_optimizer_are_bit_equal_and_train_on_alike(tmp_path)
 
 
 def test_checkpoint_holds_all_and_nothing_that_runs_when_loaded(tmp_path):
-    state = {"scaler": {"scale": 2.0**16, "_growth_tracker": 3}, "best_step": 7, "best_accuracy": 0.1 + 0.2}
+    state = {"scaler": {"scale": 2.0**16, "_growth_tracker": 3}, "accuracy": 0.1 + 0.2}
     checkpoint = publish(tmp_path, 7, tensors_of(*trained(1)), state=state, about=ABOUT, keep=1)
     assert sorted(path.name for path in checkpoint.folder.iterdir()) == sorted(FILES)
     for path in checkpoint.folder.iterdir():
@@ -155,7 +155,7 @@ def test_kill_at_any_moment_of_a_save_keeps_the_previous_checkpoint(tmp_path, ca
     """Before each single file operation of a save in turn, of the retirement of older checkpoints too."""
     for moment in count():
         run_dir = tmp_path / str(moment)
-        save_step(run_dir, 1, keep=1)
+        save_step(run_dir, 1, keep=1, best=best)
         process = FORKS.Process(target=save_and_die, args=(run_dir, 2, best, moment))
         process.start()
         process.join()
@@ -318,8 +318,24 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, best):
         saved.append(step)
         assert steps_in(tmp_path) == sorted({*saved[-keep:], *([best_so_far] if best_so_far else [])})
     assert all(checkpoint.verify() is None for checkpoint in checkpoints(tmp_path))
-    assert choose(tmp_path, "last").step == 60
-    assert choose(tmp_path, "best").step == (best or 60)
+    assert choose(tmp_path, "last")[0].step == 60
+    assert choose(tmp_path, "best")[0].step == (best or 60)
+
+
+def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_path):
+    scores = {10: 0.5, 20: 0.7, 30: None, 40: 0.6, 50: 0.7, 60: 0.1, 70: None}
+    for step, accuracy in scores.items():
+        tensors = tensors_of(*trained(step))
+        publish(tmp_path, step, tensors, state={"accuracy": accuracy}, about=ABOUT, keep=1, keep_best=3)
+    assert steps_in(tmp_path) == [20, 40, 50, 70]
+    assert [each.step for each in choose(tmp_path, "best", 3)] == [20, 50, 40]
+    assert [each.step for each in choose(tmp_path, "last", 4)] == [70, 50, 40, 20]
+    cut_in_half(tmp_path / "checkpoints" / folder_of(50) / "model.safetensors")
+    assert [each.step for each in choose(tmp_path, "best", 2)] == [20, 40], "a damaged one is none"
+    with pytest.raises(UserError, match=r"2 best checkpoint.*not 3.*--checkpoint.keep_best 3"):
+        choose(tmp_path, "best", 3)
+    with pytest.raises(UserError, match=r"3 last checkpoint.*not 9.*--checkpoint.keep 9"):
+        choose(tmp_path, "last", 9)
 
 
 def test_keep_of_zero_is_refused():

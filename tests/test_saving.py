@@ -14,9 +14,9 @@ import torch
 from launch.console import UserError
 from training.engine import saving
 from training.engine.checkpoint import checkpoints, newest_valid
-from training.engine.saving import FAILED_SAVES_LIMIT, CheckpointOptions, Saver
+from training.engine.saving import FAILED_SAVES_LIMIT, CheckpointOptions, Saver, best_interval_s
 
-STATE = {"best_step": None}
+STATE = {"accuracy": None}
 
 
 def tensors(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
@@ -170,3 +170,13 @@ def test_failed_save_without_any_checkpoint_gives_up_at_once(tmp_path, monkeypat
     assert ours.gives_up
     with pytest.raises(UserError, match="step 1 could not be written"):
         ours.check()
+
+
+def test_recommended_interval_loses_least_of_all():
+    def lost_share(interval_s: float, save_s: float, between_kills_s: float) -> float:
+        return save_s / interval_s + interval_s / 2 / between_kills_s
+
+    for save_s, between_kills_s in ((0.2, 86400), (30, 3600 * 4)):
+        best_s = best_interval_s(save_s, between_kills_s)
+        least = lost_share(best_s, save_s, between_kills_s)
+        assert all(lost_share(best_s * factor, save_s, between_kills_s) > least for factor in (0.5, 0.9, 1.1, 2))

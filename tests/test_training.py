@@ -87,11 +87,12 @@ def content_of(folder: Path) -> dict[str, bytes | None]:
 
 
 def assert_same_model(run_dir: Path, uninterrupted: Path) -> None:
-    """The end of both runs is the same: weights, optimizer, scaler, bit for bit."""
+    """The end of both runs is the same: weights, optimizer, scaler, moving average, bit for bit."""
     assert status_of(run_dir)["status"] == "finished"
     last, expected = last_checkpoint(run_dir), last_checkpoint(uninterrupted)
     assert last.step == expected.step
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+    assert {"model.safetensors", "optimizer.safetensors", "state.json"} <= set(last.manifest["files"])
+    for name in last.manifest["files"]:
         assert (last.folder / name).read_bytes() == (expected.folder / name).read_bytes(), name
 
 
@@ -396,6 +397,9 @@ def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: L
         "a step: 1 ranks x 4 micro-batches",
         f"200 steps in {plan.epoch(200):.2f} epochs",
         "nothing was written",
+        "a checkpoint every 40 steps is one every",
+        "a kill costs half of that and a start of",
+        "loses least",
     ):
         assert part in result.out
     loss = re.search(r"loss (\d+\.\d+)", result.out)

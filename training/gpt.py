@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from data_prep.prepared import Part, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.config import Options, parse
-from launch.console import UserError, run_main, say
-from training.engine.batch_plan import BatchPlan, cut_by_length
+from launch.console import UserError, run_main
+from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions, Share, Task, Validation
 from training.models.gpt import GPT, GPTOptions
-
-# Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
-VALIDATION_TOKENS = 2048
+from training.translation import Pairs, held_out_scores
 
 
 class LossOptions(Options):
@@ -44,21 +42,17 @@ class GPTConfig(RunOptions):
     loss: LossOptions = Field(default_factory=LossOptions)
 
 
-class Sequences:
+class Sequences(Pairs):
     """`<sos> source <sep> target` of every pair that fits the context; `<eos>` is predicted but never an input.
 
-    lengths [n]: input tokens. target_tokens, source_tokens [n]: how many predictions belong to each side; the source's
-    last is `<sep>`, the target's last `<eos>`.
+    lengths [n]: input tokens. The source's last prediction is `<sep>`.
     """
 
     def __init__(self, part: Part, context: int):
         lengths = part.source.lengths + part.target.lengths + 2
-        self._part = part
-        self._rows = np.flatnonzero(lengths <= context)
-        self.left_out = len(lengths) - len(self._rows)
-        self.lengths = lengths[self._rows]
-        self.source_tokens = part.source.lengths[self._rows] + 1
-        self.target_tokens = part.target.lengths[self._rows] + 1
+        super().__init__(part, lengths <= context)
+        self.lengths = lengths[self.rows]
+        self.source_tokens = part.source.lengths[self.rows] + 1
 
     def weights(self, source_weight: float) -> np.ndarray:
         """Each sequence's share in the loss's denominator, [n]."""
@@ -70,8 +64,8 @@ class Sequences:
         Returns inputs, scored [N] (indices into the B*T positions), labels [N], and is_target [N]: whether the label
         belongs to the target side. Without `with_source`, only those that do are scored.
         """
-        rows = self._rows[samples]
-        source, target = self._part.source, self._part.target
+        rows = self.rows[samples]
+        source, target = self.part.source, self.part.target
         longest = int(self.lengths[samples].max())
         full = np.full((len(rows), longest + 1), PAD, dtype=np.int64)  # one more than inputs: <eos> is a label only
         full[:, 0] = SOS
@@ -110,24 +104,17 @@ def summed_loss(
     return (losses * torch.where(is_target, 1.0, options.source_weight)).sum()
 
 
-@torch.no_grad()
 def validation_scores(
     model: nn.Module, sequences: Sequences, cluster: Cluster, share: Share | None = None
 ) -> Validation:
-    """Loss and accuracy over all target tokens, without smoothing or dropout; every rank scores its share."""
-    model.eval()
-    order = np.argsort(sequences.lengths, kind="stable")
-    batches = np.split(order, cut_by_length(sequences.lengths[order], VALIDATION_TOKENS)[1:-1])
-    totals = torch.zeros(2, dtype=torch.float64)
-    for samples in (share or cluster.share)(batches):
+    """Loss and accuracy over all target tokens, the reference being given up to each."""
+
+    def predict(replica: nn.Module, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = sequences.batch(samples, with_source=False)
         inputs, scored, labels, _ = (tensor.to(cluster.device) for tensor in batch)
-        logits = model(inputs, scored).float()
-        totals[0] += F.cross_entropy(logits, labels, reduction="sum").item()
-        totals[1] += (logits.argmax(-1) == labels).sum().item()
-    model.train()
-    loss, right = (cluster.sum(totals.to(cluster.device)) / int(sequences.target_tokens.sum())).tolist()
-    return Validation(loss, right)
+        return replica(inputs, scored), labels
+
+    return held_out_scores(model, sequences, predict, cluster, share)
 
 
 def plan_of(config: GPTConfig, pairs: Sequences) -> BatchPlan:
@@ -143,11 +130,9 @@ def main() -> int:
         raise UserError(
             f"{config.data} has two vocabularies, but a GPT reads and writes one: prepare with --vocabularies joint"
         )
-    pairs = Sequences(data.part("train"), config.model.context)
-    held_out = Sequences(data.part("validation"), config.model.context)
-    for name, sequences in (("training", pairs), ("validation", held_out)):
-        if sequences.left_out:
-            say(f"{sequences.left_out:,} {name} pairs are longer than model.context ({config.model.context}): left out")
+    pairs, held_out = (Sequences(data.part(name), config.model.context) for name in ("train", "validation"))
+    for each in (pairs, held_out):
+        each.check(f"model.context ({config.model.context})")
 
     with Cluster(config.session.hang_timeout + 60) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank

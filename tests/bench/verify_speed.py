@@ -31,7 +31,7 @@ def main() -> int:
     }
     ours, cold, plain = [], [], []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
-        checkpoint = publish(folder, 1, tensors, state={"best_step": None}, about={}, keep=1)
+        checkpoint = publish(folder, 1, tensors, state={"accuracy": None}, about={}, keep=1)
         gigabytes = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e9
 
         def speed(work: Callable[[], None]) -> float:

@@ -2,7 +2,8 @@
 
 Nothing is consumed, so nothing is saved: step 40,000 is as cheap to find as step 0. An epoch is one random order of all
 samples, sorted by length (ties stay random) and cut into micro-batches of near-equal length, which are then shuffled.
-Where the cuts fall depends on the sorted lengths alone, so every epoch has the same number of micro-batches.
+Where the cuts fall depends on the sorted lengths alone, so every epoch has the same number of micro-batches. A sample
+may have several lengths, one for each sequence that a model pads by itself; the first is sorted by first.
 
 Epochs follow each other in one stream, and step s takes the next `micro_batches_per_step` of it; a step may span two
 epochs. So every sample is seen exactly once an epoch and every step has the same number of micro-batches, which world
@@ -52,7 +53,7 @@ class MicroBatch:
 
 
 class BatchPlan:
-    """The plan of a whole run over samples of `lengths` [n] (tokens) with loss weights `weights` [n].
+    """The plan of a whole run over samples of `lengths` [n] or [n, k] (tokens) with loss weights `weights` [n].
 
     It is `steps` long where they are given, else `epochs`.
 
@@ -72,19 +73,24 @@ class BatchPlan:
     ):
         if not len(lengths):
             raise UserError("there is no sample to train on: prepare data with at least one pair that fits the context")
-        longest = int(lengths.max())
+        self.lengths = lengths.astype(np.int32, copy=False)
+        longest = int(_columns(self.lengths).sum(axis=1).max())
         if options.tokens_per_micro_batch is not None and longest > options.tokens_per_micro_batch:
             raise UserError(
                 f"the longest sample has {longest} tokens, more than batch.tokens_per_micro_batch "
                 f"({options.tokens_per_micro_batch}): raise the bound to {longest} or more"
             )
-        self.lengths = lengths.astype(np.int32, copy=False)
         self.weights = weights
         self.seed = seed
         self.micro_batches_per_step = options.micro_batches_per_step
-        self.cuts = cut_by_length(
-            np.sort(self.lengths), options.tokens_per_micro_batch, options.sentences_per_micro_batch
-        )
+        order = sorted_by_length(self.lengths)
+        ordered = _columns(self.lengths[order])
+        self.cuts = cut_by_length(ordered, options.tokens_per_micro_batch, options.sentences_per_micro_batch)
+        # The place of a sample's lengths among all that occur: one number to sort by, however many lengths there are.
+        self._ranks = np.empty(len(order), dtype=np.uint32)
+        self._ranks[order] = np.cumsum(np.any(np.diff(ordered, axis=0, prepend=ordered[:1]), axis=1), dtype=np.uint32)
+        longest_of_each = np.maximum.reduceat(ordered, self.cuts[:-1], axis=0).sum(axis=1, dtype=np.int64)
+        self._padding_share = 1 - int(ordered.sum(dtype=np.int64)) / int((np.diff(self.cuts) * longest_of_each).sum())
         self.micro_batches_per_epoch = len(self.cuts) - 1
         self.steps = steps or max(1, math.ceil(epochs * self.micro_batches_per_epoch / self.micro_batches_per_step))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -108,9 +114,14 @@ class BatchPlan:
 
     def padding_share(self) -> float:
         """Share of an epoch's computed positions that are padding; the same in every epoch."""
-        ordered = np.sort(self.lengths)
-        computed = int((np.diff(self.cuts) * ordered[self.cuts[1:] - 1].astype(np.int64)).sum())
-        return 1 - int(ordered.sum(dtype=np.int64)) / computed
+        return self._padding_share
+
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Real tokens of `step`, and the positions that its micro-batches compute, padding included."""
+        batches = [_columns(self.lengths[batch.samples]) for batch in self.step(step)]
+        return sum(int(each.sum()) for each in batches), sum(
+            len(each) * int(each.max(axis=0).sum()) for each in batches
+        )
 
     def _samples(self, number: int) -> np.ndarray:
         """Sample indices of micro-batch `number` of the stream of all epochs."""
@@ -129,29 +140,38 @@ class BatchPlan:
         samples = np.arange(len(self.lengths), dtype=np.uint32)
         random.shuffle(samples)
         # Length above, place in the random order below: one in-place sort of plain integers is stable and quick.
-        keys = self.lengths[samples].astype(np.uint64) << np.uint64(32)
+        keys = self._ranks[samples].astype(np.uint64) << np.uint64(32)
         keys |= np.arange(len(samples), dtype=np.uint32)
         keys.sort()
         places = keys.view(np.uint32)[::2]  # the low halves: every machine that torch runs on is little-endian
         return samples[places], random.permutation(self.micro_batches_per_epoch)
 
 
-def cut_by_length(ordered: np.ndarray, most_tokens: int | None, most_sentences: int | None = None) -> np.ndarray:
-    """Where to cut ascending lengths [n] into the longest micro-batches within both bounds: [0, ..., n].
+def sorted_by_length(lengths: np.ndarray) -> np.ndarray:
+    """Indices that sort samples by `lengths` [n] or [n, k], shortest first, by the first column first; ties stay."""
+    return np.lexsort(_columns(lengths).T[::-1])
 
-    A micro-batch computes (sentences x its longest) positions. Samples are sorted, so that product grows with the end
-    and the furthest end is found by bisection: the work grows with the number of micro-batches, not of samples.
+
+def cut_by_length(ordered: np.ndarray, most_tokens: int | None, most_sentences: int | None = None) -> np.ndarray:
+    """Where to cut sorted lengths [n] or [n, k] into the longest micro-batches within both bounds: [0, ..., n].
+
+    A micro-batch computes its sentences times the longest of each column.
     """
+    ordered = _columns(ordered)
     cuts = [0]
     total = len(ordered)
     while cuts[-1] < total:
         start = cuts[-1]
-        low, high = start + 1, min(total, start + most_sentences) if most_sentences else total
-        while low < high:
-            middle = (low + high + 1) // 2
-            if most_tokens is None or (middle - start) * int(ordered[middle - 1]) <= most_tokens:
-                low = middle
-            else:
-                high = middle - 1
-        cuts.append(low)
+        room = min(total - start, most_sentences or total)
+        if most_tokens is not None:
+            room = min(room, max(1, most_tokens // max(1, int(ordered[start, 0]))))  # none after it is shorter
+            longest = np.maximum.accumulate(ordered[start : start + room], axis=0).sum(axis=1, dtype=np.int64)
+            positions = longest * np.arange(1, room + 1)  # of the first one, the first two, ...: only ever more
+            room = max(1, int(np.searchsorted(positions, most_tokens, side="right")))
+        cuts.append(start + room)
     return np.array(cuts, dtype=np.int64)
+
+
+def _columns(lengths: np.ndarray) -> np.ndarray:
+    """[n] or [n, k] -> [n, k]."""
+    return lengths.reshape(len(lengths), -1)

@@ -6,7 +6,7 @@ with a message and the newest valid one before it is taken. Which checkpoint is 
 the folder; no pointer file can lie about it. Loading runs no code: tensors are safetensors, everything else is JSON.
 
     runs/NAME/checkpoints/step-0000012000/
-      model.safetensors  optimizer.safetensors  state.json  manifest.json
+      model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  manifest.json
 
 `python -m training.engine.checkpoint runs/NAME` lists the checkpoints of a run and verifies every byte of them. When
 and how a running training saves is the business of `training.engine.saving`.
@@ -23,6 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ from data_prep.files import drop_from_cache, publish_folder, sha256_of, temporar
 from launch.console import UserError, run_main, say, warn
 
 MANIFEST = "manifest.json"
+EMA = "ema.safetensors"
 
 # What is written besides tensors is a few kilobytes; a file system needs some room for itself too.
 _ROOM_BESIDE_TENSORS = 200_000
@@ -100,9 +102,18 @@ class Checkpoint:
         """The optimizer's tensors by kind and parameter name, on the CPU."""
         return load_file(self.folder / "optimizer.safetensors")
 
-    def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restores parameters and optimizer state in place."""
+    def ema_state(self) -> dict[str, Tensor]:
+        """The moving average of the model's tensors by parameter name; raises UserError if the run keeps none."""
+        path = self.folder / EMA
+        if not path.is_file():
+            raise UserError(f"{self.folder} has no moving average: train with --optim.ema_decay, for example 0.999")
+        return load_file(path)
+
+    def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> None:
+        """Restores parameters, optimizer state and, if there is one, the moving average in place."""
         model.load_state_dict(self.model_state())
+        if ema is not None:
+            ema.load_state_dict(self.ema_state())
         names = {parameter: name for name, parameter in model.named_parameters()}
         ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         index_of = {name: index for index, name in enumerate(ordered)}
@@ -113,13 +124,15 @@ class Checkpoint:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds of both, by file and by name, where it lies now: nothing is copied.
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of them, by file and by name, where it lies now: nothing is copied.
 
     Optimizer state goes by the parameter's name: a parameter's index means nothing once the model changes.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    tensors = {
         "model.safetensors": {name: tensor.detach() for name, tensor in model.state_dict().items()},
         "optimizer.safetensors": {
             f"{kind}/{names[parameter]}": value.detach()
@@ -127,6 +140,9 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
             for kind, value in kinds.items()
         },
     }
+    if ema is not None:
+        tensors[EMA] = {name: tensor.detach() for name, tensor in ema.state_dict().items()}
+    return tensors
 
 
 def checkpoints(run_dir: str | Path) -> list[Checkpoint]:
@@ -151,15 +167,39 @@ def newest_valid(run_dir: str | Path, *, set_aside: bool = True) -> Checkpoint |
     return None
 
 
-def choose(run_dir: str | Path, which: Literal["best", "last"]) -> Checkpoint:
-    """The newest checkpoint, or the one with the best validation score. Raises UserError where there is none."""
+def best(run_dir: str | Path, count: int) -> list[Checkpoint]:
+    """The `count` checkpoints of highest validation accuracy, best first, unverified; of equal ones the older."""
+    scored = []
+    for checkpoint in checkpoints(run_dir):
+        with suppress(OSError, ValueError):  # damaged: it is no candidate
+            accuracy = checkpoint.state().get("accuracy")
+            if accuracy is not None:
+                scored.append((-accuracy, checkpoint.step, checkpoint))
+    return [checkpoint for _, _, checkpoint in sorted(scored, key=lambda each: each[:2])[:count]]
+
+
+def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) -> list[Checkpoint]:
+    """The `count` newest checkpoints, or those with the best validation scores, the first one first; all verified.
+
+    Raises UserError where there are not as many.
+    """
     valid = [checkpoint for checkpoint in checkpoints(run_dir) if checkpoint.verify() is None]
     if not valid:
-        raise UserError(f"{run_dir} has no valid checkpoint: train first (python -m training.gpt CONFIG)")
+        raise UserError(
+            f"{run_dir} has no valid checkpoint: train first (python -m training.gpt or training.seq2seq, and a config)"
+        )
     if which == "last":
-        return valid[-1]
-    best_step = valid[-1].state()["best_step"]
-    return next((checkpoint for checkpoint in valid if checkpoint.step == best_step), valid[-1])
+        found = valid[::-1]
+    else:
+        # A run that was never validated has no best one.
+        found = [checkpoint for checkpoint in best(run_dir, len(valid)) if checkpoint in valid] or valid[-1:]
+    if len(found) < count:
+        option = "keep" if which == "last" else "keep_best"
+        raise UserError(
+            f"{run_dir} has {len(found)} {which} checkpoint(s), not {count}: ask for fewer, or train with "
+            f"--checkpoint.{option} {count}"
+        )
+    return found[:count]
 
 
 def publish(
@@ -170,13 +210,14 @@ def publish(
     state: Mapping[str, Any],
     about: Mapping[str, Any],
     keep: int,
+    keep_best: int = 1,
 ) -> Checkpoint:
-    """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the best.
+    """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the `keep_best` best.
 
-    tensors: what goes into which file, in host memory. state: what `Checkpoint.state` gives back ("best_step" among
-    it). about: goes into the manifest. An older checkpoint is removed only after the new one was read back from the
-    disk and found valid. Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the
-    older checkpoints then stand untouched.
+    tensors: what goes into which file, in host memory. state: what `Checkpoint.state` gives back; its "accuracy", if
+    the model was validated at this step, says what is best. about: goes into the manifest. An older checkpoint is
+    removed only after the new one was read back from the disk and found valid. Raises UserError when the disk is full
+    or not writable, OSError when it fails otherwise; the older checkpoints then stand untouched.
     """
     final = Path(run_dir, "checkpoints", f"step-{step:010d}")
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
@@ -191,7 +232,7 @@ def publish(
         write_atomically(folder / MANIFEST, _manifest_text(written))
         publish_folder(folder, final, replace=True)
     checkpoint = Checkpoint(final)
-    _retire(run_dir, checkpoint, keep, state["best_step"])
+    _retire(run_dir, checkpoint, keep, keep_best)
     return checkpoint
 
 
@@ -238,8 +279,9 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _retire(run_dir: str | Path, newest: Checkpoint, keep: int, best_step: int | None) -> None:
-    surplus = [checkpoint for checkpoint in checkpoints(run_dir)[:-keep] if checkpoint.step != best_step]
+def _retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -> None:
+    best_ones = best(run_dir, keep_best)
+    surplus = [checkpoint for checkpoint in checkpoints(run_dir)[:-keep] if checkpoint not in best_ones]
     if surplus:
         # What the disk holds counts, not what the system still has in memory.
         for path in newest.folder.iterdir():
@@ -269,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = checkpoints(run_dir)
     problems = {checkpoint.step: checkpoint.verify() for checkpoint in found}
     valid = [checkpoint for checkpoint in found if problems[checkpoint.step] is None]
-    best_step = valid[-1].state()["best_step"] if valid else None
+    best_one = best(run_dir, 1)
     say(f"{'step':>12}  {'MB':>9}  {'written':<24}  verified")
     for checkpoint in found:
         size = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
@@ -279,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name
             for name, holds in (
                 ("newest", checkpoint == valid[-1] if valid else False),
-                ("best", checkpoint.step == best_step),
+                ("best", checkpoint in best_one),
             )
             if holds
         )

@@ -22,15 +22,16 @@ from torch import Tensor
 from data_prep.prepared import Prepared
 from launch.config import to_yaml
 from launch.console import Progress, UserError, format_duration, say
+from launch.environment import PROCESS_BEGAN
 from training.engine.batch_plan import MicroBatch
-from training.engine.checkpoint import Checkpoint, tensors_of
+from training.engine.checkpoint import Checkpoint
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.logbook import Logbook
 from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import choose_precision
 from training.engine.run_folder import RunFolder, Status, write_status
-from training.engine.saving import Saver
+from training.engine.saving import Saver, best_interval_s, write_s
 from training.engine.session import EXIT_RESUMABLE, StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.tracking import Window, memory_mb, read_metrics
@@ -54,7 +55,7 @@ def train(config: RunOptions, task: Task, data: Prepared, cluster: Cluster, *, d
     precision = choose_precision(config.precision, cluster.device)
     model = task.model.to(cluster.device)
     optimizer = build_optimizer(model, config.optim, task.plan.steps)
-    engine = DataParallel(model, optimizer, cluster, precision, config.optim.clip_norm)
+    engine = DataParallel(model, optimizer, cluster, precision, config.optim.clip_norm, config.optim.ema_decay)
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))
     if dry_run:
@@ -113,10 +114,34 @@ def _dry_run(config: RunOptions, task: Task, engine: DataParallel, cluster: Clus
         engine.step(learning_rate(step, task.plan.steps, config.optim))
         value = float(loss)
         times.append(time.monotonic() - began)
+        if step == 0:
+            start_s = time.monotonic() - PROCESS_BEGAN
     whole = format_duration(times[-1] * task.plan.steps)
     say(f"dry run: loss {value:.4f}; a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}")
+    say(_price_of_a_kill(config, engine, times[-1], start_s))
     say(f"{memory_mb(cluster.device):,.0f} MB of memory a process; nothing was written")
     return 0
+
+
+def _price_of_a_kill(config: RunOptions, engine: DataParallel, step_s: float, start_s: float) -> str:
+    """What a kill costs with the configured interval of checkpoints, and the interval that costs least."""
+    tensors = engine.tensors()
+    save_s = published_s = write_s(tensors)
+    if config.checkpoint.background:
+        began = time.monotonic()
+        for part in tensors.values():
+            for tensor in part.values():
+                tensor.to("cpu", copy=True)
+        save_s = time.monotonic() - began
+    every = config.checkpoint.every_steps
+    # One save is in flight at most: a shorter interval than it takes would hold the training up after all.
+    best_s = max(published_s, best_interval_s(save_s, between_kills_s=86400))
+    best = max(1, round(best_s / step_s))
+    return (
+        f"a checkpoint every {every:,} steps is one every {format_duration(every * step_s)}: a kill costs half of that "
+        f"and a start of {format_duration(start_s)}\n"
+        f"a save holds training up for about {save_s:.2f} s: with a kill a day, one every {best:,} steps loses least"
+    )
 
 
 def _forward_backward(
@@ -152,6 +177,7 @@ class _Run:
         self.saved_step: int | None = None
         self.validated_step = 0
         self.best: dict[str, Any] = {"best_step": None, "best_accuracy": None}
+        self.accuracy: float | None = None  # of this very step
         self.wandb_id: str | None = None
         self.window = Window(task.plan)
         self.speed = ""
@@ -192,12 +218,12 @@ class _Run:
         }
 
     def _restore(self, latest: Checkpoint) -> None:
-        latest.load_into(self.engine.model, self.engine.optimizer)
+        self.engine.load(latest)
         state = latest.state()
-        self.engine.load_state(state)
         self.best = {key: state[key] for key in self.best}
         self.step = self.saved_step = latest.step
         self.validated_step, self.wandb_id = state["validated_step"], state["wandb_id"]
+        self.accuracy = state["accuracy"]
         self.window = Window(self.task.plan, self.step, state["window_losses"])
         say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
 
@@ -258,8 +284,9 @@ class _Run:
         self.norm = self.engine.step(self.lr)
         self.window.add(self.step, loss)
         self.step += 1
+        self.accuracy = None
         if self.saver is not None and self.saver.unprepared:
-            self.saver.prepare(tensors_of(self.engine.model, self.engine.optimizer))
+            self.saver.prepare(self.engine.tensors())
         done = self.step == self.task.plan.steps
         if done or self.step % self.config.log.every_steps == 0:
             self._report()
@@ -315,7 +342,7 @@ class _Run:
             self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
         if self.logbook is not None:
             self.logbook.line("validation", self.step, loss=result.loss, accuracy=result.accuracy)
-        self.validated_step = self.step
+        self.validated_step, self.accuracy = self.step, result.accuracy
         say(
             f"step {self.step:,}/{self.task.plan.steps:,}: validation loss {result.loss:.4f}, "
             f"token accuracy {result.accuracy:.2%}" + (" (best)" if is_best else "")
@@ -331,11 +358,12 @@ class _Run:
             state = {
                 **self.engine.state(),
                 **self.best,
+                "accuracy": self.accuracy,
                 "validated_step": self.validated_step,
                 "window_losses": window_losses,
                 "wandb_id": self.wandb_id,
             }
-            self.saver.save(self.step, tensors_of(self.engine.model, self.engine.optimizer), state)
+            self.saver.save(self.step, self.engine.tensors(), state)
             self.logbook.came_to(self.step)
         self.saved_step = self.step
 

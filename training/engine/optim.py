@@ -26,6 +26,9 @@ class OptimOptions(Options):
     final_lr_share: float = Field(0.02, ge=0, le=1, description="lr at the last step, as a share of the peak")
     epochs: float = Field(10, gt=0, description="length of the training in passes over the data")
     steps: int | None = Field(None, ge=1, description="length in optimizer steps instead; null: epochs count")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights too, to be evaluated; null: none"
+    )
 
 
 def learning_rate(step: int, steps: int, options: OptimOptions) -> float:

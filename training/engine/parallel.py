@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from training.engine.checkpoint import Checkpoint, tensors_of
 from training.engine.cluster import Cluster
 from training.engine.precision import Precision
 
@@ -29,8 +31,11 @@ class DataParallel:
         cluster: Cluster,
         precision: Precision,
         clip_norm: float | None,
+        ema_decay: float | None = None,
     ):
         self.model, self.optimizer = model, optimizer
+        # Of what every rank holds alike, so every rank averages alike.
+        self._ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         self._cluster, self._precision, self._clip_norm = cluster, precision, clip_norm
         self._scaler = precision.scaler()
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,13 +116,31 @@ class DataParallel:
             self._scaler.update()
         self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
         self.optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update_parameters(self.model)
         return norm
 
+    @property
+    def ema(self) -> nn.Module | None:
+        """The exponential moving average of the model over its steps, if asked for: the same module, averaged."""
+        return None if self._ema is None else self._ema.module
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file and name; nothing is copied."""
+        return tensors_of(self.model, self.optimizer, self.ema)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes back what `tensors` and `state` gave."""
+        checkpoint.load_into(self.model, self.optimizer, self.ema)
+        if self._ema is not None:
+            self._ema.n_averaged.fill_(checkpoint.step)  # at 0 it would begin anew
+        self._load_state(checkpoint.state())
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides parameters and optimizer state."""
+        """What a checkpoint needs besides tensors."""
         return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave; a scaler starts afresh where the earlier session had none."""
+    def _load_state(self, state: dict[str, Any]) -> None:
+        # A scaler starts afresh where the earlier session had none.
         if self._scaler is not None and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])

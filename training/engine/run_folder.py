@@ -26,7 +26,7 @@ from data_prep.prepared import Prepared
 from launch.config import differing_keys
 from launch.console import UserError, format_duration, say
 from launch.environment import job_id
-from training.engine.checkpoint import Checkpoint, choose, copy_checkpoint, newest_valid
+from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.tracking import METRICS
 
 try:
@@ -242,7 +242,7 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint) -> Checkpoint:
             if (source / name).is_dir():
                 shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
         (run_dir / METRICS).touch()
-    best = choose(source, "best")
-    if best.step != newest.step:
-        copy_checkpoint(best, run_dir)
+    for older in checkpoints(source):
+        if older.step < newest.step and older.verify() is None:
+            copy_checkpoint(older, run_dir)
     return copy_checkpoint(newest, run_dir)

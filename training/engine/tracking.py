@@ -110,12 +110,9 @@ class Window:
         self._tokens += self._count(step)
 
     def _count(self, step: int) -> int:
-        tokens = 0
-        for batch in self._plan.step(step):
-            lengths = self._plan.lengths[batch.samples]
-            tokens += int(lengths.sum())
-            self._positions += len(lengths) * int(lengths[-1])
+        tokens, positions = self._plan.tokens(step)
         self._real += tokens
+        self._positions += positions
         return tokens
 
     def losses(self, cluster: Cluster) -> list[float]:

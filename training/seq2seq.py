@@ -1,0 +1,136 @@
+"""Trains a GRU encoder-decoder with attention to translate Chinese to English.
+
+    torchrun --nproc-per-node=2 -m training.seq2seq configs/seq2seq/sample.yaml
+    python -m training.seq2seq configs/seq2seq/base.yaml --optim.lr 5e-4 --dry-run
+
+The same command starts, resumes, and says so when the run is finished.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from data_prep.prepared import Part, open_prepared
+from data_prep.tokenizers import EOS, PAD, SOS
+from launch.config import Options, parse
+from launch.console import run_main
+from training.engine.batch_plan import BatchPlan
+from training.engine.cluster import Cluster
+from training.engine.loop import train
+from training.engine.task import RunOptions, Share, Task, Validation
+from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
+from training.translation import Pairs, held_out_scores
+
+
+class LossOptions(Options):
+    """What is learned, and from which inputs."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
+    teacher_forcing: float = Field(
+        1.0, ge=0, le=1, description="share of input words that are the reference's; the others are the model's own"
+    )
+
+
+class Seq2SeqConfig(RunOptions):
+    """All options of a seq2seq training."""
+
+    model: AttentionGRUOptions = Field(default_factory=AttentionGRUOptions)
+    loss: LossOptions = Field(default_factory=LossOptions)
+
+
+class TwoSides(Pairs):
+    """`source <eos>` for the encoder, `<sos> target` for the decoder, `target <eos>` to be predicted.
+
+    lengths [n, 2]: target, then source, special tokens included. Batches are sorted by the target first, because a step
+    of the decoder costs more than one of the encoder.
+    """
+
+    def __init__(self, part: Part, max_length: int):
+        super().__init__(part, np.maximum(part.source.lengths, part.target.lengths) <= max_length)
+        self.source_tokens = part.source.lengths[self.rows] + 1
+        self.lengths = np.stack([self.target_tokens, self.source_tokens], axis=1)
+
+    def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """source [B, S], source lengths [B], inputs [B, T], the N scored positions (of B*T), their labels [N]."""
+        rows = self.rows[samples]
+        source, source_lengths = _followed_by_end(self.part.source.padded(rows, PAD), self.source_tokens[samples])
+        labels, target_lengths = _followed_by_end(self.part.target.padded(rows, PAD), self.target_tokens[samples])
+        inputs = np.concatenate([np.full((len(rows), 1), SOS), labels[:, :-1]], axis=1)
+        scored = np.flatnonzero(np.arange(labels.shape[1]) < target_lengths[:, None])
+        arrays = source, source_lengths, inputs, scored, labels.reshape(-1)[scored]
+        return tuple(map(torch.from_numpy, arrays))
+
+
+def _followed_by_end(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`ids` [B, L] with `<eos>` behind each row's end, [B, L + 1]; and the `lengths` [B], which count it."""
+    longer = np.pad(ids, ((0, 0), (0, 1)), constant_values=PAD)
+    np.put_along_axis(longer, lengths[:, None] - 1, EOS, axis=1)
+    return longer, lengths
+
+
+def predictions(
+    model: nn.Module, pairs: TwoSides, samples: np.ndarray, device: torch.device, teacher_forcing: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, vocabulary] and labels [N] of the samples' target tokens."""
+    source, lengths, inputs, scored, labels = pairs.batch(samples)
+    # Drawn on the CPU, so that it is the same on every device.
+    own = torch.rand(inputs.shape) >= teacher_forcing if teacher_forcing < 1 else None
+    source, inputs, scored, labels = (
+        tensor.to(device, non_blocking=True) for tensor in (source, inputs, scored, labels)
+    )
+    return model(source, lengths, inputs, scored, None if own is None else own.to(device)), labels
+
+
+def summed_loss(
+    model: nn.Module, pairs: TwoSides, samples: np.ndarray, options: LossOptions, device: torch.device
+) -> Tensor:
+    """Cross-entropy summed over a micro-batch's target tokens: a scalar, with gradient."""
+    logits, labels = predictions(model, pairs, samples, device, options.teacher_forcing)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing, reduction="sum")
+
+
+def validation_scores(model: nn.Module, pairs: TwoSides, cluster: Cluster, share: Share | None = None) -> Validation:
+    """Loss and accuracy over all target tokens, the reference being given up to each."""
+    return held_out_scores(
+        model, pairs, lambda replica, samples: predictions(replica, pairs, samples, cluster.device), cluster, share
+    )
+
+
+def plan_of(config: Seq2SeqConfig, pairs: TwoSides) -> BatchPlan:
+    """The order in which the run trains on `pairs`."""
+    optim = config.optim
+    return BatchPlan(
+        pairs.lengths, pairs.target_tokens, config.batch, seed=config.seed, epochs=optim.epochs, steps=optim.steps
+    )
+
+
+def main() -> int:
+    config, dry_run = parse(Seq2SeqConfig, sys.argv[1:], prog="python -m training.seq2seq", about=__doc__)
+    data = open_prepared(config.data)
+    pairs, held_out = (TwoSides(data.part(name), config.model.max_length) for name in ("train", "validation"))
+    for each in (pairs, held_out):
+        each.check(f"model.max_length ({config.model.max_length})")
+
+    with Cluster(config.session.hang_timeout + 60) as cluster:
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
+        model = AttentionGRU(config.model, *sizes)
+        task = Task(
+            name="seq2seq",
+            model=model,
+            plan=plan_of(config, pairs),
+            loss=lambda replica, samples: summed_loss(replica, pairs, samples, config.loss, cluster.device),
+            validate=lambda replica, share: validation_scores(replica, held_out, cluster, share),
+            flops_per_token=model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean())),
+        )
+        return train(config, task, data, cluster, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    run_main(main)
