@@ -21,7 +21,25 @@ PROMISED = {
         "peak_share_exact",
         "base_tokens_per_s",
     ],
-    "decoding": ["gpt_ratio", "gpt_batched_sentences_per_s", "gpt_plain_sentences_per_s", "gpt_same_share"],
+    "seq2seq_training": [
+        "sentences_ratio",
+        "relay_sentences_per_s",
+        "relay_one_process_sentences_per_s",
+        "tutorial_sentences_per_s",
+        "padding_share",
+        "tutorial_padding_share",
+    ],
+    "decoding": [
+        "gpt_ratio",
+        "gpt_batched_sentences_per_s",
+        "gpt_plain_sentences_per_s",
+        "gpt_same_share",
+        "seq2seq_ratio",
+        "seq2seq_tutorial_ratio",
+        "seq2seq_batched_sentences_per_s",
+        "seq2seq_plain_sentences_per_s",
+        "seq2seq_same_share",
+    ],
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
     "save_stall": ["stall_ratio", "background_stall_s", "synchronous_stall_s", "published_after_s"],
     "resume_time": ["ratio", "resumed_s", "new_s"],
@@ -42,10 +60,13 @@ def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -
     for promised in PROMISED[name]:
         assert math.isfinite(figures[promised]) and figures[promised] > 0, promised
         assert any(promised in line for line in table), f"{promised} is missing from the table"
-    if name == "gpt_training":
-        # These do not depend on the machine's speed.
+    # These do not depend on the machine's speed.
+    if name.endswith("_training"):
+        peer = {"gpt_training": "notebook", "seq2seq_training": "tutorial"}[name]
         assert figures["loss_difference"] <= 1e-5
-        assert figures["padding_share"] < 0.03 < figures["notebook_padding_share"]
+        assert figures["padding_share"] < 0.03 < figures[f"{peer}_padding_share"]
+    if name == "decoding":
+        assert min(figures["gpt_same_share"], figures["seq2seq_same_share"]) >= 0.98
 
 
 @pytest.mark.timeout(PATIENCE_S)

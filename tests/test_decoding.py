@@ -1,16 +1,25 @@
-"""Decoding in batches with a cache: the same translations as the obvious way, and an end to every sentence."""
+"""Decoding both models in batches: the same translations as the obvious way, and an end to every sentence."""
 
+import math
 import random
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
 
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
+from launch.console import UserError
 from tests.bench.decoding import translate_plainly
-from training.evaluation.decoding import GPTDecoder, translate
+from training.evaluation.decoding import Decoder, GPTDecoder, Translation, beam_search, greedy_search, translate
+from training.evaluation.families import AttentionGRUDecoder
+from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.models.gpt import GPT, GPTOptions
 
 VOCABULARY = 40
+
+Logits = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
 
 
 def tiny_gpt(**options: object) -> GPT:
@@ -22,6 +31,84 @@ def tiny_gpt(**options: object) -> GPT:
             parameter.add_(torch.randn_like(parameter) * 0.4)
         model.embedding.weight[EOS] *= 1.6  # chosen often enough for translations of all lengths
     return model.eval()
+
+
+def tiny_gru(**options: object) -> AttentionGRU:
+    torch.manual_seed(1)
+    shape = {"embedding_width": 16, "hidden_width": 16, "max_length": 30, **options}
+    model = AttentionGRU(AttentionGRUOptions(**shape), VOCABULARY + 3, VOCABULARY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        model.output_bias[EOS] += 1
+    return model.eval()
+
+
+@cache
+def decoders() -> dict[str, tuple[Decoder, Logits]]:
+    """Every kind of model as a decoder, and the logits behind a source and a beginning, by the forward of training."""
+
+    def of_gpt(model: GPT) -> tuple[Decoder, Logits]:
+        with torch.no_grad():
+            model.embedding.weight[EOS] *= 1.5  # more of the beam searches come to an end than are cut off
+        return GPTDecoder(model), lambda source, ids: model(torch.tensor([[SOS, *source, SEP, *ids]]))[0, -1]
+
+    def of_gru(model: AttentionGRU) -> tuple[Decoder, Logits]:
+        def logits(source: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+            lengths = torch.tensor([len(source) + 1])
+            return model(torch.tensor([[*source, EOS]]), lengths, torch.tensor([[SOS, *ids]]))[0, -1]
+
+        return AttentionGRUDecoder(model), logits
+
+    return {
+        "gpt": of_gpt(tiny_gpt()),
+        "gpt, learned positions": of_gpt(tiny_gpt(positions="learned")),
+        "gpt, RMSNorm": of_gpt(tiny_gpt(norm="rms", heads=4, layers=3)),
+        "seq2seq": of_gru(tiny_gru()),
+        "seq2seq, two layers": of_gru(tiny_gru(layers=2, bidirectional=False)),
+        "seq2seq, no attention": of_gru(tiny_gru(attention="none", tied_output=False)),
+    }
+
+
+KINDS = ["gpt", "gpt, learned positions", "gpt, RMSNorm", "seq2seq", "seq2seq, two layers", "seq2seq, no attention"]
+
+
+@cache
+def log_probabilities(kind: str, source: tuple[int, ...], ids: tuple[int, ...]) -> list[float]:
+    """Of each token behind `source` and `ids`, among those that may be produced."""
+    with torch.inference_mode():
+        logits = decoders()[kind][1](source, ids)
+        logits[[PAD, SOS, SEP]] = -torch.inf
+        return logits.log_softmax(-1).tolist()
+
+
+def search_plainly(kind: str, source: Sequence[int], beam_size: int, length_penalty: float) -> Translation:
+    """`beam_search` as its docstring defines it, one hypothesis after the other, without a cache or a batch."""
+    limit = min(2 * len(source) + 10, decoders()[kind][0].room(len(source)))
+
+    def normalised(log_probability: float, length: int) -> float:
+        return log_probability / ((5 + length) / 6) ** length_penalty
+
+    live = [(0.0, ())]
+    finished = []
+    for step in range(1, limit + 1):
+        candidates = []
+        for log_probability, ids in live:
+            gains = log_probabilities(kind, tuple(source), ids)
+            candidates += [(log_probability + gain, (*ids, token)) for token, gain in enumerate(gains)]
+        candidates = sorted(candidates, key=lambda candidate: -candidate[0])[: 2 * beam_size]
+        candidates = [candidate for candidate in candidates if candidate[0] > -math.inf]
+        finished += [
+            (normalised(log_probability, step), ids[:-1])
+            for log_probability, ids in candidates[:beam_size]
+            if ids[-1] == EOS
+        ]
+        live = [candidate for candidate in candidates if candidate[1][-1] != EOS][:beam_size]
+        if len(finished) >= beam_size:
+            break
+        if finished and max(finished)[0] >= max(normalised(log_probability, limit) for log_probability, _ in live):
+            break
+    return Translation(list(max(finished)[1]), ended=True) if finished else Translation(list(live[0][1]))
 
 
 def random_sources(count: int, longest: int) -> list[list[int]]:
@@ -36,6 +123,10 @@ class Scripted:
         self._room = room
         self.rows_per_step: list[int] = []
         self.batches: list[list[list[int]]] = []
+
+    @property
+    def longest_source(self) -> int:
+        return self._room - 1
 
     def room(self, source_length: int) -> int:
         return self._room - source_length
@@ -66,16 +157,34 @@ class ScriptState:
         return ScriptState([self.script[row] for row in rows.tolist()], self.step)
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "learned"}, {"norm": "rms", "heads": 4, "layers": 3}])
-@pytest.mark.parametrize("tokens_per_batch", [1, 200, 10_000])
-def test_batches_with_a_cache_give_the_same_output_as_without(options, tokens_per_batch):
-    model = tiny_gpt(**options)
-    sources = random_sources(40, longest=30)
-    expected = [translate_plainly(model, source) for source in sources]
-    assert len({tuple(ids) for ids in expected}) > 20, "a model that always says the same shows nothing"
-    assert any(len(ids) < 10 for ids in expected) and any(len(ids) > 20 for ids in expected)
-    results = translate(GPTDecoder(model), sources, tokens_per_batch=tokens_per_batch)
-    assert [result.ids for result in results] == expected
+SEARCHED = random_sources(20, longest=14)
+SEARCHES = [(1, 1.0), (2, 1.0), (5, 0.0), (5, 1.0), (5, 3.0)]
+
+# What a model is made of matters to a step, not to the search: one of each is enough for the beams.
+CASES = [
+    *((kind, *SEARCHES[0]) for kind in KINDS),
+    *((kind, *how) for kind in ("gpt", "seq2seq") for how in SEARCHES[1:]),
+]
+
+
+@pytest.mark.parametrize("kind, beam_size, length_penalty", CASES)
+def test_batches_give_what_a_plain_search_of_each_sentence_finds(kind, beam_size, length_penalty):
+    decoder, _ = decoders()[kind]
+    expected = [search_plainly(kind, source, beam_size, length_penalty) for source in SEARCHED]
+    assert len({tuple(result.ids) for result in expected}) >= 10, "a model that always says the same shows nothing"
+    search = {"beam_size": beam_size, "length_penalty": length_penalty}
+    for tokens_per_batch in (1, 700, 10_000):
+        assert translate(decoder, SEARCHED, tokens_per_batch=tokens_per_batch, **search) == expected, tokens_per_batch
+
+
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+def test_the_searches_that_are_compared_differ_and_come_to_both_ends(kind):
+    decoder, _ = decoders()[kind]
+    said = [translate(decoder, SEARCHED, beam_size=beam, length_penalty=penalty) for beam, penalty in SEARCHES]
+    assert all(one != other for number, one in enumerate(said) for other in said[:number])
+    assert {result.ended for results in said for result in results} == {True, False}
+    lengths = [sum(len(result.ids) for result in results) for results in said[-3:]]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1], "a penalty favours longer translations"
 
 
 def test_special_tokens_are_never_produced():
@@ -146,9 +255,65 @@ def test_a_progress_line_counts_sentences(capsys, monkeypatch):
     assert "translating test  33% 1/3 sentences" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 0, 0], [1]], ids=str)
+def test_selected_rows_go_on_from_what_they_have_read_and_said(kind, rows):
+    decoder, sources, said = decoders()[kind][0], [[9, 11], [12], [7, 8, 9]], torch.tensor([5, 6, 7])
+    with torch.inference_mode():
+        (_, whole), (_, some) = (decoder.begin(sources, 9) for _ in range(2))
+        some = some.select(torch.tensor(rows))
+        for _ in range(2):
+            expected = decoder.extend(said, whole)[rows]
+            torch.testing.assert_close(decoder.extend(said[rows], some), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+def test_a_beam_of_one_is_the_greedy_search(kind):
+    decoder, sources = decoders()[kind][0], random_sources(40, longest=15)
+    limits = [min(2 * len(source) + 10, decoder.room(len(source))) for source in sources]
+    with torch.inference_mode():
+        assert beam_search(decoder, sources, limits, 1, 1.0) == greedy_search(decoder, sources, limits)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+def test_a_beam_wider_than_the_vocabulary_finds_the_most_probable_translation_of_all(kind):
+    source = (9, 11)
+    with torch.inference_mode():
+        (result,) = beam_search(decoders()[kind][0], [source], [3], 2000, 0.0)
+
+    def log_probability(ids: tuple[int, ...]) -> float:
+        return sum(log_probabilities(kind, source, ids[:n])[token] for n, token in enumerate((*ids, EOS)))
+
+    words = range(4, VOCABULARY)
+    every = [(), *((a,) for a in words), *((a, b) for a in words for b in words)]
+    assert result == Translation(list(max(every, key=log_probability)), ended=True)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_beam_too_is_cut_off_at_each_limit_and_leaves_the_batch_when_done(beam_size):
+    decoder = Scripted()
+    endless, brief = [[7, 999], [8, 999, 5, 5, 5]], [[6, 1, 5, 5]] * 4
+    results = translate(decoder, [*endless, *brief], beam_size=beam_size)
+    assert [len(result.ids) for result in results[:2]] == [2 * 2 + 10, 2 * 5 + 10]
+    assert not any(result.ended or result.problem for result in results[:2])
+    assert [result.ids for result in results[2:]] == [[6]] * 4 and all(result.ended for result in results[2:])
+    assert decoder.rows_per_step[0] == 6 and decoder.rows_per_step[-1] == beam_size
+
+
+def test_what_is_no_beam_size_or_length_penalty_is_refused():
+    for beam_size in (0, -3):
+        with pytest.raises(UserError, match=rf"beam size must be 1 \(greedy\) or more, got {beam_size}"):
+            translate(Scripted(), [[6, 1]], beam_size=beam_size)
+    for length_penalty in (-0.5, math.nan, math.inf):
+        with pytest.raises(UserError, match=r"length penalty must be 0 \(none\) or more"):
+            translate(Scripted(), [[6, 1]], beam_size=2, length_penalty=length_penalty)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_same_translations():
-    model = tiny_gpt()
-    sources = random_sources(40, longest=30)
-    expected = [result.ids for result in translate(GPTDecoder(model), sources)]
-    assert [result.ids for result in translate(GPTDecoder(model.to("cuda")), sources)] == expected
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+@pytest.mark.parametrize("beam_size", [1, 5])
+def test_a_gpu_gives_the_same_translations(kind, beam_size):
+    decoder, _ = decoders()[kind]
+    on_gpu = type(decoder)(deepcopy(decoder.model).to("cuda"))
+    expected = translate(decoder, SEARCHED, beam_size=beam_size)
+    assert translate(on_gpu, SEARCHED, beam_size=beam_size) == expected

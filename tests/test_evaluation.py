@@ -8,56 +8,101 @@ import shutil
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
-from xml.etree import ElementTree
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from data_prep import tatoeba
-from data_prep.prepared import open_prepared
+from data_prep.prepared import Prepared, Ragged, list_files, open_prepared, write_part
 from launch.console import UserError
-from training import gpt
+from tests.browser import browser
+from tests.test_attention_maps import make_font
+from tests.test_report import Page
+from training import gpt, seq2seq
+from training.engine.session import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate
-from training.evaluation.attention_maps import attention_sheet
-from training.evaluation.report import EXAMPLES, Example, Report, example_rows, render
+from training.evaluation.report import EXAMPLES, SYNTHETIC
 from training.evaluation.scores import score_texts
+from training.evaluation.setting import Search
 from training.evaluation.trained import open_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-HOSTILE = "</td></svg><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & ]]> $x^2$"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepared") / "sample"
-    assert tatoeba.main(["--source", "sample", "--output", str(folder)]) == 0
-    return open_prepared(folder)
+    """The sample corpus, in a folder that is a link: taking that away is to lose the data."""
+    folder = tmp_path_factory.mktemp("prepared")
+    assert tatoeba.main(["--source", "sample", "--output", str(folder / "place")]) == 0
+    (folder / "sample").symlink_to(folder / "place", target_is_directory=True)
+    return open_prepared(folder / "sample")
+
+
+def first_pairs(data: Prepared, count: int) -> list[tuple[str, str]]:
+    test = data.part("test")
+    return list(zip(test.source_texts[:count], test.target_texts[:count], strict=True))
+
+
+def with_test_part(data: Prepared, folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    """A copy of the data set with another test part."""
+    shutil.copytree(data.folder, folder)
+    shutil.rmtree(folder / "test")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").unlink()
+    texts = {side: [pair[place] for pair in pairs] for place, side in enumerate(("source", "target"))}
+    ids = {}
+    for side, tokenizer in (("source", data.source_tokenizer), ("target", data.target_tokenizer)):
+        rows = [tokenizer.encode(text) for text in texts[side]]
+        ids[side] = Ragged(np.array(list(chain(*rows)), np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    fingerprint = write_part(folder / "test", np.arange(len(pairs)), texts, **ids)
+    meta |= {"files": list_files(folder), "fingerprint": fingerprint}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return folder
+
+
+def train(script: ModuleType, run_dir: Path, data: Prepared, **model: object) -> Path:
+    """A run of a few dozen steps, in two sessions: enough for translations to end."""
+    run_dir.mkdir()
+    words = {
+        "run_dir": run_dir,
+        "data": data.folder,
+        **{f"model.{key}": value for key, value in model.items()},
+        **{"optim.epochs": 1, "optim.lr": 5e-3, "optim.warmup_steps": 5, "checkpoint.every_steps": 10},
+        **{"log.every_steps": 5, "log.validate_every_steps": 10, "batch.tokens_per_micro_batch": 2048},
+    }
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", [script.__name__, *(str(word) for key, value in words.items() for word in (f"--{key}", value))]
+        )
+        (run_dir / "STOP").touch()  # a first session that comes to nothing
+        assert script.main() == EXIT_RESUMABLE
+        assert script.main() == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
 def trained_run(data, tmp_path_factory) -> Path:
-    """A run of a few dozen steps: enough for translations to end."""
-    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
-    words = {
-        "run_dir": run_dir,
-        "data": data.folder,
-        **{"model.layers": 2, "model.heads": 2, "model.width": 32, "model.context": 40},
-        **{"optim.epochs": 1, "optim.lr": 5e-3, "optim.warmup_steps": 5, "checkpoint.every_steps": 10},
-        **{"log.every_steps": 5, "log.validate_every_steps": 10, "batch.tokens_per_micro_batch": 2048},
-    }
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", ["gpt", *(str(word) for key, value in words.items() for word in (f"--{key}", value))]
-        )
-        assert gpt.main() == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return run_dir
+    return train(gpt, tmp_path_factory.mktemp("runs") / "gpt", data, layers=2, heads=2, width=32, context=40)
+
+
+@pytest.fixture(scope="module")
+def seq2seq_run(data, tmp_path_factory) -> Path:
+    size = {"layers": 1, "embedding_width": 32, "hidden_width": 32, "max_length": 40}
+    return train(seq2seq, tmp_path_factory.mktemp("runs") / "seq2seq", data, **size)
+
+
+@pytest.fixture(params=["gpt", "seq2seq"])
+def either_run(request) -> Path:
+    """A run of each family; tests do not write there."""
+    return request.getfixturevalue({"gpt": "trained_run", "seq2seq": "seq2seq_run"}[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -111,30 +156,6 @@ def test_another_tokenizer_than_the_trained_one_is_refused(run_copy, tmp_path):
         open_trained(run_copy, device=CPU)
 
 
-def test_text_scores_are_sacrebleus_and_say_how_they_were_computed():
-    references = [
-        "He isn't a doctor.",
-        "The cat sat on the mat, didn't it?",
-        "I like reading long books in the evening.",
-    ]
-    perfect = score_texts(references, references)
-    assert (perfect.bleu, perfect.chrf, perfect.exact_matches) == (pytest.approx(100), pytest.approx(100), 3)
-    words = ["he isn't a doctor", "the cat sat on the mat didn't it", "i like reading long books in the evening"]
-    as_words = score_texts(words, references)
-    assert as_words.bleu < 80 and as_words.bleu_normalised == pytest.approx(100)
-    assert (as_words.exact_matches, as_words.exact_matches_normalised) == (0, 3)
-    assert "tok:13a" in as_words.bleu_signature and "version:" in as_words.chrf_signature
-    assert "tok:none" in as_words.bleu_normalised_signature and "lower-cased" in as_words.bleu_normalised_signature
-    json.dumps(as_words.to_json())
-
-
-def test_a_missing_translation_counts_as_an_empty_one():
-    references = ["Tom bought three red apples.", "Mary sold two old cars."]
-    assert score_texts(["Tom bought three red apples.", ""], references).bleu < 70
-    with pytest.raises(ValueError, match="1 translations for 2 references"):
-        score_texts(["a"], references)
-
-
 def test_evaluation_writes_scores_translations_maps_and_report(evaluated, data):
     folder, test = evaluated / "evaluation", data.part("test")
     scores = json.loads((folder / "test.json").read_text())
@@ -184,136 +205,94 @@ def test_ranks_that_share_the_sentences_write_what_one_process_writes(evaluated,
         assert (run_copy / "evaluation" / name).read_text() == (evaluated / "evaluation" / name).read_text()
 
 
-def test_examples_are_drawn_by_a_fixed_seed_and_at_least_ten(evaluated, capsys):
-    assert EXAMPLES >= 10 and example_rows(600) == example_rows(600)
-    assert sorted(example_rows(4)) == [0, 1, 2, 3]
-    page = (evaluated / "report.html").read_text(encoding="utf-8")
-    assert page.count("<dt>translation</dt>") == EXAMPLES and "not picked by quality" in page
-
-
-def test_attention_maps_show_every_layer_and_head_with_tokens_as_text(evaluated):
-    svg = (evaluated / "evaluation/test-attention-1.svg").read_text(encoding="utf-8")
-    texts = ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    for layer in (1, 2):
-        for head in (1, 2):
-            assert f"layer {layer}, head {head}" in texts
-    assert texts.count("<sos>") == texts.count("<sep>") == 2 * 4  # both axes of four panels
-    assert re.search("[\u4e00-\u9fff]", "".join(texts))
-    assert svg.count("<image") == 4
-
-
-def test_attention_maps_are_deterministic_quiet_and_safe(recwarn):
-    maps = [torch.softmax(torch.arange(32.0).view(2, 4, 4), -1)]
-    tokens = ["<sos>", "我", HOSTILE, "<sep>"]
-    svg = attention_sheet(maps, tokens, separator=3)
-    assert svg == attention_sheet(maps, tokens, separator=3)
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-    texts = {"".join(node.itertext()) for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
-    assert set(tokens) <= texts
-    assert "<script" not in svg and "http" not in svg.replace("http://www.w3.org/", "")
-
-
-class Page(HTMLParser):
-    """Collects the tags, attributes and text of a page; void elements aside, tags must nest."""
-
-    VOID = ("meta", "img", "br", "link", "!doctype")
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
-def hostile_report(evaluated: Path, **changes: object) -> Report:
-    trained = open_trained(evaluated, device=CPU)
-    scores = json.loads((evaluated / "evaluation/test.json").read_text())
-    maps = [torch.softmax(torch.arange(32.0).view(2, 4, 4), -1)]
-    fields = {
-        "name": HOSTILE,
-        "part": "test",
-        "scores": scores,
-        "data": trained.data,
-        "training_data": trained.data,
-        "checkpoint": {**trained.checkpoint.manifest, "config": {"run_dir": HOSTILE, HOSTILE: [HOSTILE]}},
-        "metrics": [],
-        "examples": [Example(HOSTILE, HOSTILE, HOSTILE, HOSTILE)],
-        "attention": [(HOSTILE, attention_sheet(maps, [HOSTILE, ' id="x', "url(#x)", "&lt;"], 2))],
-        "versions": {HOSTILE: HOSTILE},
-    }
-    return Report(**{**fields, **changes})
-
-
-def test_the_report_is_one_page_without_scripts_or_anything_from_elsewhere(evaluated):
-    page = Page((evaluated / "report.html").read_text(encoding="utf-8"))
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert page.tags.count("svg") == 1 + evaluate.SHEETS
-    for name, value in page.attributes:
-        assert not name.startswith("on")
-        if name in ("src", "href", "xlink:href"):
-            assert value.startswith(("data:image/png;base64,", "#"))
-    ids = [value for name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
-    style = (evaluated / "report.html").read_text(encoding="utf-8")
-    assert "prefers-color-scheme: dark" in style and "width=device-width" in style
-    assert not re.search(r"@import|url\((?!#)", style)
-
-
-def test_hostile_text_stays_text_wherever_it_stands(evaluated):
-    text = render(hostile_report(evaluated))
-    page = Page(text)
-    assert not {"script", "img"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    # Title, heading, four in the example, caption, two axes, two in versions; the config has it quoted by YAML.
-    assert "".join(page.words).count(HOSTILE) >= 11
-    assert ' id="x' in "".join(page.words) and "url(#x)" in page.words and "&lt;" in page.words
-
-
-def test_the_report_names_split_leakage_scores_hashes_config_and_speed(evaluated):
-    page = " ".join(Page((evaluated / "report.html").read_text(encoding="utf-8")).words)
-    trained = open_trained(evaluated, device=CPU)
-    scores = json.loads((evaluated / "evaluation/test.json").read_text())
+@pytest.mark.parametrize("task", ["gpt", "seq2seq"])
+def test_the_report_tells_of_the_run_and_of_those_beside_it(task, trained_run, seq2seq_run, data, tmp_path):
+    runs = {"gpt": trained_run, "seq2seq": seq2seq_run}
+    other = "seq2seq" if task == "gpt" else "gpt"
+    small = with_test_part(data, tmp_path / "small", first_pairs(data, 15))
+    for name, source in (("own", task), ("sibling", task), ("stranger", other)):
+        shutil.copytree(runs[source], tmp_path / "runs" / name)
+    for name in ("sibling", "stranger", "own"):
+        assert evaluate.main([str(tmp_path / "runs" / name), "--data", str(small)]) == 0
+    report = tmp_path / "runs/own/report.html"
+    page = Page(report.read_text(encoding="utf-8")).text
+    trained = open_trained(tmp_path / "runs/own", device=CPU)
+    scores = json.loads((tmp_path / "runs/own/evaluation/test-on-small.json").read_text())
     for expected in (
-        "random split",
-        trained.data["leakage"]["test"]["words"],
-        scores["bleu_signature"],
-        scores["chrf_signature"],
-        trained.data["fingerprint"],
-        trained.data["source"]["sha256"],
+        *(SYNTHETIC, f"{sum(p.numel() for p in trained.model.parameters()):,} parameters"),
+        *(scores["bleu_signature"], scores["chrf_signature"], scores["all_references"]["bleu_signature"]),
+        *("1-5 tokens", "a side seen in training", "Beside other runs", "sibling"),
+        *(trained.data["source"]["sha256"], trained.data["tokenizer"]["target"]["sha256"], scores["data_fingerprint"]),
         trained.checkpoint.manifest["files"]["model.safetensors"]["sha256"],
-        "tokens_per_micro_batch: 2048",
-        "tokens/s",
-        "padding share",
-        "layer 2, head 2",
+        *("tokens_per_micro_batch: 2048", "tokens/s", "padding share", "2 sessions", f"/{task}/STOP"),
+        *("Random", "Best", "Typical", "Worst", "(chrF "),
+        *(["layer 2, head 2"] if task == "gpt" else []),
     ):
-        assert expected in page
+        assert expected in page, expected
+    assert "stranger" not in page and page.count("reference") >= EXAMPLES + 15
+    with browser() as reader:
+        for width in (360, 1200):
+            seen = reader.open(report, width=width)
+            assert seen.complaints == seen.fetched == seen.outside == [] and seen.page_width <= width
 
 
-def test_synthetic_data_gets_a_banner_and_real_data_none(evaluated):
-    banner = "synthetic sample corpus: these scores say nothing about real translation"
-    real = {**open_trained(evaluated, device=CPU).data, "synthetic": False}
-    assert banner in (evaluated / "report.html").read_text(encoding="utf-8")
-    assert banner not in render(hostile_report(evaluated, data=real, training_data=real))
-    assert banner in render(hostile_report(evaluated, data=real))  # trained on synthetic data
+def test_attention_maps_come_as_svg_and_on_request_as_png(either_run, data, tmp_path):
+    run = shutil.copytree(either_run, tmp_path / "run")
+    small = with_test_part(data, tmp_path / "small", first_pairs(data, 5))
+    font = make_font(tmp_path / "font.ttf", "们們" + "".join(map(chr, range(32, 127))))
+    words = [str(run), "--data", str(small)]
+    with pytest.raises(UserError, match="--font has no effect without --png"):
+        evaluate.main([*words, "--font", str(font)])
+    with pytest.raises(UserError, match="no such file"):
+        evaluate.main([*words, "--png", "--font", str(tmp_path / "none.ttf")])
+    assert evaluate.main([*words, "--png", "--font", str(font)]) == 0
+    svgs, pngs = (sorted((run / "evaluation").glob(f"test-on-small-attention-*.{kind}")) for kind in ("svg", "png"))
+    assert len(svgs) == len(pngs) > 0 and all(path.read_bytes().startswith(b"\x89PNG") for path in pngs)
+    svg = svgs[0].read_text(encoding="utf-8")
+    assert re.search(">[\u4e00-\u9fff]+<", svg) and "&lt;eos&gt;" in svg
+    # A panel for each layer and head, or one for an encoder-decoder.
+    assert svg.count("<image ") == (4 if either_run.name == "gpt" else 1)
+    assert evaluate.main(words) == 0
+    assert all(path.exists() for path in svgs) and not any(path.exists() for path in pngs)
+
+
+def test_pairs_that_are_too_long_for_the_model_are_counted(either_run, data, tmp_path):
+    run = shutil.copytree(either_run, tmp_path / "run")
+    (source, target), *others = first_pairs(data, 4)
+    pairs = [("我" * 200, target), (source, "a " * 200), *others]
+    assert evaluate.main([str(run), "--data", str(with_test_part(data, tmp_path / "long", pairs))]) == 0
+    scores = json.loads((run / "evaluation/test-on-long.json").read_text())
+    assert (scores["sentences"], scores["not_translated"], scores["unscored_pairs"]) == (5, 1, 2)
+    assert sum(group["sentences"] for group in scores["by_length"]) == 5
+    rows = (run / "evaluation/test-on-long-translations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "too long: 200 tokens" in json.loads(rows[0])["note"] and json.loads(rows[0])["translation"] == ""
+
+
+def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq2seq_run, data, tmp_path, launch):
+    empty = with_test_part(data, tmp_path / "empty", [])
+    long = with_test_part(data, tmp_path / "long", [("我" * 200, "a"), ("我", "a " * 200)])
+    place = data.folder.resolve()
+    data.folder.unlink()  # the link that the runs' config names
+    try:
+        for run in (trained_run, seq2seq_run):
+            untrained = shutil.copytree(run, tmp_path / run.name)
+            shutil.rmtree(untrained / "checkpoints")
+            (untrained / "checkpoints").mkdir()
+            answers = {
+                (untrained,): f"{untrained} has no valid checkpoint: train first",
+                (run,): f"trained on the data in {data.folder}, and there is no such folder here: name where it is now",
+                (run, "--beam_size", 0): "the beam size must be 1 (greedy) or more, got 0",
+                (run, "--data", empty): f"the test part of {empty} is empty: choose another --part",
+                (run, "--data", long): f"none of the 2 pairs in the test part of {long} fits the model",
+            }
+            commands = {words: launch(*words, module="training.evaluation.evaluate") for words in answers}
+            for words, command in commands.items():
+                result = command.wait()
+                assert result.status == 1 and "Traceback" not in result.err, result
+                assert len(result.error_lines) == 1 and answers[words] in result.error_lines[0]
+            assert not (run / "evaluation/test-on-long.json").exists()
+    finally:
+        data.folder.symlink_to(place, target_is_directory=True)
 
 
 def test_a_sentence_on_the_command_line_is_translated_without_the_data(run_copy, data, capsys):
@@ -350,7 +329,9 @@ def test_a_stream_is_read_no_further_than_its_translations_are_asked_for(trained
             read.append(b"\n")
             yield read[-1]
 
-    translations = translate.translate_lines(open_trained(trained_run, device=CPU), endless(), lines_per_block=10)
+    translations = translate.translate_lines(
+        open_trained(trained_run, device=CPU), endless(), Search(), lines_per_block=10
+    )
     assert [next(translations) for _ in range(11)] == [""] * 11
     assert len(read) == 20
 

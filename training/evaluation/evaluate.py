@@ -1,10 +1,13 @@
 """Scores a trained model and writes the run's report.
 
-    python -m training.evaluation.evaluate runs/NAME [--checkpoint best|last] [--data FOLDER] [--part test]
+    python -m training.evaluation.evaluate runs/NAME [--checkpoint last] [--beam_size 5] [--data FOLDER] [--part test]
     torchrun --standalone --nproc-per-node=2 -m training.evaluation.evaluate runs/NAME   # the ranks share the sentences
 
-Writes runs/NAME/report.html and, under runs/NAME/evaluation/, PART.json (scores), PART-translations.jsonl (source,
-reference, translation of every row) and PART-attention-N.svg. A run that wandb shows gets the scores there, too.
+Writes runs/NAME/report.html and, under runs/NAME/evaluation/, LABEL-translations.jsonl (source, reference, translation
+of every row), LABEL-attention-N.svg (with --png as .png, too) and LABEL.json (scores). LABEL says what was evaluated
+and how, see `training.evaluation.setting`: `test` is the usual, `test-beam5` the same with --beam_size 5. Those with
+other labels stand beside it; `training.evaluation.compare` compares them. The report also shows the scores under the
+same label of the other runs in the folder of this one. A run that wandb shows gets the scores there, too.
 """
 
 from __future__ import annotations
@@ -17,22 +20,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.files import write_atomically, writing_to
 from data_prep.prepared import Part, Prepared, open_prepared
 from data_prep.splits import PARTS
-from data_prep.tokenizers import EOS, SEP, SOS
-from launch.console import run_main, say
+from data_prep.tokenizers import UNK
+from launch.console import UserError, run_main, say
 from training.engine.cluster import Cluster
+from training.engine.run_folder import read_sessions
 from training.engine.tracking import read_metrics
 from training.engine.wandb_tracker import publish_evaluation
-from training.evaluation.attention_maps import attention_sheet
+from training.evaluation.attention_maps import Sheet, chinese_font
 from training.evaluation.decoding import Translation, translate
-from training.evaluation.report import SYNTHETIC, Example, Report, example_rows, render
-from training.evaluation.scores import score_texts
+from training.evaluation.report import SYNTHETIC, Example, Report, example_rows, ranked_rows, render, runs_beside
+from training.evaluation.scores import (
+    score_by_length,
+    score_by_seen,
+    score_texts,
+    score_with_all_references,
+    with_interval,
+)
+from training.evaluation.seen import seen_rows, training_part
+from training.evaluation.setting import Search, Setting, add_options, search_of
 from training.evaluation.trained import TrainedModel, open_trained
-from training.gpt import Sequences, validation_scores
 
 SHEETS = 3  # sentences with attention maps
 SHEET_TOKENS = 32  # longer ones make a sheet that nobody can take in
@@ -41,84 +50,159 @@ SHEET_TOKENS = 32  # longer ones make a sheet that nobody can take in
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluation.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best: on validation")
+    add_options(parser)
     parser.add_argument("--data", type=Path, help="prepared data to score on (default: what the run was trained on)")
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")
+    parser.add_argument("--png", action="store_true", help="attention maps as PNG files, too")
+    parser.add_argument("--font", type=Path, metavar="FILE", help="for --png (default: one installed with Chinese)")
     arguments = parser.parse_args(argv)
+    search = search_of(arguments)
+    if arguments.font is not None and not arguments.png:
+        raise UserError("--font has no effect without --png: add --png, or leave it out")
+    font = chinese_font(arguments.font) if arguments.png else None
     with Cluster() as cluster:
         trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
-        data = open_prepared(arguments.data or trained.config.data)
-        trained.check_fits(data)
-        evaluate(trained, data, arguments.part, cluster)
+        data = _open_data(trained, arguments.data)
+        evaluate(trained, data, arguments.part, search, cluster, font)
     return 0
 
 
-def evaluate(trained: TrainedModel, data: Prepared, part_name: str, cluster: Cluster) -> Path:
-    """Decodes and scores one part of `data`, writes everything the module names, and returns the report's path."""
+def _open_data(trained: TrainedModel, named: Path | None) -> Prepared:
+    folder = named or trained.config.data
+    if named is None and not folder.is_dir():
+        raise UserError(
+            f"{trained.run_dir} was trained on the data in {folder}, and there is no such folder here: name where it "
+            "is now, or a data set that was prepared with the same tokenizer, with --data FOLDER"
+        )
+    data = open_prepared(folder)
+    trained.check_fits(data)
+    return data
+
+
+def evaluate(
+    trained: TrainedModel, data: Prepared, part_name: str, search: Search, cluster: Cluster, font: Path | None = None
+) -> Path:
+    """Decodes and scores one part of `data`, writes everything the module names, and returns the report's path.
+
+    font: of attention maps as PNG files; None for none. Raises UserError when the part has nothing that can be scored.
+    """
     part = data.part(part_name)
+    _check_part(trained, data, part)
     # Every rank translates every world-size-th row: long and short ones are spread evenly, since rows come shuffled.
-    sources = [part.source[row].tolist() for row in range(cluster.rank, len(part), cluster.world_size)]
-    shares = cluster.gather(translate(trained.decoder, sources, label=f"translating {part_name}"))
+    sources = [part.source[row].tolist() for row in cluster.share(range(len(part)))]
+    translated = translate(
+        trained.decoder,
+        sources,
+        beam_size=search.beam_size,
+        length_penalty=search.length_penalty,
+        label=f"translating {part_name}",
+    )
+    shares = cluster.gather(translated)
     results = [shares[row % cluster.world_size][row // cluster.world_size] for row in range(len(part))]
     token_scores = _token_scores(trained, part, cluster)
+    train = training_part(trained, data)
+    seen = None if train is None else seen_rows(part, train, cluster)
     path = trained.run_dir / "report.html"
     if not cluster.is_first:
         return path
-    translations = [trained.target_tokenizer.decode(result.ids) for result in results]
+    setting = _setting(trained, data, part_name, search)
+    label, translations = setting.label, [trained.target_tokenizer.decode(result.ids) for result in results]
+    references = list(part.target_texts)
     scores = {
+        "label": label,
+        "task": trained.checkpoint.manifest["task"],
         "part": part_name,
         "split": data.meta["options"]["split"],
         "synthetic": data.meta["synthetic"],
         "data_fingerprint": data.fingerprint,
         "step": trained.step,
-        **score_texts(translations, part.target_texts).to_json(),
+        "weights": setting.weights,
+        "checkpoints": [checkpoint.step for checkpoint in trained.checkpoints],
+        "search": str(search),
+        **score_texts(translations, references).to_json(),
         **token_scores,
         "cut_off": sum(not result.ended and result.problem is None for result in results),
         "not_translated": sum(result.problem is not None for result in results),
+        "sources_with_unknown_words": sum(UNK in part.source[row] for row in range(len(part))),
+        "translations_with_unknown_words": sum(UNK in result.ids for result in results),
+        "all_references": score_with_all_references(list(part.source_texts), translations, references),
+        "by_length": score_by_length(part.source.lengths.tolist(), translations, references),
+        "by_seen": None if seen is None else score_by_seen(seen, translations, references),
     }
+
+    def example(row: int, *notes: str) -> Example:
+        note = "; ".join(filter(None, (*notes, _note(results[row]))))
+        return Example(part.source_texts[row], references[row], translations[row], note)
+
     rows = example_rows(len(part))
-    examples = [
-        Example(part.source_texts[row], part.target_texts[row], translations[row], _note(results[row])) for row in rows
-    ]
+    examples = [example(row) for row in rows]
+    ranked = ranked_rows(translations, references)
     sheets = _attention(trained, part, rows, results)
     report = Report(
         name=trained.run_dir.resolve().name,
-        part=part_name,
         scores=scores,
         data=data.meta,
         training_data=trained.data,
         checkpoint=trained.checkpoint.manifest,
+        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
         metrics=read_metrics(trained.run_dir),
+        sessions=read_sessions(trained.run_dir),
         examples=examples,
-        attention=sheets,
+        ranked=[(kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()],
+        attention=[(caption, sheet.svg()) for caption, sheet in sheets],
+        beside=runs_beside(trained.run_dir, label, scores["task"]),
         versions=_versions(trained),
     )
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"{part_name}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(folder / f"{part_name}-translations.jsonl", _translations(part, translations, results))
-        for number, (_, svg) in enumerate(sheets, 1):
-            write_atomically(folder / f"{part_name}-attention-{number}.svg", svg)
+        write_atomically(folder / f"{label}-translations.jsonl", _translations(part, translations, results))
+        for earlier in range(1, SHEETS + 1):
+            for kind in ("svg", "png"):
+                (folder / f"{label}-attention-{earlier}.{kind}").unlink(missing_ok=True)
+        for number, ((_, svg), (_, sheet)) in enumerate(zip(report.attention, sheets, strict=True), 1):
+            write_atomically(folder / f"{label}-attention-{number}.svg", svg)
+            if font is not None:
+                write_atomically(folder / f"{label}-attention-{number}.png", sheet.png(font))
+        # The scores last: where they stand, their translations do too.
+        write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_atomically(path, render(report))
     _print(scores, examples)
-    say(f"\nreport: {path}")
+    say(f"\nscores: {folder / label}.json\nreport: {path}")
     shown = [(example.source, example.reference, example.translation, example.note) for example in examples]
-    publish_evaluation(trained.run_dir, trained.config.wandb, scores, shown, path, part=part_name)
+    # Numbers can be compared there; tables are in the report.
+    figures = {key: value for key, value in scores.items() if not isinstance(value, dict | list)}
+    publish_evaluation(trained.run_dir, trained.config.wandb, figures, shown, path, part=label)
     return path
 
 
+def _check_part(trained: TrainedModel, data: Prepared, part: Part) -> None:
+    """Raises UserError unless `part` has a pair that fits the model."""
+    if len(part) == 0:
+        raise UserError(f"the {part.name} part of {data.folder} is empty: choose another --part, or other --data")
+    longest, room = trained.decoder.longest_source, trained.decoder.room
+    lengths = zip(part.source.lengths.tolist(), part.target.lengths.tolist(), strict=True)
+    if not any(source <= longest and target < room(source) for source, target in lengths):
+        raise UserError(
+            f"none of the {len(part):,} pairs in the {part.name} part of {data.folder} fits the model, which takes "
+            f"sources of {longest:,} tokens at most: choose another --part, or other --data"
+        )
+
+
+def _setting(trained: TrainedModel, data: Prepared, part_name: str, search: Search) -> Setting:
+    own = data.fingerprint == trained.checkpoint.manifest["data"]["fingerprint"]
+    return Setting(part_name, str(trained.weights), search, None if own else data.folder.resolve().name)
+
+
 def _token_scores(trained: TrainedModel, part: Part, cluster: Cluster) -> dict[str, Any]:
-    """Loss and accuracy as validation computes them in training; `unscored_pairs` are longer than the context."""
-    sequences = Sequences(part, trained.config.model.context)
-    validation = validation_scores(trained.model, sequences, cluster)
+    """Loss and accuracy as validation computes them in training; `unscored_pairs` are too long for the model."""
+    validation, pairs = trained.family.score(trained.model, trained.config, part, cluster)
     trained.model.eval()  # validation hands the model back for training
     return {
         "loss": round(validation.loss, 5),
         "accuracy": round(validation.accuracy, 5),
-        "target_tokens": int(sequences.target_tokens.sum()),
-        "unscored_pairs": sequences.left_out,
+        "target_tokens": int(pairs.target_tokens.sum()),
+        "unscored_pairs": pairs.left_out,
     }
 
 
@@ -142,22 +226,18 @@ def _translations(part: Part, translations: Sequence[str], results: Sequence[Tra
 
 def _attention(
     trained: TrainedModel, part: Part, rows: Sequence[int], results: Sequence[Translation]
-) -> list[tuple[str, str]]:
-    """Caption and SVG for the first of `rows` that are short enough, each over its whole sequence."""
-    sheets: list[tuple[str, str]] = []
+) -> list[tuple[str, Sheet]]:
+    """The source and a sheet over source and translation for the first of `rows` that are short enough."""
+    sheets: dict[str, Sheet] = {}
     for row in rows:
         source, result = part.source[row].tolist(), results[row]
-        sequence = [SOS, *source, SEP, *result.ids, EOS]
-        if len(sequence) > min(SHEET_TOKENS, trained.config.model.context) or not result.ended or len(sheets) == SHEETS:
+        if not result.ended or len(source) + len(result.ids) + 3 > SHEET_TOKENS or len(sheets) == SHEETS:
             continue
-        with torch.inference_mode():
-            maps = trained.model.attention_maps(torch.tensor(sequence, device=trained.decoder.device))
-        labels = [
-            *trained.source_tokenizer.token_texts(sequence[: len(source) + 2]),
-            *trained.target_tokenizer.token_texts(sequence[len(source) + 2 :]),
-        ]
-        sheets.append((part.source_texts[row], attention_sheet(maps, labels, separator=len(source) + 1)))
-    return sheets
+        tokenizers = trained.source_tokenizer, trained.target_tokenizer
+        sheet = trained.family.attention(trained.model, source, result.ids, *tokenizers)
+        if sheet is not None:
+            sheets[part.source_texts[row]] = sheet  # the same sentence would give the same map
+    return list(sheets.items())
 
 
 def _versions(trained: TrainedModel) -> dict[str, str]:
@@ -173,16 +253,37 @@ def _print(scores: dict[str, Any], examples: Sequence[Example]) -> None:
     for example in examples[:10]:
         note = f"  ({example.note})" if example.note else ""
         say(f"\n  {example.source}\n  = {example.reference}\n  > {example.translation}{note}")
-    say(f"\n{scores['part']} part, {scores['split']} split, {scores['sentences']:,} sentences, step {scores['step']:,}")
+    say(
+        f"\n{scores['part']} part, {scores['split']} split, {scores['sentences']:,} sentences, "
+        f"step {scores['step']:,} ({scores['weights']}), {scores['search']}"
+    )
     if scores["synthetic"]:
         say(f"  note         {SYNTHETIC}")
-    say(f"  BLEU         {scores['bleu']:.2f}  {scores['bleu_signature']}")
-    say(f"  chrF         {scores['chrf']:.2f}  {scores['chrf_signature']}")
-    say(f"  normalised   {scores['bleu_normalised']:.2f}  {scores['bleu_normalised_signature']}")
+    say(f"  BLEU         {with_interval(scores, 'bleu')}  {scores['bleu_signature']}")
+    say(f"  chrF         {with_interval(scores, 'chrf')}  {scores['chrf_signature']}")
+    say(f"  normalised   {with_interval(scores, 'bleu_normalised')}  {scores['bleu_normalised_signature']}")
+    both = scores["all_references"]
+    say(
+        f"  multi-ref    BLEU {with_interval(both, 'bleu')}, chrF {with_interval(both, 'chrf')}: "
+        f"{both['sentences']:,} distinct sources, {both['references']:,} references"
+    )
     say(f"  exact        {scores['exact_matches']:,}, normalised {scores['exact_matches_normalised']:,}")
     say(f"  tokens       loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}")
     if scores["cut_off"] or scores["not_translated"]:
         say(f"  incomplete   {scores['cut_off']:,} cut off, {scores['not_translated']:,} not translated")
+    unknown = scores["sources_with_unknown_words"], scores["translations_with_unknown_words"]
+    if any(unknown):
+        say(f"  <unk>        in {unknown[0]:,} sources, in {unknown[1]:,} translations")
+    say(f"\n  {'':<28} {'sentences':>9} {'BLEU':>6} {'chrF':>6}")
+    groups = [(f"source of {group['source_tokens']} tokens", group) for group in scores["by_length"]]
+    if scores["by_seen"] is None:
+        say("  the data that the run was trained on is not at hand: seen and unseen rows cannot be told apart")
+    else:
+        names = {"seen": "a side seen in training", "unseen": "neither side seen"}
+        groups += [(names[name], group) for name, group in scores["by_seen"].items()]
+    for name, group in groups:
+        if group["sentences"]:
+            say(f"  {name:<28} {group['sentences']:>9,} {group['bleu']:>6.2f} {group['chrf']:>6.2f}")
 
 
 if __name__ == "__main__":

@@ -1,54 +1,41 @@
 """The report of a run: one self-contained HTML page, readable on a phone, in dark and in light.
 
-Promises: no scripts, nothing fetched from elsewhere, every text escaped; examples picked before anyone saw how good
-they are; a score never stands without the name of the data, the split and the signature it was computed with.
+Promises: no scripts, nothing fetched from elsewhere, every text escaped; the same run gives the same bytes; examples
+picked by rules that stand beside them; a score never stands without the name of the data, the split and the signature
+it was computed with.
 """
 
 from __future__ import annotations
 
+import json
 import random
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from html import escape
-from statistics import mean, median
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-import matplotlib
 import yaml
-from matplotlib.figure import Figure
+from sacrebleu.metrics import CHRF
 
-from training.evaluation.attention_maps import STYLE, to_svg
+from training.evaluation import story
+from training.evaluation.markup import anchor, escaped, facts, isolated, section, wide_table
+from training.evaluation.scores import with_interval
 
 EXAMPLES = 12
 EXAMPLES_SEED = 1234
+RANKED = 5  # examples of each kind among the best, the typical and the worst
+
+# What is shown of another run's scores.
+BESIDE = {
+    *("task", "split", "part", "synthetic", "sentences", "step", "loss", "data_fingerprint"),
+    *("bleu", "bleu_interval", "chrf", "chrf_interval"),
+}
 
 SYNTHETIC = "synthetic sample corpus: these scores say nothing about real translation"
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1d2327; --ground: #fff; --faint: #5f6b75; --line: #d5dbe0; --tint: #f3f5f7; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8eb; --ground: #15191c; --faint: #9aa6b0; --line: #343c43; --tint: #1f252a; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-p { margin: .5rem 0; } .faint { color: var(--faint); }
-.banner { background: #b3261e; color: #fff; padding: .75rem 1rem; border-radius: .4rem; font-weight: 600; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-code, pre { font: .85rem/1.45 ui-monospace, monospace; }
-pre { background: var(--tint); padding: .75rem; border-radius: .4rem; overflow-x: auto; white-space: pre; }
-figure { margin: .75rem 0; padding: .5rem; background: #fff; color: #000; border: 1px solid var(--line);
-  border-radius: .4rem; overflow-x: auto; }
-figure.whole svg { width: 100%; height: auto; } figure figcaption { position: sticky; left: 0; font-size: .9rem; }
-dl.example { border-bottom: 1px solid var(--line); margin: 0; padding: .5rem 0; display: grid;
-  grid-template-columns: 6.5rem 1fr; gap: .1rem .6rem; }
-dl.example dt { color: var(--faint); } dl.example dd { margin: 0; }
-@media (max-width: 30rem) { dl.example { grid-template-columns: 1fr; } dl.example dd { margin-bottom: .3rem; } }
-"""
+CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -65,20 +52,24 @@ class Example:
 class Report:
     """Everything that the page shows.
 
-    part: train, validation or test. scores: the object that `evaluate` writes to PART.json. data: meta.json of the data
-    that was scored; training_data: that of the data trained on. metrics: lines of metrics.jsonl. attention: pairs of
-    caption and SVG. checkpoint: its manifest.
+    scores: the object that `evaluate` writes to LABEL.json. data: meta.json of the data that was scored; training_data:
+    that of the data trained on. checkpoint: its manifest. parameters: of the model. metrics: lines of metrics.jsonl.
+    sessions: as sessions.json has them. examples: of `example_rows`; ranked: of `ranked_rows`, by kind. attention:
+    pairs of caption and SVG. beside: of `runs_beside`.
     """
 
     name: str
-    part: str
     scores: dict[str, Any]
     data: dict[str, Any]
     training_data: dict[str, Any]
     checkpoint: dict[str, Any]
+    parameters: int
     metrics: Sequence[dict[str, Any]]
+    sessions: Sequence[dict[str, Any]]
     examples: Sequence[Example]
+    ranked: Sequence[tuple[str, Sequence[Example]]]
     attention: Sequence[tuple[str, str]]
+    beside: Sequence[tuple[str, dict[str, Any]]]
     versions: dict[str, str]
 
 
@@ -87,177 +78,228 @@ def example_rows(count: int) -> list[int]:
     return random.Random(EXAMPLES_SEED).sample(range(count), min(EXAMPLES, count))
 
 
+def ranked_rows(translations: Sequence[str], references: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """The rows whose translations are the best, the typical and the worst by sentence-level chrF, each with that score.
+
+    Typical is nearest to the median. Of equal ones the longer reference goes first, since it was the harder to meet,
+    then the earlier row. No row is among two kinds, so a small part has fewer.
+    """
+    metric = CHRF()
+    chrf = [
+        metric.sentence_score(translation, [reference]).score
+        for translation, reference in zip(translations, references, strict=True)
+    ]
+    middle = median(chrf)
+    distances = {
+        "best": [-value for value in chrf],
+        "worst": chrf,
+        "typical": [abs(value - middle) for value in chrf],
+    }
+    picked: dict[str, list[tuple[int, float]]] = {}
+    left = set(range(len(chrf)))
+    for kind, distance in distances.items():
+        order = sorted(left, key=lambda row, distance=distance: (distance[row], -len(references[row]), row))
+        picked[kind] = [(row, chrf[row]) for row in order[:RANKED]]
+        left -= set(order[:RANKED])
+    return {kind: picked[kind] for kind in ("best", "typical", "worst")}
+
+
+def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and scores of the other runs in the same folder, of the same task, that were evaluated under this label.
+
+    So the runs of one model on both splits find each other. What cannot be read, or says less than this version's
+    scores, is left out.
+    """
+    found = []
+    own = run_dir.resolve()
+    for folder in sorted(own.parent.iterdir()):
+        with suppress(OSError, ValueError):
+            scores = json.loads((folder / "evaluation" / f"{label}.json").read_text(encoding="utf-8"))
+            if folder != own and isinstance(scores, dict) and scores.keys() >= BESIDE and scores["task"] == task:
+                found.append((folder.name, scores))
+    return found
+
+
 def render(report: Report) -> str:
     """The page."""
     title = f"{report.name}: {report.checkpoint['task']}, Chinese to English"
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        _summary(report),
-        _banner(report),
-        _section("Scores", _scores(report)),
-        _section("Training", _training(report)),
-        _section("Examples", _examples(report)),
-        _section("Attention", _attention(report)),
-        _section("Data", _data(report)),
-        _section("Config", f"<pre>{escape(_yaml(report.checkpoint['config']))}</pre>"),
-        _section("Versions", _table(report.versions.items())),
-    ]
+    sections = {
+        "Scores": _scores(report),
+        "Beside other runs": _beside(report),
+        "Training": story.training(report.metrics, report.sessions),
+        "Sessions": story.story(report.sessions),
+        "Examples": _examples(report),
+        "Attention": _attention(report),
+        "Data": _data(report),
+        "Config": f"<pre>{escaped(_yaml(report.checkpoint['config']))}</pre>",
+        "Versions": facts(report.versions.items()),
+    }
+    links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name, body in sections.items() if body)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in sections if part)
+        f"<title>{escaped(title)}</title>\n<style>\n{CSS}</style>\n</head>\n<body>\n"
+        f"<h1>{isolated(title)}</h1>\n{_banner(report)}{_summary(report)}<nav>{links}</nav>\n"
+        + "\n".join(section(name, body) for name, body in sections.items())
         + "\n</body>\n</html>\n"
-    )
-
-
-def loss_curve(metrics: Sequence[dict[str, Any]]) -> str:
-    """SVG of training and validation loss over steps."""
-    with matplotlib.rc_context({**STYLE, "font.size": 9}):
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        axes = figure.subplots()
-        for kind, style in (
-            ("train", {"linewidth": 1, "color": "0.6"}),
-            ("validation", {"marker": ".", "color": "C0"}),
-        ):
-            lines = [line for line in metrics if line["kind"] == kind]
-            axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=kind, **style)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss per token (nats)")
-        axes.grid(color="0.9")
-        axes.legend(frameon=False)
-        return to_svg(figure)
-
-
-def _summary(report: Report) -> str:
-    scores = report.scores
-    return (
-        f"<p>BLEU <strong>{scores['bleu']:.2f}</strong>, chrF <strong>{scores['chrf']:.2f}</strong> on the "
-        f"{escape(report.part)} part ({scores['sentences']:,} sentences) of the {escape(_split(report))} split, "
-        f"checkpoint of step {report.checkpoint['step']:,}.</p>"
     )
 
 
 def _banner(report: Report) -> str:
     synthetic = report.data["synthetic"] or report.training_data["synthetic"]
-    return f'<p class="banner">{escape(SYNTHETIC)}</p>' if synthetic else ""
+    return f'<p class="banner">{escaped(SYNTHETIC)}</p>\n' if synthetic else ""
 
 
-def _split(report: Report) -> str:
-    return str(report.data["options"]["split"])
+def _summary(report: Report) -> str:
+    scores, config = report.scores, report.checkpoint["config"]
+    rows = [
+        ("BLEU", with_interval(scores, "bleu")),
+        ("chrF", with_interval(scores, "chrf")),
+        ("scored on", f"{scores['part']} part of the {scores['split']} split, {scores['sentences']:,} sentences"),
+        ("translated by", f"step {scores['step']:,} ({scores['weights']}), {scores['search']}"),
+        ("model", ", ".join((f"{report.parameters:,} parameters", *(f"{k} {v}" for k, v in config["model"].items())))),
+    ]
+    if report.sessions:
+        rows.append(("trained in", story.total_time(report.sessions)))
+    return facts(rows) + "\n"
 
 
 def _scores(report: Report) -> str:
-    scores = report.scores
-    count = scores["sentences"]
+    scores, several = report.scores, report.scores["all_references"]
+    count = f"of {scores['sentences']:,}"
+    words = f"{several['sentences']:,} distinct sources, each against all of its {several['references']:,} references"
+    given = "the reference being given up to there"
     rows = [
-        ("BLEU", f"{scores['bleu']:.2f}", scores["bleu_signature"]),
-        ("chrF", f"{scores['chrf']:.2f}", scores["chrf_signature"]),
+        ("BLEU", with_interval(scores, "bleu"), scores["bleu_signature"]),
+        ("chrF", with_interval(scores, "chrf"), scores["chrf_signature"]),
         (
             "BLEU, normalised",
-            f"{scores['bleu_normalised']:.2f}",
-            scores["bleu_normalised_signature"] + "; only for comparison with scores on word tokens",
+            with_interval(scores, "bleu_normalised"),
+            f"{scores['bleu_normalised_signature']}; only for comparison with scores on word tokens",
         ),
-        ("exact matches", f"{scores['exact_matches']:,}", f"of {count:,}, as they stand"),
-        (
-            "exact matches, normalised",
-            f"{scores['exact_matches_normalised']:,}",
-            f"of {count:,}, in lower case without punctuation",
-        ),
-        ("loss", f"{scores['loss']:.4f}", "nats per target token, the reference being given up to there"),
-        ("token accuracy", f"{scores['accuracy']:.2%}", "of target tokens, the reference being given up to there"),
-        ("cut off", f"{scores['cut_off']:,}", "translations that reached the length limit without an end"),
+        ("BLEU, all references", with_interval(several, "bleu"), f"{several['bleu_signature']}; {words}"),
+        ("chrF, all references", with_interval(several, "chrf"), f"{several['chrf_signature']}; {words}"),
+        ("exact matches", f"{scores['exact_matches']:,}", f"{count}, as they stand"),
+        ("exact, normalised", f"{scores['exact_matches_normalised']:,}", f"{count}, in lower case without punctuation"),
+        ("loss", f"{scores['loss']:.4f}", f"nats per target token, {given}"),
+        ("token accuracy", f"{scores['accuracy']:.2%}", f"of {scores['target_tokens']:,} target tokens, {given}"),
+        ("left out of both", f"{scores['unscored_pairs']:,}", "pairs too long for the model"),
         ("not translated", f"{scores['not_translated']:,}", "sources too long for the model; scored as empty"),
+        ("cut off", f"{scores['cut_off']:,}", "translations that reached the length limit without an end"),
+        ("<unk>", f"{scores['translations_with_unknown_words']:,}", "translations with words that the model lacks"),
+        ("<unk> in sources", f"{scores['sources_with_unknown_words']:,}", "sources with such words"),
     ]
     body = "".join(
-        f'<tr><th>{escape(name)}</th><td class="number">{escape(value)}</td><td class="faint">{escape(how)}</td></tr>'
+        f"<tr><th>{isolated(name)}</th><td class=number>{isolated(value)}</td><td class=faint>{isolated(how)}</td></tr>"
         for name, value, how in rows
     )
-    leakage = report.data["leakage"].get(report.part)  # the training part has none
-    words = f"{report.part} part, {_split(report)} split" + (f": {leakage['words']}" if leakage else "")
-    return f"<table>{body}</table><p>{escape(words)}.</p>"
-
-
-def _training(report: Report) -> str:
-    train = [line for line in report.metrics if line["kind"] == "train"]
-    if not train:
-        return "<p>metrics.jsonl has no training steps.</p>"
-    facts = [
-        ("steps", f"{train[-1]['step']:,}"),
-        ("epochs", f"{train[-1]['epoch']:.2f}"),
-        ("throughput", f"{median(line['tokens_per_s'] for line in train):,.0f} tokens/s (median; padding not counted)"),
-        ("padding share", f"{mean(line['padding_share'] for line in train):.2%}"),
-        ("memory", f"{max(line['memory_mb'] for line in train):,.0f} MB at most"),
-    ]
-    about = (
-        '<p class="faint">The training loss is the objective itself, with dropout, label smoothing and, where it has a '
-        "weight, the source side; the validation loss is that of plain target tokens.</p>"
+    leakage = report.data["leakage"].get(scores["part"])  # the training part has none
+    about = f"{scores['part']} part, {scores['split']} split" + (f": {leakage['words']}" if leakage else "")
+    return (
+        f"<table class=scores>{body}</table><p>{isolated(about)}.</p><p class=faint>In brackets, where 95 % of the "
+        "scores on other sentences of the same kind would lie (bootstrap).</p>" + _by_kind(scores)
     )
-    return f'<figure class="whole">{loss_curve(report.metrics)}</figure>{about}{_table(facts)}'
+
+
+def _by_kind(scores: dict[str, Any]) -> str:
+    groups = [(f"source of {group['source_tokens']} tokens", group) for group in scores["by_length"]]
+    unknown = ""
+    if scores["by_seen"] is None:
+        unknown = "<p class=faint>The data trained on was not at hand: what was seen in training is not known.</p>"
+    else:
+        names = {"seen": "a side seen in training", "unseen": "neither side seen in training"}
+        groups += [(names[name], group) for name, group in scores["by_seen"].items()]
+    rows = [
+        (name, group["sentences"], *("-" if group[key] is None else group[key] for key in ("bleu", "chrf")))
+        for name, group in groups
+    ]
+    return f"<h3>By kind of sentence</h3>{wide_table(('', 'sentences', 'BLEU', 'chrF'), rows)}{unknown}"
+
+
+def _beside(report: Report) -> str:
+    if not report.beside:
+        return ""
+    rows = [
+        (
+            name,
+            scores["split"],
+            with_interval(scores, "bleu"),
+            with_interval(scores, "chrf"),
+            f"{scores['loss']:.4f}",
+            scores["sentences"],
+            ("the same" if scores["data_fingerprint"] == report.scores["data_fingerprint"] else "other")
+            + (", synthetic" if scores["synthetic"] else ""),
+            scores["step"],
+        )
+        for name, scores in [(report.name, report.scores), *report.beside]
+    ]
+    head = ("run", "split", "BLEU", "chrF", "loss", "sentences", "data", "step")
+    return wide_table(head, rows, marked=0) + (
+        '<p class="faint">The first row is this run; the others lie beside it and were evaluated likewise. Scores on '
+        "other data are scores on other sentences: a difference between them is not one between the models alone.</p>"
+    )
 
 
 def _examples(report: Report) -> str:
-    rows = "".join(
-        '<dl class="example">'
-        f'<dt>source</dt><dd lang="zh">{escape(example.source)}</dd>'
-        f'<dt>reference</dt><dd lang="en">{escape(example.reference)}</dd>'
-        f'<dt>translation</dt><dd lang="en">{escape(example.translation)}'
-        + (f' <span class="faint">({escape(example.note)})</span>' if example.note else "")
-        + "</dd></dl>"
-        for example in report.examples
+    drawn = (
+        f"<p class=faint>{len(report.examples)} rows of the {escaped(report.scores['part'])} part drawn by a fixed "
+        f"seed ({EXAMPLES_SEED}), not picked by quality.</p>{''.join(map(_example, report.examples))}"
+    )
+    ranked = "".join(
+        f"<h3>{escaped(kind.capitalize())}</h3>{''.join(map(_example, examples))}"
+        for kind, examples in report.ranked
+        if examples
     )
     return (
-        f'<p class="faint">{len(report.examples)} rows of the {escape(report.part)} part drawn by a fixed seed '
-        f"({EXAMPLES_SEED}), not picked by quality.</p>{rows}"
+        f"<h3>Random</h3>{drawn}<p class=faint>What follows is picked by quality: the {RANKED} rows with the highest "
+        "sentence-level chrF, those nearest to the median, and those with the lowest; of equal ones, those with longer "
+        f"references.</p>{ranked}"
+    )
+
+
+def _example(example: Example) -> str:
+    note = f" <span class=faint>({isolated(example.note)})</span>" if example.note else ""
+    return (
+        '<dl class="example">'
+        f'<dt>source</dt><dd lang="zh">{isolated(example.source)}</dd>'
+        f'<dt>reference</dt><dd lang="en">{isolated(example.reference)}</dd>'
+        f'<dt>translation</dt><dd lang="en">{isolated(example.translation)}{note}</dd></dl>'
     )
 
 
 def _attention(report: Report) -> str:
     if not report.attention:
-        return "<p>No example is short enough for a readable map.</p>"
+        return "<p>No map: the model has no attention, or none of the random examples is short enough.</p>"
     figures = "".join(
-        f"<figure><figcaption>{escape(caption)}</figcaption>{_own_ids(svg, f'attention-{number}-')}</figure>"
-        for number, (caption, svg) in enumerate(report.attention, 1)
+        f"<figure class=map><figcaption>{isolated(caption)}</figcaption>{svg}</figure>"
+        for caption, svg in report.attention
     )
     return (
-        '<p class="faint">A row is the position that looks, a column what it looks at; darker is more. The grey lines '
-        f"part the source, with &lt;sep&gt;, from the translation.</p>{figures}"
+        "<p class=faint>A row is the position that looks, a column what it looks at; stronger is more. Where a map "
+        "shows source and translation in one, lines part the source, with &lt;sep&gt;, from the translation.</p>"
+        + figures
     )
 
 
 def _data(report: Report) -> str:
     data, manifest = report.data, report.checkpoint
-    facts = [
-        ("source", f"{data['source']['place']} ({data['source']['bytes']:,} bytes)"),
-        ("licence", data["source"]["licence"]),
-        ("source SHA-256", data["source"]["sha256"]),
-        ("split", _split(report)),
-        *((f"{part} rows", f"{rows:,}") for part, rows in data["rows"].items()),
-        *((f"leakage, {part}", leakage["words"]) for part, leakage in data["leakage"].items()),
-        ("tokenizer", f"{data['tokenizer']['kind']}, {data['tokenizer']['vocabularies']} vocabularies"),
-        ("source tokenizer SHA-256", data["tokenizer"]["source"]["sha256"]),
-        ("target tokenizer SHA-256", data["tokenizer"]["target"]["sha256"]),
-        ("fingerprint, scored data", data["fingerprint"]),
-        ("fingerprint, training data", manifest["data"]["fingerprint"]),
-        *((f"{name} SHA-256", about["sha256"]) for name, about in manifest["files"].items()),
-    ]
-    return _table(facts)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{body}"
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>"
+    return facts(
+        (
+            ("source", f"{data['source']['place']} ({data['source']['bytes']:,} bytes)"),
+            ("licence", data["source"]["licence"]),
+            ("source SHA-256", data["source"]["sha256"]),
+            ("split", report.scores["split"]),
+            *((f"{part} rows", f"{rows:,}") for part, rows in data["rows"].items()),
+            *((f"leakage, {part}", leakage["words"]) for part, leakage in data["leakage"].items()),
+            ("tokenizer", f"{data['tokenizer']['kind']}, {data['tokenizer']['vocabularies']} vocabularies"),
+            ("source tokenizer SHA-256", data["tokenizer"]["source"]["sha256"]),
+            ("target tokenizer SHA-256", data["tokenizer"]["target"]["sha256"]),
+            ("fingerprint, scored data", data["fingerprint"]),
+            ("fingerprint, training data", manifest["data"]["fingerprint"]),
+            *((f"{name} SHA-256", about["sha256"]) for name, about in manifest["files"].items()),
+        )
+    )
 
 
 def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _own_ids(svg: str, prefix: str) -> str:
-    """`svg` with its ids prefixed: on one page, the ids of several figures would be taken for each other's."""
-    # Within tags only, which hold no < or > but their own: a token may read like an id.
-    return re.sub(r"<[^<>]*>", lambda tag: re.sub(r'( id="|url\(#|href="#)', rf"\1{prefix}", tag[0]), svg)

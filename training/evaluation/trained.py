@@ -7,41 +7,89 @@ ones that the model was trained with.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from data_prep.prepared import Prepared
 from data_prep.text import clean, simplify
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from launch.console import UserError
 from training.engine.checkpoint import Checkpoint, choose
-from training.evaluation.decoding import Decoder, GPTDecoder
-from training.gpt import GPTConfig
-from training.models.gpt import GPT
+from training.engine.task import RunOptions
+from training.evaluation.decoding import Decoder
+from training.evaluation.families import FAMILIES, Family
 
-WhichCheckpoint = Literal["best", "last"]
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of a run to use: of its best or last checkpoint, the mean of several, or the moving average.
+
+    Written as `best`, `last`, `best:5` (mean of the five best), `last:5`, or `ema` (in the last checkpoint).
+    """
+
+    which: Literal["best", "last", "ema"] = "best"
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Weights:
+        """Raises UserError for what is none of these."""
+        found = re.fullmatch(r"(best|last)(?::([1-9]\d*))?|ema", text)
+        if found is None:
+            raise UserError(f"--checkpoint {text} is none of best, last, best:N, last:N (mean of N), ema")
+        return cls(found[1] or "ema", int(found[2] or 1))
+
+    def __str__(self) -> str:
+        return self.which + (f":{self.count}" if self.count > 1 else "")
+
+    def load(self, run_dir: Path) -> tuple[list[Checkpoint], dict[str, Tensor]]:
+        """The checkpoints meant, the first one first, and the weights; raises UserError where the run has them not."""
+        if self.which == "ema":
+            chosen = choose(run_dir, "last")
+            return chosen, chosen[0].ema_state()
+        chosen = choose(run_dir, self.which, self.count)
+        weights = chosen[0].model_state()
+        if self.count > 1:
+            total = {name: tensor.double() for name, tensor in weights.items()}
+            for checkpoint in chosen[1:]:
+                for name, tensor in checkpoint.model_state().items():
+                    total[name] += tensor
+            weights = {name: (total[name] / self.count).to(tensor.dtype) for name, tensor in weights.items()}
+        return chosen, weights
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode and what belongs to it. `data` is the meta.json of the data it was trained on."""
+    """A model in evaluation mode and what belongs to it.
+
+    checkpoints: those that the weights are the mean of, one if they are no mean. data: the meta.json of the data that
+    the model was trained on.
+    """
 
     run_dir: Path
-    checkpoint: Checkpoint
-    config: GPTConfig
+    weights: Weights
+    checkpoints: list[Checkpoint]
+    family: Family
+    config: RunOptions
     data: dict[str, Any]
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
-    model: GPT
+    model: nn.Module
     decoder: Decoder
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The first of `checkpoints`."""
+        return self.checkpoints[0]
+
+    @property
     def step(self) -> int:
-        """Optimizer steps that the weights have seen."""
+        """Optimizer steps that the weights have seen; of a mean, the first's of its checkpoints."""
         return self.checkpoint.step
 
     def encode(self, text: str) -> list[int]:
@@ -61,37 +109,47 @@ class TrainedModel:
             )
 
 
-def open_trained(run_dir: str | Path, which: WhichCheckpoint = "best", *, device: torch.device) -> TrainedModel:
-    """The model of a run folder, on `device`. `which`: highest validation accuracy, or newest.
+def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.device) -> TrainedModel:
+    """The model of a run folder, on `device`. weights: which ones, see `Weights`.
 
     Raises UserError when the folder is no run, has no valid checkpoint, or when its tokenizers are missing or not the
     model's.
     """
-    run_dir = Path(run_dir)
+    run_dir, wanted = Path(run_dir), Weights.parse(weights)
     if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}; a run is what `python -m training.gpt CONFIG` makes")
+        raise UserError(f"there is no run folder {run_dir}; a run is made by training.gpt or training.seq2seq")
     if not (run_dir / "checkpoints").is_dir() or not (run_dir / "data.json").is_file():
         raise UserError(f"{run_dir} is not a run folder: data.json and checkpoints/ are expected in it")
-    checkpoint = choose(run_dir, which)
-    manifest = checkpoint.manifest
-    if manifest["task"] != "gpt":
-        raise UserError(f"{run_dir} holds a {manifest['task']} model; only those of training.gpt can be decoded")
+    checkpoints, state = wanted.load(run_dir)
+    manifest = checkpoints[0].manifest
+    family = FAMILIES.get(manifest["task"])
+    if family is None:
+        known = " and ".join(f"training.{name}" for name in FAMILIES)
+        raise UserError(f"{run_dir} holds a {manifest['task']} model; only those of {known} can be decoded")
     try:
-        config = GPTConfig.model_validate(manifest["config"])
+        config = family.config.model_validate(manifest["config"])
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
-        raise UserError(f"{checkpoint.folder} was written by another version: its config differs in {keys}") from None
+        raise UserError(
+            f"{checkpoints[0].folder} was written by another version: its config differs in {keys}"
+        ) from None
     tokenizers = {side: _tokenizer(run_dir, side, manifest) for side in ("source", "target")}
-    state = checkpoint.model_state()
-    size, trained_size = tokenizers["source"].vocabulary_size, len(state["embedding.weight"])
-    if size != trained_size:
-        raise UserError(f"{run_dir}/tokenizer has {size:,} tokens, the model in {checkpoint.folder} {trained_size:,}")
-    model = GPT(config.model, size)
+    sizes = {side: tokenizer.vocabulary_size for side, tokenizer in tokenizers.items()}
+    model = family.build(config, sizes["source"], sizes["target"])
     model.load_state_dict(state)
     model.to(device).eval()
     data = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
     return TrainedModel(
-        run_dir, checkpoint, config, data, tokenizers["source"], tokenizers["target"], model, GPTDecoder(model)
+        run_dir,
+        wanted,
+        checkpoints,
+        family,
+        config,
+        data,
+        tokenizers["source"],
+        tokenizers["target"],
+        model,
+        family.decoder(model),
     )
 
 

@@ -1,11 +1,13 @@
 """Translates sentences with a trained model, one a line.
 
     python -m training.evaluation.translate runs/NAME "你好。"
-    python -m training.evaluation.translate runs/NAME --input zh.txt --output en.txt
+    python -m training.evaluation.translate runs/NAME --checkpoint last "你好。" "谢谢。"
+    python -m training.evaluation.translate runs/NAME --input zh.txt --output en.txt --beam_size 5
     cat zh.txt | python -m training.evaluation.translate runs/NAME > en.txt
 
 Promises: line N of the output belongs to line N of the input, whatever becomes of it; what cannot be translated is
-named on standard error with its line number and leaves an empty line; a file larger than memory is no problem.
+named on standard error with its line number and leaves an empty line; what the model does not know is `<unk>` in the
+text, and counted; a file larger than memory is no problem.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.files import open_atomically, writing_to
+from data_prep.tokenizers import UNK
 from launch.console import UserError, run_main, say, warn
 from training.engine.cluster import Cluster
 from training.evaluation.decoding import translate
+from training.evaluation.setting import Search, add_options, search_of
 from training.evaluation.trained import TrainedModel, open_trained
 
 # Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
@@ -31,14 +35,14 @@ LINES_PER_BLOCK = 4096
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluation.translate", description=__doc__.split("\n")[0])
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
+    add_options(parser)
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="Chinese sentences (default: standard input)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best: on validation")
     parser.add_argument("--input", type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default standard output; appears when complete")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # sentences may stand behind options, too
     if arguments.input and arguments.sentences:
         raise UserError("both sentences and --input were given; leave one out")
+    search = search_of(arguments)
     with Cluster() as cluster, ExitStack() as files:
         if cluster.world_size > 1:
             raise UserError("translation runs as one process: start it with python, not with torchrun")
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         # Whoever types at a terminal wants an answer to every line.
         typed = not (arguments.sentences or arguments.input) and sys.stdin.isatty()
-        translations = translate_lines(trained, lines, lines_per_block=1 if typed else LINES_PER_BLOCK)
+        translations = translate_lines(trained, lines, search, lines_per_block=1 if typed else LINES_PER_BLOCK)
         if arguments.output is None:
             for translation in translations:
                 say(translation)
@@ -65,14 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def translate_lines(trained: TrainedModel, lines: Iterable[bytes], *, lines_per_block: int) -> Iterator[str]:
+def translate_lines(
+    trained: TrainedModel, lines: Iterable[bytes], search: Search, *, lines_per_block: int
+) -> Iterator[str]:
     """One translation per line (UTF-8, with or without its line end), in order; what went wrong is warned about."""
     lines = iter(lines)
     first = 1
+    unknown_sources = unknown_translations = 0
     while block := [line.decode("utf-8", "replace") for line in islice(lines, lines_per_block)]:
         sources = [trained.encode(line) for line in block]
         label = f"translating from line {first:,}" if lines_per_block > 1 else None
-        results = translate(trained.decoder, sources, label=label)
+        results = translate(
+            trained.decoder,
+            sources,
+            beam_size=search.beam_size,
+            length_penalty=search.length_penalty,
+            label=label,
+        )
+        unknown_sources += sum(UNK in source for source in sources)
+        unknown_translations += sum(UNK in result.ids for result in results)
         for number, (line, result) in enumerate(zip(block, results, strict=True), first):
             if "\ufffd" in line:
                 warn(f"line {number}: not UTF-8 throughout; what could not be read counts as unknown characters")
@@ -82,6 +97,11 @@ def translate_lines(trained: TrainedModel, lines: Iterable[bytes], *, lines_per_
                 warn(f"line {number}: the translation was cut off after {len(result.ids)} tokens")
             yield trained.target_tokenizer.decode(result.ids)
         first += len(block)
+    if unknown_sources or unknown_translations:
+        warn(
+            f"{unknown_sources:,} of {first - 1:,} sentences hold characters that the model does not know (<unk>); "
+            f"{unknown_translations:,} translations hold <unk>"
+        )
 
 
 def _opened(path: Path) -> BinaryIO:

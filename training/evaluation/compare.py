@@ -1,0 +1,192 @@
+"""Compares two evaluations of the same sentences: which one is better, and whether that can be told at all.
+
+    python -m training.evaluation.compare runs/a runs/b
+    python -m training.evaluation.compare runs/a:test runs/a:test-beam5
+
+A name is a run folder, and behind a colon the label of an evaluation (default test; runs/NAME/evaluation/LABEL.json).
+The test is a two-sided paired bootstrap (Koehn 2004) of BLEU and chrF: p is how often the choice of the sentences alone
+makes a difference as large as this one, in either direction. Both must have translated the same rows, with the same
+references. sacrebleu's own p counts one direction only, so it is about half of this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+from data_prep.splits import PARTS
+from launch.console import UserError, run_main, say
+from training.evaluation.scores import Interval, interval_of, resample, score_of, sentence_counts, signature_of
+from training.evaluation.setting import Setting
+
+LEVEL = 0.05  # of significance
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation as it lies in its run folder. rows: those of LABEL-translations.jsonl."""
+
+    name: str
+    scores: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def translations(self) -> list[str]:
+        return [row["translation"] for row in self.rows]
+
+    @property
+    def references(self) -> list[str]:
+        return [row["reference"] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Two scores of one metric, their intervals of 95 % and that of their difference, and what the test says."""
+
+    metric: str
+    scores: tuple[float, float]
+    intervals: tuple[Interval, Interval]
+    difference_interval: Interval
+    p: float
+    signature: str
+
+    @property
+    def difference(self) -> float:
+        """The second minus the first."""
+        return self.scores[1] - self.scores[0]
+
+    def words(self, names: Sequence[str]) -> str:
+        """The verdict as a sentence."""
+        if self.p >= LEVEL:
+            return f"{self.metric}: no difference can be told at p < {LEVEL:g} (p = {self.p:.3f})"
+        return f"{self.metric}: {names[self.difference > 0]} is better, p = {self.p:.3f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises UserError for everything the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m training.evaluation.compare", description=__doc__.split("\n")[0])
+    for name in ("first", "second"):
+        parser.add_argument(
+            name, metavar="RUN[:LABEL]", help="run folder and evaluation, for example runs/a:test-beam5"
+        )
+    arguments = parser.parse_args(argv)
+    first, second = (open_evaluation(name) for name in (arguments.first, arguments.second))
+    check_comparable(first, second)
+    _print(first, second, compare(first, second))
+    return 0
+
+
+def open_evaluation(name: str) -> Evaluation:
+    """The evaluation called RUN or RUN:LABEL. Raises UserError, with the command to run, when there is none."""
+    folder, label = Path(name), "test"
+    if not folder.is_dir() and ":" in name:
+        path, _, label = name.rpartition(":")
+        folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}; a run is made by training.gpt or training.seq2seq")
+    setting = Setting.of_label(label)
+    done = sorted(path.stem for path in (folder / "evaluation").glob("*.json"))
+    found = f"; there is {', '.join(done)}" if done else ""
+    if setting is None:
+        raise UserError(
+            f"{label!r} is no label of an evaluation: it begins with {', '.join(PARTS)}, as in test-beam5{found}"
+        )
+    scores, translations = (folder / "evaluation" / f"{label}{end}" for end in (".json", "-translations.jsonl"))
+    for path in (scores, translations):
+        if not path.is_file():
+            raise UserError(f"{folder} was not evaluated as {label}: run `{setting.command(folder)}`{found}")
+    try:
+        about = json.loads(scores.read_text(encoding="utf-8"))
+        # As bytes: a text may hold what Python takes for a line end in strings.
+        rows = [json.loads(line) for line in translations.read_bytes().splitlines()]
+        evaluation = Evaluation(name if label != "test" else str(folder), about, rows)
+        parts = [row["row"] for row in rows], evaluation.references, evaluation.translations
+        complete = {len(part) for part in parts} == {about["sentences"]} and {"part", "split"} <= about.keys()
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{scores} and {translations.name} are damaged: run `{setting.command(folder)}` again")
+    return evaluation
+
+
+def check_comparable(first: Evaluation, second: Evaluation) -> None:
+    """Raises UserError, naming what differs, unless both have the same rows with the same references."""
+    if [(row["row"], row["reference"]) for row in first.rows] == [
+        (row["row"], row["reference"]) for row in second.rows
+    ]:
+        return
+    differences = [
+        f"{key} {first.scores[key]} and {second.scores[key]}"
+        for key in ("part", "split", "sentences")
+        if first.scores[key] != second.scores[key]
+    ]
+    for one, other in zip(first.rows, second.rows, strict=False):
+        if (one["row"], one["reference"]) != (other["row"], other["reference"]):
+            differences.append(
+                f"first, row {one['row']} ({one['reference']!r}) and row {other['row']} ({other['reference']!r})"
+            )
+            break
+    raise UserError(
+        f"{first.name} and {second.name} were not scored on the same rows with the same references: "
+        f"{'; '.join(differences)}. Evaluate both on one data set (--data FOLDER) and part"
+    )
+
+
+def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
+    """Tests BLEU and chrF on the rows of both, which must be comparable."""
+    references = [[reference] for reference in first.references]
+    verdicts = []
+    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+        both = [sentence_counts(metric, one.translations, references) for one in (first, second)]
+        scores = tuple(score_of(metric, counts.sum(0)) for counts in both)
+        resampled = resample(metric, *both)
+        differences = resampled[1] - resampled[0]
+        verdicts.append(
+            Verdict(
+                metric=name,
+                scores=scores,
+                intervals=tuple(map(interval_of, resampled)),
+                difference_interval=interval_of(differences),
+                p=p_value(scores[1] - scores[0], differences),
+                signature=signature_of(metric),
+            )
+        )
+    return verdicts
+
+
+def p_value(difference: float, resampled: np.ndarray) -> float:
+    """How often chance alone makes a difference of at least this size, in either direction.
+
+    `resampled` differences spread around the one found as chance would spread them around zero (Efron and Tibshirani
+    1993, section 16.4). The one found counts as one of them, so p is never 0.
+    """
+    by_chance = np.abs(resampled - resampled.mean())
+    return float(((by_chance >= abs(difference)).sum() + 1) / (len(resampled) + 1))
+
+
+def _print(first: Evaluation, second: Evaluation, verdicts: Sequence[Verdict]) -> None:
+    names = first.name, second.name
+    width = max(map(len, (*names, "difference")))
+    say(f"{first.scores['part']} part, {first.scores['split']} split, {len(first.rows):,} sentences")
+    for verdict in verdicts:
+        say(f"\n  {verdict.metric:<{width}}   score   95 % interval")
+        for name, score, (low, high) in zip(names, verdict.scores, verdict.intervals, strict=True):
+            say(f"  {name:<{width}}  {score:6.2f}   {low:.2f} to {high:.2f}")
+        low, high = verdict.difference_interval
+        say(f"  {'difference':<{width}}  {verdict.difference:+6.2f}   {low:+.2f} to {high:+.2f}, p = {verdict.p:.3f}")
+        say(f"  {verdict.signature}")
+    same = sum(one == other for one, other in zip(first.translations, second.translations, strict=True))
+    say(f"\n{same:,} of {len(first.rows):,} translations are identical ({same / len(first.rows):.1%})")
+    for verdict in verdicts:
+        say(verdict.words(names))
+
+
+if __name__ == "__main__":
+    run_main(main)
