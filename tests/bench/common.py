@@ -12,6 +12,8 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +23,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from data_prep.prepared import Prepared, open_prepared
 from launch.config import parse
 from launch.console import UserError, say
-from training.engine.batch_plan import BatchPlan
+from launch.environment import keep_freed_memory
+from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.tracking import read_metrics
-from training.gpt import GPTConfig, Sequences, plan_of
+from training.evaluation.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
@@ -35,6 +40,9 @@ TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tat
 # The recipe that the GPT is trained with for real; benches shorten it and point it elsewhere.
 BASE = ROOT / "configs/gpt/base.yaml"
 BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
+
+# An optimizer step of the seed recipes.
+SENTENCES_PER_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -161,25 +169,22 @@ class Speed:
     flops_per_s: float
 
 
-def gpt_config(words: Sequence[object], data: Prepared) -> GPTConfig:
-    """What `training.gpt words... --data ...` runs with."""
+def config_of(family: str, words: Sequence[object], data: Prepared) -> Any:
+    """What `training.<family> words... --data ...` runs with."""
     words = [*map(str, words), "--data", str(data.folder), "--run_dir", "unused"]
-    return parse(GPTConfig, words, prog="python -m training.gpt", about="")[0]
+    return parse(FAMILIES[family].config, words, prog=f"python -m training.{family}", about="")[0]
 
 
-def gpt_plan(config: GPTConfig, data: Prepared) -> BatchPlan:
-    """The batch plan of such a run, as `training.gpt` makes it."""
-    return plan_of(config, Sequences(data.part("train"), config.model.context))
-
-
-def train_gpt(words: Sequence[object], data: Prepared, run_dir: Path, *, steps: int, ranks: int, threads: int) -> Speed:
-    """Runs `training.gpt` for `steps` steps, as users start it, and reads its speed from the run's own record.
+def timed_training(
+    family: str, words: Sequence[object], data: Prepared, run_dir: Path, *, steps: int, ranks: int, threads: int
+) -> Speed:
+    """Runs `training.<family>` for `steps` steps, as users start it, and reads its speed from the run's own record.
 
     The first quarter of the steps is warm-up and not counted; nor are validation and saving, after the last step.
     """
     never = 10**9
     run_module(
-        "training.gpt",
+        f"training.{family}",
         *words,
         *("--data", data.folder, "--run_dir", run_dir, "--optim.steps", steps, "--optim.warmup_steps", 0),
         *("--log.every_steps", steps // 4, "--log.validate_every_steps", never, "--checkpoint.every_steps", never),
@@ -197,6 +202,86 @@ def train_gpt(words: Sequence[object], data: Prepared, run_dir: Path, *, steps: 
         total("tokens_per_s") / sum(seconds),
         total("flops_per_s") / sum(seconds),
     )
+
+
+def serve_usual_loop(
+    model: nn.Module, optim: OptimOptions, tensors: Sequence[Tensor], loss: Callable[..., Tensor]
+) -> None:
+    """A peer that trains in the usual loop: asked for a number of steps, it answers with the sentences a second.
+
+    tensors [n, ...]: the whole data set, padded. loss(model, *batch): the mean loss of SENTENCES_PER_STEP rows of them.
+    """
+    keep_freed_memory()
+    optimizer = build_optimizer(model, optim, steps=1)
+    loader = DataLoader(TensorDataset(*tensors), batch_size=SENTENCES_PER_STEP, shuffle=True, drop_last=True)
+    epoch = iter(loader)
+
+    def train(steps: float) -> float:
+        nonlocal epoch
+        began = time.monotonic()
+        for _ in range(int(steps)):
+            batch = next(epoch, None)
+            if batch is None:
+                epoch = iter(loader)
+                batch = next(epoch)
+            optimizer.zero_grad()
+            value = loss(model, *batch)
+            value.backward()
+            if optim.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            optimizer.step()
+            value.item()
+        return steps * SENTENCES_PER_STEP / (time.monotonic() - began)
+
+    serve(train)
+
+
+def checked_difference(ours: float, theirs: float, peer: str) -> float:
+    """How far two losses lie apart. Raises UserError above 1e-5."""
+    if not abs(ours - theirs) <= 1e-5:
+        raise UserError(f"the two sides do not train the same: loss {ours:.7f} (Relay) and {theirs:.7f} ({peer})")
+    return abs(ours - theirs)
+
+
+class Race:
+    """A seed recipe as Relay trains it, and a peer's usual loop, in turns; `peers`: the peer by the way it is run."""
+
+    def __init__(self, family: str, words: Sequence[object], data: Prepared, folder: Path, peers: dict[str, Worker]):
+        self.family, self.words, self.data, self.folder, self.peers = family, words, data, folder, peers
+        self.speeds: defaultdict[str, list[float]] = defaultdict(list)  # sentences a second, by rounds
+        for peer in peers.values():  # the first piece of work also sets things up
+            peer.ask(1)
+            peer.answer()
+
+    def run_round(self, relay_steps: int, peer_steps: int) -> str:
+        """Lets each side train once; returns the speeds of this round, in words."""
+        number = len(self.speeds["relay 2"])
+        for ranks in (2, 1):
+            run_dir = Path(self.folder, f"seed-{number}-{ranks}")
+            how = {"steps": relay_steps, "ranks": ranks, "threads": 2 // ranks}
+            speed = timed_training(self.family, self.words, self.data, run_dir, **how)
+            self.speeds[f"relay {ranks}"].append(speed.steps_per_s * SENTENCES_PER_STEP)
+            for way in list(self.peers)[2 - ranks :: 2]:  # some behind the one, some behind the other
+                self.peers[way].ask(peer_steps)
+                self.speeds[way].append(self.peers[way].answer())
+        return ", ".join(f"{side} {values[-1]:,.4g}" for side, values in self.speeds.items())
+
+    @property
+    def best_way(self) -> str:
+        """The way in which the peer runs fastest: the one that counts."""
+        return max(self.peers, key=lambda way: median(self.speeds[way]))
+
+    def figures(self, peer: str, target: str) -> list[Figure]:
+        """The speeds, and the ratios of Relay's to those of the peer, which is called `peer`."""
+        two, one, theirs = (self.speeds[side] for side in ("relay 2", "relay 1", self.best_way))
+        ratio, one_process_ratio = ratio_by_rounds(two, theirs), ratio_by_rounds(one, theirs)
+        return [
+            Figure("sentences_ratio", ratio, f"Relay (2 ranks) over the {peer}", target),
+            Figure("one_process_ratio", one_process_ratio, "Relay as one process of 2 threads, over the same"),
+            Figure("relay_sentences_per_s", median(two), "torchrun, 2 ranks x 1 thread"),
+            Figure("relay_one_process_sentences_per_s", median(one), "1 process x 2 threads"),
+            Figure(f"{peer}_sentences_per_s", median(theirs), f"1 process, {self.best_way}"),
+        ]
 
 
 def ratio_by_rounds(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -32,33 +32,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from data_prep.prepared import Part, Prepared, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.console import UserError, run_main, say
-from launch.environment import keep_freed_memory
+from launch.console import run_main, say
 from tests.bench.common import (
     BASE,
     BASE_DATA,
     ROOT,
+    SENTENCES_PER_STEP,
     Figure,
+    Race,
     Worker,
-    gpt_config,
-    gpt_plan,
+    checked_difference,
+    config_of,
     prepare,
-    ratio_by_rounds,
     read_arguments,
     report,
     serve,
-    train_gpt,
+    serve_usual_loop,
+    timed_training,
     workers,
 )
-from training.engine.optim import build_optimizer
-from training.gpt import GPTConfig, Sequences, summed_loss
+from training.gpt import GPTConfig, Sequences, plan_of, summed_loss
 from training.models.gpt import GPT
 
-SENTENCES_PER_STEP = 32
 CONTEXT = 128
 IGNORED = -100
 MATRIX_WIDTH = 2048
@@ -90,32 +88,10 @@ def notebook_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def notebook(folder: str) -> None:
-    """The peer, a process of its own: asked for a number of steps, it answers with the seconds they took."""
-    keep_freed_memory()
+    """The peer, a process of its own: see `serve_usual_loop`."""
     data = open_prepared(folder)
-    config = gpt_config([SEED], data)
-    model = new_model(config, data)
-    optimizer = build_optimizer(model, config.optim, steps=1)
-    pairs = TensorDataset(*notebook_tensors(data.part("train")))
-    loader = DataLoader(pairs, batch_size=SENTENCES_PER_STEP, shuffle=True, drop_last=True)
-    epoch = iter(loader)
-
-    def train(steps: float) -> float:
-        nonlocal epoch
-        began = time.monotonic()
-        for _ in range(int(steps)):
-            batch = next(epoch, None)
-            if batch is None:
-                epoch = iter(loader)
-                batch = next(epoch)
-            optimizer.zero_grad()
-            loss = notebook_loss(model, *batch)
-            loss.backward()
-            optimizer.step()
-            loss.item()
-        return time.monotonic() - began
-
-    serve(train)
+    config = config_of("gpt", [SEED], data)
+    serve_usual_loop(new_model(config, data), config.optim, notebook_tensors(data.part("train")), notebook_loss)
 
 
 def peak() -> None:
@@ -134,7 +110,7 @@ def peak() -> None:
 
 def loss_difference(data: Prepared) -> float:
     """How far the two losses of the same 32 sentences lie apart, dropout off. Raises UserError above 1e-5."""
-    config = gpt_config([SEED], data)
+    config = config_of("gpt", [SEED], data)
     model = new_model(config, data).eval()
     pairs = Sequences(data.part("train"), CONTEXT)
     samples = np.random.default_rng(0).choice(len(pairs.lengths), SENTENCES_PER_STEP, replace=False)
@@ -144,10 +120,7 @@ def loss_difference(data: Prepared) -> float:
         theirs = notebook_loss(model, inputs[samples], labels[samples]).item()
         micro_batches = np.split(samples, 2)
         ours = sum(summed_loss(model, pairs, batch, config.loss, device).item() for batch in micro_batches)
-    ours /= pairs.weights(config.loss.source_weight)[samples].sum()
-    if not abs(ours - theirs) <= 1e-5:
-        raise UserError(f"the two sides do not train the same: loss {ours:.7f} (Relay) and {theirs:.7f} (notebook)")
-    return abs(ours - theirs)
+    return checked_difference(ours / pairs.weights(config.loss.source_weight)[samples].sum(), theirs, "notebook")
 
 
 def main() -> int:
@@ -158,11 +131,12 @@ def main() -> int:
     arguments = read_arguments("gpt_training", __doc__)
     rounds = 1 if arguments.quick else 3
     relay_steps, notebook_steps, base_steps, peak_s = (60, 6, 12, 0.5) if arguments.quick else (400, 20, 40, 1.0)
-    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
+        folder = Path(temporary)
         say(f"preparing {arguments.about_data}")
         with ThreadPoolExecutor(2) as pool:
-            making_words = pool.submit(prepare, arguments, Path(folder, "words"), "--tokenizer", "word")
-            making_pieces = pool.submit(prepare, arguments, Path(folder, "pieces"), *BASE_DATA)
+            making_words = pool.submit(prepare, arguments, folder / "words", "--tokenizer", "word")
+            making_pieces = pool.submit(prepare, arguments, folder / "pieces", *BASE_DATA)
             words, pieces = making_words.result(), making_pieces.result()
         difference = loss_difference(words)
         say(f"the same loss on both sides, difference {difference:.1e}")
@@ -177,51 +151,40 @@ def main() -> int:
             both=Worker(module, "peak", threads=2),
         ) as started:
 
-            def ask(names: list[str], amount: float) -> float:
+            def ask(names: list[str], seconds: float) -> float:
                 """Sum of what the workers of these names answer, all at work at the same time."""
                 for name in names:
-                    started[name].ask(amount)
+                    started[name].ask(seconds)
                 return sum(started[name].answer() for name in names)
 
             def measure_peak() -> None:
                 speeds["peak"].append(max(ask(["first", "second"], peak_s), ask(["both"], peak_s)))
 
-            for name in started:  # the first piece of work also sets things up
-                ask([name], 2 if name in waiting else 0.1)
+            for name in ("first", "second", "both"):  # the first piece of work also sets things up
+                ask([name], 0.1)
+            peers = {f"2 threads, waiting {way}": started[way] for way in waiting}
+            race = Race("gpt", [SEED], words, folder, peers)
             for number in range(rounds):
-                for ranks in (2, 1):
-                    run_dir = Path(folder, f"seed-{number}-{ranks}")
-                    threads = 2 // ranks
-                    speed = train_gpt([SEED], words, run_dir, steps=relay_steps, ranks=ranks, threads=threads)
-                    speeds[f"relay {ranks}"].append(speed.steps_per_s * SENTENCES_PER_STEP)
-                    for way in waiting[ranks - 1 :: 2]:  # passive behind one, active behind the other
-                        sentences = notebook_steps * SENTENCES_PER_STEP
-                        speeds[f"notebook {way}"].append(sentences / ask([way], notebook_steps))
+                about = race.run_round(relay_steps, notebook_steps)
                 measure_peak()
-                base = train_gpt([BASE], pieces, Path(folder, f"base-{number}"), steps=base_steps, ranks=2, threads=1)
+                run_dir = folder / f"base-{number}"
+                base = timed_training("gpt", [BASE], pieces, run_dir, steps=base_steps, ranks=2, threads=1)
                 speeds["base tokens"].append(base.tokens_per_s)
                 speeds["base flops"].append(base.flops_per_s)
                 measure_peak()
-                say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
+                more = ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items())
+                say(f"round {number + 1} of {rounds}: {about}, {more}")
 
-        relay, one_process = median(speeds["relay 2"]), median(speeds["relay 1"])
-        best_way = max(waiting, key=lambda way: median(speeds[f"notebook {way}"]))
-        theirs = median(speeds[f"notebook {best_way}"])
-        ratio = ratio_by_rounds(speeds["relay 2"], speeds[f"notebook {best_way}"])
-        one_process_ratio = ratio_by_rounds(speeds["relay 1"], speeds[f"notebook {best_way}"])
         peak_gflops = median(speeds["peak"])
         tokens, gflops = median(speeds["base tokens"]), median(speeds["base flops"]) / 1e9
-        parameters = sum(parameter.numel() for parameter in new_model(gpt_config([BASE], pieces), pieces).parameters())
-        plan = gpt_plan(gpt_config([SEED], words), words)
+        base_model = new_model(config_of("gpt", [BASE], pieces), pieces)
+        parameters = sum(parameter.numel() for parameter in base_model.parameters())
+        plan = plan_of(config_of("gpt", [SEED], words), Sequences(words.part("train"), CONTEXT))
         report(
             "gpt_training",
             arguments,
             [
-                Figure("sentences_ratio", ratio, "Relay (2 ranks) over the notebook (2 threads)", ">= 8"),
-                Figure("one_process_ratio", one_process_ratio, "Relay as one process of 2 threads, over the same"),
-                Figure("relay_sentences_per_s", relay, "torchrun, 2 ranks x 1 thread"),
-                Figure("relay_one_process_sentences_per_s", one_process, "1 process x 2 threads"),
-                Figure("notebook_sentences_per_s", theirs, f"1 process x 2 threads, waiting {best_way}"),
+                *race.figures("notebook", ">= 8"),
                 Figure("padding_share", plan.padding_share(), "of the positions Relay computes in an epoch", "< 0.03"),
                 Figure("notebook_padding_share", 1 - float(plan.lengths.mean()) / CONTEXT, "of those of the notebook"),
                 Figure("loss_difference", difference, "on the same sentences with the same weights", "<= 1e-5"),
@@ -231,7 +194,7 @@ def main() -> int:
                 Figure("base_parameters", parameters, "embedding included"),
                 Figure("peak_gflops", peak_gflops, f"fp32 matrix product of width {MATRIX_WIDTH:,} on both cores"),
             ],
-            notebook_waiting=best_way,
+            notebook_way=race.best_way,
         )
     return 0
 

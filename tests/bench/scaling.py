@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from launch.console import run_main, say
-from tests.bench.common import BASE, BASE_DATA, Figure, prepare, ratio_by_rounds, read_arguments, report, train_gpt
+from tests.bench.common import BASE, BASE_DATA, Figure, prepare, ratio_by_rounds, read_arguments, report, timed_training
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
         for number in range(rounds):
             for speeds, ranks in ((two, 2), (one, 1)):
                 run_dir = Path(folder, f"run-{number}-{ranks}")
-                speed = train_gpt([BASE], data, run_dir, steps=steps, ranks=ranks, threads=2 // ranks)
+                speed = timed_training("gpt", [BASE], data, run_dir, steps=steps, ranks=ranks, threads=2 // ranks)
                 speeds.append(speed.tokens_per_s)
             say(f"round {number + 1} of {rounds}: 2 ranks x 1 thread {two[-1]:,.0f} tokens/s, 1 x 2 {one[-1]:,.0f}")
     report(
