@@ -140,7 +140,10 @@ def make_report() -> Report:
         checkpoint={
             "task": "gpt",
             "step": 600,
-            "config": {"run_dir": "runs/gpt-base", "model": {"layers": 6, "heads": 8}, "seed": 1234},
+            "config": {
+                **{"run_dir": "runs/gpt-base", "model": {"layers": 6, "heads": 8}, "seed": 1234},
+                "checkpoint": {"every_steps": 100},
+            },
             "data": {"fingerprint": "e" * 64},
             "files": {"model.safetensors": {"sha256": "1" * 64}},
         },
@@ -238,7 +241,7 @@ def test_the_page_tells_all_of_the_run(report):
         *("5,000 tokens/s", "1.23%", "1,234 MB", "session 2 begins after step 200", "session 3 begins after step 450"),
         *("2026-01-01 03:04", "node7 (job 4711)", "2 on cuda", "0 to 250 or later", "killed, or its machine went down"),
         *("resumed, from an older checkpoint200 to 4502h00msignal SIGTERM", "resumed450 to 600"),
-        *("8 checkpoints", "12.0 ms", "0.50 s"),
+        *("8 checkpoints", "12.0 ms", "0.50 s", "every 100 steps is one every 1h00m, and a kill costs half of that"),
         # examples and maps
         *("Random", "Best", "Worst", "(chrF 3.2)", "layer 6, head 8"),
         # where all of it comes from

@@ -398,8 +398,8 @@ def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: L
         f"200 steps in {plan.epoch(200):.2f} epochs",
         "nothing was written",
         "a checkpoint every 40 steps is one every",
-        "a kill costs half of that and a start of",
-        "loses least",
+        "a kill costs half of that and a start;",
+        "would lose least; a start takes",
     ):
         assert part in result.out
     loss = re.search(r"loss (\d+\.\d+)", result.out)

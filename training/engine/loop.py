@@ -31,7 +31,7 @@ from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import choose_precision
 from training.engine.run_folder import RunFolder, Status, write_status
-from training.engine.saving import Saver, best_interval_s, write_s
+from training.engine.saving import Saver, price_of_a_kill, write_s
 from training.engine.session import EXIT_RESUMABLE, StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.tracking import Window, memory_mb, read_metrics
@@ -124,7 +124,6 @@ def _dry_run(config: RunOptions, task: Task, engine: DataParallel, cluster: Clus
 
 
 def _price_of_a_kill(config: RunOptions, engine: DataParallel, step_s: float, start_s: float) -> str:
-    """What a kill costs with the configured interval of checkpoints, and the interval that costs least."""
     tensors = engine.tensors()
     save_s = published_s = write_s(tensors)
     if config.checkpoint.background:
@@ -134,14 +133,7 @@ def _price_of_a_kill(config: RunOptions, engine: DataParallel, step_s: float, st
                 tensor.to("cpu", copy=True)
         save_s = time.monotonic() - began
     every = config.checkpoint.every_steps
-    # One save is in flight at most: a shorter interval than it takes would hold the training up after all.
-    best_s = max(published_s, best_interval_s(save_s, between_kills_s=86400))
-    best = max(1, round(best_s / step_s))
-    return (
-        f"a checkpoint every {every:,} steps is one every {format_duration(every * step_s)}: a kill costs half of that "
-        f"and a start of {format_duration(start_s)}\n"
-        f"a save holds training up for about {save_s:.2f} s: with a kill a day, one every {best:,} steps loses least"
-    )
+    return f"{price_of_a_kill(every, step_s, save_s, published_s)}; a start takes {format_duration(start_s)}"
 
 
 def _forward_backward(

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from launch.config import Options
-from launch.console import UserError, warn
+from launch.console import UserError, format_duration, warn
 from training.engine.checkpoint import Tensors, checkpoints, publish
 
 # Network file systems have bad moments. A save is tried so many times, with these pauses in seconds.
@@ -64,6 +64,21 @@ def best_interval_s(save_s: float, between_kills_s: float) -> float:
     save_s: how long a save holds the training up. between_kills_s: mean time between two failures.
     """
     return math.sqrt(2 * save_s * between_kills_s)
+
+
+def price_of_a_kill(every_steps: int, step_s: float, save_s: float, published_s: float) -> str:
+    """What a kill costs with a checkpoint every so many steps, and the interval that would lose least, in words.
+
+    step_s: of a step. save_s: how long a save holds the training up. published_s: how long until it is on the disk. All
+    in seconds.
+    """
+    # One save is in flight at most: a shorter interval than it takes would hold the training up after all.
+    best_s = max(published_s, best_interval_s(save_s, between_kills_s=86400))
+    return (
+        f"a checkpoint every {every_steps:,} steps is one every {format_duration(every_steps * step_s)}, and a kill "
+        f"costs half of that and a start; with a kill a day, one every {max(1, round(best_s / step_s)):,} steps would "
+        "lose least"
+    )
 
 
 def write_s(tensors: Mapping[str, Tensors]) -> float:

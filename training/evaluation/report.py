@@ -127,7 +127,7 @@ def render(report: Report) -> str:
         "Scores": _scores(report),
         "Beside other runs": _beside(report),
         "Training": story.training(report.metrics, report.sessions),
-        "Sessions": story.story(report.sessions),
+        "Sessions": story.story(report.sessions, report.checkpoint["config"]["checkpoint"]["every_steps"]),
         "Examples": _examples(report),
         "Attention": _attention(report),
         "Data": _data(report),

@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import Any
 
 from launch.console import format_duration
+from training.engine.saving import price_of_a_kill
 from training.evaluation.curves import Line, curve
 from training.evaluation.markup import facts, wide_table
 
@@ -59,8 +60,11 @@ def training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, Any
     )
 
 
-def story(sessions: Sequence[dict[str, Any]]) -> str:
-    """A table of the sessions, and what they come to together; nothing where none is on record."""
+def story(sessions: Sequence[dict[str, Any]], every_steps: int) -> str:
+    """A table of the sessions, and what they come to together; nothing where none is on record.
+
+    every_steps: steps between two checkpoints, as configured.
+    """
     if not sessions:
         return ""
     rows = []
@@ -80,7 +84,7 @@ def story(sessions: Sequence[dict[str, Any]]) -> str:
             )
         )
     head = ("", "began", "host", "ranks", "start", "steps", "time", "why it ended")
-    return wide_table(head, rows) + _together(sessions)
+    return wide_table(head, rows) + _together(sessions, every_steps)
 
 
 def _beginning(session: dict[str, Any], before: dict[str, Any] | None) -> str:
@@ -102,13 +106,18 @@ def total_time(sessions: Sequence[dict[str, Any]]) -> str:
     return f"{len(sessions):,} session{'s' * (len(sessions) > 1)}, {least}{format_duration(seconds)} in all"
 
 
-def _together(sessions: Sequence[dict[str, Any]]) -> str:
+def _together(sessions: Sequence[dict[str, Any]], every_steps: int) -> str:
     saving = [session for session in sessions if session.get("saves")]
     if not saving:
         return f"<p>{total_time(sessions)}.</p>"
     count = sum(session["saves"] for session in saving)
     stall_s, save_s = (sum(each["saves"] * each[key] for each in saving) / count for key in ("stall_s", "save_s"))
+    # A session that was killed may have done more than its record says, in a time that nobody knows.
+    steps = sum(session["step"] - session["from_step"] for session in saving)
+    step_s = sum(session["seconds"] for session in saving) / max(1, steps)
+    price = price_of_a_kill(every_steps, step_s, stall_s, save_s)
     return (
         f"<p>{total_time(sessions)}. {count:,} checkpoints; in the mean, each held the training up for "
         f"{1000 * stall_s:,.1f} ms and was complete after {save_s:,.2f} s.</p>"
+        f"<p class=faint>At this pace {price}.</p>"
     )
