@@ -15,6 +15,7 @@ from threading import Thread
 import pytest
 
 from data_prep import sources, tatoeba
+from data_prep.files import temporary_folder
 from data_prep.prepared import open_prepared
 from data_prep.sample_corpus import sample_lines
 from launch.console import UserError
@@ -168,14 +169,13 @@ def test_killed_preparation_leaves_no_output_and_is_redone(moment, tmp_path):
 
 
 def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path):
-    running = subprocess.Popen(command("--source", "sample", "--output", tmp_path / "x"), cwd=ROOT)
-    while not (tmp_path / ".x.partial").exists():
-        time.sleep(0.001)
-    running.send_signal(signal.SIGSTOP)
-    assert_refused(prepare("--source", "sample", "--output", tmp_path / "x"), "another process is writing")
-    running.send_signal(signal.SIGCONT)
-    assert running.wait() == 0
-    open_prepared(tmp_path / "x").verify()
+    output = tmp_path / "x"
+    with temporary_folder(output) as held:  # what a running preparation builds in
+        (held / "begun").touch()
+        assert_refused(prepare("--source", "sample", "--output", output), "another process is writing")
+        assert (held / "begun").exists()
+    assert prepare("--source", "sample", "--output", output).returncode == 0
+    open_prepared(output).verify()
 
 
 def test_same_command_again_does_nothing_and_says_so(tmp_path):

@@ -646,6 +646,10 @@ def test_second_run_in_the_same_folder_is_refused_and_does_not_disturb_the_first
     life = Life(launch, tmp_path, sample_data, ranks=2)
     first = life.start({"at": "forward", "step": 17, "rank": 1, "do": "hold"})
     life.wait_at(first, "forward-17", rank=1)
+    # The last save, in the background, must be done, and what it replaces removed.
+    kept = [f"step-{step:010d}" for step in (12, 15)]
+    folder = life.run_dir / "checkpoints"
+    wait_until(first, lambda: sorted(path.name for path in folder.iterdir()) == kept, "done with saving step 15")
     writer = first.rank(0)
     before = content_of(life.run_dir)
     began = time.monotonic()

@@ -193,7 +193,10 @@ def test_file_counts_up_to_its_first_damage(runner: Runner) -> None:
     content = path.read_bytes()
     assert len(content) > 3 * 32 * 1024  # records across the borders of blocks
     for damage in (len(content) // 3, 32 * 1024 - 3, 32 * 1024 + 3, 2 * 32 * 1024):
-        for damaged in (content[:damage], content[:damage] + bytes([content[damage] ^ 1]) + content[damage + 1 :]):
+        cut, flipped = content[:damage], content[:damage] + bytes([content[damage] ^ 1]) + content[damage + 1 :]
+        # Where no more than six bytes of a block are left, they are nobody's: zeros that are not read.
+        rest = content[damage : damage + -damage % (32 * 1024)]
+        for damaged in (cut,) if 0 < len(rest) < 7 and not any(rest) else (cut, flipped):
             path.write_bytes(damaged)
             log = runner.logs()[0]
             assert log.whole <= damage and not log.ended
