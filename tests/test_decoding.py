@@ -12,8 +12,8 @@ import torch
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.console import UserError
 from tests.bench.decoding import translate_plainly
-from training.evaluation.decoding import Decoder, GPTDecoder, Translation, beam_search, greedy_search, translate
-from training.evaluation.families import AttentionGRUDecoder
+from training.evaluation.decoding import Decoder, Translation, beam_search, greedy_search, translate
+from training.evaluation.families import AttentionGRUDecoder, GPTDecoder
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.models.gpt import GPT, GPTOptions
 

@@ -36,7 +36,8 @@ from data_prep.tokenizers import EOS, PAD, SEP, SOS, SPECIALS
 from launch.console import UserError
 from tests.conftest import REAL_TATOEBA, launching
 from training.evaluation import evaluate, export, hugging_face
-from training.evaluation.decoding import GPTDecoder, translate
+from training.evaluation.decoding import translate
+from training.evaluation.families import GPTDecoder
 from training.evaluation.trained import TrainedModel, open_trained
 from training.models.gpt import GPT, GPTOptions
 

@@ -4,7 +4,8 @@ Promises: one result per source, in the order of the sources, the same as decodi
 floating-point rounding); decoding always ends; `<pad>`, `<sos>` and `<sep>` are never produced; a source that cannot be
 translated is reported in its result and stops nobody else's.
 
-The search knows no model: it asks a `Decoder` for the next logits. `GPTDecoder` is the one for `training.models.gpt`.
+The search knows no model: it asks a `Decoder` for the next logits. Those of the models here are in
+`training.evaluation.families`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.console import Progress, UserError
-from training.models.gpt import GPT, Cache
 
 NEVER_PRODUCED = (PAD, SOS, SEP)
 
@@ -47,38 +47,6 @@ class Decoder(Protocol):
 
         No row is extended beyond its `room`.
         """
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
-
-
-class GPTDecoder:
-    """A GPT as a `Decoder`: the prompt is `<sos> source <sep>`, the state is the key-value cache."""
-
-    def __init__(self, model: GPT):
-        self.model = model
-        self.device = device_of(model)
-
-    @property
-    def longest_source(self) -> int:
-        return self.model.options.context - 3
-
-    def room(self, source_length: int) -> int:
-        return self.model.options.context - source_length - 2
-
-    def begin(self, sources: list[Sequence[int]], limit: int) -> tuple[Tensor, Cache]:
-        lengths = torch.tensor([len(source) + 2 for source in sources])
-        width = int(lengths.max())
-        prompts = torch.full((len(sources), width), PAD)
-        for row, source in zip(prompts, sources, strict=True):
-            row[: len(source) + 2] = torch.tensor([SOS, *source, SEP])
-        capacity = min(width + limit, self.model.options.context)
-        return self.model.prefill(prompts.to(self.device), lengths.to(self.device), capacity)
-
-    def extend(self, tokens: Tensor, state: Cache) -> Tensor:
-        return self.model.extend(tokens, state)
 
 
 @dataclass

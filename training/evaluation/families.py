@@ -19,9 +19,9 @@ from training import gpt, seq2seq
 from training.engine.cluster import Cluster
 from training.engine.task import RunOptions, Validation
 from training.evaluation.attention_maps import Sheet, alignment_map, attention_sheet
-from training.evaluation.decoding import Decoder, GPTDecoder, device_of
+from training.evaluation.decoding import Decoder
 from training.models.attention_gru import AttentionGRU, State
-from training.models.gpt import GPT
+from training.models.gpt import GPT, Cache
 from training.translation import Pairs
 
 
@@ -119,6 +119,38 @@ class Seq2SeqFamily:
 
 
 FAMILIES: dict[str, Family] = {"gpt": GPTFamily(), "seq2seq": Seq2SeqFamily()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+class GPTDecoder:
+    """A GPT as a `Decoder`: the prompt is `<sos> source <sep>`, the state is the key-value cache."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.device = device_of(model)
+
+    @property
+    def longest_source(self) -> int:
+        return self.model.options.context - 3
+
+    def room(self, source_length: int) -> int:
+        return self.model.options.context - source_length - 2
+
+    def begin(self, sources: list[Sequence[int]], limit: int) -> tuple[Tensor, Cache]:
+        lengths = torch.tensor([len(source) + 2 for source in sources])
+        width = int(lengths.max())
+        prompts = torch.full((len(sources), width), PAD)
+        for row, source in zip(prompts, sources, strict=True):
+            row[: len(source) + 2] = torch.tensor([SOS, *source, SEP])
+        capacity = min(width + limit, self.model.options.context)
+        return self.model.prefill(prompts.to(self.device), lengths.to(self.device), capacity)
+
+    def extend(self, tokens: Tensor, state: Cache) -> Tensor:
+        return self.model.extend(tokens, state)
 
 
 class AttentionGRUDecoder:
