@@ -143,11 +143,20 @@ class Prepared:
                 )
 
 
+def _others(folder: Path) -> str:
+    """The prepared data sets beside a missing one, in words."""
+    found = sorted(str(path.parent) for path in folder.parent.glob(f"[!.]*/{META}"))
+    return f" (there is {', '.join(found)})" if found else ""
+
+
 def open_prepared(folder: str | Path) -> Prepared:
     """The prepared data set in `folder`. Raises UserError when it is missing, half there, or its sizes have changed."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no prepared data set {folder}; make it with `{MAKE.format(folder=folder)}`")
+        raise UserError(
+            f"there is no prepared data set {folder}{_others(folder)}; make it with `{MAKE.format(folder=folder)}` "
+            "and the options that stand in the config above `data`"
+        )
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -49,7 +49,7 @@ class TatoebaOptions(Options):
         "word", description="word: English words and Han characters; sentencepiece: byte-pair pieces"
     )
     vocabularies: Literal["joint", "separate"] = Field(
-        "joint", description="joint: Chinese and English share their ids (GPT); separate: two vocabularies (seq2seq)"
+        "joint", description="joint: Chinese and English share their ids, as a GPT needs it; separate: two vocabularies"
     )
     vocabulary_size: int = Field(
         8000, ge=64, description="pieces of each sentencepiece vocabulary, at most (the sample wants about 600)"

@@ -145,7 +145,7 @@ def _place(values: dict[str, Any], key: str, text: str, mistakes: list[str]) -> 
             mistakes.append(f"--{key}: {group} is a value, not a group of keys")
             return
         place = inner
-    place[last] = None if text in ("null", "none", "None") else text
+    place[last] = None if text == "null" else text
 
 
 def _group_type(field: FieldInfo) -> type[Options] | None:
@@ -220,7 +220,7 @@ def help_text(cls: type[Options], *, prog: str, about: str) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, kind, default, meaning in rows:
         lines.append(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {meaning} ({default})")
-    lines += ["", "  --dry-run  check everything, print the resolved options and what would be done, and stop"]
+    lines += ["", "  --dry-run  check everything, print the resolved options, what would be done and what it takes"]
     return "\n".join(lines)
 
 

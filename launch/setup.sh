@@ -3,8 +3,8 @@
 
 if ! .venv/bin/python -c '' 2>/dev/null || ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     echo "installing Relay's requirements into .venv (once, about 2 GB; minutes, depending on the network)"
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3" >&2
         exit 1
     }
     "${PYTHON:-python3}" -m venv .venv || {

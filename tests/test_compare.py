@@ -138,7 +138,7 @@ def test_what_was_not_scored_on_the_same_rows_is_refused_with_what_differs(tmp_p
     assert result.status == 1 and len(result.error_lines) == 1 and "Traceback" not in result.err, result
     assert f"first, row 5 ({REFERENCES[5]!r}) and row 5 ('another one')" in result.err and "--data" in result.err
     shorter = evaluated(tmp_path / "shorter", GOOD[:200], REFERENCES[:200], split="grouped")
-    assert "split random and grouped; sentences 300 and 200. Evaluate both on" in refused(first, shorter)
+    assert "split random and grouped; sentences 300 and 200. Two splits have other sentences" in refused(first, shorter)
     validation = evaluated(tmp_path / "part", GOOD[::-1], REFERENCES[::-1], "validation", part="validation")
     assert "part test and validation" in refused(first, f"{validation}:validation")
 

@@ -11,6 +11,7 @@ from launch.config import all_keys, parse, to_yaml
 from launch.console import UserError
 from tests.conftest import ROOT, Launch
 from training.gpt import GPTConfig
+from training.seq2seq import Seq2SeqConfig
 
 REQUIRED = ["--run_dir", "runs/x", "--data", "prepared/x"]
 CONFIGS = sorted(ROOT.glob("configs/gpt/*.yaml"))
@@ -134,6 +135,14 @@ def test_a_key_means_the_same_in_yaml_after_a_blank_and_after_an_equals_sign(tmp
     assert from_file == read(*REQUIRED, "--optim.lr", "3e-4", "--optim.clip_norm", "null", "--model.width", "64")
     assert from_file == read(*REQUIRED, "--optim.lr=3e-4", "--optim.clip_norm=null", "--model.width=64")
     assert (from_file.optim.lr, from_file.optim.clip_norm, from_file.model.width) == (3e-4, None, 64)
+
+
+def test_only_null_is_null_since_none_is_the_name_of_a_choice(tmp_path):
+    file = config_file(tmp_path, "data: prepared/x\nrun_dir: runs/x\nmodel: {attention: none}\n")
+    words = (*REQUIRED, "--model.attention", "none")
+    from_file, from_words = (parse(Seq2SeqConfig, given, prog="", about="")[0] for given in ([file], words))
+    assert from_file == from_words and from_words.model.attention == "none"
+    assert "clip_norm" in refusal(*REQUIRED, "--optim.clip_norm", "none")
 
 
 def test_on_the_command_line_a_dash_may_stand_for_an_underscore():

@@ -221,7 +221,7 @@ def test_the_report_tells_of_the_run_and_of_those_beside_it(task, trained_run, s
     for expected in (
         *(SYNTHETIC, f"{sum(p.numel() for p in trained.model.parameters()):,} parameters"),
         *(scores["bleu_signature"], scores["chrf_signature"], scores["all_references"]["bleu_signature"]),
-        *("1-5 tokens", "a side seen in training", "Beside other runs", "sibling"),
+        *("1-5 tokens", "a side seen in training", "Beside other evaluations", "sibling"),
         *(trained.data["source"]["sha256"], trained.data["tokenizer"]["target"]["sha256"], scores["data_fingerprint"]),
         trained.checkpoint.manifest["files"]["model.safetensors"]["sha256"],
         *("tokens_per_micro_batch: 2048", "tokens/s", "padding share", "2 sessions", f"/{task}/STOP"),

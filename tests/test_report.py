@@ -80,6 +80,7 @@ def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str,
         "accuracy": 0.4567,
         "target_tokens": 6543,
         "unscored_pairs": 17,
+        "empty": 31,
         "cut_off": 3,
         "not_translated": 19,
         "sources_with_unknown_words": 23,
@@ -223,20 +224,24 @@ def test_the_page_tells_all_of_the_run(report):
         *(scores["bleu_signature"], scores["chrf_signature"], scores["bleu_normalised_signature"]),
         *("2.1234", "45.67%", "6,543 target tokens"),
         *(
-            "17pairs too long",
+            "17too long for the model",
             "19sources too long",
+            "31translations without a single word",
             "3translations that reached",
             "29translations with words",
             "23sources",
         ),
         "test part, random split: of 2,845 test rows 673 leak.",
         # all references
-        *("5 distinct sources, each against all of its 6 references", scores["all_references"]["bleu_signature"]),
+        *(
+            "5 distinct sources with 6 references, each against all of its own",
+            scores["all_references"]["bleu_signature"],
+        ),
         # by kind of sentence
         *("source of 1-5 tokens15", "source of 16-25 tokens5", "source of 26+ tokens0--"),
         *("a side seen in training15", "neither side seen in training15"),
         # the other split
-        *("gpt-base-groupedgrouped26.01 (", "other"),
+        *("gpt-base-groupedgroupedtest26.01 (", "other"),
         # training and sessions
         *("5,000 tokens/s", "1.23%", "1,234 MB", "session 2 begins after step 200", "session 3 begins after step 450"),
         *("2026-01-01 03:04", "node7 (job 4711)", "2 on cuda", "0 to 250 or later", "killed, or its machine went down"),
@@ -292,7 +297,7 @@ def test_a_run_without_a_record_has_a_report_all_the_same(report):
     bare = replace(report, metrics=[], sessions=[], ranked=[], attention=[], beside=[])
     text = Page(render(replace(bare, scores={**report.scores, "by_seen": None}))).text
     assert "metrics.jsonl has no training steps" in text and "No map" in text and "is not known" in text
-    assert "Sessions" not in text and "Beside other runs" not in text
+    assert "Sessions" not in text and "Beside other evaluations" not in text
 
 
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):
@@ -364,7 +369,9 @@ def test_runs_of_the_same_task_evaluated_likewise_stand_beside(tmp_path):
     run("foreign", "test", [1])
     (tmp_path / "a-file").touch()
     assert [(name, found["split"]) for name, found in runs_beside(own, "test", "gpt")] == [("other-split", "grouped")]
-    assert [name for name, _ in runs_beside(own, "test-beam5", "gpt")] == ["another-way"]
+    assert [name for name, _ in runs_beside(own, "test-beam5", "gpt")] == ["own:test", "another-way"]
+    run("own", "validation", scores)
+    assert [name for name, _ in runs_beside(own, "test", "gpt")] == ["own:validation", "other-split"]
     assert scores.keys() >= BESIDE
 
 

@@ -47,6 +47,9 @@ class Logbook:
         self._record.follower = self._tracker.add
         self._sessions = Sessions(run_dir, step=step, steps=steps, world_size=world_size, device=device)
         say(self._sessions.describe(usable_s))
+        before = self._sessions.all[-2]["world_size"] if step and len(self._sessions.all) > 1 else world_size
+        if before != world_size:
+            say(f"the last session had {before} rank(s), this one {world_size}: equal up to rounding only")
 
     @property
     def wandb_id(self) -> str | None:

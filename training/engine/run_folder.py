@@ -134,7 +134,7 @@ class Sessions:
         if "remaining_s" in outlook:
             remaining_s = outlook["remaining_s"]
             end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + remaining_s))
-            words += f", {format_duration(remaining_s)} of training, over at {end} without a break"
+            words += f", {format_duration(remaining_s)} of training, at {end} if there is no break"
         if "sessions_to_go" in outlook:
             words += f"; sessions to go after this one: {outlook['sessions_to_go']}"
         return words

@@ -133,9 +133,12 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
                 f"first, row {one['row']} ({one['reference']!r}) and row {other['row']} ({other['reference']!r})"
             )
             break
+    mend = "Evaluate both on one data set (--data FOLDER) and part"
+    if first.scores["split"] != second.scores["split"]:
+        mend = "Two splits have other sentences to train on and to be scored on: no test compares runs across them"
     raise UserError(
         f"{first.name} and {second.name} were not scored on the same rows with the same references: "
-        f"{'; '.join(differences)}. Evaluate both on one data set (--data FOLDER) and part"
+        f"{'; '.join(differences)}. {mend}"
     )
 
 

@@ -121,6 +121,7 @@ def evaluate(
         "search": str(search),
         **score_texts(translations, references).to_json(),
         **token_scores,
+        "empty": sum(not result.ids and result.problem is None for result in results),
         "cut_off": sum(not result.ended and result.problem is None for result in results),
         "not_translated": sum(result.problem is not None for result in results),
         "sources_with_unknown_words": sum(UNK in part.source[row] for row in range(len(part))),
@@ -265,12 +266,15 @@ def _print(scores: dict[str, Any], examples: Sequence[Example]) -> None:
     both = scores["all_references"]
     say(
         f"  multi-ref    BLEU {with_interval(both, 'bleu')}, chrF {with_interval(both, 'chrf')}: "
-        f"{both['sentences']:,} distinct sources, {both['references']:,} references"
+        f"{both['sentences']:,} distinct sources with {both['references']:,} references"
     )
     say(f"  exact        {scores['exact_matches']:,}, normalised {scores['exact_matches_normalised']:,}")
     say(f"  tokens       loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}")
-    if scores["cut_off"] or scores["not_translated"]:
-        say(f"  incomplete   {scores['cut_off']:,} cut off, {scores['not_translated']:,} not translated")
+    if scores["empty"] or scores["cut_off"] or scores["not_translated"]:
+        say(
+            f"  incomplete   {scores['empty']:,} empty, {scores['cut_off']:,} cut off, "
+            f"{scores['not_translated']:,} not translated"
+        )
     unknown = scores["sources_with_unknown_words"], scores["translations_with_unknown_words"]
     if any(unknown):
         say(f"  <unk>        in {unknown[0]:,} sources, in {unknown[1]:,} translations")

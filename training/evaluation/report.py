@@ -105,18 +105,21 @@ def ranked_rows(translations: Sequence[str], references: Sequence[str]) -> dict[
 
 
 def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, dict[str, Any]]]:
-    """Name and scores of the other runs in the same folder, of the same task, that were evaluated under this label.
+    """Name and scores of what may be compared with this run's evaluation under this label.
 
-    So the runs of one model on both splits find each other. What cannot be read, or says less than this version's
-    scores, is left out.
+    That is its others, and those under the same label of the runs of the same task in the same folder: so the runs of
+    one model on both splits find each other. What cannot be read, or says less than this version's scores, is left out.
     """
     found = []
     own = run_dir.resolve()
-    for folder in sorted(own.parent.iterdir()):
+    others = [path for path in sorted((own / "evaluation").glob("*.json")) if path.stem != label]
+    alike = [folder / "evaluation" / f"{label}.json" for folder in sorted(own.parent.iterdir()) if folder != own]
+    for path in (*others, *alike):
         with suppress(OSError, ValueError):
-            scores = json.loads((folder / "evaluation" / f"{label}.json").read_text(encoding="utf-8"))
-            if folder != own and isinstance(scores, dict) and scores.keys() >= BESIDE and scores["task"] == task:
-                found.append((folder.name, scores))
+            scores = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(scores, dict) and scores.keys() >= BESIDE and scores["task"] == task:
+                run = path.parent.parent
+                found.append((f"{own.name}:{path.stem}" if run == own else run.name, scores))
     return found
 
 
@@ -125,7 +128,7 @@ def render(report: Report) -> str:
     title = f"{report.name}: {report.checkpoint['task']}, Chinese to English"
     sections = {
         "Scores": _scores(report),
-        "Beside other runs": _beside(report),
+        "Beside other evaluations": _beside(report),
         "Training": story.training(report.metrics, report.sessions),
         "Sessions": story.story(report.sessions, report.checkpoint["config"]["checkpoint"]["every_steps"]),
         "Examples": _examples(report),
@@ -167,7 +170,8 @@ def _summary(report: Report) -> str:
 def _scores(report: Report) -> str:
     scores, several = report.scores, report.scores["all_references"]
     count = f"of {scores['sentences']:,}"
-    words = f"{several['sentences']:,} distinct sources, each against all of its {several['references']:,} references"
+    known = f"{several['references']:,} references"
+    words = f"{several['sentences']:,} distinct sources with {known}, each against all of its own"
     given = "the reference being given up to there"
     rows = [
         ("BLEU", with_interval(scores, "bleu"), scores["bleu_signature"]),
@@ -183,8 +187,9 @@ def _scores(report: Report) -> str:
         ("exact, normalised", f"{scores['exact_matches_normalised']:,}", f"{count}, in lower case without punctuation"),
         ("loss", f"{scores['loss']:.4f}", f"nats per target token, {given}"),
         ("token accuracy", f"{scores['accuracy']:.2%}", f"of {scores['target_tokens']:,} target tokens, {given}"),
-        ("left out of both", f"{scores['unscored_pairs']:,}", "pairs too long for the model"),
+        ("left out of these", f"{scores['unscored_pairs']:,}", "too long for the model: not in loss and accuracy"),
         ("not translated", f"{scores['not_translated']:,}", "sources too long for the model; scored as empty"),
+        ("empty", f"{scores['empty']:,}", "translations without a single word"),
         ("cut off", f"{scores['cut_off']:,}", "translations that reached the length limit without an end"),
         ("<unk>", f"{scores['translations_with_unknown_words']:,}", "translations with words that the model lacks"),
         ("<unk> in sources", f"{scores['sources_with_unknown_words']:,}", "sources with such words"),
@@ -223,6 +228,7 @@ def _beside(report: Report) -> str:
         (
             name,
             scores["split"],
+            scores["part"],
             with_interval(scores, "bleu"),
             with_interval(scores, "chrf"),
             f"{scores['loss']:.4f}",
@@ -233,10 +239,11 @@ def _beside(report: Report) -> str:
         )
         for name, scores in [(report.name, report.scores), *report.beside]
     ]
-    head = ("run", "split", "BLEU", "chrF", "loss", "sentences", "data", "step")
+    head = ("run", "split", "part", "BLEU", "chrF", "loss", "sentences", "data", "step")
     return wide_table(head, rows, marked=0) + (
-        '<p class="faint">The first row is this run; the others lie beside it and were evaluated likewise. Scores on '
-        "other data are scores on other sentences: a difference between them is not one between the models alone.</p>"
+        '<p class="faint">The first row is what this page shows; the others are further evaluations of this run, and '
+        "those runs beside it that were evaluated likewise. Scores on another part or other data are scores on other "
+        "sentences: a difference between them is not one between the models alone.</p>"
     )
 
 
