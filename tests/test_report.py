@@ -300,6 +300,12 @@ def test_a_run_without_a_record_has_a_report_all_the_same(report):
     assert "Sessions" not in text and "Beside other evaluations" not in text
 
 
+def test_a_run_that_did_nothing_but_save_has_no_pace_to_tell_of(report):
+    session = make_session(1, 600, 600, "all steps done", saves=1, stall_s=0.01, save_s=0.02) | {"seconds": 0.0}
+    text = Page(render(replace(report, sessions=[session]))).text
+    assert "1 checkpoints" in text and "At this pace" not in text
+
+
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):
     synthetic = {**report.data, "synthetic": True}
     assert SYNTHETIC not in render(report)

@@ -114,10 +114,12 @@ def _together(sessions: Sequence[dict[str, Any]], every_steps: int) -> str:
     stall_s, save_s = (sum(each["saves"] * each[key] for each in saving) / count for key in ("stall_s", "save_s"))
     # A session that was killed may have done more than its record says, in a time that nobody knows.
     steps = sum(session["step"] - session["from_step"] for session in saving)
-    step_s = sum(session["seconds"] for session in saving) / max(1, steps)
-    price = price_of_a_kill(every_steps, step_s, stall_s, save_s)
+    seconds = sum(session["seconds"] for session in saving)
+    price = ""
+    if steps and seconds:  # a session may do no more than its last save
+        words = price_of_a_kill(every_steps, seconds / steps, stall_s, save_s)
+        price = f"<p class=faint>At this pace {words}.</p>"
     return (
         f"<p>{total_time(sessions)}. {count:,} checkpoints; in the mean, each held the training up for "
-        f"{1000 * stall_s:,.1f} ms and was complete after {save_s:,.2f} s.</p>"
-        f"<p class=faint>At this pace {price}.</p>"
+        f"{1000 * stall_s:,.1f} ms and was complete after {save_s:,.2f} s.</p>{price}"
     )
