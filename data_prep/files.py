@@ -53,6 +53,13 @@ def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
         raise UserError(f"{said}{more}; nothing unfinished was left behind") from error
 
 
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raises OSError, as a full disk does, unless so much is free: better known before the first byte than after."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+
+
 def fsync_folder(folder: Path) -> None:
     """Brings the names in `folder` (creations, renames) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

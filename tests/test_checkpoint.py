@@ -338,6 +338,13 @@ def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_
         choose(tmp_path, "last", 9)
 
 
+def test_a_damaged_best_one_does_not_take_the_place_of_a_valid_one(tmp_path):
+    for step, accuracy in {10: 0.5, 20: 0.7, 30: 0.9}.items():
+        publish(tmp_path, step, tensors_of(*trained(step)), state={"accuracy": accuracy}, about=ABOUT, keep=3)
+    cut_in_half(tmp_path / "checkpoints" / folder_of(30) / "model.safetensors")
+    assert [each.step for each in choose(tmp_path, "best", 2)] == [20, 10]
+
+
 def test_keep_of_zero_is_refused():
     with pytest.raises(ValueError, match="keep"):
         CheckpointOptions(keep=0)

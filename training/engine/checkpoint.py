@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_prep.files import drop_from_cache, publish_folder, sha256_of, temporary_folder, write_atomically, writing_to
+from data_prep.files import (
+    check_room,
+    drop_from_cache,
+    publish_folder,
+    sha256_of,
+    temporary_folder,
+    write_atomically,
+    writing_to,
+)
 from launch.console import UserError, run_main, say, warn
 
 MANIFEST = "manifest.json"
@@ -145,6 +154,11 @@ def tensors_of(
     return tensors
 
 
+def bytes_of(tensors: Mapping[str, Tensors]) -> int:
+    """What such tensors, by file and name, take."""
+    return sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+
+
 def checkpoints(run_dir: str | Path) -> list[Checkpoint]:
     """The published checkpoints of a run, oldest first, unverified."""
     folders = sorted(Path(run_dir, "checkpoints").glob("step-*"))
@@ -183,23 +197,25 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
 
     Raises UserError where there are not as many.
     """
-    valid = [checkpoint for checkpoint in checkpoints(run_dir) if checkpoint.verify() is None]
-    if not valid:
+    newest_first = checkpoints(run_dir)[::-1]
+    candidates = newest_first if which == "last" else best(run_dir, len(newest_first))
+    found = _first_valid(candidates, count) or _first_valid(newest_first, 1)  # never validated: it has no best one
+    if not found:
         raise UserError(
             f"{run_dir} has no valid checkpoint: train first (python -m training.gpt or training.seq2seq, and a config)"
         )
-    if which == "last":
-        found = valid[::-1]
-    else:
-        # A run that was never validated has no best one.
-        found = [checkpoint for checkpoint in best(run_dir, len(valid)) if checkpoint in valid] or valid[-1:]
     if len(found) < count:
         option = "keep" if which == "last" else "keep_best"
         raise UserError(
             f"{run_dir} has {len(found)} {which} checkpoint(s), not {count}: ask for fewer, or train with "
             f"--checkpoint.{option} {count}"
         )
-    return found[:count]
+    return found
+
+
+def _first_valid(candidates: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
+    """Those that pass `verify`, up to `count`: every byte of a checkpoint is read to know, so no more than needed."""
+    return list(islice((checkpoint for checkpoint in candidates if checkpoint.verify() is None), count))
 
 
 def publish(
@@ -221,7 +237,7 @@ def publish(
     """
     final = Path(run_dir, "checkpoints", f"step-{step:010d}")
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
-        _check_room(folder, sum(tensor.nbytes for part in tensors.values() for tensor in part.values()))
+        check_room(folder, bytes_of(tensors) + _ROOM_BESIDE_TENSORS)
         for name, part in tensors.items():
             _write_tensors(folder / name, part)
         write_atomically(folder / "state.json", json.dumps(state, indent=2))
@@ -240,7 +256,9 @@ def copy_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
     """Publishes a copy of a checkpoint in another run folder; raises UserError if what arrived is not what was read."""
     final = Path(run_dir, "checkpoints", checkpoint.folder.name)
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
-        _check_room(folder, sum(about["bytes"] for about in checkpoint.manifest["files"].values()))
+        check_room(
+            folder, sum(about["bytes"] for about in checkpoint.manifest["files"].values()) + _ROOM_BESIDE_TENSORS
+        )
         for path in checkpoint.folder.iterdir():
             shutil.copyfile(path, folder / path.name)
         publish_folder(folder, final, replace=True)
@@ -251,14 +269,6 @@ def copy_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
             f"the copy of {checkpoint.folder} to {final} went wrong: {problem}; start the same command again"
         )
     return copy
-
-
-def _check_room(folder: Path, tensor_bytes: int) -> None:
-    """Better to know before the first byte than after the last one that fits."""
-    needed = tensor_bytes + _ROOM_BESIDE_TENSORS
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
 
 
 def _manifest_text(content: Mapping[str, Any]) -> str:

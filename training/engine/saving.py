@@ -22,7 +22,7 @@ from torch import Tensor
 
 from launch.config import Options
 from launch.console import UserError, format_duration, warn
-from training.engine.checkpoint import Tensors, checkpoints, publish
+from training.engine.checkpoint import Tensors, bytes_of, checkpoints, publish
 
 # Network file systems have bad moments. A save is tried so many times, with these pauses in seconds.
 _PAUSES_S = (1.0, 5.0, 15.0)
@@ -83,7 +83,7 @@ def price_of_a_kill(every_steps: int, step_s: float, save_s: float, published_s:
 
 def write_s(tensors: Mapping[str, Tensors]) -> float:
     """About how long such tensors take to the disk, in seconds, where no save has been measured yet."""
-    return 1 + sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) / _ASSUMED_SPEED
+    return 1 + bytes_of(tensors) / _ASSUMED_SPEED
 
 
 class Saver:

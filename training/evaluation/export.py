@@ -12,9 +12,7 @@ nothing left over, and its logits were the run's. Nothing is replaced but an ear
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 import torch
 
-from data_prep.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
+from data_prep.files import check_room, publish_folder, recover, temporary_folder, write_atomically, writing_to
 from data_prep.prepared import list_files
 from launch.console import UserError, run_main, say
 from training.engine.checkpoint import EMA, Checkpoint
@@ -110,10 +108,7 @@ def export(trained: TrainedModel, output: Path) -> tuple[dict[str, Any], float]:
     hugging_face.transformers.utils.logging.disable_progress_bar()
     model = hugging_face.model_of(trained.model)
     with writing_to(output), temporary_folder(output) as folder:
-        needed = sum(parameter.nbytes for parameter in model.parameters()) + _ROOM_BESIDE_WEIGHTS
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+        check_room(folder, sum(parameter.nbytes for parameter in model.parameters()) + _ROOM_BESIDE_WEIGHTS)
         model.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
             # The library makes them for their owner's eyes only; an export is for others too.

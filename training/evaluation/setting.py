@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,19 +47,22 @@ class Setting:
     search: Search = Search()
     data: str | None = None
 
+    def _unusual(self) -> Iterator[tuple[str, str]]:
+        """Of whatever is not the usual, but the part: its word in the label, and the option that asks for it."""
+        if self.weights != "best":
+            yield self.weights.replace(":", ""), f"--checkpoint {self.weights}"
+        if self.search.beam_size > 1:
+            yield f"beam{self.search.beam_size}", f"--beam_size {self.search.beam_size}"
+            if self.search.length_penalty != LENGTH_PENALTY:
+                penalty = f"{self.search.length_penalty:g}"
+                yield f"penalty{penalty}", f"--length_penalty {penalty}"
+        if self.data is not None:
+            yield f"on-{self.data}", f"--data prepared/{self.data}"
+
     @property
     def label(self) -> str:
         """The part, and behind it whatever is not the usual."""
-        words = [self.part]
-        if self.weights != "best":
-            words.append(self.weights.replace(":", ""))
-        if self.search.beam_size > 1:
-            words.append(f"beam{self.search.beam_size}")
-            if self.search.length_penalty != LENGTH_PENALTY:
-                words.append(f"penalty{self.search.length_penalty:g}")
-        if self.data is not None:
-            words.append(f"on-{self.data}")
-        return "-".join(words)
+        return "-".join([self.part, *(word for word, _ in self._unusual())])
 
     @classmethod
     def of_label(cls, label: str) -> Setting | None:
@@ -76,18 +80,9 @@ class Setting:
 
     def command(self, run_dir: Path) -> str:
         """What to type to evaluate `run_dir` so."""
-        words = [f"python -m training.evaluation.evaluate {run_dir}"]
-        if self.part != "test":
-            words.append(f"--part {self.part}")
-        if self.weights != "best":
-            words.append(f"--checkpoint {self.weights}")
-        if self.search.beam_size > 1:
-            words.append(f"--beam_size {self.search.beam_size}")
-            if self.search.length_penalty != LENGTH_PENALTY:
-                words.append(f"--length_penalty {self.search.length_penalty:g}")
-        if self.data is not None:
-            words.append(f"--data prepared/{self.data}")
-        return " ".join(words)
+        part = [] if self.part == "test" else [f"--part {self.part}"]
+        options = [option for _, option in self._unusual()]
+        return " ".join([f"python -m training.evaluation.evaluate {run_dir}", *part, *options])
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
