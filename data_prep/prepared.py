@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -110,37 +110,72 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An open prepared data set."""
+class PreparedFolder:
+    """What every open prepared data set has: the folder and its meta.json. The subclass knows what its parts hold."""
 
     folder: Path
     meta: dict[str, Any]
-    source_tokenizer: Tokenizer
-    target_tokenizer: Tokenizer
+
+    make: ClassVar[str]  # the command that makes such a data set, for messages
 
     @property
     def fingerprint(self) -> str:
         """Identity of the content: equal if and only if tokenizers, rows and ids of all parts are equal."""
         return self.meta["fingerprint"]
 
-    @property
-    def joint_vocabulary(self) -> bool:
-        """Whether source and target share their ids."""
-        return self.source_tokenizer.sha256 == self.target_tokenizer.sha256
-
-    def part(self, name: str) -> Part:
-        """The part called train, validation or test, memory-mapped."""
-        if name not in PARTS:
-            raise UserError(f"there is no part {name!r}; the parts are {', '.join(PARTS)}")
-        return _open_part(self.folder / name, name)
-
     def verify(self) -> None:
         """Reads every file and compares its SHA-256 with meta.json. Raises UserError naming the first that differs."""
         for name, about in self.meta["files"].items():
             if sha256_of(self.folder / name) != about["sha256"]:
                 raise UserError(
-                    f"{self.folder / name} was changed or damaged since it was prepared; {_again(self.folder)}"
+                    f"{self.folder / name} was changed or damaged since it was prepared; "
+                    f"{_again(self.folder, self.make)}"
                 )
+
+    def columns(self, part: str) -> dict[str, pa.Array]:
+        """The columns of the part called train, validation or test, memory-mapped, each in one piece."""
+        if part not in PARTS:
+            raise UserError(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
+        # Not through `datasets`: every rank of a run opens this, and the import alone takes longer than all the rest.
+        paths = sorted((self.folder / part).glob("data-*.arrow"))
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths])
+        return {column: _one_chunk(table.column(column)) for column in table.column_names}
+
+
+@dataclass(frozen=True)
+class Prepared(PreparedFolder):
+    """An open prepared data set of sentence pairs."""
+
+    source_tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+
+    make = MAKE
+
+    @property
+    def joint_vocabulary(self) -> bool:
+        """Whether source and target share their ids."""
+        return self.source_tokenizer.sha256 == self.target_tokenizer.sha256
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of the data defines a run: the content, and the vocabularies that its model speaks."""
+        return {
+            "fingerprint": self.fingerprint,
+            "source_tokenizer": self.source_tokenizer.sha256,
+            "target_tokenizer": self.target_tokenizer.sha256,
+        }
+
+    def part(self, name: str) -> Part:
+        """The part called train, validation or test, memory-mapped."""
+        columns = self.columns(name)
+        return Part(
+            name,
+            ragged(columns["source_ids"]),
+            ragged(columns["target_ids"]),
+            Texts(columns["source"]),
+            Texts(columns["target"]),
+            columns["row"].to_numpy(),
+        )
 
 
 def _others(folder: Path) -> str:
@@ -152,31 +187,41 @@ def _others(folder: Path) -> str:
 def open_prepared(folder: str | Path) -> Prepared:
     """The prepared data set in `folder`. Raises UserError when it is missing, half there, or its sizes have changed."""
     folder = Path(folder)
+    meta = read_meta(folder, FORMAT, MAKE)
+    return Prepared(
+        folder, meta, load_tokenizer(folder / "tokenizer/source"), load_tokenizer(folder / "tokenizer/target")
+    )
+
+
+def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
+    """meta.json of a prepared data set of the form `format`, which the command `make` makes.
+
+    Raises UserError when the folder is missing, half there, of another form, or when its files' sizes have changed.
+    """
     if not folder.is_dir():
         raise UserError(
-            f"there is no prepared data set {folder}{_others(folder)}; make it with `{MAKE.format(folder=folder)}` "
+            f"there is no prepared data set {folder}{_others(folder)}; make it with `{make.format(folder=folder)}` "
             "and the options that stand in the config above `data`"
         )
+    again = _again(folder, make)
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {_again(folder)}") from None
+        raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / META} cannot be read ({error}); {_again(folder)}") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{folder / META} is not of the form {FORMAT} that this version reads; {_again(folder)}")
+        raise UserError(f"{folder / META} cannot be read ({error}); {again}") from None
+    if not isinstance(meta, dict) or meta.get("format") != format:
+        raise UserError(f"{folder / META} is not of the form {format} that this version reads; {again}")
     missing = [name for name in (*PARTS, "tokenizer") if not (folder / name).is_dir()]
     if missing:
-        raise UserError(f"{folder} lacks {' and '.join(missing)}; {_again(folder)}")
+        raise UserError(f"{folder} lacks {' and '.join(missing)}; {again}")
     for name, about in meta["files"].items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != about["bytes"]:
             state = "is missing" if found is None else f"has {found:,} bytes instead of {about['bytes']:,}"
-            raise UserError(f"{path} {state}; {_again(folder)}")
-    return Prepared(
-        folder, meta, load_tokenizer(folder / "tokenizer/source"), load_tokenizer(folder / "tokenizer/target")
-    )
+            raise UserError(f"{path} {state}; {again}")
+    return meta
 
 
 def write_part(folder: Path, rows: np.ndarray, texts: dict[str, list[str]], source: Ragged, target: Ragged) -> str:
@@ -213,23 +258,8 @@ def list_files(folder: Path) -> dict[str, dict[str, object]]:
     }
 
 
-def _again(folder: Path) -> str:
-    return f"prepare it again: `{MAKE.format(folder=folder)} --overwrite true` with its other options"
-
-
-def _open_part(folder: Path, name: str) -> Part:
-    # Not through `datasets`: every rank of a run opens this, and the import alone takes longer than all the rest.
-    tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(folder.glob("data-*.arrow"))]
-    table = pa.concat_tables(tables)
-    columns = {column: _one_chunk(table.column(column)) for column in table.column_names}
-    return Part(
-        name,
-        _ragged(columns["source_ids"]),
-        _ragged(columns["target_ids"]),
-        Texts(columns["source"]),
-        Texts(columns["target"]),
-        columns["row"].to_numpy(),
-    )
+def _again(folder: Path, make: str) -> str:
+    return f"prepare it again: `{make.format(folder=folder)} --overwrite true` with its other options"
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -237,5 +267,6 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _ragged(column: pa.LargeListArray) -> Ragged:
+def ragged(column: pa.LargeListArray) -> Ragged:
+    """A column of lists as ids, without a copy."""
     return Ragged(column.values.to_numpy(), column.offsets.to_numpy())

@@ -7,9 +7,10 @@ no test sentence was ever trained on.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -158,3 +159,88 @@ def side_of(texts: Sequence[str], label: str) -> Side:
             normalised.append(normalise(text))
             progress.advance()
     return Side(texts, normalised)
+
+
+@dataclass(frozen=True)
+class StratifiedSplit:
+    """Which part each row is in, and a seeded order of all rows in which rows of one group are neighbours."""
+
+    parts: np.ndarray  # int8 [rows], index into PARTS
+    order: np.ndarray  # int64 [rows], row numbers
+    strata: np.ndarray  # int64 [rows], the stratum of the row's group
+
+    def rows(self, part: str) -> np.ndarray:
+        """Row numbers of the part called train, validation or test, in the seeded order."""
+        return self.order[self.parts[self.order] == PARTS.index(part)]
+
+    def with_first(self, rows: Sequence[int], groups: np.ndarray) -> StratifiedSplit:
+        """The same split with the groups of `rows` at the front of the order, so that they are in every share."""
+        front = np.isin(groups[self.order], groups[np.array(rows, dtype=np.int64)])
+        return replace(self, order=np.concatenate([self.order[front], self.order[~front]]))
+
+    def first_share(self, part: str, fraction: float, groups: np.ndarray) -> np.ndarray:
+        """The first `fraction` of a part's rows in each stratum, by whole groups, at least one; in the seeded order.
+
+        A smaller fraction's rows are among a larger one's.
+        """
+        rows = self.rows(part)
+        kept = np.zeros(len(rows), dtype=bool)
+        for stratum in np.unique(self.strata[rows]):
+            places = np.flatnonzero(self.strata[rows] == stratum)
+            own = groups[rows[places]]
+            begins = np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1]]))
+            sizes = np.diff([*begins, len(own)])
+            # A group is in if the share is not yet full before it.
+            kept[places] = np.repeat(begins < fraction * len(own), sizes)
+        return rows[kept]
+
+
+def stratified_split(strata: np.ndarray, groups: np.ndarray, validation_share: float, seed: int) -> StratifiedSplit:
+    """A tenth of each stratum goes to test, `validation_share` of the rest to validation, by whole groups.
+
+    strata int64 [rows]; groups uint64 [rows], equal where rows must not part. A group belongs to the stratum of its
+    first row. What becomes of a group depends on the seed and on its own stratum only, so that one stratum may be left
+    out or changed without moving the others. Every stratum has a test row; one with two groups has a training row, with
+    three a validation row.
+    """
+    unique, first, inverse, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    drawn = np.fromiter((_draw(seed, group) for group in unique.tolist()), dtype=np.uint64, count=len(unique))
+    stratum_of_group = strata[first]
+    part_of_group = np.zeros(len(unique), dtype=np.int8)
+    by_draw = np.lexsort((unique, drawn))
+    for stratum in np.unique(stratum_of_group):
+        left = by_draw[stratum_of_group[by_draw] == stratum]
+        rows = int(sizes[left].sum())
+        test = _take(left, sizes, math.ceil(TEST_SHARE * rows), leave=min(2, len(left) - 1))
+        part_of_group[test] = PARTS.index("test")
+        left = left[~np.isin(left, test)]
+        if len(left) >= 2:
+            validation = _take(left, sizes, math.ceil(validation_share * int(sizes[left].sum())), leave=1)
+            part_of_group[validation] = PARTS.index("validation")
+    order = np.lexsort((np.arange(len(groups)), unique[inverse], drawn[inverse]))
+    split = StratifiedSplit(part_of_group[inverse], order, stratum_of_group[inverse])
+    empty = [part for part in PARTS if len(split.rows(part)) == 0]
+    if empty:
+        raise UserError(
+            f"{len(groups):,} records in {len(np.unique(strata))} tasks are too few for this split: nothing is left "
+            f"for {' and '.join(empty)}; pass more of the files"
+        )
+    return split
+
+
+def _draw(seed: int, group: int) -> int:
+    digest = hashlib.blake2b(group.to_bytes(8, "little"), digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _take(groups: np.ndarray, sizes: np.ndarray, rows: int, *, leave: int) -> np.ndarray:
+    """The first of `groups` that fit into `rows` rows, passing over those that do not; one at least, `leave` not."""
+    taken, room = [], rows
+    for group in groups.tolist():
+        if room == 0 or len(taken) == len(groups) - leave:
+            break
+        if sizes[group] <= room:
+            taken.append(group)
+            room -= int(sizes[group])
+    # Nothing fits where a stratum has few rows, and those are in few groups.
+    return np.array(taken or [groups[np.argmin(sizes[groups])]], dtype=np.int64)

@@ -22,17 +22,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_prep.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
+from data_prep.files import publish_folder, temporary_folder, write_atomically, writing_to
+from data_prep.outputs import already, bring_back, existing_output, output_folder, refuse_to_replace, resolved
 from data_prep.prepared import FORMAT, META, Prepared, Ragged, list_files, open_prepared, write_part
 from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, Pairs, Source, licence_of, open_source, read_pairs
 from data_prep.splits import PARTS, Split, grouped_split, leakage, random_split, side_of
 from data_prep.text import simplify
 from data_prep.tokenizers import KINDS, UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
 from launch.config import Options, differing_keys, parse
-from launch.console import Progress, UserError, format_duration, run_main, say, warn
+from launch.console import Progress, format_duration, run_main, say, warn
 
 PROG = "python -m data_prep.tatoeba"
-OUR_NAMES = {*PARTS, "tokenizer", META}
 
 
 class TatoebaOptions(Options):
@@ -90,72 +90,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         about="Prepares English-Chinese sentence pairs for training: cleans, splits, tokenises.",
     )
     began = time.monotonic()
-    # Of a link to a folder, the folder is replaced, not the link.
-    output = options.output.resolve() if options.output.is_symlink() else options.output
-    if output.name in ("", "..") or output.is_file():
-        raise UserError(
-            f"--output {output} is not the name of a folder to make; choose one, for example prepared/tatoeba"
-        )
-    if not dry_run and recover(output):
-        say(f"an earlier replacement of {output} was interrupted; the previous data set is back")
-    existing = _existing(output, options.overwrite)
+    output = output_folder(options.output, example="prepared/tatoeba")
+    if not dry_run:
+        bring_back(output)
+    existing = existing_output(output, options.overwrite, open_prepared, example="tatoeba")
     downloads = output.parent / "downloads"
     if options.source == "download" and not (downloads / DOWNLOAD_NAME).exists():
         if existing and not options.overwrite and _is_download_with(existing, options):
-            return _already(existing)  # although the zip file is gone: no reason to ask the network
+            return already(existing)  # although the zip file is gone: no reason to ask the network
         if dry_run:
-            say(f"would download {DOWNLOAD_URL} to {downloads} and prepare {output} with:\n{_resolved(options)}")
+            say(f"would download {DOWNLOAD_URL} to {downloads} and prepare {output} with:\n{resolved(options)}")
             return 0
     source = open_source(options.source, downloads)
     pairs = read_pairs(source, options.max_malformed_share)
     differences = _differences(existing, options, source.sha256) if existing else []
     if existing and not differences:
-        return _already(existing)
+        return already(existing)
     if differences and not options.overwrite:
-        raise UserError(
-            f"{output} was prepared differently ({'; '.join(differences)}); choose another --output, or replace it "
-            "with --overwrite true"
-        )
+        refuse_to_replace(output, differences)
     say(f"{source.place}: {len(pairs):,} pairs, {pairs.blank:,} blank and {pairs.malformed:,} malformed lines")
     if dry_run:
-        say(f"would prepare {output} with:\n{_resolved(options)}")
+        say(f"would prepare {output} with:\n{resolved(options)}")
         return 0
     with writing_to(output), temporary_folder(output) as temporary:
         meta = build(temporary, options, source, pairs)
         publish_folder(temporary, output, replace=output.exists())
     _report(output, meta, time.monotonic() - began)
     return 0
-
-
-def _resolved(options: TatoebaOptions) -> str:
-    return "\n".join(f"  {key}: {value}" for key, value in options.model_dump(mode="json").items())
-
-
-def _existing(output: Path, overwrite: bool) -> Prepared | None:
-    """The prepared data set that is at `output` already; None if there is nothing, or nothing that must be kept.
-
-    Raises UserError if `output` is damaged and may not be overwritten, or is something else, which no option replaces.
-    """
-    if not output.exists():
-        return None
-    names = {path.name for path in output.iterdir()}
-    if not names <= OUR_NAMES:
-        raise UserError(
-            f"--output {output} holds other things ({', '.join(sorted(names - OUR_NAMES)[:3])}); choose a new folder, "
-            f"for example {output / 'tatoeba'}"
-        )
-    if META not in names:  # it is written last: a copy that did not get to its end
-        if names:
-            warn(f"{output} is only part of a prepared data set and is prepared again")
-        return None
-    try:
-        existing = open_prepared(output)
-        existing.verify()
-    except UserError:
-        if overwrite:
-            return None
-        raise
-    return existing
 
 
 def _is_download_with(existing: Prepared, options: TatoebaOptions) -> bool:
@@ -172,11 +133,6 @@ def _differences(existing: Prepared, options: TatoebaOptions, sha256: str) -> li
             f"the source's content: {before['place']} {before['sha256'][:12]} -> {options.source} {sha256[:12]}"
         )
     return lines
-
-
-def _already(existing: Prepared) -> int:
-    say(f"{existing.folder} is already prepared with these options from this source; nothing to do")
-    return 0
 
 
 def build(folder: Path, options: TatoebaOptions, source: Source, pairs: Pairs) -> dict[str, Any]:

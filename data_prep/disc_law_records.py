@@ -1,0 +1,338 @@
+"""The records of DISC-Law-SFT: the published files, their tasks and oddities, and what the model is asked.
+
+What is odd in the files is dealt with here and nowhere else: two schemas, ids that collide across files or are null, a
+misspelt task, statutes that are inside the question in one file and beside it in another. What cannot be read as a
+record is `Malformed`, with the reason, and never skipped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Literal
+
+from data_prep.files import sha256_of
+from data_prep.hub import fetch_snapshot
+from launch.console import UserError, warn
+
+HUB_NAME = "ShengbinYue/DISC-Law-SFT"
+HUB_PAGE = f"https://huggingface.co/datasets/{HUB_NAME}"
+LICENCE = f"DISC-Law-SFT, Apache-2.0 ({HUB_PAGE})"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the twelve tasks, and how its records are laid out.
+
+    free_text: the answer is prose, so that one of a character or two is a fault; elsewhere it is a label or a span.
+    cut: what an over-long message may lose. "lines": the middle of its long lines. "text": the middle of the text as a
+    whole. None: nothing, since all of it is question, or the answer tags it character by character.
+    question: text from here on is the question, and is never cut.
+    """
+
+    name: str
+    free_text: bool = False
+    cut: Literal["lines", "text"] | None = "lines"
+    question: str | None = None
+
+
+# A judgement or a news item to be summed up has many short lines, of which no single one is the long one.
+TASKS = (
+    Task("jud_read_compre", question="问题为："),
+    Task("leg_ele_extra", cut=None),
+    Task("leg_eve_detec"),
+    Task("exam", cut=None),
+    Task("leg_case_cls"),
+    Task("sent_pred", free_text=True),
+    Task("jud_doc_sum", free_text=True, cut="text"),
+    Task("sim_case_match"),
+    Task("op_sum", free_text=True, cut="text"),
+    Task("legal_question_answering", free_text=True, cut=None),
+    Task("legal_question_answering_reference", free_text=True, question="<问题>："),
+    Task("judgement_predict", free_text=True),
+)
+TASK_NAMES = tuple(task.name for task in TASKS)
+_PAIR = TASK_NAMES[:9]
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One of the four files as it was published, and the task of each prefix of its ids."""
+
+    stem: str
+    bytes: int
+    sha256: str
+    tasks: dict[str, str]
+    has_reference: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.stem}.jsonl"
+
+
+FILES = (
+    PublishedFile(
+        "DISC-Law-SFT-Pair",
+        346_801_238,
+        "d181a4baeca0b384a508dcba1e8c0888c57471ed1272e83c7e859c4464950aae",
+        {f"{task}-": task for task in _PAIR},
+    ),
+    PublishedFile(
+        "DISC-Law-SFT-Pair-QA-released",
+        94_042_837,
+        "0a12835997a2e8028b0c8073aecf840c93f0c5c294953471380275f43bb95280",
+        {"legal_question_answering_": "legal_question_answering"},
+    ),
+    PublishedFile(
+        "DISC-Law-SFT-Triplet-QA-released",
+        85_520_456,
+        "df3d2d7c75ae07e5be78c6214805c47b896874e58b4fffabe97fd0470aa3ef79",
+        {"legal_question_answering_": "legal_question_answering_reference"},
+        has_reference=True,
+    ),
+    PublishedFile(
+        "DISC-Law-SFT-Triplet-released",
+        52_814_582,
+        "b368306f80a3f71e632298a8e7eda75a1bf029f8358dcb8af31fb912270890c2",
+        {"judgement_predit-": "judgement_predict", "judgement_predict-": "judgement_predict"},
+        has_reference=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One of the four as it was found."""
+
+    published: PublishedFile
+    path: Path
+    bytes: int
+    sha256: str
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is the published file, byte by byte."""
+        return self.sha256 == self.published.sha256
+
+    def about(self) -> dict[str, object]:
+        """What meta.json says of it."""
+        return {"name": self.path.name, "bytes": self.bytes, "sha256": self.sha256, "published": self.is_published}
+
+
+def as_published() -> list[SourceFile]:
+    """The four files as the hub has them."""
+    return [SourceFile(published, Path(published.name), published.bytes, published.sha256) for published in FILES]
+
+
+def find_files(source: str, revision: str) -> list[SourceFile]:
+    """The files in the folder `source`, or of the hub where it is "hub", in the order of `FILES`.
+
+    A file is named as published, or with `.sample` and anything before the ending. Warns of files that are missing or
+    are not what their name says. Raises UserError when there is none, one is there twice, or the hub's differ from the
+    published ones, since there it can only be another version.
+    """
+    folder = fetch(revision) if source == "hub" else Path(source).expanduser()
+    if not folder.is_dir():
+        what = (
+            "is a file: pass the folder that it is in" if folder.exists() else "does not exist: pass a folder, or hub"
+        )
+        raise UserError(f"--source {source} {what}")
+    found = []
+    for published in FILES:
+        pattern = re.compile(re.escape(published.stem) + r"(\.sample[^/]*)?\.jsonl")
+        paths = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+        if len(paths) > 1:
+            raise UserError(
+                f"--source {source} holds {published.stem} twice ({' and '.join(path.name for path in paths)}); "
+                "leave one of them there"
+            )
+        for path in paths:
+            found.append(SourceFile(published, path, path.stat().st_size, sha256_of(path)))
+    missing = [published.name for published in FILES if published not in [file.published for file in found]]
+    if not found:
+        raise UserError(
+            f"--source {source} holds none of the files of DISC-Law-SFT; expected {', '.join(missing)} "
+            f"(from {HUB_PAGE}, or `--source hub`)"
+        )
+    if missing:
+        warn(f"{source} lacks {', '.join(missing)}: their tasks will be missing")
+    for file in found:
+        if file.is_published or file.path.name != file.published.name:
+            continue
+        wrong = (
+            f"{file.path} is not the published file: {file.bytes:,} bytes, sha256 {file.sha256[:16]}, expected "
+            f"{file.published.bytes:,} bytes, sha256 {file.published.sha256[:16]}"
+        )
+        if source == "hub":
+            raise UserError(f"{wrong}; the hub holds another version: pass the --revision that has the published one")
+        warn(f"{wrong}; it is prepared as it is, and meta.json says so")
+    return found
+
+
+def fetch(revision: str) -> Path:
+    """The folder with the four files in the hub's cache on this machine, fetched if need be."""
+    return fetch_snapshot(
+        HUB_NAME,
+        revision=revision,
+        patterns=[published.name for published in FILES],
+        is_complete=lambda folder: all((folder / published.name).is_file() for published in FILES),
+        kind="dataset",
+    )
+
+
+class Malformed(Exception):
+    """A line that is no record; the message says why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One well-formed line, texts trimmed."""
+
+    id: str | None  # as published: unique neither here nor across files
+    task: int  # index into TASKS
+    input: str
+    output: str
+    reference: tuple[str, ...]
+
+
+def read_record(line: bytes, file: PublishedFile) -> Record:
+    """The record that `line` of `file` holds. Raises Malformed."""
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8 (byte {error.start + 1})") from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise Malformed(f"{_kind(values)}, not an object")
+    keys = ("id", "input", "output", "reference") if file.has_reference else ("id", "input", "output")
+    lacking = [key for key in keys if key not in values]
+    if lacking:
+        raise Malformed(f"no {' and no '.join(lacking)}")
+    for key in ("input", "output"):
+        _check_text(key, values[key])
+        if not values[key].strip():
+            raise Malformed(f"{key} is empty")
+    reference = values["reference"] if file.has_reference else []
+    if not isinstance(reference, list):
+        raise Malformed(f"reference is {_kind(reference)}, not a list of texts")
+    for statute in reference:
+        _check_text("reference", statute)
+    name = values["id"]
+    if name is not None:
+        _check_text("id", name)
+    return Record(
+        name,
+        TASK_NAMES.index(_task_of(name, file)),
+        values["input"].strip(),
+        values["output"].strip(),
+        tuple(statute.strip() for statute in reference if statute.strip()),
+    )
+
+
+def _task_of(name: str | None, file: PublishedFile) -> str:
+    if name is None:
+        tasks = set(file.tasks.values())
+        if len(tasks) > 1:
+            raise Malformed(f"id is null, and {file.stem} has {len(tasks)} tasks")
+        return tasks.pop()
+    for prefix, task in file.tasks.items():
+        if name.startswith(prefix):
+            return task
+    raise Malformed(f"the id {name[:60]!r} is of no task of {file.stem}")
+
+
+def _check_text(key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise Malformed(f"{key} is {_kind(value)}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed(f"{key} holds half a surrogate pair, which is no character") from None
+
+
+def _kind(value: object) -> str:
+    names: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", str: "text"}
+    return names.get(type(value), "a number")
+
+
+def question_of(record: Record, with_reference: bool) -> tuple[list[str], str]:
+    """The statutes that stand before the question, and the question; joined by line ends they are what is asked.
+
+    A statute that the input holds already does not stand before it as well.
+    """
+    if not with_reference:
+        return [], record.input
+    held = _without_blanks(record.input)
+    return [statute for statute in record.reference if _without_blanks(statute) not in held], record.input
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+CUT_MARK = "……"
+MIN_KEPT = 200  # characters of a line or text that are never cut: room for any instruction
+
+
+def shortened(
+    task: Task, statutes: list[str], question: str, answer: str, count: Callable[[str], int], room: int
+) -> str | None:
+    """What is asked, cut so that `count` of it is at most `room`; None where the rules of the task cannot do that.
+
+    The rule: no line is longer than it has to be. Lines (or, for summaries, the text as a whole) above a common limit
+    lose their middle, to a mark; the first three quarters and the last quarter of what is kept stand. An instruction is
+    a short line, at either end, and a question is set apart (`Task.question`), so neither loses anything. Statutes are
+    lines like any other. A record whose answer stood word for word in the text and no longer does is given up.
+    """
+    whole = "\n".join([*statutes, question])
+    if task.cut is None:
+        return None
+    document, kept = question, ""
+    if task.question and task.question in question:
+        document, marker, rest = question.rpartition(task.question)
+        kept = marker + rest
+    blocks = [*statutes, *(document.split("\n") if task.cut == "lines" else [document])]
+    tokens = count(whole)
+    characters_per_token = max(1.0, len(whole) / max(1, tokens))
+    text, to_remove = whole, 0
+    while (excess := count(text) - room) > 0:
+        to_remove += max(1, ceil(excess * characters_per_token))
+        limit = _limit_that_removes(to_remove, [len(block) for block in blocks])
+        if limit < MIN_KEPT:
+            return None
+        text = "\n".join(_cut(block, limit) for block in blocks) + kept
+    return text if answer not in whole or answer in text else None
+
+
+def _limit_that_removes(characters: int, lengths: list[int]) -> int:
+    """The largest limit on lines of these lengths that takes away so many characters; 0 where none does."""
+    low, high = 0, max(lengths)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(max(0, length - middle) for length in lengths) >= characters:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _cut(block: str, limit: int) -> str:
+    if len(block) <= limit:
+        return block
+    kept = limit - len(CUT_MARK)
+    tail = kept // 4
+    return block[: kept - tail] + CUT_MARK + block[len(block) - tail :]
+
+
+def unique_id(file: PublishedFile, name: str | None, line: int, taken: set[str]) -> str:
+    """An id that no record before has: the file, the id there, and the line where that does not tell it apart."""
+    uid = f"{file.stem}:{name}" if name is not None else f"{file.stem}:null@{line}"
+    while uid in taken:
+        uid = f"{uid}@{line}"
+    taken.add(uid)
+    return uid

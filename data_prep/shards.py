@@ -1,0 +1,204 @@
+"""Work in many processes that a kill does not undo, and its results put together without holding them in memory.
+
+Promises: a finished shard is on the disk whole, and is not made again by the next start with the same key; with another
+key nothing of it is used; a worker that dies, or whose parent dies, leaves no process behind and no half shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.files import open_atomically, write_atomically
+from launch.console import UserError, say
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+
+_KEY = "key.json"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """A function applied to jobs by so many processes, in the order of the jobs; with one, by this process itself.
+
+    `prepare(*arguments)` runs once in this process and in each of the others, before its first job. On Linux those are
+    forks, which share with their parent what it has loaded already.
+    """
+
+    def __init__(self, count: int, prepare: Callable[..., None], *arguments: Any):
+        self.count = count
+        self._prepare, self._arguments = prepare, arguments
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        self._prepare(*self._arguments)
+        if self.count > 1:
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            self._pool = ProcessPoolExecutor(
+                self.count, context, initializer=_begin, initargs=(self._prepare, self._arguments)
+            )
+            # Forks hold what their parent has open when they begin, which should be no lock that it takes later.
+            self._pool.submit(int).result()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes. A job takes a second or two: those at work finish, the others are not begun."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable[[Job], Done], jobs: Iterable[Job]) -> Iterator[Done]:
+        """What `function` makes of each job, in their order. Raises UserError when a process was killed."""
+        if self._pool is None:
+            yield from map(function, jobs)
+            return
+        try:
+            yield from self._pool.map(function, jobs)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, probably because memory ran out; pass fewer --workers: the finished part "
+                "of the work is kept, and the same command goes on from there"
+            ) from None
+
+
+def _begin(prepare: Callable[..., None], arguments: Sequence[Any]) -> None:
+    # Whoever signals the whole group means the parent, which ends its workers in good order.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # A parent killed outright ends nobody; without this its workers would wait for it for ever.
+    Thread(target=_leave_with_parent, daemon=True).start()
+    prepare(*arguments)
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def shard_folder(output: Path, key: dict[str, object]) -> Iterator[Path]:
+    """The folder beside `output` that keeps finished shards from one start to the next with an equal `key`.
+
+    What another key left there is removed first. Removed when the block ends well or the disk is full; kept otherwise.
+    """
+    folder = output.with_name(f".{output.name}.shards")
+    keep = False
+    try:
+        if _key_of(folder) != key:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_atomically(folder / _KEY, json.dumps(key))
+        yield folder
+    except OSError:
+        raise  # a disk that is full is to be freed, not kept full
+    except BaseException:
+        finished = len(list(folder.glob("*.arrow")))
+        keep = finished > 0
+        if keep:
+            say(f"{finished:,} finished shards are kept in {folder}; the same command goes on from there")
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key_of(folder: Path) -> object:
+    try:
+        return json.loads((folder / _KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_shard(path: Path, columns: dict[str, pa.Array], about: dict[str, Any]) -> None:
+    """Writes a table and what is to be known of it, atomically."""
+    table = pa.table(columns).replace_schema_metadata({"about": json.dumps(about)})
+    with open_atomically(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_shard(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """A shard's table, memory-mapped, and what is to be known of it."""
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    return table, json.loads(table.schema.metadata[b"about"])
+
+
+def lists(rows: Sequence[np.ndarray]) -> pa.LargeListArray:
+    """Rows of int32 ids as a column. Large lists, since their offsets are int64: one chunk holds any number of ids."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    values = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+
+
+class Column:
+    """One column of a part, grown from the columns of its shards; its content waits on the disk, not in memory."""
+
+    def __init__(self, path: Path, kind: pa.DataType):
+        self._path, self._kind = path, kind
+        self._file = path.open("wb")
+        self._ends = [np.zeros(1, dtype=np.int64)]
+        self._digest = hashlib.sha256()
+
+    def append(self, column: pa.Array) -> None:
+        """Adds the rows of a shard's column, which is of the same kind."""
+        offsets = np.frombuffer(column.buffers()[1], dtype=np.int64)[column.offset :][: len(column) + 1]
+        if pa.types.is_large_list(self._kind):
+            content = memoryview(column.values.to_numpy()[offsets[0] : offsets[-1]]).cast("B")
+        else:
+            content = memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]]
+        self._file.write(content)
+        self._digest.update(content)
+        self._ends.append(self._ends[-1][-1] + offsets[1:] - offsets[0])
+
+    def finish(self) -> tuple[pa.Array, str]:
+        """The whole column in one piece, a view on the file, and the SHA-256 of its content, whatever its shards."""
+        self._file.close()
+        offsets = np.concatenate(self._ends)
+        self._digest.update(offsets.tobytes())
+        # An empty file cannot be mapped.
+        data = pa.memory_map(str(self._path)).read_buffer() if self._path.stat().st_size else pa.py_buffer(b"")
+        if pa.types.is_large_list(self._kind):
+            values = pa.Array.from_buffers(pa.int32(), int(offsets[-1]), [None, data])
+            column = pa.LargeListArray.from_arrays(pa.array(offsets), values)
+        else:
+            column = pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), data)
+        return column, self._digest.hexdigest()
+
+
+def write_dataset(folder: Path, columns: dict[str, pa.Array], fingerprint: str) -> None:
+    """Writes `columns` to `folder` as one piece that `datasets.load_from_disk` reads, straight from where they lie."""
+    import datasets  # slow to import, and only whoever prepares data needs it
+
+    datasets.disable_progress_bars()
+    table = pa.table(columns)
+    # The library would cut the table into pieces of 1,000 rows, so it writes its own files about none.
+    empty = datasets.table.InMemoryTable(table.schema.empty_table())
+    datasets.Dataset(empty, fingerprint=fingerprint[:16]).save_to_disk(folder, num_shards=1)
+    (path,) = folder.glob("data-*.arrow")
+    schema = pa.ipc.open_stream(path.read_bytes()).schema
+    # A file of its own kind: through one of Python's, each column would be copied on its way.
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
