@@ -13,7 +13,7 @@ import pytest
 from launch.console import UserError
 from tests.conftest import Launch
 from training.evaluation import compare, evaluate
-from training.evaluation.compare import p_value
+from training.evaluation.bootstrap import p_value
 
 WORDS = [f"{first}{second}" for first in "bdgklm" for second in ("a", "e", "i")]
 

@@ -120,16 +120,17 @@ class Checkpoint:
 
     def load_into(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> None:
         """Restores parameters, optimizer state and, if there is one, the moving average in place."""
-        model.load_state_dict(self.model_state())
+        load_model_state(model, self.model_state())
         if ema is not None:
-            ema.load_state_dict(self.ema_state())
+            load_model_state(ema, self.ema_state())
         names = {parameter: name for name, parameter in model.named_parameters()}
         ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         index_of = {name: index for index, name in enumerate(ordered)}
-        state: dict[int, dict[str, Tensor]] = {}  # empty before the first step
+        state: dict[int, dict[str, Tensor | int]] = {}  # empty before the first step
         for key, tensor in self.optimizer_state().items():
             kind, _, name = key.partition("/")
-            state.setdefault(index_of[name], {})[kind] = tensor
+            number = tensor.dtype == torch.int64 and tensor.dim() == 0  # see `tensors_of`
+            state.setdefault(index_of[name], {})[kind] = int(tensor) if number else tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -138,20 +139,48 @@ def tensors_of(
 ) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds of them, by file and by name, where it lies now: nothing is copied.
 
-    Optimizer state goes by the parameter's name: a parameter's index means nothing once the model changes.
+    Optimizer state goes by the parameter's name: a parameter's index means nothing once the model changes. A count that
+    an optimizer keeps as a plain number becomes an int64 scalar.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
-        "model.safetensors": {name: tensor.detach() for name, tensor in model.state_dict().items()},
+        "model.safetensors": model_state(model),
         "optimizer.safetensors": {
-            f"{kind}/{names[parameter]}": value.detach()
+            f"{kind}/{names[parameter]}": value.detach() if isinstance(value, Tensor) else torch.tensor(value)
             for parameter, kinds in optimizer.state.items()
             for kind, value in kinds.items()
         },
     }
     if ema is not None:
-        tensors[EMA] = {name: tensor.detach() for name, tensor in ema.state_dict().items()}
+        tensors[EMA] = model_state(ema)
     return tensors
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model a checkpoint holds: all of it, or, where some of it is frozen, what is trained.
+
+    What is frozen comes from elsewhere, as the base model under adapters does, and is there again at the next start.
+    """
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if len(trained) < sum(1 for _ in model.parameters()):
+        return trained
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def load_model_state(model: nn.Module, state: Tensors) -> None:
+    """Takes back what `model_state` gave. Raises UserError where names or shapes are not the model's."""
+    own = model_state(model)
+    differing = sorted(
+        name
+        for name in own.keys() | state.keys()
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    )
+    if differing:
+        raise UserError(
+            f"the checkpoint is of another model: {len(differing)} of {len(own)} tensors differ in name or shape, the "
+            f"first is {differing[0]}"
+        )
+    model.load_state_dict(state, strict=False)  # what is frozen is not among them
 
 
 def bytes_of(tensors: Mapping[str, Tensors]) -> int:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.prepared import Prepared
 from launch.config import to_yaml
 from launch.console import Progress, UserError, format_duration, say
 from launch.environment import PROCESS_BEGAN
@@ -30,7 +29,7 @@ from training.engine.logbook import Logbook
 from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import choose_precision
-from training.engine.run_folder import RunFolder, Status, write_status
+from training.engine.run_folder import Data, RunFolder, Status, write_status
 from training.engine.saving import Saver, price_of_a_kill, write_s
 from training.engine.session import EXIT_RESUMABLE, StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
@@ -42,7 +41,7 @@ from training.engine.watchdog import Watchdog
 SKIPPED_STEPS_LIMIT = 5
 
 
-def train(config: RunOptions, task: Task, data: Prepared, cluster: Cluster, *, dry_run: bool = False) -> int:
+def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_run: bool = False) -> int:
     """Trains to the end, or to the next stop; returns the process's exit status (0 finished, 75 resumable).
 
     Raises UserError when the run folder holds another run or is in use, when the number of ranks does not fit, when no
@@ -91,12 +90,12 @@ def _check_world_size(config: RunOptions, cluster: Cluster) -> None:
 def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
     """The arithmetic of the run: parameters, memory, steps, and what a step consists of."""
     plan = task.plan
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+    memory = task.memory or f"{16 * parameters / 1e6:,.0f} MB for weights, gradients and AdamW in fp32"
     per_rank = plan.micro_batches_per_step // cluster.world_size
     tokens = int(plan.lengths.sum(dtype=np.int64))
     return (
-        f"{task.name}: {parameters / 1e6:.2f} M parameters, {16 * parameters / 1e6:,.0f} MB for weights, gradients and "
-        f"AdamW in fp32\n"
+        f"{task.name}: {parameters / 1e6:.2f} M parameters to train, {memory}\n"
         f"{len(plan.lengths):,} samples, {tokens:,} tokens an epoch in {plan.micro_batches_per_epoch:,} micro-batches, "
         f"{plan.padding_share():.1%} padding\n"
         f"a step: {cluster.world_size} ranks x {per_rank} micro-batches, about "
@@ -162,7 +161,7 @@ def _forward_backward(
 class _Run:
     """The state of the loop: the step, and what of its boundary is done. The first rank alone writes, for all."""
 
-    def __init__(self, config: RunOptions, task: Task, data: Prepared, cluster: Cluster, engine: DataParallel):
+    def __init__(self, config: RunOptions, task: Task, data: Data, cluster: Cluster, engine: DataParallel):
         self.config, self.task, self.data, self.cluster, self.engine = config, task, data, cluster, engine
         self.stop = StopFlag(config.run_dir, cluster, config.session)
         self.step = 0
@@ -193,7 +192,11 @@ class _Run:
     def _open_folder(self) -> Checkpoint | None:
         self.folder = RunFolder(self.config.run_dir)
         return self.folder.open(
-            self._about(), self.data, config=to_yaml(self.config), source=self.config.resume_from, may_change=MAY_CHANGE
+            self._about(),
+            self.data,
+            config=to_yaml(self.config),
+            source=self.config.resume_from,
+            may_change=MAY_CHANGE | self.task.may_change,
         )
 
     def _about(self) -> dict[str, Any]:
@@ -201,12 +204,9 @@ class _Run:
         return {
             "task": self.task.name,
             "config": self.config.model_dump(mode="json"),
-            "data": {
-                "fingerprint": self.data.fingerprint,
-                "source_tokenizer": self.data.source_tokenizer.sha256,
-                "target_tokenizer": self.data.target_tokenizer.sha256,
-            },
-            "versions": {name: version(name) for name in ("torch", "numpy", "safetensors")},
+            "data": self.data.identity,
+            **({"built_on": self.task.built_on} if self.task.built_on else {}),
+            "versions": {name: version(name) for name in ("torch", "numpy", "safetensors", *self.task.libraries)},
         }
 
     def _restore(self, latest: Checkpoint) -> None:

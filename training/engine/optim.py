@@ -16,6 +16,10 @@ from launch.console import UserError
 class OptimOptions(Options):
     """AdamW (Loshchilov and Hutter 2019); weight decay 0 makes it Adam."""
 
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw",
+        description="state in fp32, or 8 bits (bitsandbytes), which a paged one moves to the host where a GPU is full",
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean gradient")
     beta2: float = Field(0.98, ge=0, lt=1, description="decay of the mean squared gradient")
@@ -42,8 +46,8 @@ def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
     return options.lr * (options.final_lr_share + (1 - options.final_lr_share) * falling)
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torch.optim.AdamW:
-    """AdamW over all parameters; matrices decay, vectors (biases, norms) do not.
+def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torch.optim.Optimizer:
+    """AdamW over all parameters that are trained; matrices decay, vectors (biases, norms) do not.
 
     Raises UserError if the warm-up is longer than the run.
     """
@@ -52,10 +56,16 @@ def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torc
             f"optim.warmup_steps is {options.warmup_steps}, but the whole run has {steps} steps: "
             "shorten the warm-up or train longer (optim.epochs, optim.steps)"
         )
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [each for each in trained if each.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [each for each in trained if each.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]
+    betas = (options.beta1, options.beta2)
+    if options.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
+    import bitsandbytes  # slow to import, and only these need it
+
+    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[options.kind](groups, lr=options.lr, betas=betas)

@@ -95,7 +95,7 @@ class DataParallel:
         """Clips and applies the gradient; returns its norm before clipping, a scalar on the device.
 
         A gradient that is not finite is skipped on every rank alike, since all hold the same sum, and counted in
-        `skipped_in_a_row`. Nothing here waits for the device.
+        `skipped_in_a_row`. With torch's AdamW nothing here waits for the device.
         """
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)  # before clipping: the threshold is for true gradients
@@ -106,8 +106,11 @@ class DataParallel:
             group["lr"] = lr
         bad = (~norm.isfinite()).float()
         if self._scaler is None:
-            self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
-            self.optimizer.step()
+            if isinstance(self.optimizer, torch.optim.AdamW):
+                self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
+                self.optimizer.step()
+            elif not bad:  # others must be kept from the step, and that takes waiting for the device
+                self.optimizer.step()
             own_skip = False
         else:
             # An overflow at a scale above 1 is the scaler searching its range, as it does in the first steps by design.
@@ -127,6 +130,9 @@ class DataParallel:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file and name; nothing is copied."""
+        if self._cluster.device.type == "cuda" and not isinstance(self.optimizer, torch.optim.AdamW):
+            # A paged optimizer's state lies in memory that the host reads without asking whether the GPU is done.
+            torch.cuda.synchronize()
         return tensors_of(self.model, self.optimizer, self.ema)
 
     def load(self, checkpoint: Checkpoint) -> None:

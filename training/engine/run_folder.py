@@ -19,10 +19,9 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from data_prep.files import write_atomically, writing_to
-from data_prep.prepared import Prepared
 from launch.config import differing_keys
 from launch.console import UserError, format_duration, say
 from launch.environment import job_id
@@ -40,6 +39,19 @@ Status = Literal["running", "finished", "resumable", "failed"]
 
 # A session that was told to stop may still be writing its checkpoint when the next one starts.
 _LOCK_PATIENCE_S = 10.0
+
+
+class Data(Protocol):
+    """A prepared data set, as far as the engine cares: where it lies, and what identifies its content.
+
+    folder: with meta.json and tokenizer/, which a run folder gets a copy of. identity: goes into every checkpoint.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def identity(self) -> dict[str, str]: ...
 
 
 def write_status(run_dir: Path, status: Status, reason: str, **more: Any) -> None:
@@ -157,13 +169,14 @@ class RunFolder:
         self._lock: TextIO | None = None
 
     def open(
-        self, about: dict[str, Any], data: Prepared, *, config: str, source: Path | None, may_change: set[str]
+        self, about: dict[str, Any], data: Data, *, config: str, source: Path | None, may_change: set[str]
     ) -> Checkpoint | None:
         """Locks the folder and finds the newest valid checkpoint, here or in `source`, whose run is then copied here.
 
-        about: the definition of the run: task, config (of which the keys `may_change` do not count) and data. A new
-        run's folder gets `config` (YAML), data description and tokenizer instead of a checkpoint, so that it can be
-        understood and used without its data. Raises UserError when the folder is in use or is another run's.
+        about: the definition of the run: task, config (of which the keys `may_change` do not count), data, and what it
+        is built on. A new run's folder gets `config` (YAML), data description and tokenizer instead of a checkpoint, so
+        that it can be understood and used without its data. Raises UserError when the folder is in use or is another
+        run's.
         """
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -217,7 +230,7 @@ class RunFolder:
 def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[str]) -> None:
     def definition(about: dict[str, Any]) -> dict[str, Any]:
         config = {key: value for key, value in about["config"].items() if key not in may_change}
-        return {"task": about["task"], **config, "data": about["data"]}
+        return {"task": about["task"], **config, "data": about["data"], "built_on": about.get("built_on", {})}
 
     differences = differing_keys(definition(latest.manifest), definition(about))
     if differences:

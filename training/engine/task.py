@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ class Task:
     loss(model, samples): the weighted loss summed over a micro-batch, a scalar; its weights add up to the plan's.
     validate(model, share): held-out scores, computed by all ranks together and equal on each. share(batches) gives this
     rank's part of a list of batches; it ends the validation, with `Stopped`, when a stop has been agreed.
-    flops_per_token: forward and backward, per real token.
+    flops_per_token: forward and backward, per real token. memory: what a process needs, in words. built_on: what the
+    run depends on besides data and config, such as a base model's fingerprint: another one is another run. may_change:
+    keys of the config that do not define the run, besides the usual ones. libraries: whose versions go on record.
     """
 
     name: str
@@ -78,3 +80,7 @@ class Task:
     loss: Callable[[nn.Module, np.ndarray], Tensor]
     validate: Callable[[nn.Module, Share], Validation]
     flops_per_token: float
+    memory: str | None = None
+    built_on: dict[str, Any] = field(default_factory=dict)
+    may_change: frozenset[str] = frozenset()
+    libraries: tuple[str, ...] = ()

@@ -15,18 +15,18 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from data_prep.splits import PARTS
 from launch.console import UserError, run_main, say
-from training.evaluation.scores import Interval, interval_of, resample, score_of, sentence_counts, signature_of
+from training.evaluation.answers.comparison import compare_answer_runs, open_answers, print_comparison
+from training.evaluation.bootstrap import LEVEL, Paired, paired
+from training.evaluation.scores import score_of, sentence_counts, signature_of
 from training.evaluation.setting import Setting
-
-LEVEL = 0.05  # of significance
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,11 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Two scores of one metric, their intervals of 95 % and that of their difference, and what the test says."""
+class Verdict(Paired):
+    """What the test says of one metric."""
 
     metric: str
-    scores: tuple[float, float]
-    intervals: tuple[Interval, Interval]
-    difference_interval: Interval
-    p: float
     signature: str
-
-    @property
-    def difference(self) -> float:
-        """The second minus the first."""
-        return self.scores[1] - self.scores[0]
 
     def words(self, names: Sequence[str]) -> str:
         """The verdict as a sentence."""
@@ -77,18 +68,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, metavar="RUN[:LABEL]", help="run folder and evaluation, for example runs/a:test-beam5"
         )
     arguments = parser.parse_args(argv)
+    answers = [answers_of(name) for name in (arguments.first, arguments.second)]
+    if all(answers):
+        runs = [open_answers(*each) for each in answers if each]
+        print_comparison(*runs, compare_answer_runs(*runs))
+        return 0
     first, second = (open_evaluation(name) for name in (arguments.first, arguments.second))
     check_comparable(first, second)
     _print(first, second, compare(first, second))
     return 0
 
 
+def answers_of(name: str) -> tuple[str, Path] | None:
+    """The name, and the file of answers, of an evaluation by `training.evaluation.answers`; None if it is none."""
+    folder, label = _parts_of(name)
+    path = folder / "evaluation" / f"{label}-answers.jsonl"
+    return (name, path) if path.is_file() else None
+
+
+def _parts_of(name: str) -> tuple[Path, str]:
+    """Run folder and label of RUN or RUN:LABEL."""
+    if not Path(name).is_dir() and ":" in name:
+        path, _, label = name.rpartition(":")
+        return Path(path), label
+    return Path(name), "test"
+
+
 def open_evaluation(name: str) -> Evaluation:
     """The evaluation called RUN or RUN:LABEL. Raises UserError, with the command to run, when there is none."""
-    folder, label = Path(name), "test"
-    if not folder.is_dir() and ":" in name:
-        path, _, label = name.rpartition(":")
-        folder = Path(path)
+    folder, label = _parts_of(name)
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}; a run is made by training.gpt or training.seq2seq")
     setting = Setting.of_label(label)
@@ -148,30 +156,9 @@ def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
     verdicts = []
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
         both = [sentence_counts(metric, one.translations, references) for one in (first, second)]
-        scores = tuple(score_of(metric, counts.sum(0)) for counts in both)
-        resampled = resample(metric, *both)
-        differences = resampled[1] - resampled[0]
-        verdicts.append(
-            Verdict(
-                metric=name,
-                scores=scores,
-                intervals=tuple(map(interval_of, resampled)),
-                difference_interval=interval_of(differences),
-                p=p_value(scores[1] - scores[0], differences),
-                signature=signature_of(metric),
-            )
-        )
+        test = paired(partial(score_of, metric), *both)
+        verdicts.append(Verdict(**vars(test), metric=name, signature=signature_of(metric)))
     return verdicts
-
-
-def p_value(difference: float, resampled: np.ndarray) -> float:
-    """How often chance alone makes a difference of at least this size, in either direction.
-
-    `resampled` differences spread around the one found as chance would spread them around zero (Efron and Tibshirani
-    1993, section 16.4). The one found counts as one of them, so p is never 0.
-    """
-    by_chance = np.abs(resampled - resampled.mean())
-    return float(((by_chance >= abs(difference)).sum() + 1) / (len(resampled) + 1))
 
 
 def _print(first: Evaluation, second: Evaluation, verdicts: Sequence[Verdict]) -> None:

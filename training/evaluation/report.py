@@ -16,11 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from sacrebleu.metrics import CHRF
 
 from training.evaluation import story
-from training.evaluation.markup import anchor, escaped, facts, isolated, section, wide_table
+from training.evaluation.markup import escaped, facts, isolated, wide_table
+from training.evaluation.page import banner, config, page
 from training.evaluation.scores import with_interval
 
 EXAMPLES = 12
@@ -34,8 +34,6 @@ BESIDE = {
 }
 
 SYNTHETIC = "synthetic sample corpus: these scores say nothing about real translation"
-
-CSS = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -134,23 +132,15 @@ def render(report: Report) -> str:
         "Examples": _examples(report),
         "Attention": _attention(report),
         "Data": _data(report),
-        "Config": f"<pre>{escaped(_yaml(report.checkpoint['config']))}</pre>",
+        "Config": config(report.checkpoint["config"]),
         "Versions": facts(report.versions.items()),
     }
-    links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name, body in sections.items() if body)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escaped(title)}</title>\n<style>\n{CSS}</style>\n</head>\n<body>\n"
-        f"<h1>{isolated(title)}</h1>\n{_banner(report)}{_summary(report)}<nav>{links}</nav>\n"
-        + "\n".join(section(name, body) for name, body in sections.items())
-        + "\n</body>\n</html>\n"
-    )
+    return page(title, _banner(report) + _summary(report), sections)
 
 
 def _banner(report: Report) -> str:
     synthetic = report.data["synthetic"] or report.training_data["synthetic"]
-    return f'<p class="banner">{escaped(SYNTHETIC)}</p>\n' if synthetic else ""
+    return banner(SYNTHETIC) if synthetic else ""
 
 
 def _summary(report: Report) -> str:
@@ -306,7 +296,3 @@ def _data(report: Report) -> str:
             *((f"{name} SHA-256", about["sha256"]) for name, about in manifest["files"].items()),
         )
     )
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -5,15 +5,16 @@ included. A model with word tokens writes neither, so its BLEU is low however we
 takes both away on both sides, as scores computed on word tokens do. Nothing is left out: a sentence without a
 translation counts as an empty one.
 
-An interval is where 95 % of the scores lie that a bootstrap finds (Koehn 2004): those of as many sentences drawn from
-these with replacement, RESAMPLES times. It is what another choice of test sentences of the same kind would change, and
-says nothing about another training with another seed.
+An interval is where 95 % of the scores lie that a bootstrap finds (Koehn 2004; see `bootstrap`): it is what
+another choice of test sentences of the same kind would change, and says nothing about another training with another
+seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -21,14 +22,11 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from data_prep.tokenizers import cut
-
-RESAMPLES = 1000
-SEED = 12345  # sacrebleu's, which draws the same sentences by it
+from training.evaluation import bootstrap
+from training.evaluation.bootstrap import RESAMPLES, SEED, Interval, interval_of
 
 # Longest source, in tokens, of each group that is scored for itself; the last one has no end.
 LENGTH_GROUPS = (5, 10, 15, 25, None)
-
-Interval = tuple[float, float]
 
 
 def sentence_counts(
@@ -56,19 +54,7 @@ def resample(metric: BLEU | CHRF, *systems: np.ndarray) -> np.ndarray:
     Not sacrebleu's own bootstrap: that needs gigabytes for some ten thousand sentences, and fails where some choices,
     but not all, have nothing right at all.
     """
-    sentences = len(systems[0])
-    dice = np.random.default_rng(SEED)
-    scores = np.empty((len(systems), RESAMPLES))
-    for choice in range(RESAMPLES):
-        times = np.bincount(dice.integers(sentences, size=sentences), minlength=sentences).astype(np.float64)
-        scores[:, choice] = [score_of(metric, times @ counts) for counts in systems]
-    return scores
-
-
-def interval_of(scores: np.ndarray) -> Interval:
-    """Where 95 % of resampled scores lie."""
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return float(low), float(high)
+    return bootstrap.resample(partial(score_of, metric), *systems)
 
 
 def signature_of(metric: BLEU | CHRF) -> str:

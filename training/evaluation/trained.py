@@ -117,7 +117,7 @@ def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.de
     """
     run_dir, wanted = Path(run_dir), Weights.parse(weights)
     if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}; a run is made by training.gpt or training.seq2seq")
+        raise UserError(f"there is no run folder {run_dir}; a run is made by one of the training scripts")
     if not (run_dir / "checkpoints").is_dir() or not (run_dir / "data.json").is_file():
         raise UserError(f"{run_dir} is not a run folder: data.json and checkpoints/ are expected in it")
     checkpoints, state = wanted.load(run_dir)
@@ -125,7 +125,10 @@ def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.de
     family = FAMILIES.get(manifest["task"])
     if family is None:
         known = " and ".join(f"training.{name}" for name in FAMILIES)
-        raise UserError(f"{run_dir} holds a {manifest['task']} model; only those of {known} can be decoded")
+        mend = f"only those of {known} translate"
+        if manifest["task"] == "qlora":
+            mend += f"; its answers are evaluated by `python -m training.evaluation.answers {run_dir}`"
+        raise UserError(f"{run_dir} holds a {manifest['task']} model; {mend}")
     try:
         config = family.config.model_validate(manifest["config"])
     except ValidationError as error:

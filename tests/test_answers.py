@@ -1,0 +1,185 @@
+"""`python -m training.evaluation.answers`: a model with its adapters against itself without them, asked for real."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.conversations import open_conversations
+from launch.console import UserError
+from tests.base_models import make_tiny_qwen2
+from tests.conftest import REAL_TATOEBA, Launch, launching
+from tests.legal_records import TASK_NAMES, make_tokenizer, write_source
+from tests.test_training import assert_only_one_line_is_said
+from training.engine.cluster import Cluster
+from training.evaluation.adapters import TrainedAdapters, open_adapters
+from training.evaluation.answers.__main__ import losses_by_row, questions_of
+from training.evaluation.answers.generation import generate
+from training.evaluation.compare import main as compare
+from training.qlora import Answers
+
+CPU = torch.device("cpu")
+LAW_EVAL = REAL_TATOEBA.parents[1] / "disc-law-eval"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learned something, and the data and base model beside it."""
+    folder = tmp_path_factory.mktemp("law")
+    base = make_tiny_qwen2(
+        folder / "base", make_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"), vocabulary_size=700
+    )
+    source = write_source(folder / "source", per_task=20)
+    with launching(folder) as launch:
+        words = ("--source", source, "--tokenizer", base, "--output", folder / "data", "--max_length", 300)
+        result = launch(*words, "--validation_share", 0.1, module="data_prep.disc_law").wait()
+        assert result.status == 0, result
+        result = launch(
+            *("--run_dir", folder / "run", "--data", folder / "data", "--base_model", base, "--lora.rank", 16),
+            *("--batch.tokens_per_micro_batch", 1200, "--batch.micro_batches_per_step", 2, "--optim.lr", 2e-2),
+            *("--optim.steps", 30, "--optim.warmup_steps", 2),
+            module="training.qlora",
+        ).wait()
+        assert result.status == 0, result
+    return folder / "run"
+
+
+def evaluated(launch: Launch, run_dir: Path, *words: object, ranks: int | None = None) -> tuple[dict, list[dict], str]:
+    """Scores, answers and what was printed."""
+    words = ("--max_new_tokens", 12, "--answers_per_task", 2, *words)
+    result = launch(run_dir, *words, module="training.evaluation.answers", ranks=ranks).wait()
+    assert result.status == 0, result
+    lines = (run_dir / "evaluation/test-answers.jsonl").read_text("utf-8").splitlines()
+    return (
+        json.loads((run_dir / "evaluation/test.json").read_text("utf-8")),
+        [json.loads(line) for line in lines],
+        result.out,
+    )
+
+
+def test_scores_answers_and_report_are_written_and_ranks_share_the_work(launch: Launch, run_dir: Path):
+    scores, answers, out = evaluated(launch, run_dir)
+    assert {task["task"] for task in scores["tasks"]} == set(TASK_NAMES)
+    total = scores["losses"][-1]
+    assert total["after"]["loss"] < total["before"]["loss"] and total["p"] < 0.05
+    assert len(answers) == scores["items"] and {"uid", "question", "reference", "before", "after"} <= set(answers[0])
+    data = open_conversations(run_dir.parent / "data")
+    assert {row["uid"] for row in answers} >= set(data.meta["questions"])
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert "<script" not in page and all(task in page for task in TASK_NAMES)
+    assert "loss, nats per token" in out and str(run_dir / "report.html") in out
+    shared, same_answers, _ = evaluated(launch, run_dir, ranks=2)
+    assert same_answers == answers
+    for one, other in zip(scores["losses"], shared["losses"], strict=True):
+        assert one["after"]["loss"] == pytest.approx(other["after"]["loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(run_dir: Path) -> TrainedAdapters:
+    return open_adapters(run_dir, device=CPU)
+
+
+def prompts_of(trained: TrainedAdapters) -> list[list[int]]:
+    part = open_conversations(trained.config.data).part("test")
+    return [part.ids[row][: part.prompt_lengths[row]].tolist() for row in range(8)]
+
+
+def test_answers_do_not_depend_on_the_batch_and_stop_at_the_end_token(trained: TrainedAdapters):
+    prompts, tokenizer = prompts_of(trained), trained.tokenizer
+    assert len({len(prompt) for prompt in prompts}) > 3
+    how = {"pad_id": tokenizer.pad_id, "max_new_tokens": 10, "precision": trained.precision}
+    model = trained.model.model
+    together = generate(model, prompts, end_id=tokenizer.end_id, **how)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert not answer.ended or len(answer.ids) < 10
+        # Without a cache, a word at a time, as the definition says.
+        ids, said = list(prompt), []
+        with torch.no_grad():
+            while len(said) < 10:
+                following = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+                if following == tokenizer.end_id:
+                    break
+                said.append(following)
+                ids.append(following)
+        assert answer.ids == said
+    # Whatever is said first, called the end: then nothing is said.
+    first = together[0].ids[0]
+    (ended, *_) = generate(model, prompts, end_id=first, **how)
+    assert ended.ended and ended.ids == []
+
+
+def test_before_is_the_base_model_itself_and_after_the_trained_one(trained: TrainedAdapters, run_dir: Path):
+    law = open_conversations(run_dir.parent / "data")
+    answers = Answers(law.part("test"), law.meta["tokenizer"]["pad_id"])
+    with Cluster() as cluster:
+        with trained.adapters(False):
+            before = losses_by_row(trained, answers, cluster, "")
+        with trained.adapters(True):
+            after = losses_by_row(trained, answers, cluster, "")
+        untrained = open_adapters(run_dir, device=CPU)
+        with torch.no_grad():
+            for name, parameter in untrained.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        expected = losses_by_row(untrained, answers, cluster, "")
+    assert np.isfinite(after).all() and not np.allclose(before, after, rtol=1e-2)
+    np.testing.assert_allclose(before, expected, rtol=1e-5)
+
+
+def test_more_questions_hold_the_fewer_ones():
+    tasks = ["a"] * 30 + ["b"] * 3
+    some, more = questions_of(tasks, 5), questions_of(tasks, 10)
+    assert len(some) == 8 and set(some) <= set(more) and questions_of(tasks, None) == list(range(33))
+
+
+def test_adapters_on_another_model_are_refused(run_dir: Path, tmp_path: Path):
+    other = make_tiny_qwen2(tmp_path / "other", run_dir.parent / "base", seed=5, vocabulary_size=700)
+    with pytest.raises(UserError, match=r"not the one that the adapters .* were trained on"):
+        open_adapters(run_dir, device=CPU, base_model=str(other))
+
+
+def test_base_model_that_was_moved_is_named(launch: Launch, run_dir: Path, tmp_path: Path):
+    moved = shutil.copytree(run_dir, tmp_path / "run")
+    base = run_dir.parent / "base"
+    hidden = base.rename(base.with_name("hidden"))
+    try:
+        result = launch(moved, module="training.evaluation.answers").wait()
+        assert_only_one_line_is_said(result, "there is no such folder")
+        assert open_adapters(moved, device=CPU, base_model=str(hidden)).step == 30
+    finally:
+        hidden.rename(base)
+
+
+def test_translation_commands_name_the_right_one(launch: Launch, run_dir: Path):
+    result = launch(run_dir, module="training.evaluation.evaluate").wait()
+    assert_only_one_line_is_said(result, "training.evaluation.answers")
+
+
+def test_two_runs_are_compared_on_the_same_questions(launch: Launch, run_dir: Path, tmp_path: Path, capsys):
+    evaluated(launch, run_dir)
+    twin = shutil.copytree(run_dir, tmp_path / "twin")
+    assert compare([str(run_dir), str(twin)]) == 0
+    said = capsys.readouterr().out
+    assert "mean of tasks" in said and said.rstrip().endswith("1.000")
+    path = twin / "evaluation/test-answers.jsonl"
+    path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    with pytest.raises(UserError, match="not asked the same questions"):
+        compare([str(run_dir), str(twin)])
+
+
+@pytest.mark.skipif(not LAW_EVAL.is_dir(), reason=f"DISC-Law-Eval is not at {LAW_EVAL}")
+def test_disc_law_eval_is_asked_scored_and_shown(launch: Launch, run_dir: Path):
+    scores, _, out = evaluated(launch, run_dir, "--disc_law_eval", LAW_EVAL, "--disc_law_eval_limit", 1)
+    law = scores["disc_law_eval"]
+    assert law["before"]["items"] == law["after"]["items"] == 10 and "DISC-Law-Eval" in out
+    folder = run_dir / "evaluation/test-disc-law-eval"
+    assert {path.name for path in (folder / "after/multi").iterdir()} == {
+        f"{exam}_results.csv" for exam in ("cpa", "nje", "pae", "ungee")
+    }
+    page = run_dir / "evaluation/test-disc-law-eval-open.html"
+    assert page.is_file() and f"evaluation/{page.name}" in (run_dir / "report.html").read_text("utf-8")

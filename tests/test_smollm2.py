@@ -1,0 +1,47 @@
+"""The proof on real weights: a pretrained chat model in 4 bits, real legal records, two processes, two kills.
+
+Slow: about three minutes on two cores. Skipped where the records or the model cannot be had.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.base_models import smollm2
+from tests.conftest import PATIENCE_S, REAL_TATOEBA, ROOT, Launch
+from tests.test_training import losses, status_of
+
+RECORDS = REAL_TATOEBA.parents[1] / "disc-law-sft"
+STEPS = 8
+
+
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.skipif(
+    not RECORDS.is_dir(), reason=f"the legal records are not at {RECORDS}"
+)
+def test_real_chat_model_killed_twice_learns_to_answer_legal_questions(launch: Launch, tmp_path: Path):
+    base, data, run_dir = smollm2(), tmp_path / "data", tmp_path / "run"
+    words = ("--source", RECORDS, "--tokenizer", base, "--output", data, "--max_length", 448, "--too_long", "drop")
+    assert launch(*words, "--validation_share", 0.03, module="data_prep.disc_law").wait().status == 0
+    command = (
+        *(ROOT / "configs/qlora/smollm2-cpu.yaml", "--run_dir", run_dir, "--data", data, "--base_model", base),
+        *("--optim.steps", STEPS, "--checkpoint.every_steps", 2, "--log.validate_every_steps", STEPS),
+    )
+    for step in (3, 6):
+        session = launch(*command, module="training.qlora", ranks=2)
+        session.wait_for_step(run_dir, step)
+        session.kill_all()
+    result = launch(*command, module="training.qlora", ranks=2).wait()
+    assert result.status == 0 and status_of(run_dir)["status"] == "finished", result
+    assert len(json.loads((run_dir / "sessions.json").read_text("utf-8"))) == 3 and len(losses(run_dir)) == STEPS
+    words = ("--answers_per_task", 1, "--max_new_tokens", 16)
+    result = launch(run_dir, *words, module="training.evaluation.answers", ranks=2).wait()
+    assert result.status == 0, result
+    scores = json.loads((run_dir / "evaluation/test.json").read_text("utf-8"))
+    held_out = scores["losses"][-1]
+    assert held_out["items"] >= 15
+    assert held_out["after"]["loss"] < 0.9 * held_out["before"]["loss"], held_out
+    assert held_out["p"] < 0.05

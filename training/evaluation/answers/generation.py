@@ -1,0 +1,87 @@
+"""Answers of a chat model to prompts: batched, with a key-value cache, each ending at its end token.
+
+Greedy and without penalties, whatever the model's own generation config says: so an answer depends on the model alone,
+and the same model gives the same answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from launch.console import Progress
+from training.engine.precision import Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Positions of a batch, prompts and answers together: their keys and values are what memory goes to.
+TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Generated:
+    """ids: of the answer, without its end token. ended: whether it came to one before the limit."""
+
+    ids: list[int]
+    ended: bool
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_id: int,
+    pad_id: int,
+    max_new_tokens: int,
+    precision: Precision,
+    label: str | None = None,
+    tokens: int = TOKENS,
+) -> list[Generated]:
+    """The answer to each of `prompts` (ids, at least one each), in their order.
+
+    pad_id: fills prompts on the left; it is not attended to. label: of a progress line; None for none. tokens: most
+    positions of a batch.
+    """
+    import transformers
+
+    settings = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=pad_id, use_cache=True
+    )
+    device = model.get_input_embeddings().weight.device
+    answers: dict[int, Generated] = {}
+    with Progress(label or "", len(prompts), "answers") as progress:
+        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, tokens):
+            width = max(len(prompts[row]) for row in rows)
+            inputs = torch.full((len(rows), width), pad_id)
+            mask = torch.zeros_like(inputs)
+            for place, row in enumerate(rows):
+                inputs[place, width - len(prompts[row]) :] = torch.tensor(prompts[row])
+                mask[place, width - len(prompts[row]) :] = 1
+            with precision.autocast():
+                whole = model.generate(
+                    input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=settings
+                )
+            for row, ids in zip(rows, whole[:, width:].tolist(), strict=True):
+                ended = end_id in ids
+                answers[row] = Generated(ids[: ids.index(end_id)] if ended else ids, ended)
+            if label is not None:
+                progress.advance(len(rows))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], more: int, tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of about equally long prompts, the longest first: what does not fit is known at once."""
+    batch: list[int] = []
+    for row in np.argsort([-length for length in lengths], kind="stable").tolist():
+        if batch and (len(batch) + 1) * (lengths[batch[0]] + more) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

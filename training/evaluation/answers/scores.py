@@ -1,0 +1,224 @@
+"""How good generated answers are, task by task, and whether those of a trained model are better than its base model's.
+
+Each task has the score that suits the form of its answers, see TASKS; one that is not in that table is free text.
+Nothing is left out: an answer that is empty, cut off or in no readable form counts as it stands. Scores of two models
+are comparable only on the same items, and ROUGE-L says how alike two texts are, not whether an answer is good law.
+
+An interval is where 95 % of the scores lie that a bootstrap over the items of the task finds, and p is that of a
+two-sided paired one, see `bootstrap`. The macro average weighs every task the same, however many items it has; it
+is one over these tasks, not over others like them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from training.evaluation.answers import metrics
+from training.evaluation.answers.metrics import Metric
+from training.evaluation.bootstrap import (
+    Interval,
+    Paired,
+    choices,
+    differing,
+    interval_of,
+    paired,
+    resample,
+    rounded,
+    seed_for,
+)
+
+# By the names that prepared data has for the tasks (data_prep.disc_law). Most are the prefix of a record's id, as in
+# leg_case_cls-17. The two sets of questions share one, legal_question_answering_N, so the file tells them apart: the
+# plain name is Pair-QA, that with _reference is Triplet-QA, whose questions come with their statutes. The judgements of
+# Triplet are spelt judgement_predit- there.
+TASKS = {
+    "jud_read_compre": metrics.SPAN_F1,
+    "leg_ele_extra": metrics.ENTITY_F1,
+    "leg_eve_detec": metrics.LABEL_F1,
+    "exam": metrics.LETTERS,
+    "leg_case_cls": metrics.LABEL,
+    "sent_pred": metrics.ROUGE_L,
+    "jud_doc_sum": metrics.ROUGE_L,
+    "sim_case_match": metrics.CASE,
+    "op_sum": metrics.ROUGE_L,
+    "legal_question_answering": metrics.ROUGE_L,
+    "legal_question_answering_reference": metrics.ROUGE_L,
+    "judgement_predict": metrics.ROUGE_L,
+}
+
+
+def metric_of(task: str) -> Metric:
+    """The metric of a task; ROUGE-L for one that is not in TASKS."""
+    return TASKS.get(task, metrics.ROUGE_L)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The score of one task, 0 to 100, and its interval of 95 %.
+
+    exact: answers that say exactly what the reference says. format_errors: those not in the form of the task; what
+    could be read in them counts in the score. odd_references: references that are not in that form themselves.
+    references_sha256: of all references in order; scores with the same one are of the same items. counts: [items, k] of
+    the metric.
+    """
+
+    task: str
+    metric: str
+    how: str
+    value: float
+    interval: Interval
+    items: int
+    exact: int
+    format_errors: int
+    empty: int
+    odd_references: int
+    references_sha256: str
+    counts: np.ndarray = field(repr=False, compare=False)
+
+    def of_items(self) -> list[float]:
+        """The score of each item for itself."""
+        score = metric_of(self.task).score
+        return [score(counts) for counts in self.counts]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is said of the task and not of the answers."""
+        return {
+            "score": round(self.value, 2),
+            "interval": rounded(self.interval, 2),
+            "exact": self.exact,
+            "format_errors": self.format_errors,
+            "empty": self.empty,
+        }
+
+
+def score_task(task: str, answers: Sequence[str], references: Sequence[str]) -> TaskScore:
+    """Scores the answers of one task, a reference each. Raises ValueError when their numbers differ or are zero."""
+    if len(answers) != len(references) or not references:
+        raise ValueError(f"{task}: {len(answers)} answers for {len(references)} references")
+    metric = metric_of(task)
+    items = metric.items(answers, references)
+    counts = np.array([item.counts for item in items], dtype=np.float64)
+    (resampled,) = resample(metric.score, counts, seed=seed_for(task))
+    return TaskScore(
+        task=task,
+        metric=metric.name,
+        how=metric.words,
+        value=metric.score(counts.sum(0)),
+        interval=interval_of(resampled),
+        items=len(items),
+        exact=sum(item.exact for item in items),
+        format_errors=sum(not item.in_form for item in items),
+        empty=sum(not answer.strip() for answer in answers),
+        odd_references=sum(not item.reference_in_form for item in items),
+        references_sha256=hashlib.sha256("\0".join(references).encode("utf-8", "surrogatepass")).hexdigest(),
+        counts=counts,
+    )
+
+
+def score_answers(tasks: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, TaskScore]:
+    """Scores answers of several tasks, each item with the name of its own; the tasks in the order of TASKS."""
+    if not len(tasks) == len(answers) == len(references):
+        raise ValueError(f"{len(tasks)} tasks, {len(answers)} answers and {len(references)} references")
+    return {
+        task: score_task(task, [answers[row] for row in own], [references[row] for row in own])
+        for task, own in rows_by_task(tasks).items()
+    }
+
+
+def rows_by_task(tasks: Sequence[str]) -> dict[str, list[int]]:
+    """The rows of each task, in the order of TASKS; those that it lacks follow by name."""
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        rows.setdefault(task, []).append(row)
+    places = {task: place for place, task in enumerate(TASKS)}
+    return {task: rows[task] for task in sorted(rows, key=lambda task: (places.get(task, len(TASKS)), task))}
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """One task before and after training."""
+
+    before: TaskScore
+    after: TaskScore
+    test: Paired
+
+    def to_json(self) -> dict[str, Any]:
+        """As one of the `tasks` of an evaluation."""
+        return {
+            "task": self.after.task,
+            "metric": self.after.metric,
+            "how": self.after.how,
+            "items": self.after.items,
+            "odd_references": self.after.odd_references,
+            "references_sha256": self.after.references_sha256,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            **self.test.to_json(2),
+        }
+
+
+@dataclass(frozen=True)
+class AnswerComparison:
+    """Every task before and after training, and the macro average over them."""
+
+    tasks: Sequence[TaskComparison]
+    macro: Paired
+
+    def to_json(self) -> dict[str, Any]:
+        """`tasks` and `macro_average` of an evaluation."""
+        sides = zip(("before", "after"), self.macro.scores, self.macro.intervals, strict=True)
+        return {
+            "tasks": [task.to_json() for task in self.tasks],
+            "macro_average": {
+                **{
+                    name: {"score": round(value, 2), "interval": rounded(interval, 2)}
+                    for name, value, interval in sides
+                },
+                **self.macro.to_json(2),
+            },
+        }
+
+
+def compare_tasks(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> AnswerComparison:
+    """Tests two systems on the same items, task by task and in the macro average.
+
+    Raises ValueError, naming the task, unless both have the same tasks with the same references.
+    """
+    if before.keys() != after.keys() or not after:
+        raise ValueError(f"tasks differ, or there are none: {sorted(before)} and {sorted(after)}")
+    compared = []
+    for task, second in after.items():
+        first = before[task]
+        if first.references_sha256 != second.references_sha256:
+            raise ValueError(f"{task}: not scored against the same references, {first.items} and {second.items} items")
+        test = paired(metric_of(task).score, first.counts, second.counts, seed_for(task))
+        compared.append(TaskComparison(first, second, test))
+    return AnswerComparison(compared, _macro_average(compared))
+
+
+def _macro_average(compared: Sequence[TaskComparison]) -> Paired:
+    """Drawn from the items of all tasks together, the average being over those tasks that a draw has something of.
+
+    Within each task for itself, one of a single item would always be drawn alike: a dozen of those have no spread, and
+    would show any difference to be real.
+    """
+    ends = np.cumsum([task.after.items for task in compared])[:-1]
+    resampled = [
+        np.mean(
+            [
+                [metric_of(task.after.task).score(own @ side.counts) for side in (task.before, task.after)]
+                for task, own in zip(compared, np.split(times, ends), strict=True)
+                if own.any()
+            ],
+            axis=0,
+        )
+        for times in choices(sum(task.after.items for task in compared))
+    ]
+    before, after = np.mean([task.test.scores for task in compared], axis=0).tolist()
+    changed = sum(differing(task.before.counts, task.after.counts) for task in compared)
+    return Paired.of((before, after), np.transpose(resampled), changed)

@@ -1,0 +1,1 @@
+"""DISC-Law-Eval: its questions, how a model is asked, how letters are read from an answer, and what is right."""

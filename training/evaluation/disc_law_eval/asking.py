@@ -1,0 +1,109 @@
+"""DISC-Law-Eval put to a model: its multiple-choice questions, four-shot, and its open ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.console import warn
+from training.engine.cluster import Cluster
+from training.evaluation.adapters import TrainedAdapters
+from training.evaluation.answers.generation import Generated, generate
+from training.evaluation.answers.report import law_eval_table
+from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render
+from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
+from training.evaluation.disc_law_eval.scoring import compare_answers, score_answers, write_results
+from training.evaluation.markup import escaped
+
+# A model that was shown four answers of a letter or two needs no more; one that explains is read from its beginning.
+MAX_LETTER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class LawAnswers:
+    """One model's answers to both kinds of questions. too_long: questions that did not fit its context, unanswered."""
+
+    questions: list[Question]
+    answers: list[str]
+    open_questions: list[OpenQuestion]
+    open_answers: list[str]
+    too_long: int
+
+    def write(self, folder: Path) -> None:
+        """Writes the answers to the multiple-choice questions in the released form; raises OSError."""
+        write_results(folder, self.questions, self.answers)
+
+    def compared(self, after: LawAnswers, page_name: str) -> tuple[str, dict[str, Any], str]:
+        """The section of the report, the scores as a JSON object, and the page of the open questions.
+
+        page_name: its file name in the folder evaluation/.
+        """
+        scores = {
+            "before": score_answers(self.questions, self.answers),
+            "after": score_answers(after.questions, after.answers),
+            "compared": compare_answers(self.questions, self.answers, after.answers),
+            "too_long": self.too_long,
+        }
+        section = (
+            law_eval_table(scores["before"], scores["after"], scores["compared"])
+            + f'<p><a href="evaluation/{escaped(page_name)}">Answers to the {len(self.open_questions):,} open '
+            "questions, side by side</a></p>"
+        )
+        sides = [Answers("before", self.open_answers), Answers("after", after.open_answers)]
+        return section, scores, render("DISC-Law-Eval, open questions", self.open_questions, sides, "greedy")
+
+
+def ask_law_eval(
+    trained: TrainedAdapters, folder: Path, limit: int | None, max_new_tokens: int, cluster: Cluster, label: str
+) -> LawAnswers:
+    """Puts the questions in `folder` to the model as it is now; the first `limit` of each exam, None for all.
+
+    Every rank answers its share. Raises UserError unless the folder is DISC-Law-Eval's.
+    """
+    samples = load_samples(folder)
+    questions = _first(load_questions(folder), limit)
+    open_ones = open_questions(folder)[: limit or None]
+    tokenizer = trained.tokenizer
+    config = trained.model.model.get_base_model().config.get_text_config()
+
+    def ask(texts: Sequence[str], most: int, what: str) -> tuple[list[str], int]:
+        prompts = tokenizer.encode([tokenizer.prompt(text) for text in texts])
+        room = config.max_position_embeddings - most
+        own = [place for place in cluster.share(range(len(prompts))) if len(prompts[place]) <= room]
+        given: list[Generated] = generate(
+            trained.model.model,
+            [prompts[place] for place in own],
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+            max_new_tokens=most,
+            precision=trained.precision,
+            label=f"{what} {label}",
+        )
+        answers = [""] * len(prompts)
+        for part in cluster.gather(
+            [(place, tokenizer.decode(each.ids)) for place, each in zip(own, given, strict=True)]
+        ):
+            for place, text in part:
+                answers[place] = text
+        return answers, sum(len(prompt) > room for prompt in prompts)
+
+    letters, too_long = ask(
+        [four_shot_prompt(each, samples) for each in questions], MAX_LETTER_TOKENS, "multiple choice"
+    )
+    if too_long:
+        warn(f"{too_long:,} of {len(questions):,} questions do not fit the model's context and stay unanswered")
+    texts, _ = ask([each.text for each in open_ones], max_new_tokens, "open questions")
+    return LawAnswers(questions, letters, open_ones, texts, too_long)
+
+
+def _first(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    taken: dict[tuple[str, str], int] = {}
+    chosen = []
+    for question in questions:
+        group = question.kind, question.exam
+        taken[group] = taken.get(group, 0) + 1
+        if limit is None or taken[group] <= limit:
+            chosen.append(question)
+    return chosen

@@ -1,0 +1,306 @@
+"""Trains LoRA adapters on a chat model that is held in 4 bits: QLoRA (Dettmers et al. 2023).
+
+    torchrun --standalone --nproc-per-node=2 -m training.qlora configs/qlora/qwen2.5-3b-t4x2.yaml
+    python -m training.qlora configs/qlora/qwen2.5-7b-t4x2.yaml --dry-run
+
+The same command starts, resumes, and says so when the run is finished. --dry-run first tells, from the model's config
+alone, how much memory a process needs and whether the card has it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from data_prep.conversations import ConversationPart, Conversations, open_conversations
+from launch.config import Options, parse
+from launch.console import UserError, run_main, say, warn
+from training.engine.batch_plan import BatchPlan, cut_by_length, sorted_by_length
+from training.engine.cluster import Cluster
+from training.engine.loop import train
+from training.engine.precision import Precision, choose_precision
+from training.engine.task import RunOptions, Share, Task, Validation
+from training.models.answer_model import AnswerModel, LoraOptions, add_adapters
+from training.models.base_model import (
+    QuantisationOptions,
+    find_base_model,
+    fingerprint_of,
+    linear_layers,
+    load_base_model,
+    on_meta,
+    read_config,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from training.models.memory import Memory
+
+COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIBRARIES = ("transformers", "peft", "bitsandbytes")
+
+
+class MemoryOptions(Options):
+    """What is computed twice or in pieces, so that it fits."""
+
+    checkpoint_layers: bool = Field(
+        True, description="compute every layer a second time in the backward pass instead of keeping what it computed"
+    )
+    logits_tokens: int = Field(256, ge=1, description="supervised tokens whose logits exist at a time")
+    card_gb: float | None = Field(
+        None, gt=0, description="GB (10^9 bytes) of the card to plan for; null: this machine's, if it has one"
+    )
+
+
+class QLoRAConfig(RunOptions):
+    """All options of a QLoRA training."""
+
+    base_model: str = Field(description="folder of the chat model, or its name on the Hugging Face hub")
+    base_revision: str | None = Field(None, description="its commit on the hub; null: what is here, or the newest")
+    quantisation: QuantisationOptions = Field(default_factory=QuantisationOptions)
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+    memory: MemoryOptions = Field(default_factory=MemoryOptions)
+
+    @model_validator(mode="after")
+    def _without_average(self) -> QLoRAConfig:
+        if self.optim.ema_decay is not None:
+            raise ValueError("optim.ema_decay would keep a second copy of the base model: leave it out")
+        return self
+
+
+# Compared by content or of no consequence for the result.
+MAY_CHANGE = frozenset({"base_model", "base_revision", "memory"})
+
+
+class Answers:
+    """The conversations of a part: everything is read, the answer and its end token are learned.
+
+    lengths [n]: inputs; the last token of all is a label only. answer_tokens [n]: supervised tokens. Raises UserError
+    when there is none in some conversation: a loss over nothing would train on nothing in silence.
+    """
+
+    def __init__(self, part: ConversationPart, pad_id: int):
+        self.part, self.pad_id = part, pad_id
+        self.lengths = part.ids.lengths - 1
+        self.answer_tokens = part.ids.lengths - part.prompt_lengths
+        without = np.flatnonzero((self.answer_tokens < 1) | (part.prompt_lengths < 1))
+        if len(without):
+            raise UserError(
+                f"{len(without):,} conversations of the {part.name} part have no supervised token, the first is "
+                f"{part.uids[int(without[0])]}: prepare the data again"
+            )
+
+    def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs [B, T], padded on the right; scored [N], indices into the B*T positions; their labels [N]."""
+        ids = self.part.ids.padded(samples, self.pad_id)
+        position = np.arange(ids.shape[1] - 1)
+        first = self.part.prompt_lengths[samples][:, None] - 1  # the prompt's last token predicts the answer's first
+        scored = (position >= first) & (position < self.lengths[samples][:, None])
+        inputs, labels = ids[:, :-1], ids[:, 1:][scored]
+        return torch.from_numpy(inputs.copy()), torch.from_numpy(np.flatnonzero(scored)), torch.from_numpy(labels)
+
+
+def losses_of(model: nn.Module, answers: Answers, samples: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) [N] of the samples' supervised tokens, in order, and whether each would be predicted."""
+    inputs, scored, labels = (tensor.to(device, non_blocking=True) for tensor in answers.batch(samples))
+    return model(inputs, scored, labels)
+
+
+def batches_of(answers: Answers, tokens: int) -> list[np.ndarray]:
+    """All samples in batches of at most `tokens` positions, equally long ones together."""
+    order = sorted_by_length(answers.lengths)
+    # A single sample may be longer than that.
+    tokens = max(tokens, int(answers.lengths.max(initial=1)))
+    return np.split(order, cut_by_length(answers.lengths[order], tokens)[1:-1])
+
+
+@torch.no_grad()
+def validation_scores(
+    model: nn.Module,
+    answers: Answers,
+    cluster: Cluster,
+    precision: Precision,
+    tokens: int,
+    share: Share | None = None,
+) -> Validation:
+    """Loss and accuracy over all supervised tokens, the conversation being given up to each; without dropout.
+
+    tokens: positions of a batch. Every rank scores its share.
+    """
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    for samples in (share or cluster.share)(batches_of(answers, tokens)):
+        with precision.autocast():
+            losses, right = losses_of(model, answers, samples, cluster.device)
+        totals += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)
+    model.train()
+    loss, accuracy = (cluster.sum(totals.to(cluster.device)) / int(answers.answer_tokens.sum())).tolist()
+    return Validation(loss, accuracy)
+
+
+def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
+    """The order in which the run trains on `answers`."""
+    optim = config.optim
+    return BatchPlan(
+        answers.lengths, answers.answer_tokens, config.batch, seed=config.seed, epochs=optim.epochs, steps=optim.steps
+    )
+
+
+def build_model(
+    config: QLoRAConfig, folder: Path, compute_type: torch.dtype, device: torch.device, *, trains: bool = True
+) -> AnswerModel:
+    """The base model in `folder` with new adapters, on `device`. Equal seeds of torch give equal adapters."""
+    base = load_base_model(folder, config.quantisation, compute_type, device)
+    adapted = add_adapters(base, config.lora)
+    memory = config.memory
+    model = AnswerModel(
+        adapted, logits_tokens=memory.logits_tokens, checkpoint_layers=trains and memory.checkpoint_layers
+    )
+    model.check()
+    return model
+
+
+def memory_of(config: QLoRAConfig, about: PretrainedConfig, plan: BatchPlan, compute_type: torch.dtype) -> Memory:
+    """What a process will need, from the model's config and the largest micro-batch of the plan."""
+    from training.models.memory import Shape, estimate
+
+    order = sorted_by_length(plan.lengths)
+    batches = np.split(order, plan.cuts[1:-1])
+    largest = max(batches, key=lambda batch: len(batch) * int(plan.lengths[batch[-1]]))
+    shape = Shape(len(largest), int(plan.lengths[largest[-1]]), int(plan.weights[largest].sum()))
+    return estimate(
+        about,
+        config.quantisation,
+        config.lora,
+        shape,
+        compute_type=compute_type,
+        optimizer=config.optim.kind,
+        checkpoint_layers=config.memory.checkpoint_layers,
+        logits_tokens=config.memory.logits_tokens,
+    )
+
+
+def checked_memory(
+    config: QLoRAConfig,
+    about: PretrainedConfig,
+    plan: BatchPlan,
+    compute_type: torch.dtype,
+    cluster: Cluster,
+    dry_run: bool,
+) -> Memory:
+    """Tells what a process will need; where the card is too small, warns and says what to change.
+
+    In a dry run a card that is too small is a UserError: nothing has been loaded yet, and need not be.
+    """
+    memory = memory_of(config, about, plan, compute_type)
+    say(f"memory: {memory}")
+    card = config.memory.card_gb * 1e9 if config.memory.card_gb else None
+    if card is None and cluster.device.type == "cuda":
+        card = torch.cuda.get_device_properties(cluster.device).total_memory
+    if card is not None and not memory.fits(card):
+        problem = f"{memory.shortage(card)}. What helps: {'; '.join(advice(config, memory, card))}"
+        if dry_run:
+            raise UserError(problem)
+        warn(problem)
+    return memory
+
+
+def advice(config: QLoRAConfig, memory: Memory, card: float) -> list[str]:
+    """What to change so that a process fits into `card` bytes, what costs least first."""
+    room = memory.room_for_activations(card)
+    found = []
+    if config.optim.kind == "adamw" and memory.optimizer > 0.05 * card:
+        found.append("--optim.kind paged_adamw8bit, which takes three quarters of the optimizer away")
+    if not config.memory.checkpoint_layers:
+        found.append("--memory.checkpoint_layers true, which takes most of the activations away")
+    elif room > 0.1 * memory.activations:
+        tokens = config.batch.tokens_per_micro_batch
+        most = f" to about {int(tokens * room / memory.activations):,}" if tokens else ""
+        found.append(f"lower batch.tokens_per_micro_batch{most}, and raise batch.micro_batches_per_step in return")
+    if config.quantisation.kind == "none":
+        found.append("--quantisation.kind nf4, which takes about three quarters of the weights away")
+    found.append("fewer or smaller adapters (lora.targets, lora.rank)" if room > 0 else "a smaller base model")
+    return found
+
+
+def check_tokenizer(data: Conversations, folder: Path, vocabulary_size: int) -> None:
+    """Raises UserError unless the data was prepared with the tokenizer of the base model in `folder`."""
+    size = data.meta["tokenizer"]["size"]
+    if size > vocabulary_size:
+        raise UserError(
+            f"{data.folder} was prepared with a tokenizer of {size:,} tokens, but the model in {folder} knows "
+            f"{vocabulary_size:,}: prepare the data with --tokenizer {folder}"
+        )
+    if (folder / "tokenizer_config.json").is_file():
+        from data_prep.chat import load_chat_tokenizer
+
+        own = load_chat_tokenizer(str(folder)).sha256
+        if own != data.identity["tokenizer"]:
+            raise UserError(
+                f"{data.folder} was prepared with another tokenizer or chat template than that of the model in "
+                f"{folder}: prepare the data with --tokenizer {folder}"
+            )
+
+
+def main() -> int:
+    config, dry_run = parse(QLoRAConfig, sys.argv[1:], prog="python -m training.qlora", about=__doc__)
+    data = open_conversations(config.data)
+    pad_id = data.meta["tokenizer"]["pad_id"]
+    answers, held_out = (Answers(data.part(name), pad_id) for name in ("train", "validation"))
+    plan = plan_of(config, answers)
+    folder = find_base_model(config.base_model, config.base_revision)
+    about = read_config(folder, config.quantisation)
+    text = about.get_text_config()
+
+    with Cluster(config.session.hang_timeout + 60) as cluster:
+        cluster.on_first(lambda: check_tokenizer(data, folder, text.vocab_size))
+        longest = int(max(answers.lengths.max(), held_out.lengths.max(initial=0)))
+        if longest > text.max_position_embeddings:
+            raise UserError(
+                f"{data.folder} has conversations of {longest:,} tokens, but the base model takes "
+                f"{text.max_position_embeddings:,}: prepare the data with a smaller --max_length"
+            )
+        precision = choose_precision(config.precision, cluster.device)
+        compute_type = COMPUTE_TYPES[precision.name]
+        memory = cluster.on_first(lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run))
+        torch.manual_seed(config.seed)  # the same adapters on every rank
+        model = build_model(config, folder, compute_type, cluster.device)
+        tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
+        supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
+        task = Task(
+            name="qlora",
+            model=model,
+            plan=plan,
+            loss=lambda replica, samples: losses_of(replica, answers, samples, cluster.device)[0].sum(),
+            validate=lambda replica, share: validation_scores(replica, held_out, cluster, precision, tokens, share),
+            flops_per_token=flops_per_token(about, float(answers.lengths.mean()), supervised),
+            memory=memory and f"{memory.tensors / 1e9:.2f} GB of tensors a process",
+            built_on={"base_model": fingerprint_of(folder)},
+            may_change=MAY_CHANGE,
+            libraries=LIBRARIES,
+        )
+        return train(config, task, data, cluster, dry_run=dry_run)
+
+
+def flops_per_token(about: PretrainedConfig, mean_length: float, supervised_share: float) -> float:
+    """Floating-point operations of forward and backward per token of input, computing nothing twice.
+
+    Through frozen weights goes the gradient of what they read, but none of their own: two products instead of three.
+    """
+    model = on_meta(about)
+    text = about.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(layer.weight.numel() for layer in linear_layers(model))
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    attention = 3 * 2 * 2 * text.num_hidden_layers * width * mean_length / 2  # looks back over half of it, in the mean
+    return 2 * 2 * (layers + supervised_share * head) + attention
+
+
+if __name__ == "__main__":
+    run_main(main)
