@@ -1,0 +1,202 @@
+"""The base model that adapters are trained on: where its files are, what identifies it, and how it is loaded.
+
+Promises: a model of the hub is fetched by one process of a node, while the others wait for it; what is loaded has all
+of its files; the base is held in 4 bits by the same bits on every machine, and nothing of it is ever trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from data_prep.hub import fetch_snapshot
+from launch.config import Options
+from launch.console import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# On a CPU it looks for a package with faster kernels, on the hub at that, and would say that there is none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+# So much of each file of weights is read to tell models apart: two that differ anywhere near a probe, or in a tensor's
+# name, shape or type, or in size, are not the same.
+_PROBES, _PROBE_BYTES = 64, 1 << 16
+
+
+class QuantisationOptions(Options):
+    """How the base model is held in memory (Dettmers et al. 2023, QLoRA)."""
+
+    kind: Literal["nf4", "none"] = Field("nf4", description="linear layers in 4 bits; none: in the compute type")
+    double: bool = Field(True, description="quantise the scales of the blocks too, which saves 0.4 bits a weight")
+
+
+def find_base_model(name: str, revision: str | None) -> Path:
+    """The folder of the model called `name`: a folder, or a name on the Hugging Face hub, fetched if need be.
+
+    Raises UserError where it is not there, and says how to get it.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+            raise UserError(
+                f"base_model {name}: there is no such folder, and it is no name on the hub (like "
+                "Qwen/Qwen2.5-3B-Instruct); name a folder with config.json, weights (.safetensors) and tokenizer"
+            )
+        folder = fetch_snapshot(name, revision=revision, patterns=_WANTED, is_complete=_is_complete)
+    missing = _missing(folder)
+    if missing:
+        raise UserError(
+            f"the base model in {folder} is incomplete: {missing} is missing. Fetch it again: "
+            f"hf download {name if '/' in name and not Path(name).is_dir() else 'NAME'} --local-dir FOLDER"
+        )
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return [folder / _WHOLE]
+
+
+def _missing(folder: Path) -> str | None:
+    return next((path.name for path in (folder / CONFIG, *_weight_files(folder)) if not path.is_file()), None)
+
+
+def _is_complete(folder: Path) -> bool:
+    return _missing(folder) is None
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Identifies a base model by its shape and weights, wherever it lies: adapters fit this one and no other."""
+    digest = hashlib.sha256()
+    for path in _weight_files(folder):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(8 + int.from_bytes(file.read(8), "little"))  # names, shapes and types of all tensors
+            digest.update(f"{size} {hashlib.sha256(header).hexdigest()}".encode())
+            for probe in range(_PROBES):
+                file.seek(max(0, (size - _PROBE_BYTES) * probe // (_PROBES - 1)))
+                digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()
+
+
+def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedConfig:
+    """The model's config, once it is known that it can be trained here. Raises UserError where it cannot."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / CONFIG} describes no model that transformers knows ({error})") from None
+    if config.is_encoder_decoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise UserError(f"the base model in {folder} ({config.model_type}) is no decoder-only language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"the base model in {folder} is quantised already: name the original model, it is quantised when loaded"
+        )
+    if quantisation.kind == "nf4" and not linear_layers(on_meta(config)):
+        raise UserError(
+            f"the base model in {folder} ({config.model_type}) has no linear layers that can be held in 4 bits: choose "
+            "another one, or --quantisation.kind none"
+        )
+    return config
+
+
+def on_meta(config: PretrainedConfig, compute_type: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model without memory: modules, names and shapes."""
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=compute_type)
+
+
+def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The layers that go into 4 bits: all linear ones but the head."""
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def load_base_model(
+    folder: Path, quantisation: QuantisationOptions, compute_type: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The frozen base model on `device`, everything that is not in 4 bits in `compute_type`.
+
+    With fp16 the residual stream, to which every layer adds, is kept in fp32: in models of the Qwen2.5 kind single
+    values of it come close to the largest number of fp16 or exceed it. What a layer reads and computes stays in fp16.
+    """
+    import transformers
+
+    more: dict[str, Any] = {}
+    if quantisation.kind == "nf4":
+        more["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=quantisation.double,
+            bnb_4bit_compute_dtype=compute_type,
+        )
+    with _quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_type,
+            # Every process holds the whole model on a device of its own: "auto" would spread it over all.
+            device_map={"": str(device)},
+            local_files_only=True,
+            **more,
+        )
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, a model in evaluation mode would convert its weights in place to a layout that
+        # training cannot use, and compute in bf16 from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    freeze(model, compute_type)
+    return model
+
+
+def freeze(model: PreTrainedModel, compute_type: torch.dtype) -> None:
+    """Makes nothing of the model trainable, and under fp16 its residual stream fp32: see `load_base_model`."""
+    model.requires_grad_(False)
+    if compute_type != torch.float16:
+        return
+
+    def in_fp32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.float()
+
+    def in_fp16(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        return output.half() if isinstance(output, Tensor) else tuple(each.half() for each in output)
+
+    model.get_input_embeddings().register_forward_hook(in_fp32)
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "RotaryEmbedding")):  # what a layer reads of the stream
+            module.register_forward_hook(in_fp16)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's own progress bars and notes, which would appear once a process."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
