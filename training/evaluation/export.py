@@ -20,16 +20,22 @@ from typing import Any
 
 import torch
 
-from data_prep.files import check_room, publish_folder, recover, temporary_folder, write_atomically, writing_to
-from data_prep.prepared import list_files
+from data_prep.files import check_room
 from launch.console import UserError, run_main, say
-from training.engine.checkpoint import EMA, Checkpoint
+from training.evaluation.export_folder import (
+    add_output_options,
+    needing,
+    origin,
+    origin_rows,
+    output_of,
+    place_of,
+    publish,
+    task_of,
+    unpublished,
+)
 from training.evaluation.setting import Setting, add_model_options
 from training.evaluation.trained import TrainedModel, open_trained
 from training.models.gpt import GPT
-
-FORMAT = "relay-export-1"
-ABOUT = "export.json"
 
 # Config, tokenizer and card; a tokenizer of 100,000 pieces takes about half of it.
 _ROOM_BESIDE_WEIGHTS = 10_000_000
@@ -39,17 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluation.export", description=__doc__.split("\n")[0])
     add_model_options(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export that was not changed since")
+    add_output_options(parser)
     arguments = parser.parse_args(argv)
-    # Of a link to a folder, the folder is replaced, not the link.
-    output = arguments.output.resolve() if arguments.output.is_symlink() else arguments.output
-    if output.name in ("", "..") or output.is_file():
-        raise UserError(f"--output {output} is not the name of a folder to make; choose one, for example exports/gpt")
-    with writing_to(output):
-        if recover(output):
-            say(f"an earlier replacement of {output} was interrupted; the previous export is back")
-    _check_replaceable(output, arguments.overwrite)
+    output = output_of(arguments, example="exports/gpt")
+    if task_of(arguments.run_dir) == "qlora":
+        raise UserError(
+            f"{arguments.run_dir} holds adapters of training.qlora: export them with `python -m "
+            f"training.evaluation.export_adapters {arguments.run_dir} --output {arguments.output}`"
+        )
     trained = open_trained(arguments.run_dir, arguments.checkpoint, device=torch.device("cpu"))
     about, difference = export(trained, output)
     say(f"{output}: step {trained.step:,} ({trained.weights}) of {trained.run_dir} as {about['architecture']}")
@@ -60,31 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _scores(trained) is None:
         say(f"  scores    none of these weights: `{_setting(trained).command(trained.run_dir)}`, then again")
     return 0
-
-
-def _check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raises UserError if there is anything at `output` that must be kept."""
-    if not output.exists() or not any(output.iterdir()):
-        return
-    try:
-        about = json.loads((output / ABOUT).read_text(encoding="utf-8"))
-        ours = about["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"--output {output} holds something else than an export; choose a new folder")
-    if not overwrite:
-        raise UserError(
-            f"{output} holds step {about['step']:,} of {about['run']} already; choose another --output, or replace it "
-            "with --overwrite"
-        )
-    found = {name: file for name, file in list_files(output).items() if name != ABOUT}
-    changed = sorted(name for name in {**found, **about["files"]} if found.get(name) != about["files"].get(name))
-    if changed:
-        raise UserError(
-            f"{output} was changed since it was exported ({', '.join(changed[:3])}): choose another --output, or "
-            "remove the folder yourself if the changes are of no use"
-        )
 
 
 def export(trained: TrainedModel, output: Path) -> tuple[dict[str, Any], float]:
@@ -98,47 +76,26 @@ def export(trained: TrainedModel, output: Path) -> tuple[dict[str, Any], float]:
             f"{trained.run_dir} holds a {trained.checkpoint.manifest['task']} model: transformers has no architecture "
             "that computes the same, so only models of training.gpt can be exported"
         )
-    try:
+    with needing("transformers", "tokenizers"):
         # Here, because nothing else needs them, and transformers is slow to import.
         from training.evaluation import hugging_face
-    except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "tokenizers"):
-            raise
-        raise UserError(f"the export needs {error.name}: `pip install -r requirements.txt`") from None
     hugging_face.transformers.utils.logging.disable_progress_bar()
     model = hugging_face.model_of(trained.model)
-    with writing_to(output), temporary_folder(output) as folder:
+    with unpublished(output) as folder:
         check_room(folder, sum(parameter.nbytes for parameter in model.parameters()) + _ROOM_BESIDE_WEIGHTS)
         model.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):
-            # The library makes them for their owner's eyes only; an export is for others too.
-            weights.chmod((folder / "config.json").stat().st_mode)
         tokenizer = hugging_face.tokenizer_of(trained.run_dir / "tokenizer/source", trained.model.options.context)
         tokenizer.save_pretrained(folder)
         difference = hugging_face.check_same(folder, trained.model)
         about = {
-            "format": FORMAT,
-            "run": trained.run_dir.resolve().name,
-            "step": trained.step,
-            "weights": str(trained.weights),
-            "checkpoints": {
-                checkpoint.step: _sha256_of_weights(trained, checkpoint) for checkpoint in trained.checkpoints
-            },
+            **origin(trained.run_dir, trained.step, trained.weights, trained.checkpoints),
             "data_fingerprint": trained.data["fingerprint"],
             "architecture": type(model).__name__,
             "parameters": model.num_parameters(),
             "transformers": version("transformers"),
         }
-        write_atomically(folder / "README.md", card(trained, about, difference))
-        about["files"] = list_files(folder)
-        write_atomically(folder / ABOUT, json.dumps(about, indent=2) + "\n")
-        publish_folder(folder, output, replace=output.exists())
+        publish(folder, output, card(trained, about, difference), about)
     return about, difference
-
-
-def _sha256_of_weights(trained: TrainedModel, checkpoint: Checkpoint) -> str:
-    name = EMA if trained.weights.which == "ema" else "model.safetensors"
-    return checkpoint.manifest["files"][name]["sha256"]
 
 
 def _setting(trained: TrainedModel) -> Setting:
@@ -160,13 +117,8 @@ def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str
     """The model card, Markdown with the header that the Hugging Face Hub reads. `about`: the content of export.json."""
     data, options = trained.data, trained.config.model
     source = data["source"]
-    # A path on somebody's machine means nothing elsewhere.
-    place = source["place"] if source["kind"] == "download" else Path(source["place"]).name
     licence = "cc-by-2.0" if "CC BY 2.0" in source["licence"] else "unknown"
     norm = {"layer": "LayerNorm", "rms": "RMSNorm"}[options.norm]
-    which = {"best": "the best on validation", "last": "the newest", "ema": "the moving average of the weights"}
-    steps = ", ".join(f"{step:,}" for step in about["checkpoints"])
-    weights = f"the mean of steps {steps}" if len(about["checkpoints"]) > 1 else f"step {steps}"
     notes = [
         "A prompt is `<sos> Chinese <sep>`, which the tokenizer makes of a text; the answer ends with `<eos>`. Batches "
         "are padded on the left. Generation is greedy and ends with the model's context "
@@ -231,10 +183,9 @@ It needs transformers 5 or newer; it was written and checked with {about["transf
 
 | | |
 | --- | --- |
-| weights | {weights} of the run {about["run"]}, {which[trained.weights.which]} |
-| their files, SHA-256 | {", ".join(f"`{sha256}`" for sha256 in about["checkpoints"].values())} |
+{origin_rows(about, trained.weights)}
 | difference from them | at most {difference:.1e} in the logits of {options.context} random tokens, fp32 on a CPU |
-| trained on | {data["rows"]["train"]:,} sentence pairs of {place}, {data["options"]["split"]} split |
+| trained on | {data["rows"]["train"]:,} sentence pairs of {place_of(source)}, {data["options"]["split"]} split |
 | its source, SHA-256 | `{source["sha256"]}` |
 | prepared data | `{data["fingerprint"]}` |
 

@@ -104,7 +104,9 @@ def estimate(
         _bytes_in_4_bits(each, quantisation.double) if each in in_4_bits else each.nbytes
         for each in {*base.parameters(), *base.buffers()}
     )
-    if in_4_bits:
+    # DoRA unpacks each weight for its norm, in fp32, which layers without weights cannot show.
+    unpacked = 4 * max(map(Tensor.numel, in_4_bits), default=0) if lora.dora else 0
+    if in_4_bits and not lora.dora:
         _hold_in_4_bits(base, compute_type)
     freeze(base, compute_type)
     adapted = add_adapters(base, lora)
@@ -121,7 +123,7 @@ def estimate(
         adapters=4 * trained,
         gradients=4 * trained,
         optimizer=sum(_state_bytes(size, in_8_bits=optimizer != "adamw") for size in sizes),
-        activations=_activations(model, shape, compute_type),
+        activations=unpacked + _activations(model, shape, compute_type),
         trained=trained,
     )
 
