@@ -19,9 +19,7 @@ STEPS = 8
 
 
 @pytest.mark.timeout(PATIENCE_S)
-@pytest.mark.skipif(
-    not RECORDS.is_dir(), reason=f"the legal records are not at {RECORDS}"
-)
+@pytest.mark.skipif(not RECORDS.is_dir(), reason=f"the legal records are not at {RECORDS}")
 def test_real_chat_model_killed_twice_learns_to_answer_legal_questions(launch: Launch, tmp_path: Path):
     base, data, run_dir = smollm2(), tmp_path / "data", tmp_path / "run"
     words = ("--source", RECORDS, "--tokenizer", base, "--output", data, "--max_length", 448, "--too_long", "drop")
