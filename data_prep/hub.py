@@ -71,8 +71,8 @@ def fetch_snapshot(
         say(f"fetching {name} ({revision or 'newest revision'}) from {hub.constants.ENDPOINT}")
         try:
             folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), **which))
-        except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # a connection that breaks comes out as whatever the library at work raises
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 f"{name} could not be fetched ({reason}); what has arrived is kept, the same command goes on. By hand: "
                 f"`{by_hand} --local-dir FOLDER`, and name the folder instead"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from data_prep.conversations import open_conversations
 from launch.console import UserError
@@ -52,11 +53,12 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(launch: Launch, run_dir: Path, *words: object, ranks: int | None = None) -> tuple[dict, list[dict], str]:
     """Scores, answers and what was printed."""
     words = ("--max_new_tokens", 12, "--answers_per_task", 2, *words)
+    label = "test-2answers-12tokens" + ("-1ofexam" if "--disc_law_eval" in words else "")
     result = launch(run_dir, *words, module="training.evaluation.answers", ranks=ranks).wait()
     assert result.status == 0, result
-    lines = (run_dir / "evaluation/test-answers.jsonl").read_text("utf-8").splitlines()
+    lines = (run_dir / f"evaluation/{label}-answers.jsonl").read_text("utf-8").splitlines()
     return (
-        json.loads((run_dir / "evaluation/test.json").read_text("utf-8")),
+        json.loads((run_dir / f"evaluation/{label}.json").read_text("utf-8")),
         [json.loads(line) for line in lines],
         result.out,
     )
@@ -113,6 +115,22 @@ def test_answers_do_not_depend_on_the_batch_and_stop_at_the_end_token(trained: T
     assert ended.ended and ended.ids == []
 
 
+def test_penalties_in_the_base_models_own_settings_play_no_part(trained: TrainedAdapters):
+    prompts, tokenizer, model = prompts_of(trained)[:3], trained.tokenizer, trained.model.model
+    how = {"pad_id": tokenizer.pad_id, "max_new_tokens": 10, "precision": trained.precision}
+    plain = generate(model, prompts, end_id=tokenizer.end_id, **how)
+    penalty = transformers.GenerationConfig(repetition_penalty=50.0, no_repeat_ngram_size=1)
+    model.generation_config = model.get_base_model().generation_config = penalty
+    assert generate(model, prompts, end_id=tokenizer.end_id, **how) == plain
+    assert any(len(set(answer.ids)) < len(answer.ids) for answer in plain), "an answer that repeats itself"
+
+
+def test_wrong_folder_of_disc_law_eval_is_refused_before_the_work(launch: Launch, run_dir: Path, tmp_path: Path):
+    result = launch(run_dir, "--disc_law_eval", tmp_path, module="training.evaluation.answers").wait()
+    assert_only_one_line_is_said(result, str(tmp_path))
+    assert "losses before" not in result.err
+
+
 def test_before_is_the_base_model_itself_and_after_the_trained_one(trained: TrainedAdapters, run_dir: Path):
     law = open_conversations(run_dir.parent / "data")
     answers = Answers(law.part("test"), law.meta["tokenizer"]["pad_id"])
@@ -163,13 +181,14 @@ def test_translation_commands_name_the_right_one(launch: Launch, run_dir: Path):
 def test_two_runs_are_compared_on_the_same_questions(launch: Launch, run_dir: Path, tmp_path: Path, capsys):
     evaluated(launch, run_dir)
     twin = shutil.copytree(run_dir, tmp_path / "twin")
-    assert compare([str(run_dir), str(twin)]) == 0
+    names = [f"{folder}:test-2answers-12tokens" for folder in (run_dir, twin)]
+    assert compare(names) == 0
     said = capsys.readouterr().out
     assert "mean of tasks" in said and said.rstrip().endswith("1.000")
-    path = twin / "evaluation/test-answers.jsonl"
+    path = twin / "evaluation/test-2answers-12tokens-answers.jsonl"
     path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
     with pytest.raises(UserError, match="not asked the same questions"):
-        compare([str(run_dir), str(twin)])
+        compare(names)
 
 
 @pytest.mark.skipif(not LAW_EVAL.is_dir(), reason=f"DISC-Law-Eval is not at {LAW_EVAL}")
@@ -177,9 +196,10 @@ def test_disc_law_eval_is_asked_scored_and_shown(launch: Launch, run_dir: Path):
     scores, _, out = evaluated(launch, run_dir, "--disc_law_eval", LAW_EVAL, "--disc_law_eval_limit", 1)
     law = scores["disc_law_eval"]
     assert law["before"]["items"] == law["after"]["items"] == 10 and "DISC-Law-Eval" in out
-    folder = run_dir / "evaluation/test-disc-law-eval"
+    label = "test-2answers-12tokens-1ofexam"
+    folder = run_dir / f"evaluation/{label}-disc-law-eval"
     assert {path.name for path in (folder / "after/multi").iterdir()} == {
         f"{exam}_results.csv" for exam in ("cpa", "nje", "pae", "ungee")
     }
-    page = run_dir / "evaluation/test-disc-law-eval-open.html"
+    page = run_dir / f"evaluation/{label}-disc-law-eval-open.html"
     assert page.is_file() and f"evaluation/{page.name}" in (run_dir / "report.html").read_text("utf-8")

@@ -29,6 +29,19 @@ PROMISED = {
         "padding_share",
         "tutorial_padding_share",
     ],
+    "qlora": [
+        "samples_ratio",
+        "relay_samples_per_s",
+        "trainer_samples_per_s",
+        "memory_ratio",
+        "relay_memory_mb",
+        "trainer_memory_mb",
+        "activation_ratio",
+        "padding_share",
+        "trainer_padding_share",
+        "operations_ratio",
+        "operations_ratio_3b",
+    ],
     "decoding": [
         "gpt_ratio",
         "gpt_batched_sentences_per_s",
@@ -61,10 +74,13 @@ def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -
         assert math.isfinite(figures[promised]) and figures[promised] > 0, promised
         assert any(promised in line for line in table), f"{promised} is missing from the table"
     # These do not depend on the machine's speed.
-    if name.endswith("_training"):
-        peer = {"gpt_training": "notebook", "seq2seq_training": "tutorial"}[name]
+    peer = {"gpt_training": "notebook", "seq2seq_training": "tutorial", "qlora": "trainer"}.get(name)
+    if peer:
         assert figures["loss_difference"] <= 1e-5
         assert figures["padding_share"] < 0.03 < figures[f"{peer}_padding_share"]
+    if name == "qlora":
+        assert figures["memory_ratio"] < 0.7
+        assert abs(figures["estimate_error"]) < 0.1
     if name == "decoding":
         assert min(figures["gpt_same_share"], figures["seq2seq_same_share"]) >= 0.98
 

@@ -33,7 +33,7 @@ from tests.test_training import (
 )
 from training.engine.checkpoint import model_state
 from training.models.answer_model import LoraOptions, add_adapters, head_loss
-from training.models.base_model import QuantisationOptions, fingerprint_of, load_base_model
+from training.models.base_model import QuantisationOptions, fingerprint_of, load_base_model, repeat_heads_in_attention
 from training.qlora import Answers, QLoRAConfig, build_model, losses_of
 
 STEPS = 40
@@ -119,7 +119,7 @@ def test_run_killed_twice_ends_with_the_same_adapters_optimizer_and_record(
 def test_run_with_eight_bit_optimizer_and_dora_resumes_exactly(launch: Launch, data: Path, base: Path, tmp_path: Path):
     # Adapters of 4,096 numbers and more are kept in 8 bits, smaller ones never.
     more = ("--optim.kind", "adamw8bit", "--lora.rank", 64, "--lora.dora", "true", "--lora.rslora", "true")
-    more += ("--optim.steps", 12, "--optim.lr", 1e-3)
+    more += ("--optim.steps", 12, "--optim.lr", 1e-3, "--checkpoint.background", "false")
     folders = [tmp_path / name for name in ("whole", "halves")]
     for folder, stops in zip(folders, ((), (7,)), strict=True):
         command = command_of(folder, data, "--base_model", base, *RUN, *more)
@@ -258,6 +258,29 @@ def test_residual_stream_survives_numbers_that_fp16_cannot_hold(base: Path, tmp_
     assert logits.dtype == torch.float16 and logits.isfinite().all()
 
 
+def test_attention_with_repeated_heads_is_the_same_attention(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """On cards whose kernels cannot share heads; the library's own choice comes back after the test."""
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    asked: list[tuple[int, int, bool]] = []
+    own = F.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, *words: object, **options: object) -> torch.Tensor:
+        asked.append((query.shape[1], key.shape[1], bool(options.get("enable_gqa"))))
+        return own(query, key, *words, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = load_base_model(base, QuantisationOptions(kind="none"), torch.float32, CPU).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        shared = model(ids).logits
+        repeat_heads_in_attention()
+        repeated = model(ids).logits
+    assert set(asked) == {(4, 2, True), (4, 4, False)}
+    torch.testing.assert_close(repeated, shared)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +356,10 @@ def test_model_that_caps_its_logits_is_refused(data: Path, base: Path, tmp_path:
     about = transformers.Gemma2Config(
         vocab_size=700, head_dim=32, num_key_value_heads=1, final_logit_softcapping=0.1, **small
     )
-    transformers.AutoModelForCausalLM.from_config(about).save_pretrained(tmp_path / "gemma")
+    model = transformers.AutoModelForCausalLM.from_config(about)
+    with torch.no_grad():  # logits as large as those of a trained model
+        model.get_input_embeddings().weight *= 50
+    model.save_pretrained(tmp_path / "gemma")
     with pytest.raises(UserError, match=r"capped logits.*another base model"):
         build_model(small_config(data, base), tmp_path / "gemma", torch.float32, CPU)
 

@@ -38,7 +38,7 @@ def test_real_chat_model_killed_twice_learns_to_answer_legal_questions(launch: L
     words = ("--answers_per_task", 1, "--max_new_tokens", 16)
     result = launch(run_dir, *words, module="training.evaluation.answers", ranks=2).wait()
     assert result.status == 0, result
-    scores = json.loads((run_dir / "evaluation/test.json").read_text("utf-8"))
+    scores = json.loads((run_dir / "evaluation/test-1answers-16tokens.json").read_text("utf-8"))
     held_out = scores["losses"][-1]
     assert held_out["items"] >= 15
     assert held_out["after"]["loss"] < 0.9 * held_out["before"]["loss"], held_out

@@ -166,7 +166,14 @@ def build_model(
     return model
 
 
-def memory_of(config: QLoRAConfig, about: PretrainedConfig, plan: BatchPlan, compute_type: torch.dtype) -> Memory:
+def memory_of(
+    config: QLoRAConfig,
+    about: PretrainedConfig,
+    plan: BatchPlan,
+    compute_type: torch.dtype,
+    device_type: str,
+    ranks: int,
+) -> Memory:
     """What a process will need, from the model's config and the largest micro-batch of the plan."""
     from training.models.memory import Shape, estimate
 
@@ -183,6 +190,8 @@ def memory_of(config: QLoRAConfig, about: PretrainedConfig, plan: BatchPlan, com
         optimizer=config.optim.kind,
         checkpoint_layers=config.memory.checkpoint_layers,
         logits_tokens=config.memory.logits_tokens,
+        device_type=device_type,
+        ranks=ranks,
     )
 
 
@@ -198,7 +207,9 @@ def checked_memory(
 
     In a dry run a card that is too small is a UserError: nothing has been loaded yet, and need not be.
     """
-    memory = memory_of(config, about, plan, compute_type)
+    # With a card to plan for, it is about that, even on a machine that has none.
+    device_type = "cuda" if config.memory.card_gb else cluster.device.type
+    memory = memory_of(config, about, plan, compute_type, device_type, cluster.world_size)
     say(f"memory: {memory}")
     card = config.memory.card_gb * 1e9 if config.memory.card_gb else None
     if card is None and cluster.device.type == "cuda":

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from data_prep.prepared import Prepared, open_prepared
@@ -35,7 +36,8 @@ from training.engine.tracking import read_metrics
 from training.evaluation.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
-TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
+SHARED = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data"))
+TATOEBA = SHARED / "tatoeba/cmn.txt"
 
 # The recipe that the GPT is trained with for real; benches shorten it and point it elsewhere.
 BASE = ROOT / "configs/gpt/base.yaml"
@@ -47,7 +49,9 @@ SENTENCES_PER_STEP = 32
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line of a bench. data: a raw file of sentence pairs, or `sample`. more: what this bench alone has."""
+    """The command line of a bench. data: raw file (or folder) of what it trains on, or `sample`. more: what this bench
+    alone has.
+    """
 
     quick: bool
     data: str
@@ -58,13 +62,20 @@ class Arguments:
         """Whose sentences the figures are for."""
         if self.data == "sample":
             return "the sample corpus (generated, with a small vocabulary: not the figures of real text)"
-        return f"{Path(self.data).name} ({Path(self.data).stat().st_size:,} bytes)"
+        path = Path(self.data)
+        size = sum(each.stat().st_size for each in ([path] if path.is_file() else path.iterdir()))
+        return f"{path.name} ({size:,} bytes)"
 
 
 def read_arguments(
-    name: str, about: str, add_more: Callable[[argparse.ArgumentParser], Any] | None = None
+    name: str,
+    about: str,
+    add_more: Callable[[argparse.ArgumentParser], Any] | None = None,
+    *,
+    data: Path = TATOEBA,
+    what: str = "raw Tatoeba file",
 ) -> Arguments:
-    """--quick and --data; without --data Tatoeba where it lies beside the checkout, else the sample corpus.
+    """--quick and --data; without --data `data`, which is `what`, where it lies beside the checkout, else the sample.
 
     add_more: adds the arguments that this bench alone has.
     """
@@ -75,14 +86,15 @@ def read_arguments(
     parser.add_argument(
         "--data",
         metavar="PATH",
-        default=str(TATOEBA) if TATOEBA.is_file() else "sample",
-        help="raw Tatoeba file, or `sample` for the sample corpus (default: %(default)s)",
+        default=str(data) if data.exists() else "sample",
+        help=f"{what}, or `sample` for generated data (default: %(default)s)",
     )
     if add_more is not None:
         add_more(parser)
     found = parser.parse_args()
-    if found.data != "sample" and not Path(found.data).is_file():
-        raise UserError(f"there is no file {found.data}: name a raw Tatoeba file (.txt), or --data sample")
+    there = Path(found.data).is_file() if data.suffix else Path(found.data).is_dir()
+    if found.data != "sample" and not there:
+        raise UserError(f"there is no {what} {found.data}: name one, or --data sample")
     return Arguments(found.quick, found.data, found)
 
 
@@ -241,6 +253,33 @@ def checked_difference(ours: float, theirs: float, peer: str) -> float:
     if not abs(ours - theirs) <= 1e-5:
         raise UserError(f"the two sides do not train the same: loss {ours:.7f} (Relay) and {theirs:.7f} ({peer})")
     return abs(ours - theirs)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's own storages, those of the scales of layers in 4 bits included."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        while state is not None:
+            tensors += [each for each in (state.absmax, state.code, state.offset) if each is not None]
+            state = state.state2
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def peak_of_tensors(work: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator had given out at a time during `work`, over those given out before it.
+
+    By the profiler, which sees every allocation, those that kernels make for themselves included.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 class Race:

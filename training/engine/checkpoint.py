@@ -231,7 +231,7 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
     found = _first_valid(candidates, count) or _first_valid(newest_first, 1)  # never validated: it has no best one
     if not found:
         raise UserError(
-            f"{run_dir} has no valid checkpoint: train first (python -m training.gpt or training.seq2seq, and a config)"
+            f"{run_dir} has no valid checkpoint: train first (for example python -m training.gpt and a config)"
         )
     if len(found) < count:
         option = "keep" if which == "last" else "keep_best"

@@ -18,7 +18,7 @@ class OptimOptions(Options):
 
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw",
-        description="state in fp32, or 8 bits (bitsandbytes), which a paged one moves to the host where a GPU is full",
+        description="state in fp32, or 8 bits (bitsandbytes); a paged one leaves a full GPU, in a run's first session",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean gradient")

@@ -166,8 +166,10 @@ class Saver:
     def _copied(self, tensors: Mapping[str, Tensors]) -> tuple[Mapping[str, Tensors], torch.cuda.Event | None]:
         """A copy in host memory, and the event after which it is there if a GPU is still copying."""
         if not self._options.background:
+            # A copy on a CPU, too: some optimizers share a table among all parameters, which is not written as one.
             return {
-                name: {key: t.cpu().contiguous() for key, t in part.items()} for name, part in tensors.items()
+                name: {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in part.items()}
+                for name, part in tensors.items()
             }, None
         if _names(tensors) != _names(self._buffers):
             self.prepare(tensors)

@@ -1,7 +1,8 @@
 """Trained adapters as their run folder left them, on the base model that they were trained on.
 
 Promises: what `open_adapters` returns fits together. The adapters have passed their checksums, the base model is the
-very one (its fingerprint is in the checkpoint), and it is held in the same bits and computed in the same type.
+very one (its fingerprint is in the checkpoint). They are computed in the type that the run was told; `auto` follows the
+machine, as in training.
 """
 
 from __future__ import annotations

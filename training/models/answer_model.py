@@ -96,6 +96,7 @@ class AnswerModel(nn.Module):
             base.activation_checkpointing_enable({"use_reentrant": False})  # the other kind breaks under DDP
         # Beside the module tree: they are part of `model` already.
         self._parts: tuple[nn.Module, nn.Module] = (getattr(base, base.base_model_prefix), base.get_output_embeddings())
+        self.train()  # the library hands models over in evaluation mode, where no layer is checkpointed
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """What the head reads at every position, [B, T, width]; inputs [B, T], padded on the right.
@@ -119,10 +120,17 @@ class AnswerModel(nn.Module):
         self.eval()
         device = base.get_input_embeddings().weight.device
         ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
-        logits = base(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        dtype = self._parts[1].weight.dtype
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):  # as in the training
+            logits = base(input_ids=ids[:, :-1], use_cache=False).logits.float()
+            found, _ = self(ids[:, :-1], torch.arange(7, device=device), ids[0, 1:])
         expected = nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none")
-        found, _ = self(ids[:, :-1], torch.arange(7, device=device), ids[0, 1:])
         self.train(training)
+        if not expected.isfinite().all():
+            raise UserError(
+                f"the base model's own numbers are not finite in {str(dtype).removeprefix('torch.')}: its layers go "
+                "beyond what that holds, or its weights are damaged; try --precision fp32, or a card with bf16"
+            )
         # bf16 has three digits; a head that does more than multiply is off by far more than its rounding.
         if not torch.allclose(found, expected, rtol=0.02, atol=0.02):
             raise UserError(
@@ -143,13 +151,16 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             own = labels[rows, None]
             logits = (hidden[rows].to(weight.dtype) @ weight.T).float()
-            right[rows] = logits.argmax(-1) == own[:, 0]
-            total = logits.logsumexp(-1, keepdim=True)
-            losses[rows] = (total - logits.gather(-1, own))[:, 0]
+            largest, best = logits.max(-1, keepdim=True)
+            right[rows] = (best == own)[:, 0]
+            of_label = logits.gather(-1, own) - largest
+            # In place: the logits are not needed again, and there is no room for them twice.
+            shares = logits.sub_(largest).exp_()
+            total = shares.sum(-1, keepdim=True)
+            losses[rows] = (total.log() - of_label)[:, 0]
             if gradient is not None:
-                probabilities = logits.sub_(total).exp_()
-                probabilities[torch.arange(len(own), device=own.device), own[:, 0]] -= 1
-                gradient[rows] = (probabilities.to(weight.dtype) @ weight).float()
+                mean_row = (shares.to(weight.dtype) @ weight).float() / total  # divided here, where it is narrow
+                gradient[rows] = mean_row - weight[own[:, 0]].float()
         ctx.hidden_type = hidden.dtype
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)

@@ -1,7 +1,7 @@
 """The base model that adapters are trained on: where its files are, what identifies it, and how it is loaded.
 
 Promises: a model of the hub is fetched by one process of a node, while the others wait for it; what is loaded has all
-of its files; the base is held in 4 bits by the same bits on every machine, and nothing of it is ever trained.
+of its files; nothing of the base is ever trained.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def find_base_model(name: str, revision: str | None) -> Path:
             )
         folder = fetch_snapshot(name, revision=revision, patterns=_WANTED, is_complete=_is_complete)
     missing = _missing(folder)
+    if missing == _WHOLE and any(folder.glob("*.bin")):
+        raise UserError(
+            f"the base model in {folder} has its weights as .bin files, which may hold code: fetch a version with "
+            ".safetensors, or convert it (load it by transformers and call save_pretrained)"
+        )
     if missing:
         raise UserError(
             f"the base model in {folder} is incomplete: {missing} is missing. Fetch it again: "
@@ -166,7 +171,20 @@ def load_base_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     freeze(model, compute_type)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        repeat_heads_in_attention()
     return model
+
+
+def repeat_heads_in_attention() -> None:
+    """Gives torch's attention as many heads of keys and values as of queries, in this process, from now on.
+
+    Below sm_80 there is no FlashAttention, and the kernel that saves memory there does not share heads of keys among
+    those of queries: torch would silently compute every score of every pair of tokens instead.
+    """
+    from transformers.integrations import sdpa_attention
+
+    sdpa_attention.use_gqa_in_sdpa = lambda *arguments: False
 
 
 def freeze(model: PreTrainedModel, compute_type: torch.dtype) -> None:

@@ -93,6 +93,7 @@ def estimate(
     checkpoint_layers: bool,
     logits_tokens: int,
     device_type: str = "cuda",
+    ranks: int = 1,
 ) -> Memory:
     """The memory of a training of `config` with these options, its largest micro-batch being of `shape`.
 
@@ -121,7 +122,7 @@ def estimate(
     return Memory(
         weights=weights,
         adapters=4 * trained,
-        gradients=4 * trained,
+        gradients=4 * trained * (2 if ranks > 1 else 1),  # DDP's buckets, and what is added up before them
         optimizer=sum(_state_bytes(size, in_8_bits=optimizer != "adamw") for size in sizes),
         activations=unpacked + _activations(model, shape, compute_type),
         trained=trained,

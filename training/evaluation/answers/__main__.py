@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from data_prep.files import write_atomically, writing_to
 from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
 from training.engine.cluster import Cluster
+from training.engine.precision import PrecisionName
 from training.engine.run_folder import read_sessions
 from training.engine.tracking import read_metrics
 from training.engine.wandb_tracker import publish_evaluation
@@ -39,7 +40,8 @@ from training.evaluation.answers.generation import Generated, generate
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, render
 from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers
-from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval
+from training.evaluation.answers.sharing import shared_out
+from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
 from training.evaluation.report import example_rows
 from training.evaluation.setting import Setting, add_model_options
 from training.qlora import LIBRARIES, Answers, batches_of, losses_of
@@ -47,7 +49,10 @@ from training.qlora import LIBRARIES, Answers, batches_of, losses_of
 # Positions of a batch of losses; a single conversation may be longer.
 LOSS_TOKENS = 4096
 
-DEFAULT_ANSWERS = 100
+# How far a rank may be ahead of another, see `shared_out`: minutes at most.
+BATCHES_BETWEEN_MEETINGS = ANSWERS_BETWEEN_MEETINGS = 64
+
+DEFAULT_ANSWERS, DEFAULT_TOKENS = 100, 512
 QUESTIONS_SEED = 1234
 
 
@@ -56,9 +61,19 @@ class Asking:
     """How much the models are asked to write. answers_per_task: questions of each task; None for all."""
 
     answers_per_task: int | None = DEFAULT_ANSWERS
-    max_new_tokens: int = 512
+    max_new_tokens: int = DEFAULT_TOKENS
     disc_law_eval: Path | None = None
     disc_law_eval_limit: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What of it is not the usual, for a label."""
+        found = ""
+        if self.answers_per_task != DEFAULT_ANSWERS:
+            found += f"-{self.answers_per_task or 'all'}answers"
+        if self.max_new_tokens != DEFAULT_TOKENS:
+            found += f"-{self.max_new_tokens}tokens"
+        return found + (f"-{self.disc_law_eval_limit}ofexam" if self.disc_law_eval_limit else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help=f"questions of each task to answer, drawn by a fixed seed (default {DEFAULT_ANSWERS}; 0: all)",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (default 512)")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help=f"of an answer (default {DEFAULT_TOKENS})",
+    )
+    parser.add_argument(
+        "--precision", choices=get_args(PrecisionName), help="to compute in (default: as the run was told)"
+    )
     parser.add_argument(
         "--disc_law_eval", type=Path, metavar="FOLDER", help="DISC-Law-Eval's data: ask its questions, four-shot"
     )
@@ -97,7 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with Cluster() as cluster:
         trained = open_adapters(
-            arguments.run_dir, arguments.checkpoint, device=cluster.device, base_model=arguments.base_model
+            arguments.run_dir,
+            arguments.checkpoint,
+            device=cluster.device,
+            base_model=arguments.base_model,
+            precision=arguments.precision,
         )
         data = _open_data(trained, arguments.data)
         evaluate(trained, data, arguments.part, asking, cluster)
@@ -130,6 +158,12 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         raise UserError(f"the {part_name} part of {data.folder} is empty: choose another --part, or other --data")
     own = data.fingerprint == trained.checkpoint.manifest["data"]["fingerprint"]
     label = Setting(part_name, str(trained.weights), data=None if own else data.folder.resolve().name).label
+    label += asking.label
+    # Before the work, which takes long: what would stop it at its end.
+    cluster.on_first(lambda: _check_writable(trained.run_dir))
+    questions = None
+    if asking.disc_law_eval is not None:
+        questions = load_law_questions(asking.disc_law_eval, asking.disc_law_eval_limit)
     tasks = list(part.tasks)
     tokenizer = data.meta["tokenizer"]
     rows = questions_of(tasks, asking.answers_per_task)
@@ -146,10 +180,8 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         with trained.adapters(side == "after"):
             nats[side] = losses_by_row(trained, answers, cluster, f"losses {side}")
             texts[side] = answers_to(trained, prompts, tokenizer, asking.max_new_tokens, cluster, f"answers {side}")
-            if asking.disc_law_eval is not None:
-                law[side] = ask_law_eval(
-                    trained, asking.disc_law_eval, asking.disc_law_eval_limit, asking.max_new_tokens, cluster, side
-                )
+            if questions is not None:
+                law[side] = ask_law_eval(trained, questions, asking.max_new_tokens, cluster, side)
     path = trained.run_dir / "report.html"
     if not cluster.is_first:
         return path
@@ -171,7 +203,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         "checkpoints": [checkpoint.step for checkpoint in trained.checkpoints],
         "base_model": trained.config.base_model,
         "base_model_fingerprint": trained.checkpoint.manifest["built_on"]["base_model"],
-        "decoding": f"greedy, at most {asking.max_new_tokens} tokens",
+        "decoding": f"greedy, at most {asking.max_new_tokens} tokens, computed in {trained.precision.name}",
         "data_fingerprint": data.fingerprint,
         "synthetic": bool(data.meta.get("synthetic")),
     }
@@ -214,7 +246,6 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     )
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
-        folder.mkdir(exist_ok=True)
         lines = (_line(part.uids[row], each) for row, each in zip(rows, everything, strict=True))
         write_atomically(folder / f"{label}-answers.jsonl", "".join(lines))
         for side, given in law.items():
@@ -231,6 +262,14 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     return path
 
 
+def _check_writable(run_dir: Path) -> None:
+    folder = run_dir / "evaluation"
+    with writing_to(run_dir, option="RUN"):
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / ".writable", "")
+        (folder / ".writable").unlink()
+
+
 def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
     """Which rows are asked: of each task `per_task`, drawn by a fixed seed; more of them hold the fewer ones, too."""
     chosen = []
@@ -245,20 +284,22 @@ def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
 def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, label: str) -> np.ndarray:
     """Nats of each row's answer, [rows]; every rank computes its share."""
     batches = batches_of(answers, LOSS_TOKENS)
-    found: list[tuple[list[int], list[float]]] = []
-    own = cluster.share(batches)
-    with Progress(label, len(own), "batches") as progress:
-        for samples in own:
-            with trained.precision.autocast():
-                losses, _ = losses_of(trained.model, answers, samples, cluster.device)
-            ends = np.cumsum(answers.answer_tokens[samples])
-            sums = [each.sum(dtype=torch.float64).item() for each in losses.tensor_split(ends[:-1].tolist())]
-            found.append((samples.tolist(), sums))
-            progress.advance()
+    with Progress(label, len(cluster.share(batches)), "batches") as progress:
+
+        def work(own: Sequence[np.ndarray]) -> list[list[float]]:
+            found = []
+            for samples in own:
+                with trained.precision.autocast():
+                    losses, _ = losses_of(trained.model, answers, samples, cluster.device)
+                ends = np.cumsum(answers.answer_tokens[samples])
+                found.append([each.sum(dtype=torch.float64).item() for each in losses.tensor_split(ends[:-1].tolist())])
+                progress.advance()
+            return found
+
+        sums = shared_out(cluster, batches, work, per_rank=BATCHES_BETWEEN_MEETINGS)
     nats = np.full(len(answers.lengths), np.nan)
-    for each in cluster.gather(found):
-        for samples, sums in each:
-            nats[samples] = sums
+    for samples, own in zip(batches, sums, strict=True):
+        nats[samples] = own
     return nats
 
 
@@ -273,17 +314,20 @@ def answers_to(
     """What the model says to each of `prompts`, in order; every rank answers its share."""
     # Long and short ones are spread evenly over the ranks.
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    own = cluster.share(order)
-    given = generate(
-        trained.model.model,
-        [prompts[place] for place in own],
-        end_id=tokenizer["end_id"],
-        pad_id=tokenizer["pad_id"],
-        max_new_tokens=max_new_tokens,
-        precision=trained.precision,
-        label=label,
-    )
-    everything = {place: each for part in cluster.gather(list(zip(own, given, strict=True))) for place, each in part}
+
+    def work(own: Sequence[int]) -> list[Generated]:
+        return generate(
+            trained.model.model,
+            [prompts[place] for place in own],
+            end_id=tokenizer["end_id"],
+            pad_id=tokenizer["pad_id"],
+            max_new_tokens=max_new_tokens,
+            precision=trained.precision,
+            label=label,
+        )
+
+    given = shared_out(cluster, order, work, per_rank=ANSWERS_BETWEEN_MEETINGS)
+    everything = dict(zip(order, given, strict=True))
     return [everything[place] for place in range(len(prompts))]
 
 

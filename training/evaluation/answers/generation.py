@@ -1,7 +1,7 @@
 """Answers of a chat model to prompts: batched, with a key-value cache, each ending at its end token.
 
-Greedy and without penalties, whatever the model's own generation config says: so an answer depends on the model alone,
-and the same model gives the same answers.
+Greedy and without penalties, whatever the model's own generation config says, so an answer depends on the model alone;
+in 16 bits also on its batch, where two words are equally likely up to rounding.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ def generate(
     settings = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=pad_id, use_cache=True
     )
+    # What the settings leave open the library takes from the model's own: Qwen2.5 has a penalty on repetition there.
+    for each in (model, getattr(model, "get_base_model", lambda: model)()):
+        each.generation_config = transformers.GenerationConfig()
     device = model.get_input_embeddings().weight.device
     answers: dict[int, Generated] = {}
     with Progress(label or "", len(prompts), "answers") as progress:

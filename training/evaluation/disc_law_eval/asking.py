@@ -10,8 +10,9 @@ from typing import Any
 from launch.console import warn
 from training.engine.cluster import Cluster
 from training.evaluation.adapters import TrainedAdapters
-from training.evaluation.answers.generation import Generated, generate
+from training.evaluation.answers.generation import generate
 from training.evaluation.answers.report import law_eval_table
+from training.evaluation.answers.sharing import shared_out
 from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import compare_answers, score_answers, write_results
@@ -19,6 +20,8 @@ from training.evaluation.markup import escaped
 
 # A model that was shown four answers of a letter or two needs no more; one that explains is read from its beginning.
 MAX_LETTER_TOKENS = 64
+
+ANSWERS_BETWEEN_MEETINGS = 64  # of the ranks, see `shared_out`
 
 
 @dataclass(frozen=True)
@@ -55,47 +58,56 @@ class LawAnswers:
         return section, scores, render("DISC-Law-Eval, open questions", self.open_questions, sides, "greedy")
 
 
-def ask_law_eval(
-    trained: TrainedAdapters, folder: Path, limit: int | None, max_new_tokens: int, cluster: Cluster, label: str
-) -> LawAnswers:
-    """Puts the questions in `folder` to the model as it is now; the first `limit` of each exam, None for all.
+@dataclass(frozen=True)
+class LawQuestions:
+    """What is asked. prompts: of the multiple-choice questions, with four samples each."""
 
-    Every rank answers its share. Raises UserError unless the folder is DISC-Law-Eval's.
-    """
+    questions: list[Question]
+    prompts: list[str]
+    open_questions: list[OpenQuestion]
+
+
+def load_law_questions(folder: Path, limit: int | None) -> LawQuestions:
+    """The questions in `folder`, the first `limit` of each exam, None for all; raises UserError if not as released."""
     samples = load_samples(folder)
     questions = _first(load_questions(folder), limit)
-    open_ones = open_questions(folder)[: limit or None]
+    prompts = [four_shot_prompt(each, samples) for each in questions]
+    return LawQuestions(questions, prompts, open_questions(folder)[: limit or None])
+
+
+def ask_law_eval(
+    trained: TrainedAdapters, asked: LawQuestions, max_new_tokens: int, cluster: Cluster, label: str
+) -> LawAnswers:
+    """Puts the questions to the model as it is now; every rank answers its share."""
     tokenizer = trained.tokenizer
     config = trained.model.model.get_base_model().config.get_text_config()
 
     def ask(texts: Sequence[str], most: int, what: str) -> tuple[list[str], int]:
         prompts = tokenizer.encode([tokenizer.prompt(text) for text in texts])
         room = config.max_position_embeddings - most
-        own = [place for place in cluster.share(range(len(prompts))) if len(prompts[place]) <= room]
-        given: list[Generated] = generate(
-            trained.model.model,
-            [prompts[place] for place in own],
-            end_id=tokenizer.end_id,
-            pad_id=tokenizer.pad_id,
-            max_new_tokens=most,
-            precision=trained.precision,
-            label=f"{what} {label}",
-        )
-        answers = [""] * len(prompts)
-        for part in cluster.gather(
-            [(place, tokenizer.decode(each.ids)) for place, each in zip(own, given, strict=True)]
-        ):
-            for place, text in part:
-                answers[place] = text
-        return answers, sum(len(prompt) > room for prompt in prompts)
 
-    letters, too_long = ask(
-        [four_shot_prompt(each, samples) for each in questions], MAX_LETTER_TOKENS, "multiple choice"
-    )
-    if too_long:
-        warn(f"{too_long:,} of {len(questions):,} questions do not fit the model's context and stay unanswered")
-    texts, _ = ask([each.text for each in open_ones], max_new_tokens, "open questions")
-    return LawAnswers(questions, letters, open_ones, texts, too_long)
+        def work(own: Sequence[list[int]]) -> list[str]:
+            fitting = [prompt for prompt in own if len(prompt) <= room]
+            given = generate(
+                trained.model.model,
+                fitting,
+                end_id=tokenizer.end_id,
+                pad_id=tokenizer.pad_id,
+                max_new_tokens=most,
+                precision=trained.precision,
+                label=f"{what} {label}",
+            )
+            said = iter(tokenizer.decode(each.ids) for each in given)
+            return [next(said) if len(prompt) <= room else "" for prompt in own]
+
+        too_long = sum(len(prompt) > room for prompt in prompts)
+        if too_long:
+            warn(f"{what}: {too_long:,} of {len(prompts):,} do not fit the model's context and stay unanswered")
+        return shared_out(cluster, prompts, work, per_rank=ANSWERS_BETWEEN_MEETINGS), too_long
+
+    letters, too_long = ask(asked.prompts, MAX_LETTER_TOKENS, "multiple choice")
+    texts, too_long_open = ask([each.text for each in asked.open_questions], max_new_tokens, "open questions")
+    return LawAnswers(asked.questions, letters, asked.open_questions, texts, too_long + too_long_open)
 
 
 def _first(questions: Sequence[Question], limit: int | None) -> list[Question]:
