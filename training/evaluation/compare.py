@@ -7,6 +7,8 @@ A name is a run folder, and behind a colon the label of an evaluation (default t
 The test is a two-sided paired bootstrap (Koehn 2004) of BLEU and chrF: p is how often the choice of the sentences alone
 makes a difference as large as this one, in either direction. Both must have translated the same rows, with the same
 references. sacrebleu's own p counts one direction only, so it is about half of this one.
+
+Of two runs with adapters it compares the answers after training, task by task, as `training.evaluation.answers` scores.
 """
 
 from __future__ import annotations
