@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data_prep.conversations import ConversationPart, Conversations, open_conversations
 from launch.config import Options, parse
 from launch.console import UserError, run_main, say, warn
-from training.engine.batch_plan import BatchPlan, cut_by_length, sorted_by_length
+from training.engine.batch_plan import BatchPlan, batches_by_length, sorted_by_length
 from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
@@ -112,14 +112,6 @@ def losses_of(model: nn.Module, answers: Answers, samples: np.ndarray, device: t
     return model(inputs, scored, labels)
 
 
-def batches_of(answers: Answers, tokens: int) -> list[np.ndarray]:
-    """All samples in batches of at most `tokens` positions, equally long ones together."""
-    order = sorted_by_length(answers.lengths)
-    # A single sample may be longer than that.
-    tokens = max(tokens, int(answers.lengths.max(initial=1)))
-    return np.split(order, cut_by_length(answers.lengths[order], tokens)[1:-1])
-
-
 @torch.no_grad()
 def validation_scores(
     model: nn.Module,
@@ -135,7 +127,7 @@ def validation_scores(
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
-    for samples in (share or cluster.share)(batches_of(answers, tokens)):
+    for samples in (share or cluster.share)(batches_by_length(answers.lengths, tokens)):
         with precision.autocast():
             losses, right = losses_of(model, answers, samples, cluster.device)
         totals += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)

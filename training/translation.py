@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_prep.prepared import Part
 from launch.console import UserError, say
-from training.engine.batch_plan import cut_by_length, sorted_by_length
+from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.task import Share, Validation
 
@@ -61,8 +61,7 @@ def held_out_scores(
     predict(model, samples): logits [N, vocabulary] and labels [N] of the samples' target tokens.
     """
     model.eval()
-    order = sorted_by_length(pairs.lengths)
-    batches = np.split(order, cut_by_length(pairs.lengths[order], VALIDATION_TOKENS)[1:-1])
+    batches = batches_by_length(pairs.lengths, VALIDATION_TOKENS)
     totals = torch.zeros(2, dtype=torch.float64)
     for samples in (share or cluster.share)(batches):
         logits, labels = predict(model, samples)

@@ -152,6 +152,15 @@ def sorted_by_length(lengths: np.ndarray) -> np.ndarray:
     return np.lexsort(_columns(lengths).T[::-1])
 
 
+def batches_by_length(lengths: np.ndarray, most_tokens: int) -> list[np.ndarray]:
+    """Indices of all samples of `lengths` [n] or [n, k] in batches within `most_tokens`, equally long ones together.
+
+    A sample that is longer than that is a batch of its own.
+    """
+    order = sorted_by_length(lengths)
+    return np.split(order, cut_by_length(lengths[order], most_tokens)[1:-1])
+
+
 def cut_by_length(ordered: np.ndarray, most_tokens: int | None, most_sentences: int | None = None) -> np.ndarray:
     """Where to cut sorted lengths [n] or [n, k] into the longest micro-batches within both bounds: [0, ..., n].
 

@@ -29,6 +29,7 @@ from data_prep.conversations import Conversations, open_conversations
 from data_prep.files import write_atomically, writing_to
 from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
+from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.precision import PrecisionName
 from training.engine.run_folder import read_sessions
@@ -36,7 +37,7 @@ from training.engine.tracking import read_metrics
 from training.engine.wandb_tracker import publish_evaluation
 from training.evaluation.adapters import TrainedAdapters, open_adapters
 from training.evaluation.answers.evaluation import AnswerEvaluation
-from training.evaluation.answers.generation import Generated, generate
+from training.evaluation.answers.generation import Generated, answers_to
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, render
 from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers
@@ -44,13 +45,13 @@ from training.evaluation.answers.sharing import shared_out
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
 from training.evaluation.report import example_rows
 from training.evaluation.setting import Setting, add_model_options
-from training.qlora import LIBRARIES, Answers, batches_of, losses_of
+from training.qlora import LIBRARIES, Answers, losses_of
 
 # Positions of a batch of losses; a single conversation may be longer.
 LOSS_TOKENS = 4096
 
 # How far a rank may be ahead of another, see `shared_out`: minutes at most.
-BATCHES_BETWEEN_MEETINGS = ANSWERS_BETWEEN_MEETINGS = 64
+BATCHES_BETWEEN_MEETINGS = 64
 
 DEFAULT_ANSWERS, DEFAULT_TOKENS = 100, 512
 QUESTIONS_SEED = 1234
@@ -165,13 +166,12 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     if asking.disc_law_eval is not None:
         questions = load_law_questions(asking.disc_law_eval, asking.disc_law_eval_limit)
     tasks = list(part.tasks)
-    tokenizer = data.meta["tokenizer"]
     rows = questions_of(tasks, asking.answers_per_task)
     # Those of the table of answers are asked in any case.
     table = [row for row, uid in enumerate(part.uids) if uid in set(data.meta["questions"])]
     rows = sorted({*rows, *table})
 
-    answers = Answers(part, tokenizer["pad_id"])
+    answers = Answers(part, data.meta["tokenizer"]["pad_id"])
     prompts = [part.ids[row][: part.prompt_lengths[row]].tolist() for row in rows]
     nats: dict[str, np.ndarray] = {}
     texts: dict[str, list[Generated]] = {}
@@ -179,7 +179,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     for side in ("before", "after"):
         with trained.adapters(side == "after"):
             nats[side] = losses_by_row(trained, answers, cluster, f"losses {side}")
-            texts[side] = answers_to(trained, prompts, tokenizer, asking.max_new_tokens, cluster, f"answers {side}")
+            texts[side] = answers_to(trained, prompts, asking.max_new_tokens, cluster, f"answers {side}")
             if questions is not None:
                 law[side] = ask_law_eval(trained, questions, asking.max_new_tokens, cluster, side)
     path = trained.run_dir / "report.html"
@@ -283,7 +283,7 @@ def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
 @torch.no_grad()
 def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, label: str) -> np.ndarray:
     """Nats of each row's answer, [rows]; every rank computes its share."""
-    batches = batches_of(answers, LOSS_TOKENS)
+    batches = batches_by_length(answers.lengths, LOSS_TOKENS)
     with Progress(label, len(cluster.share(batches)), "batches") as progress:
 
         def work(own: Sequence[np.ndarray]) -> list[list[float]]:
@@ -301,34 +301,6 @@ def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, 
     for samples, own in zip(batches, sums, strict=True):
         nats[samples] = own
     return nats
-
-
-def answers_to(
-    trained: TrainedAdapters,
-    prompts: Sequence[Sequence[int]],
-    tokenizer: dict[str, Any],
-    max_new_tokens: int,
-    cluster: Cluster,
-    label: str,
-) -> list[Generated]:
-    """What the model says to each of `prompts`, in order; every rank answers its share."""
-    # Long and short ones are spread evenly over the ranks.
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-
-    def work(own: Sequence[int]) -> list[Generated]:
-        return generate(
-            trained.model.model,
-            [prompts[place] for place in own],
-            end_id=tokenizer["end_id"],
-            pad_id=tokenizer["pad_id"],
-            max_new_tokens=max_new_tokens,
-            precision=trained.precision,
-            label=label,
-        )
-
-    given = shared_out(cluster, order, work, per_rank=ANSWERS_BETWEEN_MEETINGS)
-    everything = dict(zip(order, given, strict=True))
-    return [everything[place] for place in range(len(prompts))]
 
 
 def _in_order(tasks: Sequence[str], scored: dict[str, TaskScore]) -> list[float]:

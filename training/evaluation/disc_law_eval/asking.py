@@ -10,9 +10,8 @@ from typing import Any
 from launch.console import warn
 from training.engine.cluster import Cluster
 from training.evaluation.adapters import TrainedAdapters
-from training.evaluation.answers.generation import generate
+from training.evaluation.answers.generation import answers_to
 from training.evaluation.answers.report import law_eval_table
-from training.evaluation.answers.sharing import shared_out
 from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import compare_answers, score_answers, write_results
@@ -20,8 +19,6 @@ from training.evaluation.markup import escaped
 
 # A model that was shown four answers of a letter or two needs no more; one that explains is read from its beginning.
 MAX_LETTER_TOKENS = 64
-
-ANSWERS_BETWEEN_MEETINGS = 64  # of the ranks, see `shared_out`
 
 
 @dataclass(frozen=True)
@@ -86,24 +83,15 @@ def ask_law_eval(
         prompts = tokenizer.encode([tokenizer.prompt(text) for text in texts])
         room = config.max_position_embeddings - most
 
-        def work(own: Sequence[list[int]]) -> list[str]:
-            fitting = [prompt for prompt in own if len(prompt) <= room]
-            given = generate(
-                trained.model.model,
-                fitting,
-                end_id=tokenizer.end_id,
-                pad_id=tokenizer.pad_id,
-                max_new_tokens=most,
-                precision=trained.precision,
-                label=f"{what} {label}",
-            )
-            said = iter(tokenizer.decode(each.ids) for each in given)
-            return [next(said) if len(prompt) <= room else "" for prompt in own]
-
-        too_long = sum(len(prompt) > room for prompt in prompts)
+        fitting = [place for place, prompt in enumerate(prompts) if len(prompt) <= room]
+        too_long = len(prompts) - len(fitting)
         if too_long:
             warn(f"{what}: {too_long:,} of {len(prompts):,} do not fit the model's context and stay unanswered")
-        return shared_out(cluster, prompts, work, per_rank=ANSWERS_BETWEEN_MEETINGS), too_long
+        given = answers_to(trained, [prompts[place] for place in fitting], most, cluster, f"{what} {label}")
+        answers = [""] * len(prompts)
+        for place, each in zip(fitting, given, strict=True):
+            answers[place] = tokenizer.decode(each.ids)
+        return answers, too_long
 
     letters, too_long = ask(asked.prompts, MAX_LETTER_TOKENS, "multiple choice")
     texts, too_long_open = ask([each.text for each in asked.open_questions], max_new_tokens, "open questions")
