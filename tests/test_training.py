@@ -11,6 +11,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -381,6 +383,13 @@ def test_memory_beyond_model_and_optimizer_stays_below_a_gigabyte_on_real_data(l
     weights = last_checkpoint(tmp_path / "run").model_state()
     state_mb = 16 * sum(tensor.numel() for tensor in weights.values()) / 1e6  # weights, gradients, two moments, fp32
     assert line["memory_mb"] - state_mb < 1000
+
+
+def test_memory_is_the_processs_own_and_not_that_of_what_started_it():
+    ballast = b"x" * 1_500_000_000
+    says = "import torch; from training.engine.tracking import memory_mb; print(memory_mb(torch.device('cpu')))"
+    result = subprocess.run([sys.executable, "-c", says], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 50 < float(result.stdout) < len(ballast) / 1e6 - 500
 
 
 def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: Launch, sample_data, tmp_path):

@@ -144,8 +144,11 @@ def memory_mb(device: torch.device) -> float:
     """Most memory this process has used so far, in MB: of the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # Linux counts in KiB
+    # Not ru_maxrss on Linux: what starts a program hands its own peak down to it there.
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on a Mac
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
