@@ -15,6 +15,7 @@ Cost: at most 16 bytes a sample while an epoch is laid out, 4 afterwards; a frac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +160,22 @@ def batches_by_length(lengths: np.ndarray, most_tokens: int) -> list[np.ndarray]
     """
     order = sorted_by_length(lengths)
     return np.split(order, cut_by_length(lengths[order], most_tokens)[1:-1])
+
+
+def in_rounds(batches: Sequence[np.ndarray], ranks: int) -> list[np.ndarray]:
+    """The same samples in batches whose number `ranks` divides, for ranks that must have equally many.
+
+    The largest are cut in two until it does. Raises UserError when there are fewer samples than ranks.
+    """
+    batches = list(batches)
+    while len(batches) % ranks:
+        largest = max(range(len(batches)), key=lambda index: len(batches[index]))
+        if len(batches[largest]) < 2:
+            raise UserError(
+                f"{len(batches)} held-out samples cannot keep {ranks} ranks in step: prepare more, or start fewer ranks"
+            )
+        batches[largest : largest + 1] = np.array_split(batches[largest], 2)
+    return batches
 
 
 def cut_by_length(ordered: np.ndarray, most_tokens: int | None, most_sentences: int | None = None) -> np.ndarray:

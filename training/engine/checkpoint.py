@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -111,6 +111,13 @@ class Checkpoint:
         """The optimizer's tensors by kind and parameter name, on the CPU."""
         return load_file(self.folder / "optimizer.safetensors")
 
+    def optimizer_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """The same one by one, as kind, parameter name and tensor, so that they need not be in memory all at once."""
+        with safe_open(self.folder / "optimizer.safetensors", "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind, _, name = key.partition("/")
+                yield kind, name, file.get_tensor(key)
+
     def ema_state(self) -> dict[str, Tensor]:
         """The moving average of the model's tensors by parameter name; raises UserError if the run keeps none."""
         path = self.folder / EMA
@@ -127,8 +134,7 @@ class Checkpoint:
         ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         index_of = {name: index for index, name in enumerate(ordered)}
         state: dict[int, dict[str, Tensor | int]] = {}  # empty before the first step
-        for key, tensor in self.optimizer_state().items():
-            kind, _, name = key.partition("/")
+        for kind, name, tensor in self.optimizer_tensors():
             number = tensor.dtype == torch.int64 and tensor.dim() == 0  # see `tensors_of`
             state.setdefault(index_of[name], {})[kind] = int(tensor) if number else tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -169,18 +175,22 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model_state(model: nn.Module, state: Tensors) -> None:
     """Takes back what `model_state` gave. Raises UserError where names or shapes are not the model's."""
-    own = model_state(model)
+    check_shapes({name: tensor.shape for name, tensor in model_state(model).items()}, state)
+    model.load_state_dict(state, strict=False)  # what is frozen is not among them
+
+
+def check_shapes(own: Mapping[str, torch.Size], state: Tensors) -> None:
+    """Raises UserError where names or shapes of `state` are not the model's own."""
     differing = sorted(
         name
         for name in own.keys() | state.keys()
-        if name not in own or name not in state or own[name].shape != state[name].shape
+        if name not in own or name not in state or own[name] != state[name].shape
     )
     if differing:
         raise UserError(
             f"the checkpoint is of another model: {len(differing)} of {len(own)} tensors differ in name or shape, the "
             f"first is {differing[0]}"
         )
-    model.load_state_dict(state, strict=False)  # what is frozen is not among them
 
 
 def bytes_of(tensors: Mapping[str, Tensors]) -> int:

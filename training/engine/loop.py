@@ -17,18 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from launch.config import to_yaml
 from launch.console import Progress, UserError, format_duration, say
 from launch.environment import PROCESS_BEGAN
-from training.engine.batch_plan import MicroBatch
+from training.engine.batch_plan import MicroBatch, in_rounds
 from training.engine.checkpoint import Checkpoint
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.logbook import Logbook
 from training.engine.optim import build_optimizer, learning_rate
-from training.engine.parallel import DataParallel
-from training.engine.precision import choose_precision
+from training.engine.parallel import DataParallel, Parallel
+from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder, Status, write_status
 from training.engine.saving import Saver, price_of_a_kill, write_s
 from training.engine.session import EXIT_RESUMABLE, StopFlag, Stopped
@@ -36,6 +37,7 @@ from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.tracking import Window, memory_mb, read_metrics
 from training.engine.wandb_tracker import send_the_rest
 from training.engine.watchdog import Watchdog
+from training.engine.zero import Zero, state_bytes
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
 SKIPPED_STEPS_LIMIT = 5
@@ -52,11 +54,9 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has one order of sums only with this
         torch.use_deterministic_algorithms(True)
     precision = choose_precision(config.precision, cluster.device)
-    model = task.model.to(cluster.device)
-    optimizer = build_optimizer(model, config.optim, task.plan.steps)
-    engine = DataParallel(model, optimizer, cluster, precision, config.optim.clip_norm, config.optim.ema_decay)
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))
+    engine = _parallel(config, task, cluster, precision)
     if dry_run:
         return _dry_run(config, task, engine, cluster)
 
@@ -76,6 +76,16 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
         raise
 
 
+def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Precision) -> Parallel:
+    """The model on this rank's device, with its optimizer, under the strategy that the config names."""
+    model = task.model.to(cluster.device)
+    optimizer = build_optimizer(model, config.optim, task.plan.steps)
+    clip_norm, ema_decay = config.optim.clip_norm, config.optim.ema_decay
+    if config.parallel == "deepspeed":
+        return Zero(model, optimizer, cluster, precision, clip_norm, ema_decay, config.zero)
+    return DataParallel(model, optimizer, cluster, precision, clip_norm, ema_decay)
+
+
 def _check_world_size(config: RunOptions, cluster: Cluster) -> None:
     count = config.batch.micro_batches_per_step
     if count % cluster.world_size:
@@ -91,7 +101,8 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
     """The arithmetic of the run: parameters, memory, steps, and what a step consists of."""
     plan = task.plan
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
-    memory = task.memory or f"{16 * parameters / 1e6:,.0f} MB for weights, gradients and AdamW in fp32"
+    each = state_bytes(config.zero, cluster.world_size) if config.parallel == "deepspeed" else 16
+    memory = task.memory or f"{each * parameters / 1e6:,.0f} MB a rank for weights, gradients and AdamW in fp32"
     per_rank = plan.micro_batches_per_step // cluster.world_size
     tokens = int(plan.lengths.sum(dtype=np.int64))
     return (
@@ -104,8 +115,10 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
     )
 
 
-def _dry_run(config: RunOptions, task: Task, engine: DataParallel, cluster: Cluster) -> int:
+def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster) -> int:
     say("\n" + to_yaml(config))
+    if engine.derived_config is not None:
+        say("derived from it, for DeepSpeed:\n" + yaml.safe_dump(engine.derived_config, sort_keys=False))
     times = []
     for step in (0, 1):  # the first pass also sets things up; the second is the measure
         began = time.monotonic()
@@ -122,7 +135,7 @@ def _dry_run(config: RunOptions, task: Task, engine: DataParallel, cluster: Clus
     return 0
 
 
-def _price_of_a_kill(config: RunOptions, engine: DataParallel, step_s: float, start_s: float) -> str:
+def _price_of_a_kill(config: RunOptions, engine: Parallel, step_s: float, start_s: float) -> str:
     tensors = engine.tensors()
     save_s = published_s = write_s(tensors)
     if config.checkpoint.background:
@@ -138,7 +151,7 @@ def _price_of_a_kill(config: RunOptions, engine: DataParallel, step_s: float, st
 def _forward_backward(
     config: RunOptions,
     task: Task,
-    engine: DataParallel,
+    engine: Parallel,
     cluster: Cluster,
     step: int,
     beat: Callable[[str], None] = lambda doing: None,
@@ -161,7 +174,7 @@ def _forward_backward(
 class _Run:
     """The state of the loop: the step, and what of its boundary is done. The first rank alone writes, for all."""
 
-    def __init__(self, config: RunOptions, task: Task, data: Data, cluster: Cluster, engine: DataParallel):
+    def __init__(self, config: RunOptions, task: Task, data: Data, cluster: Cluster, engine: Parallel):
         self.config, self.task, self.data, self.cluster, self.engine = config, task, data, cluster, engine
         self.stop = StopFlag(config.run_dir, cluster, config.session)
         self.step = 0
@@ -172,6 +185,7 @@ class _Run:
         self.wandb_id: str | None = None
         self.window = Window(task.plan)
         self.speed = ""
+        self.prepared = False
         # Of the first rank alone.
         self.folder: RunFolder | None = None
         self.saver: Saver | None = None
@@ -277,8 +291,11 @@ class _Run:
         self.window.add(self.step, loss)
         self.step += 1
         self.accuracy = None
-        if self.saver is not None and self.saver.unprepared:
-            self.saver.prepare(self.engine.tensors())
+        if not self.prepared:  # tensors of the optimizer exist only after its first step
+            tensors = self.engine.tensors()
+            if self.saver is not None:
+                self.saver.prepare(tensors)
+            self.prepared = True
         done = self.step == self.task.plan.steps
         if done or self.step % self.config.log.every_steps == 0:
             self._report()
@@ -342,10 +359,12 @@ class _Run:
         return is_best
 
     def _share(self, batches: Sequence[Any]) -> Iterator[Any]:
+        if self.engine.in_step:
+            batches = in_rounds(batches, self.cluster.world_size)
         return self.stop.share(batches, lambda: self.watchdog.beat(f"validation after step {self.step}"))
 
     def _save(self) -> None:
-        window_losses = self.window.losses(self.cluster)
+        window_losses, tensors = self.window.losses(self.cluster), self.engine.tensors()
         if self.saver is not None and self.logbook is not None:
             state = {
                 **self.engine.state(),
@@ -355,7 +374,7 @@ class _Run:
                 "window_losses": window_losses,
                 "wandb_id": self.wandb_id,
             }
-            self.saver.save(self.step, self.engine.tensors(), state)
+            self.saver.save(self.step, tensors, state)
             self.logbook.came_to(self.step)
         self.saved_step = self.step
 

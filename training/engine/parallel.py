@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,64 @@ from training.engine.cluster import Cluster
 from training.engine.precision import Precision
 
 
+class Parallel(Protocol):
+    """What the loop uses. Every method is called by all ranks together.
+
+    model: to be called in validations. derived_config: what a library was told, None where none is in use. in_step:
+    whether the ranks must call the model equally often, in validations too. skipped_in_a_row: steps that were left out
+    because their gradient was not finite, up to now, a scalar on the device.
+    """
+
+    model: nn.Module
+    derived_config: dict[str, Any] | None
+    skipped_in_a_row: Tensor
+
+    @property
+    def in_step(self) -> bool: ...
+
+    def forward_backward(
+        self,
+        batches: Sequence[Any],
+        weight: float,
+        loss: Callable[[nn.Module, Any], Tensor],
+        seed: Callable[[Any], None],
+        before_backward: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Runs this rank's micro-batches.
+
+        loss(replica, batch): the weighted sum over a micro-batch. weight: the whole step's denominator, over all ranks.
+        seed(batch): called before each forward pass, so that dropout belongs to the micro-batch. before_backward():
+        called between the two passes.
+
+        Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
+        """
+
+    def step(self, lr: float) -> Tensor:
+        """Clips and applies the gradient; returns its norm before clipping, a scalar on the device.
+
+        A gradient that is not finite is skipped on every rank alike.
+        """
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file and name, whole; the first rank alone can count on getting it."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides tensors."""
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes back what `tensors` and `state` gave, from whatever strategy and number of ranks it came."""
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model that becomes its exponential moving average over the steps."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
 class DataParallel:
     """A replica of the model on every rank; gradients are added up once a step, during the last backward pass."""
+
+    derived_config = None
+    in_step = False
 
     def __init__(
         self,
@@ -35,7 +91,7 @@ class DataParallel:
     ):
         self.model, self.optimizer = model, optimizer
         # Of what every rank holds alike, so every rank averages alike.
-        self._ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+        self._ema = averaged(model, ema_decay) if ema_decay else None
         self._cluster, self._precision, self._clip_norm = cluster, precision, clip_norm
         self._scaler = precision.scaler()
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -67,14 +123,6 @@ class DataParallel:
         seed: Callable[[Any], None],
         before_backward: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Runs this rank's micro-batches.
-
-        loss(replica, batch): the weighted sum over a micro-batch. weight: the whole step's denominator, over all ranks.
-        seed(batch): called before each forward pass, so that dropout belongs to the micro-batch. before_backward():
-        called between the two passes.
-
-        Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
-        """
         total = torch.zeros((), device=self._cluster.device)
         for batch in batches:
             last = batch is batches[-1]
@@ -92,11 +140,7 @@ class DataParallel:
         return total
 
     def step(self, lr: float) -> Tensor:
-        """Clips and applies the gradient; returns its norm before clipping, a scalar on the device.
-
-        A gradient that is not finite is skipped on every rank alike, since all hold the same sum, and counted in
-        `skipped_in_a_row`. With torch's AdamW nothing here waits for the device.
-        """
+        """See `Parallel`. All ranks hold the same sum, so all skip alike. With AdamW nothing waits for the device."""
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)  # before clipping: the threshold is for true gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -129,21 +173,19 @@ class DataParallel:
         return None if self._ema is None else self._ema.module
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file and name; nothing is copied."""
+        """See `Parallel`. Nothing is copied."""
         if self._cluster.device.type == "cuda" and not isinstance(self.optimizer, torch.optim.AdamW):
             # A paged optimizer's state lies in memory that the host reads without asking whether the GPU is done.
             torch.cuda.synchronize()
         return tensors_of(self.model, self.optimizer, self.ema)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Takes back what `tensors` and `state` gave."""
         checkpoint.load_into(self.model, self.optimizer, self.ema)
         if self._ema is not None:
             self._ema.n_averaged.fill_(checkpoint.step)  # at 0 it would begin anew
         self._load_state(checkpoint.state())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides tensors."""
         return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
 
     def _load_state(self, state: dict[str, Any]) -> None:

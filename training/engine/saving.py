@@ -132,11 +132,6 @@ class Saver:
             self.drain()
         self.stalls_s.append(time.monotonic() - began)
 
-    @property
-    def unprepared(self) -> bool:
-        """Whether `prepare` is still wanted: tensors of the optimizer exist only after its first step."""
-        return self._options.background and not self._buffers
-
     def drain(self) -> None:
         """Waits until nothing is in flight."""
         if self._thread is not None:

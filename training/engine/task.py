@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -18,6 +18,7 @@ from training.engine.precision import PrecisionName
 from training.engine.saving import CheckpointOptions
 from training.engine.session import SessionOptions
 from training.engine.wandb_tracker import WandbOptions
+from training.engine.zero import ZeroOptions
 
 
 class LogOptions(Options):
@@ -37,11 +38,15 @@ class RunOptions(Options):
     deterministic: bool = Field(
         False, description="on a GPU, only kernels that give the same bits every time (slower); a CPU does so anyway"
     )
+    parallel: Literal["ddp", "deepspeed"] = Field(
+        "ddp", description="ddp: all of the model on every rank; deepspeed: ZeRO, which spreads it over them"
+    )
     resume_from: Path | None = Field(
         None, description="a run folder, read-only perhaps, to continue in run_dir where it has come further"
     )
     batch: BatchOptions = Field(default_factory=BatchOptions)
     optim: OptimOptions = Field(default_factory=OptimOptions)
+    zero: ZeroOptions = Field(default_factory=ZeroOptions)
     checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
     log: LogOptions = Field(default_factory=LogOptions)
     session: SessionOptions = Field(default_factory=SessionOptions)
@@ -49,7 +54,10 @@ class RunOptions(Options):
 
 
 # What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
-MAY_CHANGE = {"run_dir", "data", "deterministic", "resume_from", "checkpoint", "log", "session", "wandb"}
+MAY_CHANGE = {
+    *("run_dir", "data", "deterministic", "parallel", "zero", "resume_from"),
+    *("checkpoint", "log", "session", "wandb"),
+}
 
 Share = Callable[[Sequence[Any]], Iterator[Any]]
 

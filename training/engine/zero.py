@@ -1,0 +1,378 @@
+"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed: what all ranks would hold alike is spread over them.
+
+Stage 1 spreads the optimizer's state, stage 2 the gradients too, stage 3 the weights too; what remains can be kept in
+host memory. DeepSpeed moves the data and takes the step. The rest stays as it is without it: weights are fp32 and
+forward passes run under autocast, the loss is weighted by tokens, and a checkpoint holds whole tensors by name. So the
+curve is that of DDP up to the order of sums, and a run may go on with another stage, on another number of ranks, or
+without DeepSpeed. Its own files are not used: they are pickles, and bound to stage and ranks.
+
+Not used either: DeepSpeed's bf16 and fp16 modes, which keep rounded weights beside the exact ones, and its autocast
+mode, which in fp16 (0.19.8) clips scaled gradients and lets every rank decide alone whether to skip a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from launch.config import Options
+from launch.console import UserError
+from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
+from training.engine.cluster import Cluster
+from training.engine.parallel import averaged
+from training.engine.precision import Precision
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch.optim.swa_utils import AveragedModel
+
+# Gradients travel in pieces of so many numbers: DeepSpeed's own default takes 2 GB for one.
+_BUCKET = 50_000_000
+
+WEIGHTS = "weights"
+
+
+class ZeroOptions(Options):
+    """What DeepSpeed spreads over the ranks, with `parallel: deepspeed`."""
+
+    stage: int = Field(2, ge=1, le=3, description="1 spreads the optimizer's state, 2 gradients too, 3 weights too")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="what to keep in host memory: the optimizer's state, or (stage 3) the weights too"
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A rank's part of a parameter: `count` numbers of it from `start` on, which lie in `flat` at `place`."""
+
+    name: str
+    start: int
+    count: int
+    flat: int
+    place: int
+
+
+def deepspeed_config(options: ZeroOptions, clip_norm: float | None, numbers: int, device: str) -> dict[str, Any]:
+    """What DeepSpeed is told. numbers: how many the model trains. device: where it does, `cuda` or `cpu`."""
+    bucket = min(_BUCKET, max(1, numbers))
+    offload = {"device": "cpu", "pin_memory": device == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": options.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": 2 * bucket,
+        **({"offload_optimizer": offload} if options.offload != "none" else {}),
+        **({"offload_param": offload} if options.offload == "all" else {}),
+    }
+    if options.stage == 3:
+        # The memory-saving linear layer replaces torch's own for the whole process, and knows no autocast of others.
+        zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": bucket}
+        zero |= {"stage3_max_live_parameters": 2 * _BUCKET, "stage3_max_reuse_distance": 2 * _BUCKET}
+    return {
+        # Required, and without a meaning here: the plan makes the batches, and the loss is a sum.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm or 0.0,
+        "zero_optimization": zero,
+        # torch's fused AdamW, which compiles nothing at the first start, also where the state is in host memory.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def state_bytes(options: ZeroOptions, ranks: int) -> float:
+    """Bytes that a rank holds for each trained number on its device: weight, gradient, two moments, all fp32."""
+    weight = 4 / ranks if options.stage == 3 else 4
+    gradient = 4 / ranks if options.stage >= 2 else 4
+    moments = 8 / ranks if options.offload == "none" else 0
+    return (0 if options.offload == "all" else weight) + gradient + moments
+
+
+class Zero:
+    """See `training.engine.parallel.Parallel` for the interface, and `training.engine.zero` for what it promises."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        cluster: Cluster,
+        precision: Precision,
+        clip_norm: float | None,
+        ema_decay: float | None,
+        options: ZeroOptions,
+    ):
+        _check(optimizer, ema_decay, options)
+        self.optimizer = optimizer
+        self._cluster, self._options = cluster, options
+        self._ema: AveragedModel | None = averaged(model, ema_decay) if ema_decay else None
+        self._plain = model
+        # Taken now: stage 3 leaves empty tensors in the model.
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._shapes = {name: tensor.shape for name, tensor in model_state(model).items()}
+        self._trained = {name: p.shape for p, name in self._names.items() if p.requires_grad}
+        numbers = sum(shape.numel() for shape in self._trained.values())
+        self.derived_config = deepspeed_config(options, clip_norm, numbers, cluster.device.type)
+        self._engine = _initialize(_CallersAutocast(model), optimizer, self.derived_config, cluster)
+        # Calls go through DeepSpeed in validations too: in stage 3 it brings the weights together.
+        self.model: nn.Module = self._engine
+        self._own = self._engine.optimizer
+        if options.stage < 3 and options.offload == "none":
+            self._share_memory()
+        self._pieces = self._own_pieces()
+        self._layout = cluster.gather(self._pieces)
+        self._scaler = precision.scaler()
+        if self._scaler is not None:
+            # The scaler is told one number, whether the gradient is finite: DeepSpeed does the arithmetic.
+            self._probe = nn.Parameter(torch.zeros((), device=cluster.device))
+            self._probe_optimizer = torch.optim.SGD([self._probe], lr=0.0)
+            self._scaler.scale(self._probe.detach())  # makes its state
+        self._precision = precision
+        self.skipped_in_a_row = torch.zeros((), device=cluster.device)
+
+    # Ranks take part in every forward pass together, and none may have more of them.
+    @property
+    def in_step(self) -> bool:
+        return self._options.stage == 3
+
+    def forward_backward(
+        self,
+        batches: Sequence[Any],
+        weight: float,
+        loss: Callable[[nn.Module, Any], Tensor],
+        seed: Callable[[Any], None],
+        before_backward: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        if self._scaler is not None:
+            self._own.override_loss_scale(self._scaler.get_scale())
+        total = torch.zeros((), device=self._cluster.device)
+        for batch in batches:
+            self._engine.set_gradient_accumulation_boundary(batch is batches[-1])
+            seed(batch)
+            with self._precision.autocast():
+                share = loss(self._engine, batch) / weight
+            total += share.detach()
+            before_backward()
+            # DeepSpeed averages over ranks, and a sum is wanted. It multiplies by the loss scale itself.
+            self._engine.backward(share * self._cluster.world_size, scale_wrt_gas=False)
+        return total
+
+    def step(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        # It skips what is not finite, on all ranks alike.
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._cluster.device, dtype=torch.float32)
+        bad = torch.tensor(float(self._own.overflow), device=self._cluster.device)
+        own_skip = False
+        if self._scaler is not None:
+            own_skip = self._scaler.get_scale() > 1
+            self._probe.grad = torch.where(bad > 0, torch.inf, 0.0)
+            self._scaler.unscale_(self._probe_optimizer)
+            self._scaler.step(self._probe_optimizer)
+            self._scaler.update()
+        self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
+        if self._ema is not None:
+            self._ema.update_parameters(self._plain)
+        return norm
+
+    @property
+    def ema(self) -> nn.Module | None:
+        return None if self._ema is None else self._ema.module
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        steps, moments = self._steps(), ("exp_avg", "exp_avg_sq")
+        optimizer = {f"step/{name}": steps.clone() for name in self._trained} if steps is not None else {}
+        for kind in moments if steps is not None else ():
+            optimizer |= {f"{kind}/{name}": tensor for name, tensor in self._gathered(kind).items()}
+        model = model_state(self._plain)
+        if self._options.stage == 3:
+            model |= self._gathered(WEIGHTS)
+        if not self._cluster.is_first:
+            return {}
+        tensors = {"model.safetensors": model, "optimizer.safetensors": optimizer}
+        if self.ema is not None:
+            tensors[EMA] = model_state(self.ema)
+        return tensors
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        weights = checkpoint.model_state()
+        check_shapes(self._shapes, weights)
+        if self._options.stage == 3:
+            own = self._plain.state_dict()
+            for name in weights.keys() - self._trained.keys():  # buffers, which are not spread
+                own[name].copy_(weights[name])
+        else:
+            load_model_state(self._plain, weights)
+        self._set(WEIGHTS, {name: weights[name] for name in self._trained})
+        for flat in self._flats():
+            self.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
+        for kind, name, tensor in checkpoint.optimizer_tensors():
+            if kind == "step":
+                for flat in self._flats():
+                    self.optimizer.state[flat]["step"] = tensor.to(flat.device, copy=True)
+            else:
+                self._set(kind, {name: tensor})
+        if not any("step" in state for state in self.optimizer.state.values()):
+            self.optimizer.state.clear()  # a checkpoint of before the first step
+        if self._options.stage == 3:
+            self._weights_have_changed()
+        if self._ema is not None:
+            load_model_state(self._ema.module, checkpoint.ema_state())
+            self._ema.n_averaged.fill_(checkpoint.step)  # at 0 it would begin anew
+        scaler = checkpoint.state()["scaler"]
+        if self._scaler is not None and scaler:
+            self._scaler.load_state_dict(scaler)
+
+    def state(self) -> dict[str, Any]:
+        return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
+
+    # What of which tensor is where. DeepSpeed keeps a rank's part of all parameters of a group in one flat tensor, of
+    # which the optimizer has the state; it has public ways to it in stage 3 only.
+
+    def _flats(self) -> list[Tensor]:
+        own = self._own
+        return own.fp32_partitioned_groups_flat if self._options.stage == 3 else own.single_partition_of_fp32_groups
+
+    def _share_memory(self) -> None:
+        """Lets the optimizer work on the rank's part of the weights itself, not on a copy of it.
+
+        The copy is there for weights in 16 bits; stage 3 leaves it out by itself.
+        """
+        own = self._own
+        for flat, parts in zip(own.single_partition_of_fp32_groups, own.parallel_partitioned_bit16_groups, strict=True):
+            flat.data = parts[self._cluster.rank].data
+        own._link_all_hp_params()
+
+    def _own_pieces(self) -> list[_Piece]:
+        pieces = []
+        own = self._own
+        if self._options.stage == 3:
+            for parameter, name in self._names.items():
+                if parameter.requires_grad:
+                    flat, place, size = own.grad_position[own.get_param_id(parameter)]
+                    start = self._cluster.rank * size
+                    count = min(size, parameter.ds_numel - start)  # the last ranks' parts are filled up
+                    if count > 0:
+                        pieces.append(_Piece(name, start, count, flat, place))
+            return pieces
+        for flat, group in enumerate(own.bit16_groups):
+            for parameter in group:
+                here = parameter._hp_mapping
+                if here is not None:
+                    lies, begins = here.hp_fragment_address, here.lp_fragment_address
+                    pieces.append(_Piece(self._names[parameter], begins.start, begins.numel, flat, lies.start))
+        return pieces
+
+    def _part(self, kind: str, piece: _Piece) -> Tensor:
+        flat = self._flats()[piece.flat]
+        whole = flat if kind == WEIGHTS else self.optimizer.state[flat][kind]
+        return whole.detach().narrow(0, piece.place, piece.count)
+
+    def _steps(self) -> Tensor | None:
+        """How many steps the optimizer has taken; None before the first, when it has no state."""
+        state = next((self.optimizer.state[flat] for flat in self._flats() if self.optimizer.state.get(flat)), None)
+        return None if state is None else state["step"].detach().cpu()
+
+    def _gathered(self, kind: str) -> dict[str, Tensor]:
+        """The trained parameters' weights or moments, whole, in the first rank's host memory; nothing on the others."""
+        longest = max(sum(piece.count for piece in pieces) for pieces in self._layout)
+        packed = torch.zeros(longest)
+        used = 0
+        for piece in self._pieces:
+            packed[used : used + piece.count] = self._part(kind, piece)
+            used += piece.count
+        received = self._cluster.gather_tensors(packed)
+        if not received:
+            return {}
+        found = {name: torch.empty(shape.numel()) for name, shape in self._trained.items()}
+        for pieces, tensor in zip(self._layout, received, strict=True):
+            used = 0
+            for piece in pieces:
+                found[piece.name][piece.start : piece.start + piece.count] = tensor[used : used + piece.count]
+                used += piece.count
+        return {name: tensor.view(self._trained[name]) for name, tensor in found.items()}
+
+    def _set(self, kind: str, values: Mapping[str, Tensor]) -> None:
+        """Takes this rank's parts of whole tensors."""
+        for piece in self._pieces:
+            if piece.name in values:
+                value = values[piece.name].flatten()[piece.start : piece.start + piece.count]
+                self._part(kind, piece).copy_(value)
+
+    def _weights_have_changed(self) -> None:
+        """Stage 3: brings the parts that forward passes gather up to date with what the optimizer works on."""
+        own = self._own
+        for group in range(len(own.fp16_groups)):
+            own._reassign_or_swap_out_partitioned_parameters(group)
+        if own.persistent_parameters:  # small ones, which every rank holds whole
+            own.persistent_parameters[0].partition(own.persistent_parameters)
+            own.persistent_parameters[0].all_gather(own.persistent_parameters)
+
+
+class _CallersAutocast(nn.Module):
+    """Runs a model under the autocast that the caller has: DeepSpeed turns it off around the model that it is given."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._type = next(model.parameters()).device.type
+        self._state: tuple[bool, torch.dtype] = (False, torch.float32)
+
+    def remember(self, *_: Any) -> None:
+        """To be called before DeepSpeed is."""
+        self._state = (torch.is_autocast_enabled(self._type), torch.get_autocast_dtype(self._type))
+
+    def forward(self, *inputs: Any) -> Any:
+        enabled, dtype = self._state
+        with torch.autocast(self._type, dtype=dtype, enabled=enabled):
+            return self.model(*inputs)
+
+
+def _check(optimizer: torch.optim.Optimizer, ema_decay: float | None, options: ZeroOptions) -> None:
+    if options.offload == "all" and options.stage < 3:
+        raise UserError(
+            f"zero.offload all needs zero.stage 3: in stage {options.stage} every rank computes with all weights, so "
+            "they cannot stay in host memory; take --zero.offload optimizer, or --zero.stage 3"
+        )
+    if ema_decay is not None and options.stage == 3:
+        raise UserError(
+            "optim.ema_decay would keep a second, whole copy of the weights on every rank, which stage 3 is there to "
+            "avoid: leave it out, or take --zero.stage 2"
+        )
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise UserError(
+            "an 8-bit optimizer scales its state in blocks, which under ZeRO would run across the bounds of parameters "
+            "and ranks, and could not be given back on another number of them: take --optim.kind adamw, whose state "
+            "ZeRO divides among the ranks"
+        )
+
+
+def _initialize(
+    model: _CallersAutocast, optimizer: torch.optim.Optimizer, config: dict[str, Any], cluster: Cluster
+) -> DeepSpeedEngine:
+    on_cpu = cluster.device.type == "cpu"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(f"parallel deepspeed needs the package ({error}): pip install deepspeed") from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)  # what it warns of is told here, or meant
+    if on_cpu:
+        # Else it compiles a library of its own for sums over ranks, for a minute, which is no faster than gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():  # a single process
+        dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.register_forward_pre_hook(model.remember)
+    return engine
