@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from launch.console import UserError, format_duration, parse_duration
+from launch.environment import without_local_rank
 
 
 class Options(BaseModel):
@@ -46,6 +47,7 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
     Returns the options and whether `--dry-run` was given. Raises UserError with every mistake found; `--help` prints
     all keys and exits.
     """
+    argv = without_local_rank(argv)
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(cls, prog=prog, about=about))
         sys.exit(0)

@@ -24,6 +24,22 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def parent_of(pid: int) -> int:
+    """The process id of its parent; 0 where it has none in sight, or is gone itself."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def command_line(pid: int) -> list[str]:
+    """The words that the process was started with; none if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs; one that has ended and waits for its parent to notice does not."""
     try:

@@ -7,6 +7,8 @@ any rank want to stop?" never waits for queued work of the GPU.
 from __future__ import annotations
 
 import datetime
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.console import PeerError, UserError
-from launch.environment import Ranks, keep_freed_memory, read_ranks, watching_launcher
+from launch.environment import (
+    Ranks,
+    gpus_of_node,
+    keep_freed_memory,
+    meeting_place,
+    read_ranks,
+    watching_launcher,
+)
 
 T = TypeVar("T")
 
@@ -24,6 +33,9 @@ COLLECTIVE_TIMEOUT_S = 600.0
 
 # How long torchrun may take to answer its ranks, which it does in milliseconds. Torch gives up after twice that.
 _LAUNCHER_ANSWERS_S = 10.0
+
+# Without torchrun, how often a rank that waits for others looks whether to go on waiting.
+_LOOK_EVERY_S = 0.25
 
 # What gloo and NCCL say when the process at the other end is gone.
 _PEER_IS_GONE = (
@@ -40,8 +52,8 @@ _PEER_IS_GONE = (
 class Cluster:
     """A context: the process group exists inside it and is taken down at its end.
 
-    timeout_s: how long a rank waits for the others in a collective before it gives up. launcher: the process id of the
-    torchrun that started this rank, None without one. An error that only means that another rank is gone leaves the
+    timeout_s: how long a rank waits for the others in a collective before it gives up. launcher: the one that started
+    this rank and watches over it, None without one. An error that only means that another rank is gone leaves the
     context as `PeerError`.
     """
 
@@ -68,12 +80,15 @@ class Cluster:
     def _own_device(self) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        if self.ranks.local_world_size > torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        present = max(seen, gpus_of_node() or 0)
+        if self.ranks.local_world_size > present:
             raise UserError(
-                f"{self.ranks.local_world_size} processes on this node but {torch.cuda.device_count()} GPUs: "
-                f"start with --nproc-per-node={torch.cuda.device_count()} (each process needs a GPU of its own)"
+                f"{self.ranks.local_world_size} processes on this node but {present} GPUs: start {present} on it "
+                f"(torchrun --nproc-per-node={present}, deepspeed --num_gpus {present}, "
+                f"srun --ntasks-per-node={present}); each process needs a GPU of its own"
             )
-        return torch.device("cuda", self.ranks.local_rank)
+        return torch.device("cuda", self.ranks.local_rank % seen)  # srun may show each task its own only
 
     def __enter__(self) -> Cluster:
         if self.device.type == "cuda":
@@ -86,16 +101,63 @@ class Cluster:
         return self
 
     def _meet(self, backend: str) -> None:
-        store = None
-        if self.launcher is not None:
+        if self.launcher is not None and self.launcher.keeps_store:
             # torchrun keeps the store through which ranks find each other, and has it ready before it starts them. When
             # it was killed meanwhile, torch would try to reach it for as long as a collective may take.
             try:
                 store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=_LAUNCHER_ANSWERS_S)))
             except RuntimeError as error:
                 raise PeerError("the launcher does not answer, it was probably killed; nothing was done") from error
-            store.set_timeout(self._timeout)
+        else:
+            store = self._first_ranks_store()
+        store.set_timeout(self._timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._timeout)
+
+    def _first_ranks_store(self) -> dist.Store:
+        """The store that the first rank keeps, when all ranks have come to it, however late."""
+        host, port, name = meeting_place(self.launcher)
+        where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+        found: list[dist.Store | Exception] = []
+
+        def reach() -> None:
+            try:
+                first = self.is_first
+                found.append(dist.TCPStore(host, port, is_master=first, timeout=self._timeout, wait_for_workers=False))
+            except Exception as error:
+                found.append(error)
+
+        # In a thread beside this one, since torch waits in one go and is deaf to signals meanwhile.
+        reaching = threading.Thread(target=reach, daemon=True)
+        reaching.start()
+        end = time.monotonic() + self._timeout.total_seconds()
+        while not found:
+            reaching.join(_LOOK_EVERY_S)
+            self._check_waiting(end, f"the first rank does not answer at {where}")
+        (server,) = found
+        if isinstance(server, Exception):
+            if not self.is_first:
+                raise PeerError(f"the first rank does not answer at {where}") from server
+            raise UserError(
+                f"the first rank cannot wait for the others at {where}, where perhaps another run does: choose another "
+                "port (deepspeed --master_port N; with srun export MASTER_PORT=N)"
+            ) from server
+        store = dist.PrefixStore(name, server)
+        try:
+            came = store.add("came", 1)
+            while came < self.world_size:
+                self._check_waiting(end, f"only {came} of {self.world_size} ranks came to meet at {where}")
+                time.sleep(_LOOK_EVERY_S)
+                came = store.add("came", 0)
+        except RuntimeError as error:
+            raise PeerError(f"lost contact to the first rank at {where}") from error
+        return store
+
+    def _check_waiting(self, end: float, what: str) -> None:
+        """Raises PeerError if the launcher is gone, or with `what` when the time is over."""
+        if self.launcher is not None and self.launcher.is_gone():
+            raise PeerError("the launcher is gone, it was probably killed; nothing was done")
+        if time.monotonic() > end:
+            raise PeerError(what)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if not dist.is_initialized():
@@ -141,6 +203,17 @@ class Cluster:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor`, in order of rank, on the first rank; the others get none.
+
+        tensor: in host memory, of one shape and type on all ranks.
+        """
+        if self.world_size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_first else []
+        dist.gather(tensor, found or None, group=self._control)
+        return found
 
     def maximum(self, values: Sequence[float]) -> list[float]:
         """Element-wise maximum over ranks of a few host numbers; the device is not involved."""

@@ -69,6 +69,7 @@ class StopFlag:
         self._file = run_dir / STOP_FILE
         self._margin_s = options.margin
         self._asked = 0
+        self._interrupted = False
         self._calls = self._next_call = self._last_call = 0
         self._last_time: float | None = None
         self._slowest_step_s = 0.0
@@ -80,8 +81,10 @@ class StopFlag:
             signal.signal(signal.Signals[name], self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._asked == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: leave at once, the last checkpoint stands
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt  # asked twice: leave at once, the last checkpoint stands
+            self._interrupted = True  # a launcher may send SIGTERM in between
         self._asked = number
 
     def launcher_is_gone(self) -> None:

@@ -69,7 +69,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(_LOOK_EVERY_S, self._timeout_s / 4)):
             timeout_s = self._timeout_s
-            if self._launcher is not None and os.getppid() != self._launcher:
+            if self._launcher is not None and self._launcher.is_gone():
                 self._stop.launcher_is_gone()
                 timeout_s = min(timeout_s, _ORPHAN_TIMEOUT_S)
             # If a library holds Python's lock for ever, this thread stands still as well; faulthandler's does not.

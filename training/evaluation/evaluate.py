@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from data_prep.prepared import Part, Prepared, open_prepared
 from data_prep.splits import PARTS
 from data_prep.tokenizers import UNK
 from launch.console import UserError, run_main, say
+from launch.environment import without_local_rank
 from training.engine.cluster import Cluster
 from training.engine.run_folder import read_sessions
 from training.engine.tracking import read_metrics
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")
     parser.add_argument("--png", action="store_true", help="attention maps as PNG files, too")
     parser.add_argument("--font", type=Path, metavar="FILE", help="for --png (default: one installed with Chinese)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(without_local_rank(sys.argv[1:] if argv is None else argv))
     search = search_of(arguments)
     if arguments.font is not None and not arguments.png:
         raise UserError("--font has no effect without --png: add --png, or leave it out")

@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from data_prep.conversations import Conversations, open_conversations
 from data_prep.files import write_atomically, writing_to
 from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
+from launch.environment import without_local_rank
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.precision import PrecisionName
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--disc_law_eval_limit", type=int, metavar="N", help="the first N questions of each exam only (default all)"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(without_local_rank(sys.argv[1:] if argv is None else argv))
     for name, least in (("answers_per_task", 0), ("max_new_tokens", 1), ("disc_law_eval_limit", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
