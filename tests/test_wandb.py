@@ -69,7 +69,7 @@ class Runner:
         """A session from step `first` to step `last`; see tests/wandb_training.py."""
         about["from"], about["to"] = about.pop("first", 0), about.pop("last", 0)
         about = {"run_dir": str(self.run_dir), "options": {"mode": mode, "project": "lab"}, "end": "finished", **about}
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.wandb_training", json.dumps(about)],
             cwd=ROOT,
             env=self.environment,
@@ -78,16 +78,14 @@ class Runner:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.began = time.monotonic()
-        return process
 
     def end(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """Waits for its end: what it measured, what it `printed`, and how many `seconds` it took with its exit."""
+        """Waits for its end: what it measured, what it `printed`, and when it `ended`."""
         printed, _ = process.communicate(timeout=PATIENCE_S)
-        seconds = time.monotonic() - self.began
+        ended = time.monotonic()
         assert process.returncode or printed.splitlines()[-1].startswith("{"), printed
         measured = json.loads(printed.splitlines()[-1]) if process.returncode == 0 else {}
-        return {"status": process.returncode, "seconds": seconds, **measured, "printed": printed}
+        return {"status": process.returncode, "ended": ended, **measured, "printed": printed}
 
     def session(self, mode: str = "offline", **about: Any) -> dict[str, Any]:
         """A session that ends by itself."""
@@ -325,7 +323,8 @@ def test_server_dies_mid_run_and_comes_back_every_row_arrives(runner: Runner, se
 def test_server_that_never_answers_does_not_hold_up_the_end(runner: Runner, server: WandbServer) -> None:
     server.silent = True
     result = runner.session("online", last=20, limits={"CLOSE_LIMIT_S": 3})
-    assert result["close"] < 5 and result["seconds"] < 10  # the process's exit, too, waits for nothing
+    # The process's exit, too, waits for nothing. (How long it takes to start depends on the machine's other work.)
+    assert result["close"] < 5 and result["ended"] - result["closed"] < 5
     assert "was left" in result["printed"]
     server.silent = False
     runner.session("online", first=20, last=20)

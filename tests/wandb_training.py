@@ -77,7 +77,9 @@ def main(about: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
     tracker.close(about["end"], "because", SUMMARY if about["end"] == "finished" else {})
-    measured = {"made": made, "add": sorted(adds)[len(adds) // 2] if adds else 0, "close": time.monotonic() - began}
+    closed = time.monotonic()  # the same clock in all processes
+    add = sorted(adds)[len(adds) // 2] if adds else 0
+    measured = {"made": made, "add": add, "close": closed - began, "closed": closed}
     print(json.dumps({"run_id": tracker.run_id, "wandb": "wandb" in sys.modules, **measured}), flush=True)
 
 
