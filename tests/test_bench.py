@@ -9,6 +9,8 @@ import pytest
 from launch.prove import ACCIDENTS
 from tests.conftest import PATIENCE_S, Launch
 
+ZERO = ("zero1", "zero2", "zero3")
+
 PROMISED = {
     "gpt_training": [
         "sentences_ratio",
@@ -56,6 +58,11 @@ PROMISED = {
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
     "save_stall": ["stall_ratio", "background_stall_s", "synchronous_stall_s", "published_after_s"],
     "resume_time": ["ratio", "resumed_s", "new_s"],
+    "deepspeed": [
+        "optimizer_memory_ratio",
+        *(f"{side}_step_ratio" for side in ZERO),
+        *(f"{side}_memory_ratio" for side in ZERO),
+    ],
     "wandb_gone": ["added_share", "added_s", "step_s", "step_ratio"],
     "verify_speed": ["verify_gb_per_s", "from_disk_gb_per_s", "plain_gb_per_s", "verify_ratio"],
 }
@@ -81,6 +88,9 @@ def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -
     if name == "qlora":
         assert figures["memory_ratio"] < 0.7
         assert abs(figures["estimate_error"]) < 0.1
+    if name == "deepspeed":
+        assert figures["optimizer_memory_ratio"] <= 0.55
+        assert max(figures[f"{side}_loss_difference"] for side in ZERO) <= 1e-4
     if name == "decoding":
         assert min(figures["gpt_same_share"], figures["seq2seq_same_share"]) >= 0.98
 

@@ -82,6 +82,12 @@ def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Preci
     optimizer = build_optimizer(model, config.optim, task.plan.steps)
     clip_norm, ema_decay = config.optim.clip_norm, config.optim.ema_decay
     if config.parallel == "deepspeed":
+        if task.calls_vary and config.zero.stage == 3:
+            raise UserError(
+                f"in zero.stage 3 the ranks bring the weights of a layer together at every call, and a {task.name} "
+                "calls its layers once a word, so that ranks with sentences of different length would wait for each "
+                "other for ever: take --zero.stage 2"
+            )
         return Zero(model, optimizer, cluster, precision, clip_norm, ema_decay, config.zero)
     return DataParallel(model, optimizer, cluster, precision, clip_norm, ema_decay)
 

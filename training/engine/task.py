@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from launch.config import Options
@@ -18,7 +18,7 @@ from training.engine.precision import PrecisionName
 from training.engine.saving import CheckpointOptions
 from training.engine.session import SessionOptions
 from training.engine.wandb_tracker import WandbOptions
-from training.engine.zero import ZeroOptions
+from training.engine.zero import ZeroOptions, conflict
 
 
 class LogOptions(Options):
@@ -52,6 +52,13 @@ class RunOptions(Options):
     session: SessionOptions = Field(default_factory=SessionOptions)
     wandb: WandbOptions = Field(default_factory=WandbOptions)
 
+    @model_validator(mode="after")
+    def _fits_zero(self) -> RunOptions:
+        problem = conflict(self.zero, self.optim) if self.parallel == "deepspeed" else None
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
 
 # What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
@@ -80,6 +87,7 @@ class Task:
     flops_per_token: forward and backward, per real token. memory: what a process needs, in words. built_on: what the
     run depends on besides data and config, such as a base model's fingerprint: another one is another run. may_change:
     keys of the config that do not define the run, besides the usual ones. libraries: whose versions go on record.
+    calls_vary: whether how often a pass calls a layer depends on the batch, as with one call a word.
     """
 
     name: str
@@ -92,3 +100,4 @@ class Task:
     built_on: dict[str, Any] = field(default_factory=dict)
     may_change: frozenset[str] = frozenset()
     libraries: tuple[str, ...] = ()
+    calls_vary: bool = False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ from launch.config import Options
 from launch.console import UserError
 from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
 from training.engine.cluster import Cluster
+from training.engine.optim import OptimOptions
 from training.engine.parallel import averaged
 from training.engine.precision import Precision
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 # Gradients travel in pieces of so many numbers: DeepSpeed's own default takes 2 GB for one.
 _BUCKET = 50_000_000
+
+# Frozen and trained weights of up to so many numbers are not spread. DeepSpeed's own default.
+_PERSISTENT = 100_000
 
 WEIGHTS = "weights"
 
@@ -60,21 +65,32 @@ class _Piece:
     place: int
 
 
-def deepspeed_config(options: ZeroOptions, clip_norm: float | None, numbers: int, device: str) -> dict[str, Any]:
-    """What DeepSpeed is told. numbers: how many the model trains. device: where it does, `cuda` or `cpu`."""
+def deepspeed_config(
+    options: ZeroOptions, clip_norm: float | None, numbers: int, device: str, *, frozen: bool = False
+) -> dict[str, Any]:
+    """What DeepSpeed is told. numbers: how many the model trains. device: where it does, `cuda` or `cpu`. frozen:
+    whether there are weights besides, which by far outnumber them.
+    """
     bucket = min(_BUCKET, max(1, numbers))
     offload = {"device": "cpu", "pin_memory": device == "cuda"}
     zero: dict[str, Any] = {
         "stage": options.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": 2 * bucket,
-        **({"offload_optimizer": offload} if options.offload != "none" else {}),
-        **({"offload_param": offload} if options.offload == "all" else {}),
+        **({"offload_optimizer": {**offload}} if options.offload != "none" else {}),
+        **({"offload_param": {**offload}} if options.offload == "all" else {}),
     }
     if options.stage == 3:
         # The memory-saving linear layer replaces torch's own for the whole process, and knows no autocast of others.
         zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": bucket}
         zero |= {"stage3_max_live_parameters": 2 * _BUCKET, "stage3_max_reuse_distance": 2 * _BUCKET}
+        if frozen:
+            # So much is gathered ahead of its use, one weight at a time: together, each would be there twice for a
+            # moment, the head too. And none is kept for the next use: that is what spreading them is for.
+            zero |= {"stage3_max_live_parameters": 2 * bucket, "stage3_max_reuse_distance": 0}
+            zero |= {"stage3_allgather_sequential": True, "stage3_prefetch_bucket_size": 1}
+            # Smaller ones stay whole on every rank: fetching them would cost more than it saves.
+            zero |= {"stage3_param_persistence_threshold": _PERSISTENT}
     return {
         # Required, and without a meaning here: the plan makes the batches, and the loss is a sum.
         "train_micro_batch_size_per_gpu": 1,
@@ -85,6 +101,27 @@ def deepspeed_config(options: ZeroOptions, clip_norm: float | None, numbers: int
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def conflict(options: ZeroOptions, optim: OptimOptions) -> str | None:
+    """Why these do not go together, and what to take instead; None where they do."""
+    if options.offload == "all" and options.stage < 3:
+        return (
+            f"zero.offload all needs zero.stage 3: in stage {options.stage} every rank computes with all weights, so "
+            "they cannot stay in host memory; take --zero.offload optimizer, or --zero.stage 3"
+        )
+    if optim.ema_decay is not None and options.stage == 3:
+        return (
+            "optim.ema_decay would keep a second, whole copy of the weights on every rank, which zero.stage 3 is there "
+            "to avoid: leave it out, or take --zero.stage 2"
+        )
+    if optim.kind != "adamw":
+        return (
+            f"optim.kind {optim.kind} scales its state in blocks, which under ZeRO would run across the bounds of "
+            "parameters and ranks, and could not be taken up on another number of them: take --optim.kind adamw, whose "
+            "state ZeRO divides among the ranks"
+        )
+    return None
 
 
 def state_bytes(options: ZeroOptions, ranks: int) -> float:
@@ -108,7 +145,6 @@ class Zero:
         ema_decay: float | None,
         options: ZeroOptions,
     ):
-        _check(optimizer, ema_decay, options)
         self.optimizer = optimizer
         self._cluster, self._options = cluster, options
         self._ema: AveragedModel | None = averaged(model, ema_decay) if ema_decay else None
@@ -118,12 +154,18 @@ class Zero:
         self._shapes = {name: tensor.shape for name, tensor in model_state(model).items()}
         self._trained = {name: p.shape for p, name in self._names.items() if p.requires_grad}
         numbers = sum(shape.numel() for shape in self._trained.values())
-        self.derived_config = deepspeed_config(options, clip_norm, numbers, cluster.device.type)
+        self.derived_config = deepspeed_config(
+            options, clip_norm, numbers, cluster.device.type, frozen=len(self._trained) < len(self._names)
+        )
         self._engine = _initialize(_CallersAutocast(model), optimizer, self.derived_config, cluster)
         # Calls go through DeepSpeed in validations too: in stage 3 it brings the weights together.
         self.model: nn.Module = self._engine
         self._own = self._engine.optimizer
-        if options.stage < 3 and options.offload == "none":
+        if options.stage == 3:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            self._in_progress: list[nn.Module] = FWD_MODULE_STACK
+        if options.offload == "none":
             self._share_memory()
         self._pieces = self._own_pieces()
         self._layout = cluster.gather(self._pieces)
@@ -161,6 +203,10 @@ class Zero:
             before_backward()
             # DeepSpeed averages over ranks, and a sum is wanted. It multiplies by the loss scale itself.
             self._engine.backward(share * self._cluster.world_size, scale_wrt_gas=False)
+            if self.in_step:
+                # Its list of modules in progress. Where a layer is computed again, that ends as soon as nothing is
+                # missing, and what was in progress then would stay on the list for ever.
+                del self._in_progress[1:]
         return total
 
     def step(self, lr: float) -> Tensor:
@@ -243,12 +289,18 @@ class Zero:
     def _share_memory(self) -> None:
         """Lets the optimizer work on the rank's part of the weights itself, not on a copy of it.
 
-        The copy is there for weights in 16 bits; stage 3 leaves it out by itself.
+        The copy is there for weights in 16 bits. Stage 3 would leave it out, but (0.19.8) compares the device with its
+        name, which never are the same.
         """
-        own = self._own
-        for flat, parts in zip(own.single_partition_of_fp32_groups, own.parallel_partitioned_bit16_groups, strict=True):
-            flat.data = parts[self._cluster.rank].data
-        own._link_all_hp_params()
+        own, rank = self._own, self._cluster.rank
+        if self._options.stage == 3:
+            parts = own.fp16_partitioned_groups_flat
+        else:
+            parts = [group[rank] for group in own.parallel_partitioned_bit16_groups]
+        for flat, part in zip(self._flats(), parts, strict=True):
+            flat.data = part.data
+        if self._options.stage < 3:
+            own._link_all_hp_params()
 
     def _own_pieces(self) -> list[_Piece]:
         pieces = []
@@ -335,25 +387,6 @@ class _CallersAutocast(nn.Module):
             return self.model(*inputs)
 
 
-def _check(optimizer: torch.optim.Optimizer, ema_decay: float | None, options: ZeroOptions) -> None:
-    if options.offload == "all" and options.stage < 3:
-        raise UserError(
-            f"zero.offload all needs zero.stage 3: in stage {options.stage} every rank computes with all weights, so "
-            "they cannot stay in host memory; take --zero.offload optimizer, or --zero.stage 3"
-        )
-    if ema_decay is not None and options.stage == 3:
-        raise UserError(
-            "optim.ema_decay would keep a second, whole copy of the weights on every rank, which stage 3 is there to "
-            "avoid: leave it out, or take --zero.stage 2"
-        )
-    if not isinstance(optimizer, torch.optim.AdamW):
-        raise UserError(
-            "an 8-bit optimizer scales its state in blocks, which under ZeRO would run across the bounds of parameters "
-            "and ranks, and could not be given back on another number of them: take --optim.kind adamw, whose state "
-            "ZeRO divides among the ranks"
-        )
-
-
 def _initialize(
     model: _CallersAutocast, optimizer: torch.optim.Optimizer, config: dict[str, Any], cluster: Cluster
 ) -> DeepSpeedEngine:
@@ -368,11 +401,14 @@ def _initialize(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # what it warns of is told here, or meant
+    # It calls them by the names that every torch knows which this runs on.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
     if on_cpu:
         # Else it compiles a library of its own for sums over ranks, for a minute, which is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # a single process
         dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(cluster.ranks.local_rank))  # it insists on it, in a plain process too
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     engine.register_forward_pre_hook(model.remember)
     return engine
