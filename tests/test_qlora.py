@@ -32,7 +32,7 @@ from tests.test_training import (
     status_of,
 )
 from training.engine.checkpoint import model_state
-from training.models.answer_model import LoraOptions, add_adapters, head_loss
+from training.models.answer_model import Head, LoraOptions, add_adapters, head_loss
 from training.models.base_model import QuantisationOptions, fingerprint_of, load_base_model, repeat_heads_in_attention
 from training.qlora import Answers, QLoRAConfig, build_model, losses_of
 
@@ -190,7 +190,7 @@ def test_loss_in_chunks_is_the_cross_entropy_of_all_logits_and_has_its_gradient(
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16), torch.randint(50, (23,))
     upstream = torch.rand(23)
-    found, right = head_loss(hidden, weight, labels, chunk)
+    found, right = head_loss(hidden, Head(torch.nn.Parameter(weight, requires_grad=False), chunk), labels)
     (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden)
     logits = hidden @ weight.T
     expected = F.cross_entropy(logits, labels, reduction="none")

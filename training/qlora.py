@@ -26,7 +26,7 @@ from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import RunOptions, Share, Task, Validation
-from training.models.answer_model import AnswerModel, LoraOptions, add_adapters
+from training.models.answer_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
     find_base_model,
@@ -72,6 +72,25 @@ class QLoRAConfig(RunOptions):
         if self.optim.ema_decay is not None:
             raise ValueError("optim.ema_decay would keep a second copy of the base model: leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_spread(self) -> QLoRAConfig:
+        if self.spreads_weights and self.lora.dora:
+            raise ValueError(
+                "lora.dora reads the base model's weights apart from the layers they belong to, where zero.stage 3 has "
+                "not brought them together: take --lora.dora false, or --zero.stage 2"
+            )
+        if self.spreads_weights and not self.memory.checkpoint_layers:
+            raise ValueError(
+                "memory.checkpoint_layers false does not go with zero.stage 3: DeepSpeed parts the adapters' weights "
+                "before their gradients are there; take --memory.checkpoint_layers true, or --zero.stage 2"
+            )
+        return self
+
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether the base model itself is spread over the ranks."""
+        return self.parallel == "deepspeed" and self.zero.stage == 3
 
 
 # Compared by content or of no consequence for the result.
@@ -150,6 +169,8 @@ def build_model(
     """The base model in `folder` with new adapters, on `device`. Equal seeds of torch give equal adapters."""
     base = load_base_model(folder, config.quantisation, compute_type, device)
     adapted = add_adapters(base, config.lora)
+    if trains and config.spreads_weights:
+        spread_by_layer(adapted)
     memory = config.memory
     model = AnswerModel(
         adapted, logits_tokens=memory.logits_tokens, checkpoint_layers=trains and memory.checkpoint_layers
@@ -184,6 +205,7 @@ def memory_of(
         logits_tokens=config.memory.logits_tokens,
         device_type=device_type,
         ranks=ranks,
+        zero=config.zero if config.parallel == "deepspeed" else None,
     )
 
 
@@ -207,18 +229,21 @@ def checked_memory(
     if card is None and cluster.device.type == "cuda":
         card = torch.cuda.get_device_properties(cluster.device).total_memory
     if card is not None and not memory.fits(card):
-        problem = f"{memory.shortage(card)}. What helps: {'; '.join(advice(config, memory, card))}"
+        problem = f"{memory.shortage(card)}. What helps: {'; '.join(advice(config, memory, card, cluster.world_size))}"
         if dry_run:
             raise UserError(problem)
         warn(problem)
     return memory
 
 
-def advice(config: QLoRAConfig, memory: Memory, card: float) -> list[str]:
+def advice(config: QLoRAConfig, memory: Memory, card: float, ranks: int) -> list[str]:
     """What to change so that a process fits into `card` bytes, what costs least first."""
     room = memory.room_for_activations(card)
     found = []
-    if config.optim.kind == "adamw" and memory.optimizer > 0.05 * card:
+    if config.parallel == "deepspeed":
+        if config.zero.offload == "none" and memory.optimizer > 0.05 * card:
+            found.append("--zero.offload optimizer, which takes the optimizer away")
+    elif config.optim.kind == "adamw" and memory.optimizer > 0.05 * card:
         found.append("--optim.kind paged_adamw8bit, which takes three quarters of the optimizer away")
     if not config.memory.checkpoint_layers:
         found.append("--memory.checkpoint_layers true, which takes most of the activations away")
@@ -228,6 +253,8 @@ def advice(config: QLoRAConfig, memory: Memory, card: float) -> list[str]:
         found.append(f"lower batch.tokens_per_micro_batch{most}, and raise batch.micro_batches_per_step in return")
     if config.quantisation.kind == "none":
         found.append("--quantisation.kind nf4, which takes about three quarters of the weights away")
+    if ranks > 1 and not config.spreads_weights and memory.weights > 0.4 * card:
+        found.append(f"--parallel deepspeed --zero.stage 3, which spreads the weights over the {ranks} processes")
     found.append("fewer or smaller adapters (lora.targets, lora.rank)" if room > 0 else "a smaller base model")
     return found
 

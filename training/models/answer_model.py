@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from launch.config import Options
 from launch.console import UserError
+from training.models.base_model import read_weights_again
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -76,6 +77,19 @@ def add_adapters(base: PreTrainedModel, options: LoraOptions) -> PeftModel:
     return peft.get_peft_model(base, lora_config(options))
 
 
+def spread_by_layer(model: PeftModel) -> None:
+    """Prepares a model with adapters for ZeRO 3, before it is spread."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    read_weights_again(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # A layer's weight comes together with its adapters, as DeepSpeed's `set_z3_leaf_module` has it. One by one
+            # it fails: peft looks at an adapter's weight before that one's turn, which DeepSpeed takes for a new use of
+            # it, at another place in a run that was resumed than in one that was not.
+            module._z3_leaf = True
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)  # a layer in 4 bits is one, too
 
@@ -89,13 +103,13 @@ class AnswerModel(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.logits_tokens = logits_tokens
         base = model.get_base_model()
         base.config.use_cache = False
         if checkpoint_layers:
             base.activation_checkpointing_enable({"use_reentrant": False})  # the other kind breaks under DDP
-        # Beside the module tree: they are part of `model` already.
-        self._parts: tuple[nn.Module, nn.Module] = (getattr(base, base.base_model_prefix), base.get_output_embeddings())
+        # Beside the module tree: it is part of `model` already.
+        self._body: tuple[nn.Module] = (getattr(base, base.base_model_prefix),)
+        self.head = Head(base.get_output_embeddings().weight, logits_tokens)
         self.train()  # the library hands models over in evaluation mode, where no layer is checkpointed
 
     def hidden(self, inputs: Tensor) -> Tensor:
@@ -103,15 +117,14 @@ class AnswerModel(nn.Module):
 
         No mask is needed: attention looks back only, and what is computed at padding is never asked for.
         """
-        return self._parts[0](input_ids=inputs, use_cache=False).last_hidden_state
+        return self._body[0](input_ids=inputs, use_cache=False).last_hidden_state
 
     def forward(self, inputs: Tensor, scored: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """inputs [B, T]; scored [N]: which of the B*T positions predict a supervised token; labels [N]: those tokens.
 
         Returns the cross-entropy (nats) [N] of each, with gradient, and whether it would have been predicted, bool [N].
         """
-        hidden = self.hidden(inputs).flatten(0, 1)[scored]
-        return head_loss(hidden, self._parts[1].weight, labels, self.logits_tokens)
+        return head_loss(self.hidden(inputs).flatten(0, 1)[scored], self.head, labels)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -120,7 +133,7 @@ class AnswerModel(nn.Module):
         self.eval()
         device = base.get_input_embeddings().weight.device
         ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
-        dtype = self._parts[1].weight.dtype
+        dtype = self.head.weight.dtype
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):  # as in the training
             logits = base(input_ids=ids[:, :-1], use_cache=False).logits.float()
             found, _ = self(ids[:, :-1], torch.arange(7, device=device), ids[0, 1:])
@@ -139,14 +152,31 @@ class AnswerModel(nn.Module):
             )
 
 
-class _HeadLoss(torch.autograd.Function):
-    """See `head_loss`."""
+class Head(nn.Module):
+    """The frozen head, asked for losses: see `head_loss`.
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(len(labels), device=hidden.device)
-        right = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
-        gradient = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+    A module of its own, though its weight is the model's, because ZeRO 3 brings weights together where a module begins.
+    The gradient is found here too, outside of autograd: the backward pass then needs no weight.
+    """
+
+    def __init__(self, weight: nn.Parameter, chunk: int):
+        """weight [vocabulary, width]. chunk: rows of logits that exist at a time."""
+        super().__init__()
+        self.weight, self.chunk = weight, chunk
+
+    def forward(self, hidden: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden [N, width]. Returns losses [N], `right` [N], and each loss's gradient by its row of `hidden`, fp32."""
+        return _losses_and_gradient(hidden, self.weight, labels, self.chunk, with_gradient)
+
+
+@torch.no_grad()
+def _losses_and_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    losses = torch.empty(len(labels), device=hidden.device)
+    right = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
+    gradient = torch.empty_like(hidden, dtype=torch.float32) if with_gradient else None
+    with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             own = labels[rows, None]
@@ -161,23 +191,30 @@ class _HeadLoss(torch.autograd.Function):
             if gradient is not None:
                 mean_row = (shares.to(weight.dtype) @ weight).float() / total  # divided here, where it is narrow
                 gradient[rows] = mean_row - weight[own[:, 0]].float()
-        ctx.hidden_type = hidden.dtype
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(right)
-        return losses, right
+    return losses, right, gradient
+
+
+class _WithGradient(torch.autograd.Function):
+    """`losses` [N], whose gradient by the rows of `hidden` [N, width] is known."""
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def forward(ctx: Any, hidden: Tensor, losses: Tensor, gradient: Tensor) -> Tensor:
+        ctx.hidden_type = hidden.dtype
+        ctx.save_for_backward(gradient)
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_losses[:, None]).to(ctx.hidden_type), None, None, None
+        return (gradient * grad_losses[:, None]).to(ctx.hidden_type), None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (nats) [N] of `labels` [N] under the logits hidden [N, width] @ weight.T, and whether each label
-    has the largest of them, bool [N]. weight [vocabulary, width], frozen.
+def head_loss(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) [N] of `labels` [N] under the logits hidden [N, width] @ head.weight.T, and whether each
+    label has the largest of them, bool [N].
 
-    At most `chunk` rows of logits exist at a time. The gradient is computed with them, since it needs nothing that
+    At most `head.chunk` rows of logits exist at a time. The gradient is computed with them, since it needs nothing that
     comes later: softmax minus one-hot, through the head.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadLoss.apply(hidden, weight, labels, chunk)
+    losses, right, gradient = head(hidden.detach(), labels, hidden.requires_grad)
+    return losses if gradient is None else _WithGradient.apply(hidden, losses, gradient), right

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from launch.config import Options
 from launch.console import UserError
 
 if TYPE_CHECKING:
+    import bitsandbytes
     from transformers import PretrainedConfig, PreTrainedModel
 
 # On a CPU it looks for a package with faster kernels, on the hub at that, and would say that there is none.
@@ -203,6 +205,38 @@ def freeze(model: PreTrainedModel, compute_type: torch.dtype) -> None:
     for module in model.modules():
         if type(module).__name__.endswith(("Norm", "RotaryEmbedding")):  # what a layer reads of the stream
             module.register_forward_hook(in_fp16)
+
+
+def read_weights_again(model: nn.Module) -> None:
+    """Lets layers in 4 bits read their weight anew in the backward pass, under ZeRO 3.
+
+    bitsandbytes keeps hold of what it read in the forward pass, by a way that checkpointing of layers does not see: by
+    its end every weight that was brought together would still be there, and nothing spread.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.forward = partial(_Product.apply, module)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., in] times the weight of a frozen layer in 4 bits, both ways as the layer itself computes it."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: bitsandbytes.nn.Linear4bit, x: Tensor) -> Tensor:
+        ctx.layer, ctx.input_type = layer, x.dtype
+        return type(layer).forward(layer, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight, state = ctx.layer.weight, ctx.layer.weight.quant_state
+        if 2 * weight.numel() < state.shape.numel():  # its kernels do not look
+            raise RuntimeError("a weight is needed in the backward pass that was not brought together")
+        gradient = gradient.to(ctx.layer.compute_dtype or gradient.dtype)
+        return None, (gradient @ dequantize_4bit(weight.data, state).to(gradient.dtype)).to(ctx.input_type)
 
 
 @contextmanager
