@@ -93,6 +93,9 @@ CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 2112, "num_hidden_layers":
 SHAPE_OF_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
 
 ON_CARD = torch.cuda.is_available()
+if not ON_CARD:
+    # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 # --- data and model -------------------------------------------------------------------------------------------------
