@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +23,25 @@ from training.engine.cluster import Cluster
 from training.engine.precision import Precision
 
 
-class Parallel(Protocol):
-    """What the loop uses. Every method is called by all ranks together.
+class Parallel(ABC):
+    """A strategy, as the loop uses it. Every method is called by all ranks together.
 
     model: to be called in validations. derived_config: what a library was told, None where none is in use. in_step:
     whether the ranks must call the model equally often, in validations too. skipped_in_a_row: steps that were left out
-    because their gradient was not finite, up to now, a scalar on the device.
+    because their gradient was not finite, up to now, a scalar on the device. ema: the exponential moving average of the
+    model over its steps, if asked for: the same module, averaged; None otherwise.
     """
 
-    model: nn.Module
-    derived_config: dict[str, Any] | None
-    skipped_in_a_row: Tensor
+    derived_config: dict[str, Any] | None = None
+    in_step = False
 
-    @property
-    def in_step(self) -> bool: ...
+    def __init__(self, model: nn.Module, cluster: Cluster, precision: Precision, ema_decay: float | None):
+        self._cluster, self._precision = cluster, precision
+        self._plain = self.model = self._replica = model
+        # Of what every rank holds alike, so every rank averages alike.
+        self._ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+        self._scaler = precision.scaler()
+        self.skipped_in_a_row = torch.zeros((), device=cluster.device)
 
     def forward_backward(
         self,
@@ -52,33 +59,71 @@ class Parallel(Protocol):
 
         Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
         """
+        total = torch.zeros((), device=self._cluster.device)
+        for batch in batches:
+            with self._micro_batch(last=batch is batches[-1]):
+                seed(batch)
+                with self._precision.autocast():
+                    share = loss(self._replica, batch) / weight
+                total += share.detach()
+                before_backward()
+                # Both DDP and DeepSpeed average over ranks, and a sum is wanted.
+                self._backward(share * self._cluster.world_size)
+        return total
 
+    @abstractmethod
+    def _micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        """Around both passes of a micro-batch. last: of the step, on this rank."""
+
+    @abstractmethod
+    def _backward(self, share: Tensor) -> None:
+        """The backward pass, its loss scaled where there is a scaler."""
+
+    @abstractmethod
     def step(self, lr: float) -> Tensor:
         """Clips and applies the gradient; returns its norm before clipping, a scalar on the device.
 
         A gradient that is not finite is skipped on every rank alike.
         """
 
+    @abstractmethod
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file and name, whole; the first rank alone can count on getting it."""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides tensors."""
-
+    @abstractmethod
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes back what `tensors` and `state` gave, from whatever strategy and number of ranks it came."""
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides tensors."""
+        return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that becomes its exponential moving average over the steps."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    @property
+    def ema(self) -> nn.Module | None:
+        return None if self._ema is None else self._ema.module
+
+    def _scaler_searches(self) -> bool:
+        """Whether an overflow of this step is the scaler's own: above 1 it searches its range, at first by design."""
+        return self._scaler is not None and self._scaler.get_scale() > 1
+
+    def _stepped(self, bad: Tensor, own_skip: bool) -> None:
+        """What follows a step. bad: 1 where the gradient was not finite, else 0; own_skip: of the scaler."""
+        self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
+        if self._ema is not None:
+            self._ema.update_parameters(self._plain)
+
+    def _load_state(self, checkpoint: Checkpoint) -> None:
+        """What goes with the tensors of a checkpoint."""
+        if self._ema is not None:
+            self._ema.n_averaged.fill_(checkpoint.step)  # at 0 it would begin anew
+        scaler = checkpoint.state()["scaler"]
+        # A scaler starts afresh where the earlier session had none.
+        if self._scaler is not None and scaler:
+            self._scaler.load_state_dict(scaler)
 
 
-class DataParallel:
+class DataParallel(Parallel):
     """A replica of the model on every rank; gradients are added up once a step, during the last backward pass."""
-
-    derived_config = None
-    in_step = False
 
     def __init__(
         self,
@@ -89,13 +134,9 @@ class DataParallel:
         clip_norm: float | None,
         ema_decay: float | None = None,
     ):
-        self.model, self.optimizer = model, optimizer
-        # Of what every rank holds alike, so every rank averages alike.
-        self._ema = averaged(model, ema_decay) if ema_decay else None
-        self._cluster, self._precision, self._clip_norm = cluster, precision, clip_norm
-        self._scaler = precision.scaler()
+        super().__init__(model, cluster, precision, ema_decay)
+        self.optimizer, self._clip_norm = optimizer, clip_norm
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._replica: nn.Module = model
         if cluster.world_size > 1:
             # DDP regroups its buckets after the first backward pass of a process. From three ranks on that changes the
             # order of the sums, so the first step after a resume would differ in its last bits. With this flag the
@@ -113,31 +154,14 @@ class DataParallel:
                 find_unused_parameters=fixed_buckets,
                 broadcast_buffers=False,  # buffers are constants here (tables of positions), equal from the start
             )
-        self.skipped_in_a_row = torch.zeros((), device=cluster.device)
 
-    def forward_backward(
-        self,
-        batches: Sequence[Any],
-        weight: float,
-        loss: Callable[[nn.Module, Any], Tensor],
-        seed: Callable[[Any], None],
-        before_backward: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        total = torch.zeros((), device=self._cluster.device)
-        for batch in batches:
-            last = batch is batches[-1]
-            # The forward pass must be inside no_sync as well: DDP decides there whether this backward communicates.
-            ddp = isinstance(self._replica, DistributedDataParallel)
-            with self._replica.no_sync() if ddp and not last else contextlib.nullcontext():
-                seed(batch)
-                with self._precision.autocast():
-                    share = loss(self._replica, batch) / weight
-                total += share.detach()
-                scaled = share if self._scaler is None else self._scaler.scale(share)
-                before_backward()
-                # DDP averages over ranks, and a sum is wanted.
-                (scaled * self._cluster.world_size).backward()
-        return total
+    def _micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        # The forward pass must be inside no_sync as well: DDP decides there whether this backward communicates.
+        ddp = isinstance(self._replica, DistributedDataParallel)
+        return self._replica.no_sync() if ddp and not last else contextlib.nullcontext()
+
+    def _backward(self, share: Tensor) -> None:
+        (share if self._scaler is None else self._scaler.scale(share)).backward()
 
     def step(self, lr: float) -> Tensor:
         """See `Parallel`. All ranks hold the same sum, so all skip alike. With AdamW nothing waits for the device."""
@@ -148,29 +172,19 @@ class DataParallel:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        bad = (~norm.isfinite()).float()
+        bad, own_skip = (~norm.isfinite()).float(), self._scaler_searches()
         if self._scaler is None:
             if isinstance(self.optimizer, torch.optim.AdamW):
                 self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
                 self.optimizer.step()
             elif not bad:  # others must be kept from the step, and that takes waiting for the device
                 self.optimizer.step()
-            own_skip = False
         else:
-            # An overflow at a scale above 1 is the scaler searching its range, as it does in the first steps by design.
-            own_skip = self._scaler.get_scale() > 1
             self._scaler.step(self.optimizer)
             self._scaler.update()
-        self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
         self.optimizer.zero_grad(set_to_none=True)
-        if self._ema is not None:
-            self._ema.update_parameters(self.model)
+        self._stepped(bad, own_skip)
         return norm
-
-    @property
-    def ema(self) -> nn.Module | None:
-        """The exponential moving average of the model over its steps, if asked for: the same module, averaged."""
-        return None if self._ema is None else self._ema.module
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """See `Parallel`. Nothing is copied."""
@@ -181,14 +195,4 @@ class DataParallel:
 
     def load(self, checkpoint: Checkpoint) -> None:
         checkpoint.load_into(self.model, self.optimizer, self.ema)
-        if self._ema is not None:
-            self._ema.n_averaged.fill_(checkpoint.step)  # at 0 it would begin anew
-        self._load_state(checkpoint.state())
-
-    def state(self) -> dict[str, Any]:
-        return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        # A scaler starts afresh where the earlier session had none.
-        if self._scaler is not None and state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+        self._load_state(checkpoint)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,12 +29,11 @@ from launch.console import UserError
 from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions
-from training.engine.parallel import averaged
+from training.engine.parallel import Parallel
 from training.engine.precision import Precision
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-    from torch.optim.swa_utils import AveragedModel
 
 # Gradients travel in pieces of so many numbers: DeepSpeed's own default takes 2 GB for one.
 _BUCKET = 50_000_000
@@ -42,7 +41,7 @@ _BUCKET = 50_000_000
 # Frozen and trained weights of up to so many numbers are not spread. DeepSpeed's own default.
 _PERSISTENT = 100_000
 
-WEIGHTS = "weights"
+WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 
 
 class ZeroOptions(Options):
@@ -58,7 +57,6 @@ class ZeroOptions(Options):
 class _Piece:
     """A rank's part of a parameter: `count` numbers of it from `start` on, which lie in `flat` at `place`."""
 
-    name: str
     start: int
     count: int
     flat: int
@@ -132,8 +130,8 @@ def state_bytes(options: ZeroOptions, ranks: int) -> float:
     return (0 if options.offload == "all" else weight) + gradient + moments
 
 
-class Zero:
-    """See `training.engine.parallel.Parallel` for the interface, and `training.engine.zero` for what it promises."""
+class Zero(Parallel):
+    """See the module's docstring for what it promises."""
 
     def __init__(
         self,
@@ -145,10 +143,10 @@ class Zero:
         ema_decay: float | None,
         options: ZeroOptions,
     ):
-        self.optimizer = optimizer
-        self._cluster, self._options = cluster, options
-        self._ema: AveragedModel | None = averaged(model, ema_decay) if ema_decay else None
-        self._plain = model
+        super().__init__(model, cluster, precision, ema_decay)
+        self.optimizer, self._options = optimizer, options
+        # Ranks take part in every forward pass together, and none may have more of them.
+        self.in_step = options.stage == 3
         # Taken now: stage 3 leaves empty tensors in the model.
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._shapes = {name: tensor.shape for name, tensor in model_state(model).items()}
@@ -159,7 +157,7 @@ class Zero:
         )
         self._engine = _initialize(_CallersAutocast(model), optimizer, self.derived_config, cluster)
         # Calls go through DeepSpeed in validations too: in stage 3 it brings the weights together.
-        self.model: nn.Module = self._engine
+        self.model = self._replica = self._engine
         self._own = self._engine.optimizer
         if options.stage == 3:
             from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -169,45 +167,23 @@ class Zero:
             self._share_memory()
         self._pieces = self._own_pieces()
         self._layout = cluster.gather(self._pieces)
-        self._scaler = precision.scaler()
         if self._scaler is not None:
             # The scaler is told one number, whether the gradient is finite: DeepSpeed does the arithmetic.
             self._probe = nn.Parameter(torch.zeros((), device=cluster.device))
             self._probe_optimizer = torch.optim.SGD([self._probe], lr=0.0)
             self._scaler.scale(self._probe.detach())  # makes its state
-        self._precision = precision
-        self.skipped_in_a_row = torch.zeros((), device=cluster.device)
-
-    # Ranks take part in every forward pass together, and none may have more of them.
-    @property
-    def in_step(self) -> bool:
-        return self._options.stage == 3
-
-    def forward_backward(
-        self,
-        batches: Sequence[Any],
-        weight: float,
-        loss: Callable[[nn.Module, Any], Tensor],
-        seed: Callable[[Any], None],
-        before_backward: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        if self._scaler is not None:
             self._own.override_loss_scale(self._scaler.get_scale())
-        total = torch.zeros((), device=self._cluster.device)
-        for batch in batches:
-            self._engine.set_gradient_accumulation_boundary(batch is batches[-1])
-            seed(batch)
-            with self._precision.autocast():
-                share = loss(self._engine, batch) / weight
-            total += share.detach()
-            before_backward()
-            # DeepSpeed averages over ranks, and a sum is wanted. It multiplies by the loss scale itself.
-            self._engine.backward(share * self._cluster.world_size, scale_wrt_gas=False)
-            if self.in_step:
-                # Its list of modules in progress. Where a layer is computed again, that ends as soon as nothing is
-                # missing, and what was in progress then would stay on the list for ever.
-                del self._in_progress[1:]
-        return total
+
+    def _micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, share: Tensor) -> None:
+        self._engine.backward(share, scale_wrt_gas=False)
+        if self.in_step:
+            # Its list of modules in progress. Where a layer is computed again, that ends as soon as nothing is missing,
+            # and what was in progress then would stay on the list for ever.
+            del self._in_progress[1:]
 
     def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -216,26 +192,20 @@ class Zero:
         # It skips what is not finite, on all ranks alike.
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._cluster.device, dtype=torch.float32)
         bad = torch.tensor(float(self._own.overflow), device=self._cluster.device)
-        own_skip = False
+        own_skip = self._scaler_searches()
         if self._scaler is not None:
-            own_skip = self._scaler.get_scale() > 1
             self._probe.grad = torch.where(bad > 0, torch.inf, 0.0)
             self._scaler.unscale_(self._probe_optimizer)
             self._scaler.step(self._probe_optimizer)
             self._scaler.update()
-        self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
-        if self._ema is not None:
-            self._ema.update_parameters(self._plain)
+            self._own.override_loss_scale(self._scaler.get_scale())
+        self._stepped(bad, own_skip)
         return norm
 
-    @property
-    def ema(self) -> nn.Module | None:
-        return None if self._ema is None else self._ema.module
-
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        steps, moments = self._steps(), ("exp_avg", "exp_avg_sq")
+        steps = self._steps()
         optimizer = {f"step/{name}": steps.clone() for name in self._trained} if steps is not None else {}
-        for kind in moments if steps is not None else ():
+        for kind in MOMENTS if steps is not None else ():
             optimizer |= {f"{kind}/{name}": tensor for name, tensor in self._gathered(kind).items()}
         model = model_state(self._plain)
         if self._options.stage == 3:
@@ -256,28 +226,28 @@ class Zero:
                 own[name].copy_(weights[name])
         else:
             load_model_state(self._plain, weights)
-        self._set(WEIGHTS, {name: weights[name] for name in self._trained})
+        for name in self._trained:
+            self._set(WEIGHTS, name, weights[name])
         for flat in self._flats():
-            self.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+        steps = None  # the same for all
         for kind, name, tensor in checkpoint.optimizer_tensors():
             if kind == "step":
-                for flat in self._flats():
-                    self.optimizer.state[flat]["step"] = tensor.to(flat.device, copy=True)
+                steps = tensor
             else:
-                self._set(kind, {name: tensor})
-        if not any("step" in state for state in self.optimizer.state.values()):
-            self.optimizer.state.clear()  # a checkpoint of before the first step
+                self._set(kind, name, tensor)
+        for flat in self._flats():
+            if steps is None:  # a checkpoint of before the first one
+                del self.optimizer.state[flat]
+            else:
+                self.optimizer.state[flat]["step"] = steps.to(flat.device, copy=True)
         if self._options.stage == 3:
             self._weights_have_changed()
         if self._ema is not None:
             load_model_state(self._ema.module, checkpoint.ema_state())
-            self._ema.n_averaged.fill_(checkpoint.step)  # at 0 it would begin anew
-        scaler = checkpoint.state()["scaler"]
-        if self._scaler is not None and scaler:
-            self._scaler.load_state_dict(scaler)
-
-    def state(self) -> dict[str, Any]:
-        return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
+        self._load_state(checkpoint)
+        if self._scaler is not None:
+            self._own.override_loss_scale(self._scaler.get_scale())
 
     # What of which tensor is where. DeepSpeed keeps a rank's part of all parameters of a group in one flat tensor, of
     # which the optimizer has the state; it has public ways to it in stage 3 only.
@@ -302,8 +272,9 @@ class Zero:
         if self._options.stage < 3:
             own._link_all_hp_params()
 
-    def _own_pieces(self) -> list[_Piece]:
-        pieces = []
+    def _own_pieces(self) -> dict[str, _Piece]:
+        """This rank's part of every trained parameter of which it has one, by name."""
+        pieces = {}
         own = self._own
         if self._options.stage == 3:
             for parameter, name in self._names.items():
@@ -312,14 +283,14 @@ class Zero:
                     start = self._cluster.rank * size
                     count = min(size, parameter.ds_numel - start)  # the last ranks' parts are filled up
                     if count > 0:
-                        pieces.append(_Piece(name, start, count, flat, place))
+                        pieces[name] = _Piece(start, count, flat, place)
             return pieces
         for flat, group in enumerate(own.bit16_groups):
             for parameter in group:
                 here = parameter._hp_mapping
                 if here is not None:
                     lies, begins = here.hp_fragment_address, here.lp_fragment_address
-                    pieces.append(_Piece(self._names[parameter], begins.start, begins.numel, flat, lies.start))
+                    pieces[self._names[parameter]] = _Piece(begins.start, begins.numel, flat, lies.start)
         return pieces
 
     def _part(self, kind: str, piece: _Piece) -> Tensor:
@@ -334,10 +305,10 @@ class Zero:
 
     def _gathered(self, kind: str) -> dict[str, Tensor]:
         """The trained parameters' weights or moments, whole, in the first rank's host memory; nothing on the others."""
-        longest = max(sum(piece.count for piece in pieces) for pieces in self._layout)
+        longest = max(sum(piece.count for piece in pieces.values()) for pieces in self._layout)
         packed = torch.zeros(longest)
         used = 0
-        for piece in self._pieces:
+        for piece in self._pieces.values():
             packed[used : used + piece.count] = self._part(kind, piece)
             used += piece.count
         received = self._cluster.gather_tensors(packed)
@@ -346,17 +317,16 @@ class Zero:
         found = {name: torch.empty(shape.numel()) for name, shape in self._trained.items()}
         for pieces, tensor in zip(self._layout, received, strict=True):
             used = 0
-            for piece in pieces:
-                found[piece.name][piece.start : piece.start + piece.count] = tensor[used : used + piece.count]
+            for name, piece in pieces.items():
+                found[name][piece.start : piece.start + piece.count] = tensor[used : used + piece.count]
                 used += piece.count
         return {name: tensor.view(self._trained[name]) for name, tensor in found.items()}
 
-    def _set(self, kind: str, values: Mapping[str, Tensor]) -> None:
-        """Takes this rank's parts of whole tensors."""
-        for piece in self._pieces:
-            if piece.name in values:
-                value = values[piece.name].flatten()[piece.start : piece.start + piece.count]
-                self._part(kind, piece).copy_(value)
+    def _set(self, kind: str, name: str, whole: Tensor) -> None:
+        """Takes this rank's part of a whole tensor."""
+        piece = self._pieces.get(name)
+        if piece is not None:
+            self._part(kind, piece).copy_(whole.flatten()[piece.start : piece.start + piece.count])
 
     def _weights_have_changed(self) -> None:
         """Stage 3: brings the parts that forward passes gather up to date with what the optimizer works on."""
