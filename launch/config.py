@@ -70,6 +70,25 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
     return options, dry_run
 
 
+def raw_values(argv: Sequence[str]) -> dict[str, Any]:
+    """What `parse` would read from `argv`, unchecked and without defaults, when the script's options are not at hand.
+
+    Raises UserError when the file cannot be read or a word has no place.
+    """
+    files, overrides, _, mistakes = _split_words(argv)
+    values = _read_yaml(Path(files[0])) if files else {}
+    for key, text in overrides:
+        _place(values, key, text, mistakes)
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    return values
+
+
+def script_of(config: Path) -> str:
+    """The module that trains by a config file: `training.NAME` for configs/NAME/..."""
+    return f"training.{config.resolve().parent.name}"
+
+
 def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], bool, list[str]]:
     files: list[str] = []
     overrides: list[tuple[str, str]] = []

@@ -230,6 +230,8 @@ def _slurm_time_left() -> tuple[float, str] | None:
         said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
         if said and said[0] == "UNLIMITED":
             return None
+        if said and said[0] == "INVALID":  # the limit has passed
+            return 0.0, "SLURM's time limit"
         return parse_duration(said[0] if said else ""), "SLURM's time limit"
     with contextlib.suppress(KeyError, ValueError):
         return float(os.environ["SLURM_JOB_END_TIME"]) - time.time(), "SLURM's time limit"

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.config import script_of
 from launch.console import UserError, format_duration, run_main, say
 from launch.processes import children, family_of, is_alive, kill_all
+from training.engine.account import read_sessions, read_status
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.run_folder import read_sessions, read_status
 from training.engine.tracking import read_metrics
 
 Accident = Literal["rank killed", "all killed", "launcher killed", "killed while saving", "rank told to stop"]
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = _gpus()
     processes = arguments.processes or gpus or 2
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    script = arguments.script or f"training.{arguments.config.resolve().parent.name}"
+    script = arguments.script or script_of(arguments.config)
     words = [script, str(arguments.config), *options, *_shortened(arguments.steps)]
     if gpus:
         words += ["--deterministic", "true"]

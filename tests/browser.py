@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.debian import program
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 PATIENCE_S = 120
@@ -132,7 +131,7 @@ class Browser:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """A browser for the block. Skips the test where there is no Chromium and none can be installed."""
-    program = _chromium()
+    chromium = program(("chromium", "chromium-browser", "google-chrome"), "chromium")
     to_browser, commands = os.pipe()
     answers, from_browser = os.pipe()
     # The protocol is spoken over descriptors 3 and 4, whatever these are called here.
@@ -140,7 +139,7 @@ def browser() -> Iterator[Browser]:
     for descriptor in (to_browser, from_browser):
         os.close(descriptor)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        words = [program, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+        words = [chromium, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         shell = ["bash", "-c", f'exec "$@" 3<&{given[0]} 4>&{given[1]}', "bash", *words]
         process = subprocess.Popen(shell, pass_fds=given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for descriptor in given:
@@ -152,23 +151,3 @@ def browser() -> Iterator[Browser]:
             process.wait()
             os.close(commands)
             os.close(answers)
-
-
-def _chromium() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    with Path(tempfile.gettempdir(), f"relay-tests-chromium-{os.getuid()}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test runs installs it
-        found = next(filter(None, map(shutil.which, names)), None)
-        if found is not None:
-            return found
-        if os.getuid() != 0 or shutil.which("apt-get") is None:
-            pytest.skip("there is no Chromium, and only root can install one here (apt install chromium)")
-        for words in (("update",), ("install", "-y", "--no-install-recommends", "chromium")):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            done = subprocess.run(["apt-get", "-q", *words], env=environment, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"Chromium cannot be installed: apt-get {words[0]}: {done.stderr.strip()[-300:]}")
-    found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("apt has no Chromium for this system")
-    return found

@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from launch.processes import children, family_of, kill_all
 from training.engine.tracking import read_metrics
+
+if TYPE_CHECKING:
+    from tests.slurm_cluster import SlurmCluster
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
@@ -178,6 +182,15 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not REAL_TATOEBA.is_file():
         pytest.skip(f"the real Tatoeba file is not at {REAL_TATOEBA} (RELAY_DATA names the folder above it)")
     return prepare(tmp_path_factory.mktemp("real"), "--source", REAL_TATOEBA)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """This worker's own SLURM."""
+    from tests.slurm_cluster import slurm_cluster
+
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
 
 
 @pytest.fixture

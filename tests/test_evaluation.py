@@ -23,7 +23,7 @@ from tests.browser import browser
 from tests.test_attention_maps import make_font
 from tests.test_report import Page
 from training import gpt, seq2seq
-from training.engine.session import EXIT_RESUMABLE
+from training.engine.account import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate
 from training.evaluation.report import EXAMPLES, SYNTHETIC
 from training.evaluation.scores import score_texts

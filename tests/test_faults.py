@@ -35,8 +35,8 @@ from tests.test_training import (
     train_lines,
 )
 from training.engine import checkpoint
+from training.engine.account import read_sessions
 from training.engine.checkpoint import checkpoints
-from training.engine.run_folder import read_sessions
 from training.engine.tracking import read_metrics
 
 STEPS, LOG_EVERY, SAVE_EVERY, VALIDATE_EVERY = 60, 5, 3, 20

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from data_prep.prepared import open_prepared
 from launch.config import parse, to_yaml
 from tests.conftest import ROOT, Launch, Result, launching, prepare
+from training.engine.account import read_status
 from training.engine.batch_plan import BatchPlan
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.run_folder import read_status
 from training.engine.tracking import read_metrics
 from training.gpt import GPTConfig, Sequences
 from training.gpt import plan_of as gpt_plan

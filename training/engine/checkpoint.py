@@ -45,6 +45,7 @@ from data_prep.files import (
     writing_to,
 )
 from launch.console import UserError, run_main, say, warn
+from training.engine.account import saved_steps
 
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
@@ -200,8 +201,7 @@ def bytes_of(tensors: Mapping[str, Tensors]) -> int:
 
 def checkpoints(run_dir: str | Path) -> list[Checkpoint]:
     """The published checkpoints of a run, oldest first, unverified."""
-    folders = sorted(Path(run_dir, "checkpoints").glob("step-*"))
-    return [Checkpoint(folder) for folder in folders if folder.name.removeprefix("step-").isdigit()]
+    return [Checkpoint(folder) for folder in saved_steps(run_dir).values()]
 
 
 def newest_valid(run_dir: str | Path, *, set_aside: bool = True) -> Checkpoint | None:

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from launch.console import format_duration, say, warn
-from training.engine.run_folder import Sessions, Status, write_status
+from training.engine.account import Sessions, Status, write_status
 from training.engine.saving import Saver
 from training.engine.tracking import Record
 from training.engine.wandb_tracker import WandbOptions, WandbTracker
@@ -65,15 +65,17 @@ class Logbook:
         self._sessions.update(step)
 
     def status(self, status: Status, reason: str, step: int, **more: Any) -> None:
-        """status.json, with what remains to be done."""
+        """status.json (see `write_status`), with what remains to be done."""
         outlook = self._sessions.outlook(self._usable_s)
         with contextlib.suppress(OSError):
             write_status(self._run_dir, status, reason, step=step, steps=self._steps, **more, **outlook)
 
-    def close(self, status: Status, reason: str, step: int, best: dict[str, Any], saver: Saver) -> None:
+    def close(
+        self, status: Status, reason: str, step: int, best: dict[str, Any], saver: Saver, *, restart: bool
+    ) -> None:
         """The end of the session, by whatever reason."""
         self._record.close()
-        self.status(status, reason, step, **best)
+        self.status(status, reason, step, restart=restart, **best)
         saves = {"saves": len(saver.saves_s)}
         if saver.saves_s:
             saves |= {"stall_s": round(mean(saver.stalls_s), 4), "save_s": round(mean(saver.saves_s), 4)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from launch.config import to_yaml
 from launch.console import Progress, UserError, format_duration, say
 from launch.environment import PROCESS_BEGAN
+from training.engine.account import EXIT_RESUMABLE, Status, write_status
 from training.engine.batch_plan import MicroBatch, in_rounds
 from training.engine.checkpoint import Checkpoint
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
@@ -30,9 +31,9 @@ from training.engine.logbook import Logbook
 from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
-from training.engine.run_folder import Data, RunFolder, Status, write_status
+from training.engine.run_folder import Data, RunFolder
 from training.engine.saving import Saver, price_of_a_kill, write_s
-from training.engine.session import EXIT_RESUMABLE, StopFlag, Stopped
+from training.engine.session import StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.tracking import Window, memory_mb, read_metrics
 from training.engine.wandb_tracker import send_the_rest
@@ -68,11 +69,11 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     try:
         return run.session()
     except KeyboardInterrupt:
-        run.abandon("resumable", "interrupted twice")
+        run.abandon("resumable", "interrupted twice", restart=False)
         raise
     except Exception as error:
         seen = peer_error(error) if means_lost_peer(error) else error
-        run.abandon("failed", str(seen) or type(error).__name__)
+        run.abandon("failed", str(seen) or type(error).__name__, restart=not isinstance(error, UserError))
         raise
 
 
@@ -243,14 +244,14 @@ class _Run:
         """Perhaps a kill came between the last checkpoint and what was to be said about the end."""
         if self.cluster.is_first:
             run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
-            write_status(run_dir, "finished", "all steps done", step=self.step)
+            write_status(run_dir, "finished", "all steps done", restart=False, step=self.step)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
     # The session.
 
     def session(self) -> int:
         """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
-        config, plan, reason = self.config, self.task.plan, None
+        config, plan, stopped = self.config, self.task.plan, None
         if self.cluster.is_first:
             self._open_books()
         with (
@@ -263,13 +264,13 @@ class _Run:
                     self.stop.check()
                     self._train_step()
                     self._boundary()
-            except Stopped as stopped:
-                reason = stopped.reason
+            except Stopped as raised:
+                stopped = raised
             if self.saved_step != self.step:
                 self._save()
             self.cluster.on_first(self._finish_saving)
         self.stop.clear()
-        return self._end(reason)
+        return self._end(stopped)
 
     def _open_books(self) -> None:
         config, cluster = self.config, self.cluster
@@ -288,7 +289,7 @@ class _Run:
             config=config.model_dump(mode="json"),
         )
         self.wandb_id = self.logbook.wandb_id
-        self.logbook.status("running", "training", self.step, **self.best)
+        self.logbook.status("running", "training", self.step, restart=True, **self.best)
 
     def _train_step(self) -> None:
         loss = _forward_backward(self.config, self.task, self.engine, self.cluster, self.step, self.watchdog.beat)
@@ -389,28 +390,28 @@ class _Run:
         self.saver.drain()
         self.saver.check()
 
-    def _end(self, reason: str | None) -> int:
-        """Writes down how the session ended. reason: of a stop, None if all steps are done."""
+    def _end(self, stop: Stopped | None) -> int:
+        """Writes down how the session ended. stop: None if all steps are done."""
         # A save that failed is known to one rank; all must leave with the same status.
         error = self.saver.error if self.saver is not None else None
         (unsaved,) = self.cluster.maximum([error is not None])
-        if reason is None and not unsaved:
-            self._close("finished", "all steps done")
+        if stop is None and not unsaved:
+            self._close("finished", "all steps done", restart=False)
             return 0
-        reason = reason or "the last save, which failed"
-        self._close("resumable", f"{reason} ({error})" if error else reason)
+        reason = stop.reason if stop else "the last save, which failed"
+        self._close("resumable", f"{reason} ({error})" if error else reason, restart=not (stop and stop.by_user))
         where = f"the last checkpoint ({error})" if error else "there"
         stopped = f"stopped by {reason} at step {self.step:,} of {self.task.plan.steps:,}"
         say(f"{stopped}; the same command continues from {where}")
         # A launcher takes any other status for a failure and cannot pass it on; status.json is what counts there.
         return 0 if self.cluster.ranks.launched else EXIT_RESUMABLE
 
-    def _close(self, status: Status, reason: str) -> None:
+    def _close(self, status: Status, reason: str, *, restart: bool) -> None:
         if self.logbook is not None and self.saver is not None:
-            self.logbook.close(status, reason, self.step, self.best, self.saver)
+            self.logbook.close(status, reason, self.step, self.best, self.saver, restart=restart)
 
-    def abandon(self, status: Status, reason: str) -> None:
+    def abandon(self, status: Status, reason: str, *, restart: bool) -> None:
         """The end by an error: what is in flight is brought to its end, and the status written."""
         if self.saver is not None and status == "failed":
             self.saver.drain()
-        self._close(status, reason)
+        self._close(status, reason, restart=restart)

@@ -11,20 +11,16 @@ runs/NAME/
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import os
 import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from data_prep.files import write_atomically, writing_to
 from launch.config import differing_keys
-from launch.console import UserError, format_duration, say
-from launch.environment import job_id
+from launch.console import UserError, say
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.tracking import METRICS
 
@@ -33,9 +29,7 @@ try:
 except ImportError:  # not POSIX: two runs in one folder are then not told apart
     fcntl = None  # type: ignore[assignment]
 
-SESSIONS = "sessions.json"
 WANDB_FILE = "wandb.json"
-Status = Literal["running", "finished", "resumable", "failed"]
 
 # A session that was told to stop may still be writing its checkpoint when the next one starts.
 _LOCK_PATIENCE_S = 10.0
@@ -52,113 +46,6 @@ class Data(Protocol):
 
     @property
     def identity(self) -> dict[str, str]: ...
-
-
-def write_status(run_dir: Path, status: Status, reason: str, **more: Any) -> None:
-    """Writes status.json: how the run stands and why; what is not in `more` stays as it is."""
-    content = {**(read_status(run_dir) or {}), "status": status, "reason": reason, **more, "time": _now()}
-    write_atomically(run_dir / "status.json", json.dumps(content, indent=2) + "\n")
-
-
-def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """What `write_status` wrote last; None where there is nothing that can be read."""
-    try:
-        return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
-    """All sessions of a run, the first one first; none where there is no record, or a damaged one."""
-    try:
-        return json.loads(Path(run_dir, SESSIONS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return []
-
-
-class Sessions:
-    """sessions.json, and what it tells about the sessions to come. Used on one rank only.
-
-    An entry: number, host, job (of SLURM), world_size, device, started, from_step, step, seen (the last sign of life),
-    ended, reason, seconds, saves, stall_s and save_s (of a save: training kept waiting, until published; means).
-    """
-
-    def __init__(self, run_dir: Path, *, step: int, steps: int, world_size: int, device: str):
-        self._run_dir, self._steps = run_dir, steps
-        self._began = time.monotonic()
-        self.all = read_sessions(run_dir)
-        for session in self.all:
-            if session["ended"] is None:  # nobody lived to write it down
-                session |= {"ended": session["seen"], "reason": "killed, or its machine went down"}
-        self.current: dict[str, Any] = {
-            "number": len(self.all) + 1,
-            "host": socket.gethostname(),
-            "job": job_id(),
-            "world_size": world_size,
-            "device": device,
-            "started": _now(),
-            "from_step": step,
-            "step": step,
-            "seen": _now(),
-            "ended": None,
-            "reason": None,
-            "seconds": 0.0,
-        }
-        self.all.append(self.current)
-        with writing_to(run_dir, option="--run_dir"):
-            self._write()
-
-    def update(self, step: int, **more: Any) -> None:
-        """Notes the step that the session has come to."""
-        self.current |= {"step": step, "seen": _now(), "seconds": round(time.monotonic() - self._began, 1), **more}
-        with contextlib.suppress(OSError):  # on a full disk the account is lost, not what it was to tell
-            self._write()
-
-    def end(self, step: int, reason: str, **more: Any) -> None:
-        """Notes how the session ended."""
-        self.update(step, ended=_now(), reason=reason, **more)
-
-    def _write(self) -> None:
-        write_atomically(self._run_dir / SESSIONS, json.dumps(self.all, indent=2) + "\n")
-
-    def outlook(self, usable_s: float | None) -> dict[str, Any]:
-        """What remains: steps, the seconds and sessions they will take and when that is over, as far as is known.
-
-        The pace is that of this session, or of the one before if this one has just begun; validations and saves count.
-        usable_s: what this session had for training at its beginning; None if it has no limit.
-        """
-        left = self._steps - self.current["step"]
-        pace_s = next((_pace_s(session) for session in reversed(self.all[-2:]) if _pace_s(session)), None)
-        found: dict[str, Any] = {"sessions_done": len(self.all), "steps_left": left}
-        if pace_s is not None:
-            remaining_s = left * pace_s
-            found["remaining_s"] = round(remaining_s)
-            if usable_s is not None:
-                ended = self.current["ended"] is not None
-                rest_s = remaining_s if ended else remaining_s - max(0.0, usable_s - (time.monotonic() - self._began))
-                found["sessions_to_go"] = max(0, math.ceil(rest_s / usable_s))
-        return found
-
-    def describe(self, usable_s: float | None) -> str:
-        """`outlook` in words."""
-        outlook = self.outlook(usable_s)
-        words = f"session {self.current['number']}: {outlook['steps_left']:,} steps to go"
-        if "remaining_s" in outlook:
-            remaining_s = outlook["remaining_s"]
-            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + remaining_s))
-            words += f", {format_duration(remaining_s)} of training, at {end} if there is no break"
-        if "sessions_to_go" in outlook:
-            words += f"; sessions to go after this one: {outlook['sessions_to_go']}"
-        return words
-
-
-def _pace_s(session: dict[str, Any]) -> float | None:
-    done = session["step"] - session["from_step"]
-    return session["seconds"] / done if done > 0 else None
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 class RunFolder:

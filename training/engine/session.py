@@ -21,10 +21,8 @@ from pydantic import Field
 from launch.config import Duration, Options
 from launch.console import format_duration, say
 from launch.environment import PROCESS_BEGAN, time_left
+from training.engine.account import STOP_FILE
 from training.engine.cluster import Cluster
-
-EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
-STOP_FILE = "STOP"
 
 # Ranks agree at every step that takes longer than this, and about this often where steps are shorter: one small
 # reduction on the host takes a hundredth of it.
@@ -54,11 +52,14 @@ class SessionOptions(Options):
 
 
 class Stopped(Exception):
-    """All ranks have agreed to stop; raised on each of them at the same place."""
+    """All ranks have agreed to stop; raised on each of them at the same place.
 
-    def __init__(self, reason: str):
+    by_user: whether somebody wanted the run to rest, so that no launcher should start it again by itself.
+    """
+
+    def __init__(self, reason: str, *, by_user: bool):
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.by_user = reason, by_user
 
 
 class StopFlag:
@@ -107,7 +108,7 @@ class StopFlag:
         self._last_time, self._last_call = now, self._calls
         self._slowest_step_s = max(slowest_s, 0.9 * self._slowest_step_s)  # a first, slow step is forgotten in time
         if asked:
-            raise Stopped(self._words(int(asked)))
+            raise Stopped(self._words(int(asked)), by_user=asked in (_FILE, signal.SIGINT))
 
     def _own_reason(self, now: float) -> int:
         if self._asked or not self._cluster.is_first:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.console import format_duration, say_as_any_rank, tell_torchrun
+from training.engine.account import write_status
 from training.engine.cluster import Cluster
-from training.engine.run_folder import write_status
 from training.engine.session import StopFlag
 
 # How often the thread looks; and how long it waits for the reports of the others, which look as often.
@@ -101,7 +101,7 @@ class Watchdog:
             say_as_any_rank(f"error: {message}\n{self._stacks(behind)}")
             tell_torchrun(f"error: {message}")
             with contextlib.suppress(OSError):
-                write_status(self._run_dir, "failed", message)
+                write_status(self._run_dir, "failed", message, restart=True)
         else:
             time.sleep(1)  # the launcher ends all when the first has gone; that one should be the one with the message
         sys.stderr.flush()

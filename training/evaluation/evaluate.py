@@ -27,8 +27,8 @@ from data_prep.splits import PARTS
 from data_prep.tokenizers import UNK
 from launch.console import UserError, run_main, say
 from launch.environment import without_local_rank
+from training.engine.account import read_sessions
 from training.engine.cluster import Cluster
-from training.engine.run_folder import read_sessions
 from training.engine.tracking import read_metrics
 from training.engine.wandb_tracker import publish_evaluation
 from training.evaluation.attention_maps import Sheet, chinese_font

@@ -35,9 +35,9 @@ from data_prep.chat import load_chat_tokenizer
 from data_prep.conversations import open_conversations
 from data_prep.files import check_room
 from launch.console import UserError, run_main, say, warn
+from training.engine.account import read_sessions
 from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
-from training.engine.run_folder import read_sessions
 from training.evaluation.adapter_card import card, merged_rows
 from training.evaluation.adapters import TrainedAdapters, open_adapters
 from training.evaluation.export_folder import (

@@ -31,10 +31,10 @@ from data_prep.files import write_atomically, writing_to
 from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
 from launch.environment import without_local_rank
+from training.engine.account import read_sessions
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.precision import PrecisionName
-from training.engine.run_folder import read_sessions
 from training.engine.tracking import read_metrics
 from training.engine.wandb_tracker import publish_evaluation
 from training.evaluation.adapters import TrainedAdapters, open_adapters

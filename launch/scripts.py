@@ -1,0 +1,25 @@
+"""From a config file to the training that it is for: its options, read as the script itself would read them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from launch.config import parse
+from launch.console import UserError
+from training.engine.task import RunOptions
+
+
+def read_options(script: str, words: Sequence[str]) -> RunOptions:
+    """The options `words` as the module `script` reads them. Raises UserError with every mistake in them."""
+    try:
+        found = vars(importlib.import_module(script)).values()
+    except ModuleNotFoundError as error:
+        if error.name is None or not script.startswith(error.name):
+            raise  # the script is there, and something that it needs is not
+        raise UserError(f"there is no module {script}: name it by --script, as in --script training.gpt") from None
+    options = [each for each in found if isinstance(each, type) and issubclass(each, RunOptions)]
+    own = [each for each in options if each.__module__ == script]
+    if not own:
+        raise UserError(f"{script} is no training: name one by --script, as in --script training.gpt")
+    return parse(own[0], words, prog=f"python -m {script}", about="")[0]

@@ -1,0 +1,96 @@
+# shellcheck shell=bash
+# One session of a run inside a batch job. The batch scripts source this, define `ranks`, which starts the processes of a
+# module on all nodes, and call `session`.
+#
+# SLURM's signal some minutes before the end of the job comes to the batch shell alone. The shell passes it on to srun,
+# srun to its tasks; the ranks save and leave; and the shell, still alive, looks at what they left and says what comes
+# next: the job is done, goes back into the queue, or has failed.
+set -euo pipefail
+
+step=         # srun's process, while it runs
+asked=false   # SLURM's signal before the end; also `scancel --signal=USR1 --batch`
+taken=false   # SIGTERM: SLURM ends the job (scancel, preemption, a node, the time limit) and tells the tasks itself
+
+# Set before anything is started: without them the first signal would end this shell, and the job with it.
+trap 'asked=true; pass_on' USR1
+trap 'taken=true' TERM
+
+pass_on() {
+    if [ -n "$step" ]; then kill -s USR1 "$step" 2> /dev/null || true; fi
+}
+
+# Runs a command to its end, whatever signals come, and sets `status`. In the background, since a trap has to wait for
+# what runs in the foreground.
+run() {
+    "$@" &
+    step=$!
+    if $asked; then pass_on; fi  # it came when there was nobody to pass it on to
+    # A trapped signal ends `wait`, while the command goes on.
+    while kill -0 "$step" 2> /dev/null; do wait "$step" || true; done
+    status=0
+    wait "$step" || status=$?
+    step=
+}
+
+# Copies data and environment to a disk of each node, and sets `words` and PATH accordingly.
+stage() {
+    staged=$STAGE_TO/relay-$SLURM_JOB_ID
+    if [ -d .venv ] && [ -z "${container[*]}" ]; then
+        # One file to read for every node, instead of tens of thousands.
+        if ! tar -df .venv.tar -C .venv pyvenv.cfg installed-requirements.txt > /dev/null 2>&1; then
+            echo "packing .venv into .venv.tar, once"
+            tar -cf ".venv.tar.$SLURM_JOB_ID" -C .venv . && mv ".venv.tar.$SLURM_JOB_ID" .venv.tar
+        fi
+        PATH=$staged/venv/bin:$PATH
+    fi
+    run srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash slurm/stage.sh "$staged" "$data"
+    words+=(--data "$staged/data")
+}
+
+# session CONFIG [--key value ...]
+session() {
+    words=("$@")
+    local run_of_job
+    run_of_job=$("${container[@]}" python -m launch.slurm_job run "$@")
+    { read -r script; read -r run_dir; read -r data; } <<< "$run_of_job"
+    script=${SCRIPT:-$script}
+
+    local nothing_to_do=0 verdict=0
+    "${container[@]}" python -m launch.slurm_job begin "$run_dir" || nothing_to_do=$?
+    if [ $nothing_to_do = 3 ]; then exit 0; elif [ $nothing_to_do != 0 ]; then exit 1; fi
+
+    local more=(--failure-limit "${FAILURE_LIMIT:-3}")
+    status=0
+    if [ -n "${STAGE_TO:-}" ]; then stage; fi
+    if [ $status = 0 ] && [ "${PREFLIGHT:-1}" = 1 ] && [ ! -e "$run_dir/sessions.json" ]; then
+        ranks launch.doctor "${words[@]}"
+        if [ $status != 0 ] && ! $asked && ! $taken; then more+=(--preflight-failed); fi
+    fi
+    if [ $status = 0 ] && ! $asked && ! $taken; then ranks "$script" "${words[@]}"; fi
+    if [ -n "${STAGE_TO:-}" ]; then srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf "$staged" || true; fi
+
+    if $taken; then more+=(--taken); fi
+    "${container[@]}" python -m launch.slurm_job end "$run_dir" --status "$status" "${more[@]}" || verdict=$?
+    case $verdict in
+        75) scontrol requeue "$SLURM_JOB_ID" ||
+                echo "The next job of the chain goes on, if there is one; else submit the same command again." ;;
+        76) verdict=75 ;;  # resumable, but not by itself
+    esac
+    exit $verdict
+}
+
+source slurm/environment.sh
+export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1
+
+# How many ranks a node has: one per GPU, or as many as were wished for on a CPU.
+ranks_per_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+cpus=$(( ${SLURM_CPUS_PER_TASK:-1} / ranks_per_node ))
+cpus_per_rank=$(( cpus > 0 ? cpus : 1 ))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_rank}
+
+# Where the ranks meet: on the first node, which is this one, at a port that no other job there uses.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=$([ "${#hosts[@]}" = 1 ] && echo 127.0.0.1 || echo "${hosts[0]}")
+MASTER_PORT=$(( 12000 + 101 * SLURM_JOB_ID % 20000 ))
+while (: < "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do MASTER_PORT=$(( MASTER_PORT + 1 )); done
+export MASTER_ADDR MASTER_PORT

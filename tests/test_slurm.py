@@ -1,0 +1,192 @@
+"""Submit once, come back to a finished model: the batch scripts on a real SLURM, through everything that ends a job.
+
+Each test ends in the model of a run that nothing happened to, bit for bit, or in the job's end with the reason. All
+trainings are paced (tests/faulty_training.py), so that what happens to them happens in their middle.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import to_yaml
+from launch.slurm_job import read_events
+from tests.conftest import PATIENCE_S, launching
+from tests.slurm_cluster import SlurmCluster
+from tests.test_faults import RUN, STEPS, assert_little_is_lost
+from tests.test_training import (
+    assert_same_model,
+    assert_same_record,
+    command_of,
+    config_of,
+    last_checkpoint,
+    status_of,
+)
+from training.engine.account import read_sessions
+from training.engine.tracking import read_metrics
+
+DEEPSPEED = ("--parallel", "deepspeed", "--zero.stage", 2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Callable[..., Path]:
+    """The run folder of `RUN` with these words, by torchrun with two ranks here, trained when it is first asked for."""
+    runs: dict[tuple[object, ...], Path] = {}
+
+    def run(*words: object) -> Path:
+        if words not in runs:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            with launching(folder) as launch:
+                result = launch(*command_of(folder / "run", sample_data, *RUN, *words), ranks=2).wait()
+            assert result.status == 0, result
+            runs[words] = folder / "run"
+        return runs[words]
+
+    return run
+
+
+class Submission:
+    """A run of two ranks and the job that trains it, in a folder of its own."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, data: Path):
+        self._cluster, self.run_dir, self._log = cluster, folder / "run", folder / "log"
+        self.config = folder / "gpt/run.yaml"
+        self.config.parent.mkdir()
+        self.config.write_text(to_yaml(config_of(command_of(self.run_dir, data, *RUN))))
+
+    def submit(
+        self,
+        *options: object,
+        launcher: str = "torchrun",
+        nodes: int = 1,
+        pause_s: float = 0.06,
+        accidents: tuple[dict[str, Any], ...] = (),
+        words: tuple[object, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> int:
+        """The job's number. pause_s: how long each of a step's two forward passes of a rank takes longer."""
+        paced = {"at": "forward", "do": "pause", "seconds": pause_s, "always": True}
+        about = {"folder": str(self.run_dir.parent), "list": [paced, *accidents]}
+        self._job = self._cluster.submit(
+            *("--job-name", self.run_dir.parent.name, "--output", self._log, "--nodes", nodes, "--cpus-per-task", 2),
+            *("--time", "30", *options, f"slurm/{launcher}.sbatch", self.config, *words),
+            environment={
+                **{"SCRIPT": "tests.faulty_training", "ACCIDENTS": json.dumps(about)},
+                **{"PREFLIGHT": "0", "RANKS_PER_NODE": str(2 // nodes)},
+                **(environment or {}),
+            },
+        )
+        return self._job
+
+    def log(self) -> str:
+        return self._log.read_text("utf-8", "replace") if self._log.exists() else ""
+
+    def wait_for_step(self, step: int) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not any(line["step"] >= step for line in read_metrics(self.run_dir)):
+            state = self._cluster.state(self._job)
+            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") or time.monotonic() > end:
+                pytest.fail(f"{state} before step {step}:\n{self.log()}")
+            time.sleep(0.1)
+
+    def assert_finished_like(self, uninterrupted: Path) -> None:
+        """The job came to its end, and the run is the one that nothing happened to."""
+        assert self._cluster.wait_for(self._job) == "COMPLETED", self.log()
+        assert self._cluster.about(self._job, "ExitCode") == "0:0"
+        assert_same_model(self.run_dir, uninterrupted)
+        assert_same_record(self.run_dir, uninterrupted)
+
+    def ends(self) -> list[tuple[str, str]]:
+        """How its sessions ended: outcome and reason."""
+        return [(each["outcome"], each["reason"]) for each in read_events(self.run_dir) if each["event"] == "ended"]
+
+    def assert_nothing_lost(self) -> None:
+        """Every session began where the one before had ended, at its very last step."""
+        sessions = read_sessions(self.run_dir)
+        for before, after in pairwise(sessions):
+            assert after["from_step"] == before["step"] > before["from_step"], sessions
+        assert "is done again" not in self.log()
+
+
+@pytest.fixture
+def submission(cluster: SlurmCluster, sample_data: Path, tmp_path: Path) -> Submission:
+    return Submission(cluster, tmp_path, sample_data)
+
+
+@pytest.mark.timeout(1200)
+def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission, cluster, uninterrupted):
+    pause_s = 240 / STEPS / 2
+    job = submission.submit(*("--time", "1", "--signal", "B:USR1@1"), pause_s=pause_s, words=("--session.margin", "5"))
+    submission.assert_finished_like(uninterrupted())
+    submission.assert_nothing_lost()
+    restarts = int(cluster.about(job, "Restarts"))
+    assert restarts >= 4
+    assert len(read_sessions(submission.run_dir)) == restarts + 1
+    reasons = {reason for outcome, reason in submission.ends() if outcome == "again"}
+    assert reasons <= {"signal SIGUSR1", "the time limit"}
+
+
+def test_slurms_signal_before_the_limit_saves_and_requeues_on_two_nodes(submission, uninterrupted):
+    # It comes 10 to 40 s before the end of the minute, and the run would take longer than is then gone.
+    words = ("--session.margin", "5")
+    submission.submit("--time", "1", "--signal", "B:USR1@10", nodes=2, pause_s=60 / STEPS / 2, words=words)
+    submission.assert_finished_like(uninterrupted())
+    submission.assert_nothing_lost()
+    assert submission.ends()[0] == ("again", "signal SIGUSR1")
+    assert submission.ends()[-1] == ("finished", "all steps done")
+
+
+def test_cancelled_job_saves_and_rests_until_it_is_submitted_again(submission, cluster, uninterrupted):
+    job = submission.submit()
+    submission.wait_for_step(15)
+    cluster.ask("scancel", job)
+    assert cluster.wait_for(job) == "CANCELLED"
+    assert status_of(submission.run_dir)["reason"] == "signal SIGTERM"
+    assert last_checkpoint(submission.run_dir).step == status_of(submission.run_dir)["step"]
+    time.sleep(8)
+    assert cluster.state(job) == "CANCELLED"
+    submission.submit()
+    submission.assert_finished_like(uninterrupted())
+    submission.assert_nothing_lost()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_preempted_job_saves_gives_way_and_comes_back_on_two_nodes(submission, cluster, uninterrupted, launcher):
+    words = DEEPSPEED if launcher == "deepspeed" else ()
+    job = submission.submit(launcher=launcher, nodes=2, words=words)
+    submission.wait_for_step(15)
+    urgent = cluster.submit(*("-p", "urgent", "-N", 2, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"))
+    assert cluster.wait_for(urgent) == "COMPLETED"
+    submission.assert_finished_like(uninterrupted(*words))
+    submission.assert_nothing_lost()
+    assert int(cluster.about(job, "Restarts")) == 1
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_dead_node_costs_no_more_than_a_checkpoint_interval(submission, cluster, uninterrupted, node):
+    job = submission.submit(nodes=2)
+    submission.wait_for_step(20)
+    cluster.kill_node(cluster.nodes[node])
+    cluster.wait_for(job, "PENDING", "COMPLETING")
+    newest = assert_little_is_lost(submission.run_dir)
+    cluster.start_node(cluster.nodes[node])
+    submission.assert_finished_like(uninterrupted())
+    assert [session["from_step"] for session in read_sessions(submission.run_dir)] == [0, newest]
+
+
+def test_job_that_always_crashes_stops_after_three_sessions_and_says_why(submission, cluster):
+    crash = {"at": "forward", "step": 8, "rank": 1, "do": "raise"}
+    job = submission.submit(accidents=(crash,), pause_s=0)
+    assert cluster.wait_for(job) == "FAILED"
+    assert cluster.about(job, "ExitCode") == "1:0"
+    *again, (outcome, reason) = submission.ends()
+    assert outcome == "failed" and [each for each, _ in again] == ["again"] * 3
+    assert "3 sessions in a row came no further than step 6" in reason
+    assert reason in submission.log()
+    assert "a planted mistake" in submission.log()

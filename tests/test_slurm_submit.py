@@ -1,0 +1,239 @@
+"""`python -m launch.slurm` and the batch scripts as files: what is asked of SLURM, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import to_yaml
+from launch.slurm_job import read_events
+from launch.slurm_status import row
+from tests.conftest import PATIENCE_S, ROOT, Result, launching
+from tests.debian import program
+from tests.test_faults import RUN, SLOW
+from tests.test_training import assert_same_model, assert_same_record, command_of, config_of, status_of
+from training.engine.account import read_status
+from training.engine.tracking import read_metrics
+
+SCRIPTS = ("slurm/torchrun.sbatch", "slurm/deepspeed.sbatch")
+
+
+@pytest.fixture
+def config(sample_data: Path, tmp_path: Path) -> Path:
+    """A config of two ranks' work, in a folder whose name says what trains it."""
+    path = tmp_path / "gpt/run.yaml"
+    path.parent.mkdir()
+    path.write_text(to_yaml(config_of(command_of(tmp_path / "run", sample_data, *RUN))))
+    return path
+
+
+@pytest.fixture
+def slurm(cluster, tmp_path: Path) -> Callable[..., Result]:
+    """Runs `python -m launch.slurm`; what it submits is paced, so that it can be caught."""
+
+    def run(*words: object, pace: dict[str, Any] = SLOW) -> Result:
+        environment = {
+            "SCRIPT": "tests.faulty_training",
+            "ACCIDENTS": json.dumps({"folder": str(tmp_path), "list": [pace]}),
+        }
+        return cluster.run(sys.executable, "-m", "launch.slurm", *words, environment=environment)
+
+    return run
+
+
+def wait_until(happened: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+def has_come_to(run_dir: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(line["step"] >= step for line in read_metrics(run_dir))
+
+
+def submitted(result: Result) -> list[int]:
+    assert result.status == 0, result
+    found = re.search(r"^submitted jobs? ([\d, ]+)$", result.out, flags=re.M)
+    assert found, result
+    return [int(number) for number in found[1].split(", ")]
+
+
+# The scripts.
+
+
+def test_scripts_are_free_of_what_shellcheck_finds():
+    shellcheck = program(("shellcheck",), "shellcheck")
+    scripts = [*SCRIPTS, *map(str, (ROOT / "slurm").glob("*.sh")), *map(str, (ROOT / "launch").glob("*.sh"))]
+    words = [shellcheck, "--external-sources", "--severity=warning", "--shell=bash", *scripts]
+    checked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_taken_by_slurm_as_they_are(cluster, script):
+    assert cluster.run("sbatch", "--test-only", script).status == 0
+    lines = (ROOT / script).read_text().splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert not any("SBATCH" in line for line in lines[first_command:]), "SLURM does not see these"
+
+
+def test_script_outside_relays_folder_says_so(cluster, tmp_path):
+    log = tmp_path / "log"
+    job = cluster.submit("--chdir", tmp_path, "--output", log, ROOT / SCRIPTS[0], "configs/gpt/sample.yaml")
+    assert cluster.wait_for(job) == "FAILED"
+    assert "submit from Relay's folder" in log.read_text()
+
+
+# Submitting.
+
+
+def test_mistakes_are_all_told_before_anything_is_submitted(slurm, config, tmp_path):
+    for words, parts in (
+        (("--time", "0:10", "--nodes", "0"), ("--nodes must be at least 1", "--time must be at least a minute")),
+        (("--time", "tomorrow"), ("'tomorrow' is no duration",)),
+        (("--time", "5", "--optim.lrr", "1", "--seed", "x"), ("optim.lrr (nearest: optim.lr)", "seed")),
+        (("--time", "5", "--nodes", "3"), ("3 nodes x 1 ranks", "take 1, 2, 4 ranks")),
+        (("--time", "5", "--gpus-per-node", "2", "--ranks-per-node", "1"), ("a GPU of its own",)),
+        (("--time", "5", "--partition", "nowhere"), ("SLURM does not take the job", "invalid partition")),
+        (("--time", "5", "--nodes", "4"), ("SLURM does not take the job",)),
+        (("--time", "5", "--data", tmp_path / "none"), ("the dry run failed", "nothing was submitted")),
+    ):
+        result = slurm(config, *words)
+        assert result.status == 1, result
+        (line,) = [each for each in result.err.splitlines() if each.startswith("error: ")]
+        assert all(part in line for part in parts), line
+    assert "there is no config file" in slurm(tmp_path / "none.yaml", "--time", "5").err
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_shows_what_would_be_submitted_and_nothing_else(slurm, config, cluster, tmp_path):
+    words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch", "--comment='two words'")
+    result = slurm(*words, "--print", "--optim.lr", "2e-3")
+    assert result.status == 0 and result.err == ""
+    script = tmp_path / "script"
+    script.write_text(result.out)
+    assert cluster.run("sbatch", "--test-only", script).status == 0
+    held = cluster.submit("--hold", script)
+    cluster.ask("scancel", held)
+    about = cluster.ask("scontrol", "show", "job", held)
+    for part in ("NumNodes=2", "TimeLimit=1-12:00:00", "CPUs/Task=3", "Comment=two words", "Requeue=1", "JobName=run"):
+        assert part in about, part
+    assert f"set -- {config} --optim.lr 2e-3" in result.out
+    assert not (tmp_path / "run").exists()
+
+    by_deepspeed = slurm(config, "--time", "5", "--print", "--parallel", "deepspeed").out
+    assert "--parallel deepspeed\n" in by_deepspeed and "torch.distributed.run" not in by_deepspeed
+
+
+def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_do(slurm, config, cluster, sample_data):
+    run_dir = config.parents[1] / "run"
+    result = slurm(config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--chain", 3, "--no-preflight")
+    jobs = submitted(result)
+    assert "2 ranks on 1 node(s)" in result.out and "a chain of 3" in result.out
+    assert "60 of 60 steps to go" in result.out and "1 job(s) expected" in result.out
+    assert f"tail -F {run_dir}/slurm-{jobs[0]}.log" in result.out
+    wait_until(has_come_to(run_dir, 5), "at step 5")
+    cluster.ask("scancel", "--signal=USR1", "--batch", jobs[0])
+    assert [cluster.wait_for(job) for job in jobs] == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert cluster.about(jobs[0], "ExitCode") == "75:0"
+    assert "The next job of the chain goes on" in (run_dir / f"slurm-{jobs[0]}.log").read_text()
+    assert "nothing to do" in (run_dir / f"slurm-{jobs[2]}.log").read_text()
+    outcomes = [(event["job"], event["outcome"]) for event in read_events(run_dir) if event["event"] == "ended"]
+    assert outcomes == [(str(jobs[0]), "again"), (str(jobs[1]), "finished")]
+
+    with launching(config.parents[1]) as launch:
+        whole = config.parents[1] / "whole"
+        assert launch(*command_of(whole, sample_data, *RUN), ranks=2).wait().status == 0
+    assert_same_model(run_dir, whole)
+    assert_same_record(run_dir, whole)
+    assert row(run_dir)[1:4] == ("finished", "60 of 60", "2")
+
+
+def test_stop_saves_and_rests_and_status_tells_how_runs_stand(slurm, config, cluster, tmp_path):
+    run_dir = tmp_path / "run"
+    words = (config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--no-preflight")
+    (job,) = submitted(slurm(*words, pace={**SLOW, "seconds": 0.3}))
+    again = slurm(*words)
+    assert again.status == 1 and f"job {job} (" in again.err and "launch.slurm stop" in again.err
+    wait_until(has_come_to(run_dir, 10), "at step 10")
+
+    def status() -> str:
+        result = slurm("status", tmp_path)
+        assert result.status == 0, result
+        return result.out
+
+    seen = status()
+    assert re.search(rf"run  +running +\d+ of 60 +1 .* {job} running relay", seen), seen
+    stopping = slurm("stop", run_dir)
+    assert stopping.status == 0 and "saves at its next step" in stopping.out
+    assert cluster.wait_for(job) == "FAILED"
+    assert cluster.about(job, "ExitCode") == "75:0"
+    assert status_of(run_dir)["status"] == "resumable"
+    assert read_events(run_dir)[-1]["outcome"] == "resting"
+    assert re.search(r"run  +resumable +\d+ of 60 +1 .* to go$", status(), flags=re.M), status()
+    assert "has no job in the queue" in slurm("stop", run_dir).out
+
+    # One that waits is taken out of the queue, and nothing is left that would stop the next session.
+    blocker = cluster.submit("--exclusive", "-N", 2, "-o", "/dev/null", "--wrap", "sleep 600")
+    cluster.wait_for(blocker, "RUNNING")
+    (waiting,) = submitted(slurm(*words))
+    assert re.search(rf"resumable, waiting .* {waiting} pending \\(", status()), status()
+    assert "taken out of the queue" in slurm("stop", run_dir).out
+    assert cluster.wait_for(waiting) == "CANCELLED"
+    cluster.ask("scancel", blocker)
+    assert not (run_dir / "STOP").exists()
+
+    # A session that nobody saw end.
+    content = {**status_of(run_dir), "status": "running"}
+    (run_dir / "status.json").write_text(json.dumps(content))
+    assert "interrupted" in status()
+    assert slurm("status", tmp_path / "gpt").status == 1
+
+
+def test_preflight_finds_what_is_wrong_before_the_first_session_and_nothing_is_tried_again(cluster, config, tmp_path):
+    words = ("--data", tmp_path / "none", "--optim.lrr", "1")
+    job = cluster.submit("--output", tmp_path / "log", "--cpus-per-task", 1, SCRIPTS[0], config, *words)
+    assert cluster.wait_for(job) == "FAILED"
+    log = (tmp_path / "log").read_text()
+    assert "optim.lrr" in log and f"there is no prepared data set {tmp_path / 'none'}" in log
+    assert [event["event"] for event in read_events(tmp_path / "run")] == ["began", "ended"]
+    assert read_status(tmp_path / "run") is None
+    assert "the preflight check found errors" in log
+
+
+def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster, config, tmp_path):
+    """With a copy of this repository and a small environment, since the real one has some gigabytes."""
+    folder, seen = tmp_path / "relay", tmp_path / "seen"
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("this folder is no git checkout, from which a copy could be made")
+    for name in tracked.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+    (folder / ".venv/installed-requirements.txt").touch()
+    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / ".venv")}))
+    (packages / "all.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "sitecustomize.py").write_text(f"import sys; open({str(seen)!r}, 'a').write(sys.prefix + '\\n')")
+
+    disk = tmp_path / "disk"
+    environment = {"STAGE_TO": str(disk), "PREFLIGHT": "0"}
+    options = ("--chdir", folder, "--output", tmp_path / "log", "--nodes", 2, "--cpus-per-task", 1)
+    job = cluster.submit(*options, folder / SCRIPTS[0], config, environment=environment)
+    assert cluster.wait_for(job) == "COMPLETED", (tmp_path / "log").read_text()
+    staged = disk / f"relay-{job}"
+    assert str(staged / "venv") in seen.read_text().split()
+    assert (folder / ".venv.tar").is_file()
+    assert str(staged / "data") in (tmp_path / "run/config.yaml").read_text()
+    assert not staged.exists()
