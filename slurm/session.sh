@@ -63,7 +63,7 @@ session() {
     status=0
     if [ -n "${STAGE_TO:-}" ]; then stage; fi
     if [ $status = 0 ] && [ "${PREFLIGHT:-1}" = 1 ] && [ ! -e "$run_dir/sessions.json" ]; then
-        ranks launch.doctor "${words[@]}"
+        ranks launch.doctor "${words[@]}" --script "$script"
         if [ $status != 0 ] && ! $asked && ! $taken; then more+=(--preflight-failed); fi
     fi
     if [ $status = 0 ] && ! $asked && ! $taken; then ranks "$script" "${words[@]}"; fi

@@ -185,12 +185,19 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """This worker's own SLURM."""
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """This worker's own SLURM, started when it is first asked for."""
     from tests.slurm_cluster import slurm_cluster
 
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
+    """A SLURM in which no job is left by another test."""
+    yield slurm
+    slurm.clear()
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ import pytest
 from tests.conftest import ENVIRONMENT, PATIENCE_S, ROOT, Result
 from tests.debian import program
 
-# slurm.conf: two nodes that claim more than there is, a partition whose jobs give way to those of `urgent`, and short
-# times for everything that is long in practice. Time limits are looked at every 30 s, which cannot be set.
+# slurm.conf: two nodes that claim more than there is; partitions whose jobs give way to those of `urgent`, some seconds
+# after a warning or at once; and short times for everything that is long in practice. Time limits are looked at every
+# 30 s, which cannot be set.
 _CONF = """
 ClusterName={name}
 SlurmctldHost=localhost(127.0.0.1)
@@ -57,6 +58,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=10 GraceTime=5
+PartitionName=abrupt Nodes=ALL State=UP PriorityTier=10 GraceTime=0
 PartitionName=urgent Nodes=ALL State=UP PriorityTier=100 PreemptMode=OFF
 """
 
@@ -135,7 +137,7 @@ class SlurmCluster:
         for pid in self._on_node(node):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._daemons.pop(node).wait()
+        self._daemons[node].wait()
 
     def _on_node(self, node: str) -> list[int]:
         def namespace(pid: object) -> str | None:
@@ -181,6 +183,14 @@ class SlurmCluster:
         result = self.run("sbatch", "--parsable", *words, environment=environment)
         assert result.status == 0, result
         return int(result.out)
+
+    def clear(self) -> None:
+        """Cancels all jobs, brings dead nodes back, and waits until nothing runs."""
+        self.ask("scancel", "--me")
+        for node in self.nodes:
+            if self._daemons[node].poll() is not None:
+                self.start_node(node)
+        self._wait(lambda: not self.ask("squeue", "--noheader", "--me"), "empty", PATIENCE_S)
 
     def state(self, job: int) -> str:
         """PENDING, RUNNING, COMPLETED and so on."""

@@ -7,6 +7,7 @@ trainings are paced (tests/faulty_training.py), so that what happens to them hap
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -156,10 +157,12 @@ def test_cancelled_job_saves_and_rests_until_it_is_submitted_again(submission, c
     submission.assert_nothing_lost()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_preempted_job_saves_gives_way_and_comes_back_on_two_nodes(submission, cluster, uninterrupted, launcher):
+@pytest.mark.parametrize(("launcher", "partition"), [("torchrun", "main"), ("deepspeed", "abrupt")])
+def test_preempted_job_saves_gives_way_and_comes_back_on_two_nodes(
+    submission, cluster, uninterrupted, launcher, partition
+):
     words = DEEPSPEED if launcher == "deepspeed" else ()
-    job = submission.submit(launcher=launcher, nodes=2, words=words)
+    job = submission.submit("--partition", partition, launcher=launcher, nodes=2, words=words)
     submission.wait_for_step(15)
     urgent = cluster.submit(*("-p", "urgent", "-N", 2, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"))
     assert cluster.wait_for(urgent) == "COMPLETED"
@@ -190,3 +193,10 @@ def test_job_that_always_crashes_stops_after_three_sessions_and_says_why(submiss
     assert "3 sessions in a row came no further than step 6" in reason
     assert reason in submission.log()
     assert "a planted mistake" in submission.log()
+
+
+def test_port_that_another_program_has_taken_is_passed_over(submission, cluster, uninterrupted):
+    before = cluster.submit("--hold", "--wrap", "true")
+    with socket.create_server(("", 12000 + 101 * (before + 1) % 20000)):
+        assert submission.submit(launcher="deepspeed", pause_s=0, words=DEEPSPEED) == before + 1
+        submission.assert_finished_like(uninterrupted(*DEEPSPEED))

@@ -38,7 +38,7 @@ def config(sample_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def slurm(cluster, tmp_path: Path) -> Callable[..., Result]:
+def submission(cluster, tmp_path: Path) -> Callable[..., Result]:
     """Runs `python -m launch.slurm`; what it submits is paced, so that it can be caught."""
 
     def run(*words: object, pace: dict[str, Any] = SLOW) -> Result:
@@ -98,7 +98,7 @@ def test_script_outside_relays_folder_says_so(cluster, tmp_path):
 # Submitting.
 
 
-def test_mistakes_are_all_told_before_anything_is_submitted(slurm, config, tmp_path):
+def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, tmp_path):
     for words, parts in (
         (("--time", "0:10", "--nodes", "0"), ("--nodes must be at least 1", "--time must be at least a minute")),
         (("--time", "tomorrow"), ("'tomorrow' is no duration",)),
@@ -109,17 +109,17 @@ def test_mistakes_are_all_told_before_anything_is_submitted(slurm, config, tmp_p
         (("--time", "5", "--nodes", "4"), ("SLURM does not take the job",)),
         (("--time", "5", "--data", tmp_path / "none"), ("the dry run failed", "nothing was submitted")),
     ):
-        result = slurm(config, *words)
+        result = submission(config, *words)
         assert result.status == 1, result
         (line,) = [each for each in result.err.splitlines() if each.startswith("error: ")]
         assert all(part in line for part in parts), line
-    assert "there is no config file" in slurm(tmp_path / "none.yaml", "--time", "5").err
+    assert "there is no config file" in submission(tmp_path / "none.yaml", "--time", "5").err
     assert not (tmp_path / "run").exists()
 
 
-def test_print_shows_what_would_be_submitted_and_nothing_else(slurm, config, cluster, tmp_path):
+def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config, cluster, tmp_path):
     words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch", "--comment='two words'")
-    result = slurm(*words, "--print", "--optim.lr", "2e-3")
+    result = submission(*words, "--print", "--optim.lr", "2e-3")
     assert result.status == 0 and result.err == ""
     script = tmp_path / "script"
     script.write_text(result.out)
@@ -132,13 +132,17 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(slurm, config, clu
     assert f"set -- {config} --optim.lr 2e-3" in result.out
     assert not (tmp_path / "run").exists()
 
-    by_deepspeed = slurm(config, "--time", "5", "--print", "--parallel", "deepspeed").out
+    by_deepspeed = submission(config, "--time", "5", "--print", "--parallel", "deepspeed").out
     assert "--parallel deepspeed\n" in by_deepspeed and "torch.distributed.run" not in by_deepspeed
 
 
-def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_do(slurm, config, cluster, sample_data):
+def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_do(
+    submission, config, cluster, sample_data
+):
     run_dir = config.parents[1] / "run"
-    result = slurm(config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--chain", 3, "--no-preflight")
+    result = submission(
+        config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--chain", 3, "--no-preflight"
+    )
     jobs = submitted(result)
     assert "2 ranks on 1 node(s)" in result.out and "a chain of 3" in result.out
     assert "60 of 60 steps to go" in result.out and "1 job(s) expected" in result.out
@@ -160,36 +164,36 @@ def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_d
     assert row(run_dir)[1:4] == ("finished", "60 of 60", "2")
 
 
-def test_stop_saves_and_rests_and_status_tells_how_runs_stand(slurm, config, cluster, tmp_path):
+def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config, cluster, tmp_path):
     run_dir = tmp_path / "run"
     words = (config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--no-preflight")
-    (job,) = submitted(slurm(*words, pace={**SLOW, "seconds": 0.3}))
-    again = slurm(*words)
+    (job,) = submitted(submission(*words, pace={**SLOW, "seconds": 0.3}))
+    again = submission(*words)
     assert again.status == 1 and f"job {job} (" in again.err and "launch.slurm stop" in again.err
     wait_until(has_come_to(run_dir, 10), "at step 10")
 
     def status() -> str:
-        result = slurm("status", tmp_path)
+        result = submission("status", tmp_path)
         assert result.status == 0, result
         return result.out
 
     seen = status()
     assert re.search(rf"run  +running +\d+ of 60 +1 .* {job} running relay", seen), seen
-    stopping = slurm("stop", run_dir)
+    stopping = submission("stop", run_dir)
     assert stopping.status == 0 and "saves at its next step" in stopping.out
     assert cluster.wait_for(job) == "FAILED"
     assert cluster.about(job, "ExitCode") == "75:0"
     assert status_of(run_dir)["status"] == "resumable"
     assert read_events(run_dir)[-1]["outcome"] == "resting"
     assert re.search(r"run  +resumable +\d+ of 60 +1 .* to go$", status(), flags=re.M), status()
-    assert "has no job in the queue" in slurm("stop", run_dir).out
+    assert "has no job in the queue" in submission("stop", run_dir).out
 
     # One that waits is taken out of the queue, and nothing is left that would stop the next session.
     blocker = cluster.submit("--exclusive", "-N", 2, "-o", "/dev/null", "--wrap", "sleep 600")
     cluster.wait_for(blocker, "RUNNING")
-    (waiting,) = submitted(slurm(*words))
-    assert re.search(rf"resumable, waiting .* {waiting} pending \\(", status()), status()
-    assert "taken out of the queue" in slurm("stop", run_dir).out
+    (waiting,) = submitted(submission(*words))
+    assert re.search(rf"resumable, waiting .* {waiting} pending \(", status()), status()
+    assert "taken out of the queue" in submission("stop", run_dir).out
     assert cluster.wait_for(waiting) == "CANCELLED"
     cluster.ask("scancel", blocker)
     assert not (run_dir / "STOP").exists()
@@ -198,7 +202,7 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(slurm, config, clu
     content = {**status_of(run_dir), "status": "running"}
     (run_dir / "status.json").write_text(json.dumps(content))
     assert "interrupted" in status()
-    assert slurm("status", tmp_path / "gpt").status == 1
+    assert submission("status", tmp_path / "gpt").status == 1
 
 
 def test_preflight_finds_what_is_wrong_before_the_first_session_and_nothing_is_tried_again(cluster, config, tmp_path):

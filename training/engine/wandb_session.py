@@ -93,7 +93,7 @@ class Session:
         wandb.setup(wandb.Settings(silent=True, mode="online"))  # whatever WANDB_MODE says: the options decide
         self._online, obstacle = False, None
         if self._options.mode != "offline":
-            obstacle = _obstacle()
+            obstacle = why_offline()
             if obstacle is None:
                 _upload(waiting)
                 try:
@@ -207,7 +207,7 @@ def _read(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _obstacle() -> str | None:
+def why_offline() -> str | None:
     """What stands against going online, or None. Decided within CONNECT_LIMIT_S: wandb itself would wait for 100 s."""
     import wandb
 

@@ -1,0 +1,158 @@
+"""Looks, before a run starts, at everything that could end it, and reports all of it at once.
+
+    python -m launch.doctor                                            # this machine
+    python -m launch.doctor configs/gpt/base.yaml --optim.lr 5e-4      # and what this run needs
+    torchrun --nproc-per-node=2 -m launch.doctor configs/gpt/base.yaml # and all ranks together
+    srun python -m launch.doctor configs/gpt/base.yaml && srun python -m training.gpt configs/gpt/base.yaml
+
+Each line is `ok`, `warning` or `error`, its subject, and what was found and can be done. The exit status is 1 if there
+is an error, else 0. A run that is in the folder already is not touched, nothing is fetched, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from launch.config import script_of
+from launch.console import PeerError, UserError, run_main, say_as_any_rank, tell_torchrun
+from launch.doctor import machine, ranks, run
+from launch.doctor.findings import Check, Finding, Report, examine, first_words, merge, print_report, rank_name
+from launch.environment import Launcher, Ranks, read_ranks, without_local_rank
+from training.engine.cluster import Cluster
+
+# torchrun ends all ranks as soon as one has failed, and the first one is to speak before: the others leave after it.
+_AFTER_THE_FIRST_S = 30.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says. words: the options of the training, its config file in front."""
+
+    script: str | None
+    words: tuple[str, ...]
+
+    @property
+    def known(self) -> run.Known:
+        return run.read_known(self.words)
+
+
+def read_command_line(argv: Sequence[str]) -> Asked:
+    """[CONFIG.yaml] [--script MODULE] [--key value ...]; `--help` prints and exits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.doctor",
+        usage="%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--script", help="the training (default: training.NAME for configs/NAME/...)")
+    arguments, words = parser.parse_known_args(without_local_rank(argv))
+    config = Path(words[0]) if words and not words[0].startswith("--") else None
+    return Asked(arguments.script or (config and script_of(config)), tuple(words))
+
+
+def checks_of(asked: Asked, place: Ranks, launcher: Launcher | None, device: torch.device | None) -> list[Check]:
+    """What a rank can find out without the others. device: None where the rank could get none.
+
+    The same checks on every rank, since the reports are put together by their order: some find nothing.
+    """
+    known = asked.known
+    run_dir, data, base = known.run_dir or Path("runs"), known.data, known.base_model
+
+    def precision() -> Iterable[Finding]:
+        return machine.precision(run.precision_of(asked.script, asked.words), device) if device is not None else ()
+
+    return [
+        Check("launcher", "first", lambda: machine.surroundings(place, launcher)),
+        Check("versions", "node", machine.versions),
+        Check("GPUs", "node", lambda: machine.gpus(place)),
+        Check("GPU", "rank", lambda: machine.card(device) if device is not None else ()),
+        Check("precision", "rank", precision),
+        Check("limits", "node", machine.limits),
+        Check("config", "node", lambda: run.config(asked.script, asked.words)),
+        Check("disk", "node", lambda: run.disk(run_dir)),
+        Check("data", "node", lambda: run.data(data, chat=base is not None) if data is not None else ()),
+        Check("base model", "node", lambda: run.base_model(base, known.base_revision) if base is not None else ()),
+        Check("wandb", "first", lambda: run.wandb(known.wandb.mode) if asked.script is not None else ()),
+    ]
+
+
+def together(cluster: Cluster, reports: Sequence[Report], asked: Asked, findings: list[Finding]) -> bool:
+    """Adds to `findings` what the ranks find out together; whether this process can only leave at once."""
+    hosts, names = [report.host for report in reports], [rank_name(report) for report in reports]
+    findings += ranks.threads(cluster, hosts)
+    if cluster.world_size > 1:
+        findings += ranks.clocks(cluster, hosts)
+        try:
+            folder = run.existing_folder(asked.known.run_dir or Path("runs"))
+        except UserError:
+            folder = None
+        findings += ranks.shared_folder(cluster, names, folder)
+    found, stuck = ranks.collectives(cluster, names)  # last, because they may hang
+    findings += found
+    return stuck
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    asked = read_command_line(sys.argv[1:] if argv is None else argv)
+    host = socket.gethostname()
+    # A thread of ours watches over NCCL and tells more than its own watchdog, which would end the process.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    place = read_ranks()
+    try:
+        cluster = Cluster(ranks.PATIENCE_S)
+    except (UserError, PeerError) as error:
+        checks = checks_of(asked, place, None, None)
+        return _tell_alone(error, place, host, lambda: merge(checks, [examine(checks, place, host)]))
+    checks = checks_of(asked, place, cluster.launcher, cluster.device)
+    report = examine(checks, place, host)
+    findings: list[Finding] = []
+    try:
+        with cluster:
+            reports = cluster.gather(report)
+            findings += merge(checks, reports)
+            stuck = together(cluster, reports, asked, findings)
+            status = _tell(findings, reports)
+            if stuck:
+                # Taking down a group in which a thread still waits could take for ever.
+                with suppress(RuntimeError):
+                    cluster.maximum([0.0])  # the first rank has spoken
+                sys.stdout.flush()
+                os._exit(status)
+        return status
+    except Exception as error:
+        return _tell_alone(error, place, host, lambda: findings or merge(checks, [report]))
+
+
+def _tell(findings: Sequence[Finding], reports: Sequence[Report]) -> int:
+    nodes = len({report.host for report in reports})
+    status = print_report(findings, f"{nodes} node(s), {len(reports)} rank(s)")
+    if status:
+        tell_torchrun("error: launch.doctor found errors, see its report")
+    return status
+
+
+def _tell_alone(error: Exception, place: Ranks, host: str, known: Callable[[], list[Finding]]) -> int:
+    """What a rank says that cannot talk to the others: the first one, all that is known so far."""
+    said = first_words(error)
+    if place.rank:
+        say_as_any_rank(f"rank {place.rank} on {host}: {said}")
+        time.sleep(_AFTER_THE_FIRST_S)
+        return 1
+    advice = f". {ranks.WHAT_TO_TRY}" if not isinstance(error, UserError) else ""
+    return print_report([*known(), Finding("error", "ranks", f"they do not come together: {said}{advice}")], host)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,135 @@
+"""What the checks find, and how the findings of many ranks become one report.
+
+Promises: a check that breaks is a finding itself and hides no other; what several nodes or ranks find alike is said
+once; what only some of them find is followed by their names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.console import PeerError, UserError, say
+from launch.environment import Ranks
+
+Level = Literal["ok", "warning", "error"]
+
+# A report is read by people, whatever the number of nodes.
+_NAMES_AT_MOST = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """subject: what was looked at, in a word or two; text: what was found and, if it is not ok, what to do."""
+
+    level: Level
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A value that must be the same for all who look. level and advice: of a difference."""
+
+    subject: str
+    name: str
+    value: str
+    level: Level
+    advice: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """asked: who looks, since others would see the same: the first rank, the first of each node, or each rank."""
+
+    subject: str
+    asked: Literal["first", "node", "rank"]
+    look: Callable[[], Iterable[Finding | Alike]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank found, by check: a list for each check that it was asked for."""
+
+    host: str
+    rank: int
+    found: tuple[tuple[Finding | Alike, ...] | None, ...]
+
+
+def examine(checks: Sequence[Check], ranks: Ranks, host: str) -> Report:
+    """Makes this rank's part of the checks; raises nothing that a check raises."""
+    asks = {"first": ranks.rank == 0, "node": ranks.local_rank == 0, "rank": True}
+    return Report(host, ranks.rank, tuple(_look(check) if asks[check.asked] else None for check in checks))
+
+
+def _look(check: Check) -> tuple[Finding | Alike, ...]:
+    found: list[Finding | Alike] = []
+    try:
+        for each in check.look():
+            found.append(each)  # one by one: what was found before an error counts
+    except UserError as error:
+        found.append(Finding("error", check.subject, str(error)))
+    except Exception as error:
+        found.append(Finding("error", check.subject, f"this check itself broke: {first_words(error)}"))
+    return tuple(found)
+
+
+def first_words(error: Exception) -> str:
+    """An error of whatever library in one line that is not too long."""
+    said = " ".join(str(error).split())[:300]
+    return said if isinstance(error, UserError | PeerError) else f"{type(error).__name__}: {said}"
+
+
+def merge(checks: Sequence[Check], reports: Sequence[Report]) -> list[Finding]:
+    """All reports as one list of findings, in the order of the checks."""
+    merged: list[Finding] = []
+    for index, check in enumerate(checks):
+        asked = [(report, found) for report in reports if (found := report.found[index]) is not None]
+        merged += _merge_one([(rank_name(report) if check.asked == "rank" else report.host, f) for report, f in asked])
+    return merged
+
+
+def rank_name(report: Report) -> str:
+    """A rank in words."""
+    return f"rank {report.rank} on {report.host}"
+
+
+def _merge_one(said: Sequence[tuple[str, Sequence[Finding | Alike]]]) -> list[Finding]:
+    speakers: dict[Finding, list[str]] = {}
+    values: dict[tuple[str, str, Level, str], dict[str, list[str]]] = {}
+    for name, found in said:
+        for each in found:
+            if isinstance(each, Finding):
+                speakers.setdefault(each, []).append(name)
+            else:
+                thing = (each.subject, each.name, each.level, each.advice)
+                values.setdefault(thing, {}).setdefault(each.value, []).append(name)
+    merged = [
+        each if len(names) == len(said) else Finding(each.level, each.subject, f"{each.text} [{names_of(names)}]")
+        for each, names in speakers.items()
+    ]
+    for (subject, name, level, advice), by_value in values.items():
+        if len(by_value) > 1:
+            parts = ", ".join(f"{value} [{names_of(names)}]" for value, names in by_value.items())
+            merged.append(Finding(level, subject, f"{name} differs: {parts}; {advice}"))
+    return merged
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Names one behind the other, the first few of them."""
+    unique = list(dict.fromkeys(names))
+    more = len(unique) - _NAMES_AT_MOST
+    return ", ".join(unique[:_NAMES_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def print_report(findings: Sequence[Finding], of: str) -> int:
+    """Prints all findings and their number; returns the exit status: 1 if there is an error. of: what was examined."""
+    width = max(len(each.subject) for each in findings)
+    for each in findings:
+        say(f"{each.level:<8} {each.subject:<{width}}  {each.text}")
+    count = Counter(each.level for each in findings)
+    verdict = "the errors must be mended before a run" if count["error"] else "a run can start"
+    say(f"\n{of}: {count['error']} error(s), {count['warning']} warning(s), {count['ok']} ok: {verdict}")
+    return 1 if count["error"] else 0

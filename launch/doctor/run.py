@@ -1,0 +1,181 @@
+"""What the run of a config needs on each node: the config itself, disk, data, base model, wandb.
+
+The doctor reads a run and its data and changes neither: what it writes, it writes beside them and removes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from pydantic import ConfigDict, Field
+
+from data_prep.conversations import open_conversations
+from data_prep.files import write_atomically, writing_to
+from data_prep.prepared import open_prepared
+from launch.config import Options, parse
+from launch.console import UserError
+from launch.doctor.findings import Alike, Finding, Level
+from launch.scripts import read_options
+from training.engine.precision import PrecisionName
+
+_FREE_BYTES: dict[Level, float] = {"error": 0.5e9, "warning": 5e9}
+_FREE_FILES: dict[Level, float] = {"error": 100, "warning": 10_000}
+
+
+class _Known(Options):
+    model_config = ConfigDict(extra="ignore")
+
+
+class KnownWandb(_Known):
+    """wandb's part of `Known`."""
+
+    mode: str = "disabled"
+
+
+class Known(_Known):
+    """What the doctor needs of a config; whatever else is wrong with that is found by its script's own options."""
+
+    run_dir: Path | None = None
+    data: Path | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
+    wandb: KnownWandb = Field(default_factory=KnownWandb)
+
+
+def read_known(words: Sequence[str]) -> Known:
+    """What of the options `words` can be read; nothing of a file that is no config at all."""
+    try:
+        return parse(Known, words, prog="", about="")[0]
+    except UserError:
+        return Known()
+
+
+def config(script: str | None, words: Sequence[str]) -> Iterator[Finding]:
+    """Whether the options can be read at all."""
+    if script is None:
+        if words:
+            raise UserError("options without a config: name it first, or the module by --script, as in training.gpt")
+        yield Finding("ok", "config", "none was named: only the machine is looked at")
+        return
+    read_options(script, words)
+    yield Finding("ok", "config", f"{script} reads {' '.join(words)}")
+
+
+def precision_of(script: str | None, words: Sequence[str]) -> PrecisionName:
+    """The config's precision; auto where there is none, or one that cannot be read."""
+    try:
+        return read_options(script, words).precision if script is not None else "auto"
+    except UserError:
+        return "auto"
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there. Raises UserError where a file is in the way."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{path} is a file, so that no run folder can be there or below: choose another --run_dir")
+    return path
+
+
+def disk(run_dir: Path) -> Iterator[Finding]:
+    """Room for a run in `run_dir`, and whether files can be written, brought to the disk, renamed, read and locked."""
+    folder = existing_folder(run_dir)
+    about = os.statvfs(folder)
+    free = about.f_bavail * about.f_frsize
+    yield Finding(_level(free, _FREE_BYTES), "disk", f"{_size(free)} are free at {folder}{_advice(free, _FREE_BYTES)}")
+    if about.f_files and _level(about.f_favail, _FREE_FILES) != "ok":  # some file systems do not count
+        text = f"only {about.f_favail:,} more files (inodes) can be made at {folder}: remove some, or choose another"
+        yield Finding(_level(about.f_favail, _FREE_FILES), "disk", f"{text} --run_dir")
+    with (
+        writing_to(folder, option="--run_dir"),
+        tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as own,
+    ):
+        path, content = Path(own, "file"), os.urandom(1 << 20)
+        began = time.monotonic()
+        write_atomically(path, content)
+        seconds = time.monotonic() - began
+        if path.read_bytes() != content:
+            text = (
+                f"a file that was written to {folder} does not read back: the disk is damaged; choose another --run_dir"
+            )
+            yield Finding("error", "disk", text)
+        speed = "" if seconds < 1 else f", slowly: 1 MB took {seconds:.1f} s"
+        yield Finding("ok", "disk", f"written, brought to the disk, renamed and read back{speed}")
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = f"no file locks at {folder} ({error.strerror}): take care that no two runs share a run folder"
+                yield Finding("warning", "disk", text)
+
+
+def _level(found: float, least: dict[Level, float]) -> Level:
+    return next((level for level, limit in least.items() if found < limit), "ok")
+
+
+def _advice(free: float, least: dict[Level, float]) -> str:
+    return "" if _level(free, least) == "ok" else ": free some room, or choose another --run_dir"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e6:,.1f} MB"
+
+
+def data(folder: Path, *, chat: bool) -> Iterator[Finding | Alike]:
+    """The prepared data set, as the training opens it. chat: conversations, no sentence pairs."""
+    opened = open_conversations(folder) if chat else open_prepared(folder)
+    yield Finding("ok", "data", f"{folder} opens")
+    for name, value in opened.identity.items():
+        yield Alike("data", name, value[:12], "error", "bring the same prepared data to all nodes")
+
+
+def base_model(name: str, revision: str | None) -> Iterator[Finding | Alike]:
+    """The base model's files; nothing is fetched."""
+    from training.models.base_model import find_base_model, fingerprint_of
+
+    if not Path(name).expanduser().is_dir() and name.count("/") == 1 and name[0] not in "./~":
+        from huggingface_hub import try_to_load_from_cache
+
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            yield Finding("ok", "base model", f"{name} is in the hub's cache")
+        else:
+            text = (
+                f"{name} is no folder here and not in the hub's cache: the training will fetch it from the hub, which"
+            )
+            yield Finding("warning", "base model", f"{text} takes a network; `hf download {name}` does so beforehand")
+        return
+    folder = find_base_model(name, revision)
+    yield Finding("ok", "base model", f"{folder} is complete")
+    yield Alike("base model", "fingerprint", fingerprint_of(folder)[:12], "error", "bring the same model to all nodes")
+
+
+def wandb(mode: str) -> Iterator[Finding]:
+    """Whether the run can be shown in wandb, by the same probe as the training's own."""
+    if mode not in ("auto", "online"):
+        yield Finding("ok", "wandb", mode)
+        return
+    if find_spec("wandb") is None:
+        raise UserError("wandb is not installed: pip install wandb, or go without it by --wandb.mode disabled")
+    from training.engine.wandb_session import why_offline
+
+    with tempfile.TemporaryDirectory() as own:  # for what it would leave in the home folder
+        os.environ |= {"WANDB_CACHE_DIR": own, "WANDB_DATA_DIR": own, "WANDB_ERROR_REPORTING": "false"}
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True, mode="online"))
+        try:
+            found = why_offline()
+        finally:
+            wandb.teardown()
+    if found is None:
+        yield Finding("ok", "wandb", "there is a key, and the server answers")
+    else:
+        yield Finding("warning", "wandb", f"{found}: the run will go on offline, and can be uploaded later")
