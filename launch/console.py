@@ -23,6 +23,10 @@ class UserError(Exception):
     """Something the user can mend. The message says what was found, what was expected and what to do."""
 
 
+class TryLaterError(UserError):
+    """Something that passes by itself, such as another run that is still using a folder."""
+
+
 class PeerError(Exception):
     """Another process of the run failed, which this one only notices: the other's error is the one to read."""
 
@@ -66,7 +70,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         if _speaks():
             say_as_any_rank(f"error: {error}")
-            tell_torchrun(f"error: {error}")
+            tell_launcher(f"error: {error}", to_mend=not isinstance(error, TryLaterError))
         status = 1
     except PeerError as error:
         say_as_any_rank(f"rank {os.environ.get('RANK', '0')} ends as well: {error}")
@@ -115,8 +119,15 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def tell_torchrun(message: str) -> None:
-    """Leaves the message where torchrun looks for it, so that it ends its long report with the same line."""
+def tell_launcher(message: str, *, to_mend: bool) -> None:
+    """Leaves an error where the launcher looks for it.
+
+    torchrun ends its long report with the same line. The batch scripts of slurm/ do not start a run again that the user
+    has to mend first (to_mend).
+    """
+    if to_mend and (path := os.environ.get("RELAY_ERROR_FILE")):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(message.removeprefix("error: "), encoding="utf-8")
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         about = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}

@@ -210,6 +210,12 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def staged(folder: Path) -> Path:
+    """Where to read a prepared data set: a copy that the batch script made on this node's disk, else where it is."""
+    copied = os.environ.get("STAGED_FROM")
+    return Path(os.environ["STAGED_DATA"]) if copied and Path(copied) == folder else folder
+
+
 def time_left() -> tuple[float, str] | None:
     """Seconds until the surroundings end this process, and who says so; None where no limit is known.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import shutil
@@ -27,13 +28,19 @@ from pathlib import Path
 from launch.config import script_of
 from launch.console import UserError, format_duration, parse_duration, run_main, say, warn
 from launch.slurm_job import last_step, note
-from launch.slurm_status import print_status, queue_of, stop
-from training.engine.account import pace_s, read_sessions, read_status
+from launch.slurm_status import jobs_of, print_status, queue, stop
+from training.engine.account import STOP_FILE, pace_s, read_sessions, read_status
 
 # SLURM's signal comes so long before the end of a job: for the step and the save that are under way.
 _LEAD_S = 300
 
-_LEAST = {"nodes": 1, "gpus_per_node": 0, "cpus_per_rank": 1, "chain": 0, "failure_limit": 1}
+_LEAST = {"nodes": 1, "cpus_per_rank": 1, "chain": 0, "failure_limit": 1}
+
+_NOT_OURS = (
+    "SLURM_",
+    *("SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_OPEN_MODE"),
+    *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_GPUS_PER_NODE", "SBATCH_EXPORT"),
+)
 
 # What a session needs before its first step, and keeps free behind its last, where nothing better is known.
 _START_S, _MARGIN_S = 60.0, 30.0
@@ -48,7 +55,7 @@ class Job:
     run_dir: Path
     template: Path
     nodes: int
-    gpus_per_node: int
+    gpus_per_node: str
     ranks_per_node: int
     cpus_per_rank: int
     time_s: int
@@ -60,13 +67,18 @@ class Job:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    @property
+    def name(self) -> str:
+        """Of the job, and of this run's alone: of one name, one job runs at a time."""
+        return str(self.run_dir).strip("/.").replace("/", "-")
+
     def text(self) -> str:
         """The batch script: the template with its #SBATCH lines, the run and the settings filled in."""
         minutes, seconds = divmod(self.time_s, 60)
         # Looked at every 30 s only, so an earlier signal would take half of a job of a minute.
         lead_s = min(_LEAD_S, max(1, self.time_s // 20))
         header = [
-            f"--job-name={self.run_dir.name}",
+            f"--job-name={shlex.quote(self.name)}",
             f"--nodes={self.nodes}",
             "--ntasks-per-node=1",
             f"--cpus-per-task={self.cpus_per_rank * self.ranks_per_node}",
@@ -112,17 +124,18 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG.yaml")
     add("--nodes", type=int, default=1, help="nodes of a job (default %(default)s)")
-    add("--gpus-per-node", type=int, default=0, help="GPUs of a node, a rank each (default: none, train on CPUs)")
+    add("--gpus-per-node", default="0", metavar="[TYPE:]N", help="GPUs of a node, a rank each (default: train on CPUs)")
     add("--ranks-per-node", type=int, help="ranks of a node (default: one per GPU, or one)")
     add("--cpus-per-rank", type=int, default=4, help="CPU cores of a rank (default %(default)s)")
     add("--time", required=True, help="limit of a job, not of the run, as SLURM reads it (90 is minutes), or 11h30m")
     add("--partition", help="SLURM's partition")
     add("--account", help="the account that pays")
-    add("--sbatch", default="", metavar="OPTIONS", help='more options of sbatch: "--qos=long --mem=64G"')
+    add("--sbatch", default="", metavar="OPTIONS", help='more options of sbatch: --sbatch="--qos=long --mem=64G"')
     add("--chain", type=int, default=0, metavar="N", help="submit N jobs in a row, where requeueing is not allowed")
     add("--stage-to", metavar="FOLDER", help="copy data and .venv to this folder on a disk of each node first")
     add("--failure-limit", type=int, default=3, help="sessions in a row without progress (default %(default)s)")
     add("--no-preflight", action="store_true", help="leave out launch.doctor before the first session")
+    add("--no-dry-run", action="store_true", help="do not try a step here first")
     add("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
     add("--print", action="store_true", help="print the batch script and do nothing")
     arguments, words = parser.parse_known_args(argv)
@@ -139,9 +152,15 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
             mistakes.append(f"--time must be at least a minute, got {arguments.time}")
     except ValueError as error:
         mistakes.append(f"--time: {error}")
-    ranks_per_node = arguments.ranks_per_node or arguments.gpus_per_node or 1
-    if arguments.gpus_per_node and ranks_per_node != arguments.gpus_per_node:
+    gpus = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", arguments.gpus_per_node)
+    if gpus is None:
+        mistakes.append(f"--gpus-per-node: expected 4 or a100:4, got {arguments.gpus_per_node}")
+    count = int(gpus[1]) if gpus is not None else 0
+    ranks_per_node = arguments.ranks_per_node or count or 1
+    if count and ranks_per_node != count:
         mistakes.append(f"--ranks-per-node {ranks_per_node}: each rank has a GPU of its own, so leave it out")
+    if re.search(r"--(gres|gpus)", arguments.sbatch):
+        mistakes.append("name GPUs by --gpus-per-node [TYPE:]N and not in --sbatch: as many ranks are started")
     if mistakes:
         raise UserError("; ".join(mistakes))
 
@@ -165,7 +184,7 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
         run_dir=options.run_dir,
         template=Path("slurm", "deepspeed.sbatch" if options.parallel == "deepspeed" else "torchrun.sbatch"),
         nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node,
+        gpus_per_node=arguments.gpus_per_node if count else "",
         ranks_per_node=ranks_per_node,
         cpus_per_rank=arguments.cpus_per_rank,
         time_s=time_s,
@@ -195,21 +214,29 @@ class Pace:
     known_from: str
 
 
-def _pace(job: Job) -> Pace | None:
+def _pace(job: Job, *, no_dry_run: bool) -> Pace | None:
     """From the run's own sessions, else from a dry run here; None where this machine is not like the job's."""
     status, sessions = read_status(job.run_dir) or {}, read_sessions(job.run_dir)
     last_s = next((found for session in reversed(sessions) if (found := pace_s(session))), None)
     if last_s is not None and "steps" in status:
-        return Pace(status["steps"], last_s, f"session {len(sessions)}")
+        before = sessions[-1]["world_size"]
+        return Pace(status["steps"], last_s * before / job.ranks, f"session {len(sessions)}, with {before} rank(s)")
+    if no_dry_run:
+        return None
     if job.gpus_per_node and not _has_gpu():
-        nodes = [f"--nodes={job.nodes}", *(f"--{each}-per-node={job.gpus_per_node}" for each in ("gpus", "ntasks"))]
+        nodes = [
+            f"--nodes={job.nodes}",
+            f"--gpus-per-node={job.gpus_per_node}",
+            f"--ntasks-per-node={job.ranks_per_node}",
+        ]
         command = ["srun", *nodes, "--time=10", *job.sbatch, "python", "-m", job.script, *job.words, "--dry-run"]
         say("no GPU here to try a step on: how many steps a job does is known after the first session, or by")
         say(f"  {shlex.join(command)}")
         return None
     say(f"trying two steps here with one process: python -m {job.script} {shlex.join(job.words)} --dry-run")
     command = [sys.executable, "-m", job.script, *job.words, "--dry-run"]
-    tried = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.cpus_per_rank)}
+    tried = subprocess.run(command, env=environment, capture_output=True, text=True)
     if tried.returncode:
         said = [line for line in tried.stderr.splitlines() if line.startswith("error: ")] or [tried.stderr[-2000:]]
         raise UserError(f"the dry run failed, so nothing was submitted: {said[-1].removeprefix('error: ')}")
@@ -258,17 +285,22 @@ def submit(argv: Sequence[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on this machine: run this on the cluster's login node, or see --print")
-    queued = [f"job {each.number} ({each.state.lower()})" for each in queue_of(job.run_dir)]
+    if (read_status(job.run_dir) or {}).get("status") == "finished":
+        say(f"{job.run_dir} is finished; to train anew choose another --run_dir")
+        return 0
+    queued = [f"job {each.number} ({each.state.lower()})" for each in jobs_of(job.run_dir, queue())]
     if queued and not arguments.chain:
         raise UserError(
             f"{job.run_dir} is in the queue already, {', '.join(queued)}; to change something stop it first: "
             f"python -m launch.slurm stop {job.run_dir}"
         )
     accepted = _sbatch(job, "--test-only").stderr.strip().removeprefix("sbatch: ")
-    _print_plan(job, _pace(job), arguments.chain)
+    _print_plan(job, _pace(job, no_dry_run=arguments.no_dry_run), arguments.chain)
     say(f"SLURM: {accepted}")
     numbers = []
     job.run_dir.mkdir(parents=True, exist_ok=True)  # for the log, without which a job ends at once and says nothing
+    if not queued:
+        (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for a session that did not live to see it
     for _ in range(arguments.chain or 1):
         # One at a time, also of several submissions.
         numbers.append(_sbatch(job, "--parsable", "--dependency=singleton").stdout.strip().partition(";")[0])
@@ -282,7 +314,9 @@ def submit(argv: Sequence[str]) -> int:
 
 
 def _sbatch(job: Job, *options: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(["sbatch", *options], input=job.text(), capture_output=True, text=True)
+    # Variables of a job around this shell would be taken for the new one's, and these override the #SBATCH lines.
+    kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(_NOT_OURS)}
+    done = subprocess.run(["sbatch", *options], input=job.text(), env=kept, capture_output=True, text=True)
     if done.returncode:
         said = re.sub(r"^(sbatch|allocation failure): (error: )?", "", done.stderr.strip(), flags=re.M)
         raise UserError(f"SLURM does not take the job: {said.replace(chr(10), '; ')}; nothing more was submitted")

@@ -2,7 +2,7 @@
 
     python -m launch.slurm_job run CONFIG [--key value ...]    prints script, run folder and data, a line each
     python -m launch.slurm_job begin RUN_DIR                   status 0: train; 3: there is nothing left to do
-    python -m launch.slurm_job end RUN_DIR --status N [--taken] [--preflight-failed] [--failure-limit N]
+    python -m launch.slurm_job end RUN_DIR --status N [--taken] [--failure-limit N]
 
 `end` answers by its exit status: 0 finished, 75 another session is needed, 76 resumable but not by itself, 1 failed.
 What became of every job stands in `runs/NAME/slurm.jsonl`, a line per event.
@@ -54,7 +54,9 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     with suppress(FileNotFoundError):
         for line in (run_dir / JOBS).read_text("utf-8", "replace").splitlines():
             with suppress(ValueError):
-                found.append(json.loads(line))
+                event = json.loads(line)
+                if isinstance(event, dict) and {"event", "job"} <= event.keys():
+                    found.append(event)
     return found
 
 
@@ -98,16 +100,16 @@ def _restart() -> int:
 
 
 def judge(
-    run_dir: Path, *, exit_status: int, taken: bool = False, preflight_failed: bool = False, failure_limit: int = 3
+    run_dir: Path, *, exit_status: int, taken: bool = False, to_mend: str | None = None, failure_limit: int = 3
 ) -> Verdict:
     """What the session that has just ended means for its job.
 
-    exit_status: of the step; for words only, status.json is the truth. taken: SLURM has sent SIGTERM to the batch
-    script. preflight_failed: launch.doctor found what has to be mended. failure_limit: after so many sessions in a row
-    that brought no checkpoint of a later step, the run has failed.
+    exit_status: of the step; for words only, status.json is the truth. taken: SLURM ends the job and decides what
+    becomes of it. to_mend: an error that the user has to mend. failure_limit: after so many sessions in a row that
+    brought no checkpoint of a later step, the run has failed.
     """
-    if preflight_failed:
-        return Verdict("failed", "the preflight check found errors, see above")
+    if to_mend is not None:
+        return Verdict("failed", to_mend)
     events = read_events(run_dir)
     began = next((event for event in reversed(events) if event["event"] == "began"), {"step": 0, "status_time": None})
     status = read_status(run_dir) or {}
@@ -156,24 +158,38 @@ def end(run_dir: Path, job: str, **what_happened: Any) -> int:
     if verdict.outcome in ("resting", "failed"):
         say(f"{where}: {verdict.reason}; not continued by itself: submit it again when it shall go on")
         return EXIT_RESTING if verdict.outcome == "resting" else 1
-    left = time_left()
-    if verdict.outcome == "taken" and (left is None or left[0] > 0):
+    if verdict.outcome == "taken":
         say(f"{where}: {verdict.reason}, and alone decides whether it is queued again")
         return EXIT_RESTING
     say(f"{where}: {verdict.reason}; another session is needed")
     return EXIT_RESUMABLE
 
 
+def _time_is_over() -> bool:
+    """Whether SLURM ended the job because of its limit, after which SLURM itself never queues it again."""
+    left = time_left()
+    return left is not None and left[0] <= 0
+
+
+def _error_to_mend() -> str | None:
+    """What a process of this session said that the user has to mend, see `tell_launcher`."""
+    path = Path(os.environ.get("RELAY_ERROR_FILE", ""))
+    if not path.is_file():
+        return None
+    said = path.read_text(encoding="utf-8", errors="replace")
+    path.unlink()
+    return said
+
+
 def _print_run(words: Sequence[str]) -> int:
     """The training script, the run's folder and its data, as the batch scripts need them before it runs."""
-    configs = [word for word in words if word.endswith((".yaml", ".yml"))]
-    if not configs:
+    if not words or words[0].startswith("--"):
         raise UserError("name a config file: sbatch slurm/torchrun.sbatch configs/gpt/base.yaml [--key value ...]")
     values = raw_values(words)
     missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
     if missing:
-        raise UserError(f"{configs[0]} and the options do not say {' and '.join(missing)}")
-    say(script_of(Path(configs[0])))
+        raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
+    say(script_of(Path(words[0])))
     say(values["run_dir"])
     say(values["data"])
     return 0
@@ -191,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "end":
             verb.add_argument("--status", type=int, required=True)
             verb.add_argument("--taken", action="store_true")
-            verb.add_argument("--preflight-failed", action="store_true")
             verb.add_argument("--failure-limit", type=int, default=3)
     arguments, words = parser.parse_known_args(argv)
     if arguments.verb == "run":
@@ -208,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run_dir,
         job,
         exit_status=arguments.status,
-        taken=arguments.taken,
-        preflight_failed=arguments.preflight_failed,
+        taken=arguments.taken and not _time_is_over(),
+        to_mend=_error_to_mend(),
         failure_limit=arguments.failure_limit,
     )
 

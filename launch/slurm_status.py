@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.console import UserError, format_duration, say
+from launch.console import UserError, format_duration, say, warn
 from launch.slurm_job import JOBS, read_events
 from training.engine.account import STOP_FILE, pace_s, read_sessions, read_status
 
@@ -33,19 +33,23 @@ class Queued:
     reason: str
 
 
-def queue_of(run_dir: Path) -> list[Queued]:
-    """The run's jobs that are in the queue, running or waiting; none where there is no SLURM."""
-    numbers = {event["job"] for event in read_events(run_dir)}
-    if not numbers:
-        return []
-    # Asked for all of the user's, since a number that SLURM has forgotten would be an error.
+def queue() -> list[Queued]:
+    """All of the user's jobs that wait or run. Raises UserError where SLURM does not answer."""
     words = ["squeue", "--me", "--noheader", "--format", "%A|%T|%R"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    jobs = [Queued(*line.split("|", 2)) for line in said.splitlines()]
-    return [job for job in jobs if job.number in numbers]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    except FileNotFoundError:
+        raise UserError("there is no squeue on this machine: run this on the cluster's login node") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise UserError(f"SLURM does not answer ({said}): try again in a minute") from None
+    return [Queued(*line.split("|", 2)) for line in done.stdout.splitlines()]
+
+
+def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
+    """Those of the queue that are the run's."""
+    numbers = {event["job"] for event in read_events(run_dir)}
+    return [job for job in queued if job.number in numbers]
 
 
 def stop(argv: Sequence[str]) -> int:
@@ -55,7 +59,7 @@ def stop(argv: Sequence[str]) -> int:
     run_dir = parser.parse_args(argv).run_dir
     if not (run_dir / JOBS).exists():
         raise UserError(f"{run_dir} has no jobs on record ({JOBS}); a file {run_dir}/{STOP_FILE} stops any session")
-    jobs = queue_of(run_dir)
+    jobs = jobs_of(run_dir, queue())
     if not jobs:
         say(f"{run_dir} has no job in the queue")
         return 0
@@ -77,16 +81,22 @@ def print_status(argv: Sequence[str]) -> int:
     runs = sorted({path.parent for name in ("status.json", JOBS) for path in folder.rglob(name)})
     if not runs:
         raise UserError(f"there is no run below {folder}")
-    rows = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job"), *map(row, runs)]
+    queued: list[Queued] = []
+    try:
+        queued = queue()
+    except UserError as error:
+        warn(f"no jobs are shown: {error}")
+    rows = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job")]
+    rows += [row(run_dir, jobs_of(run_dir, queued)) for run_dir in runs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for each in rows:
         say("  ".join(text.ljust(width) for text, width in zip(each, widths, strict=True)).rstrip())
     return 0
 
 
-def row(run_dir: Path) -> tuple[str, ...]:
-    """What `status` says about a run, column by column."""
-    status, sessions, jobs = read_status(run_dir) or {}, read_sessions(run_dir), queue_of(run_dir)
+def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
+    """What `status` says about a run, column by column. jobs: the run's own, in the queue."""
+    status, sessions = read_status(run_dir) or {}, read_sessions(run_dir)
     last = _last_train_line(run_dir)
     state = _state(run_dir, status, jobs)
     step, steps = max(status.get("step", 0), last.get("step", 0)), status.get("steps")
@@ -116,7 +126,7 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
     if status["status"] != "running":
         return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
     # It may have been killed before it could write anything else.
-    return "running" if _is_held(run_dir) else "interrupted"
+    return "running" if _is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
 
 
 def _is_held(run_dir: Path) -> bool:

@@ -13,11 +13,19 @@ taken=false   # SIGTERM: SLURM ends the job (scancel, preemption, a node, the ti
 
 # Set before anything is started: without them the first signal would end this shell, and the job with it.
 trap 'asked=true; pass_on' USR1
-trap 'taken=true' TERM
+trap 'taken=true; end_in_time' TERM
 
 pass_on() {
     if [ -n "$step" ]; then kill -s USR1 "$step" 2> /dev/null || true; fi
 }
+
+# Between SIGTERM and SIGKILL lies SLURM's KillWait. Ranks that hang must not take it all: something is left to be done.
+end_in_time() {
+    if [ -n "$step" ]; then (sleep "$save_wait" && kill -s KILL "$step") > /dev/null 2>&1 & fi
+}
+kill_wait=$(scontrol show config 2> /dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' || true)
+kill_wait=${kill_wait:-30}
+save_wait=$(( kill_wait > 20 ? kill_wait - 10 : kill_wait / 2 ))
 
 # Runs a command to its end, whatever signals come, and sets `status`. In the background, since a trap has to wait for
 # what runs in the foreground.
@@ -32,54 +40,83 @@ run() {
     step=
 }
 
-# Copies data and environment to a disk of each node, and sets `words` and PATH accordingly.
+# Copies data and environment to a disk of each node, and has them used instead.
 stage() {
     staged=$STAGE_TO/relay-$SLURM_JOB_ID
     if [ -d .venv ] && [ -z "${container[*]}" ]; then
         # One file to read for every node, instead of tens of thousands.
-        if ! tar -df .venv.tar -C .venv pyvenv.cfg installed-requirements.txt > /dev/null 2>&1; then
+        if ! tar -df .venv.tar -C .venv ./pyvenv.cfg ./installed-requirements.txt > /dev/null 2>&1; then
             echo "packing .venv into .venv.tar, once"
             tar -cf ".venv.tar.$SLURM_JOB_ID" -C .venv . && mv ".venv.tar.$SLURM_JOB_ID" .venv.tar
         fi
         PATH=$staged/venv/bin:$PATH
     fi
     run srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash slurm/stage.sh "$staged" "$data"
-    words+=(--data "$staged/data")
+    export STAGED_FROM=$data STAGED_DATA=$staged/data
+}
+
+unstage() {
+    # Where SLURM has ended the job it starts nothing more: then only this node is tidied.
+    srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf "$staged" 2> /dev/null || rm -rf "$staged"
+}
+
+# Asks what comes next, and sets `verdict`.
+judge() {
+    local more=()
+    if $taken; then more=(--taken); fi
+    verdict=0
+    "${container[@]}" python -m launch.slurm_job end "$run_dir" --status "$status" \
+        --failure-limit "${FAILURE_LIMIT:-3}" "${more[@]}" || verdict=$?
+}
+
+requeue() {
+    local said
+    for _ in {1..30}; do
+        if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then return; fi
+        if [[ $said == *disabled* ]]; then break; fi
+        sleep 10  # the controller may be restarting
+    done
+    echo "job $SLURM_JOB_ID is not queued again: $said"
+    echo "The next job of its chain goes on, if there is one; else the same submission continues the run."
 }
 
 # session CONFIG [--key value ...]
 session() {
-    words=("$@")
-    local run_of_job
-    run_of_job=$("${container[@]}" python -m launch.slurm_job run "$@")
-    { read -r script; read -r run_dir; read -r data; } <<< "$run_of_job"
+    local about nothing_to_do=0
+    about=$("${container[@]}" python -m launch.slurm_job run "$@")
+    { read -r script; read -r run_dir; read -r data; } <<< "$about"
     script=${SCRIPT:-$script}
 
-    local nothing_to_do=0 verdict=0
     "${container[@]}" python -m launch.slurm_job begin "$run_dir" || nothing_to_do=$?
     if [ $nothing_to_do = 3 ]; then exit 0; elif [ $nothing_to_do != 0 ]; then exit 1; fi
 
-    local more=(--failure-limit "${FAILURE_LIMIT:-3}")
+    # What the user has to mend first is written here by whoever finds it.
+    export RELAY_ERROR_FILE=$run_dir/error-$SLURM_JOB_ID.txt
+    rm -f "$RELAY_ERROR_FILE"
+
     status=0
     if [ -n "${STAGE_TO:-}" ]; then stage; fi
     if [ $status = 0 ] && [ "${PREFLIGHT:-1}" = 1 ] && [ ! -e "$run_dir/sessions.json" ]; then
-        ranks launch.doctor "${words[@]}" --script "$script"
-        if [ $status != 0 ] && ! $asked && ! $taken; then more+=(--preflight-failed); fi
+        ranks launch.doctor "$@" --script "$script"
     fi
-    if [ $status = 0 ] && ! $asked && ! $taken; then ranks "$script" "${words[@]}"; fi
-    if [ -n "${STAGE_TO:-}" ]; then srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 rm -rf "$staged" || true; fi
+    if [ $status = 0 ] && ! $asked && ! $taken; then ranks "$script" "$@"; fi
+    if [ -n "${STAGE_TO:-}" ]; then unstage; fi
 
-    if $taken; then more+=(--taken); fi
-    "${container[@]}" python -m launch.slurm_job end "$run_dir" --status "$status" "${more[@]}" || verdict=$?
+    local ended_by_slurm=$taken
+    judge
+    # Cancelled in the meantime: a job that is requeued now would come back to life.
+    if [ $verdict = 75 ] && [ $ended_by_slurm != $taken ]; then judge; fi
     case $verdict in
-        75) scontrol requeue "$SLURM_JOB_ID" ||
-                echo "The next job of the chain goes on, if there is one; else submit the same command again." ;;
+        75) requeue ;;
         76) verdict=75 ;;  # resumable, but not by itself
     esac
     exit $verdict
 }
 
+# The user's own lines, which need not be as strict as these.
+set +eu
 source slurm/environment.sh
+set -eu
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1
 
 # How many ranks a node has: one per GPU, or as many as were wished for on a CPU.

@@ -6,6 +6,7 @@ mkdir -p "$1"
 exec 9> "$1/lock"
 flock 9
 if [ ! -e "$1/complete" ]; then
+    rm -rf "$1/data" "$1/venv"  # of a copy that was interrupted
     cp -r "$2" "$1/data"
     if [ -f .venv.tar ]; then mkdir -p "$1/venv" && tar -xf .venv.tar -C "$1/venv"; fi
     touch "$1/complete"

@@ -31,6 +31,7 @@ _CONF = """
 ClusterName={name}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -97,6 +98,7 @@ class SlurmCluster:
             name=f"relay{number}",
             root=root,
             port=port,
+            first_job=1000 * number + 1,  # from which a job's port follows, and all share this machine
             nodes="\n".join(lines),
             proctrack="proctrack/cgroup" if kept_by_kernel else "proctrack/linuxproc",
         )

@@ -88,13 +88,21 @@ class Submission:
     def log(self) -> str:
         return self._log.read_text("utf-8", "replace") if self._log.exists() else ""
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_until(self, happened: Callable[[], object], what: str) -> None:
         end = time.monotonic() + PATIENCE_S
-        while not any(line["step"] >= step for line in read_metrics(self.run_dir)):
+        while not happened():
             state = self._cluster.state(self._job)
             if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") or time.monotonic() > end:
-                pytest.fail(f"{state} before step {step}:\n{self.log()}")
+                pytest.fail(f"{state} before {what}:\n{self.log()}")
             time.sleep(0.1)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: any(line["step"] >= step for line in read_metrics(self.run_dir)), f"step {step}")
+
+    def assert_rests(self, job: int) -> None:
+        """It does not come back, which would take seconds."""
+        time.sleep(8)
+        assert self._cluster.state(job) == "CANCELLED"
 
     def assert_finished_like(self, uninterrupted: Path) -> None:
         """The job came to its end, and the run is the one that nothing happened to."""
@@ -122,25 +130,36 @@ def submission(cluster: SlurmCluster, sample_data: Path, tmp_path: Path) -> Subm
 
 @pytest.mark.timeout(1200)
 def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission, cluster, uninterrupted):
-    pause_s = 240 / STEPS / 2
-    job = submission.submit(*("--time", "1", "--signal", "B:USR1@1"), pause_s=pause_s, words=("--session.margin", "5"))
+    # SLURM looks every 30 s: the signal comes 10 to 40 s before the end.
+    limit = ("--time", "1", "--signal", "B:USR1@10")
+    job = submission.submit(*limit, pause_s=240 / STEPS / 2, words=("--session.margin", "5"))
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
     restarts = int(cluster.about(job, "Restarts"))
     assert restarts >= 4
-    assert len(read_sessions(submission.run_dir)) == restarts + 1
-    reasons = {reason for outcome, reason in submission.ends() if outcome == "again"}
-    assert reasons <= {"signal SIGUSR1", "the time limit"}
+    assert submission.ends() == [*restarts * [("again", "signal SIGUSR1")], ("finished", "all steps done")]
 
 
-def test_slurms_signal_before_the_limit_saves_and_requeues_on_two_nodes(submission, uninterrupted):
-    # It comes 10 to 40 s before the end of the minute, and the run would take longer than is then gone.
-    words = ("--session.margin", "5")
-    submission.submit("--time", "1", "--signal", "B:USR1@10", nodes=2, pause_s=60 / STEPS / 2, words=words)
+def test_signal_to_the_batch_shell_saves_and_requeues_on_two_nodes(submission, cluster, uninterrupted):
+    job = submission.submit(nodes=2)
+    submission.wait_for_step(15)
+    cluster.ask("scancel", "--signal=USR1", "--batch", job)
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
-    assert submission.ends()[0] == ("again", "signal SIGUSR1")
-    assert submission.ends()[-1] == ("finished", "all steps done")
+    assert submission.ends() == [("again", "signal SIGUSR1"), ("finished", "all steps done")]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submission, uninterrupted, launcher):
+    words = DEEPSPEED if launcher == "deepspeed" else ()
+    hang = {"at": "forward", "step": 20, "rank": 1, "do": "hold"}
+    submission.submit("--time", "1", launcher=launcher, accidents=(hang,), words=words)
+    submission.wait_until((submission.run_dir.parent / "at-forward-20-1").exists, "hanging")
+    submission.wait_until(submission.ends, "ended")
+    (submission.run_dir.parent / "go-forward-20").touch()
+    submission.assert_finished_like(uninterrupted(*words))
+    assert submission.ends()[0][0] == "again"
+    assert [session["from_step"] for session in read_sessions(submission.run_dir)] == [0, 18]
 
 
 def test_cancelled_job_saves_and_rests_until_it_is_submitted_again(submission, cluster, uninterrupted):
@@ -150,11 +169,35 @@ def test_cancelled_job_saves_and_rests_until_it_is_submitted_again(submission, c
     assert cluster.wait_for(job) == "CANCELLED"
     assert status_of(submission.run_dir)["reason"] == "signal SIGTERM"
     assert last_checkpoint(submission.run_dir).step == status_of(submission.run_dir)["step"]
-    time.sleep(8)
-    assert cluster.state(job) == "CANCELLED"
+    submission.assert_rests(job)
     submission.submit()
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
+
+
+def test_job_that_is_cancelled_while_it_judges_a_crash_does_not_come_back_to_life(submission, cluster, tmp_path):
+    slow = "import sys, time\nif 'launch.slurm_job' in sys.orig_argv and 'end' in sys.orig_argv: time.sleep(5)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    crash = {"at": "forward", "step": 8, "rank": 1, "do": "raise"}
+    job = submission.submit(accidents=(crash,), pause_s=0, environment={"PYTHONPATH": str(tmp_path)})
+    submission.wait_until(lambda: "Terminating StepId" in submission.log(), "the crash")
+    time.sleep(1)
+    cluster.ask("scancel", job)
+    assert cluster.wait_for(job) == "CANCELLED"
+    submission.assert_rests(job)
+    assert [outcome for outcome, _ in submission.ends()] == ["again", "taken"]
+
+
+def test_mistake_of_the_user_is_told_and_not_tried_again(submission, cluster, uninterrupted):
+    submission.submit(pause_s=0)
+    submission.assert_finished_like(uninterrupted())
+    job = submission.submit(pause_s=0, words=("--seed", "5"))
+    assert cluster.wait_for(job) == "FAILED"
+    outcome, reason = submission.ends()[-1]
+    assert outcome == "failed" and "holds a run with another definition (seed: 1234 -> 5)" in reason
+    assert reason in submission.log()
+    assert int(cluster.about(job, "Restarts")) == 0
+    assert_same_model(submission.run_dir, uninterrupted())
 
 
 @pytest.mark.parametrize(("launcher", "partition"), [("torchrun", "main"), ("deepspeed", "abrupt")])

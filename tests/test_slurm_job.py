@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch import slurm_job
+from launch.console import tell_launcher
 from launch.slurm_job import EXIT_RESTING, JOBS, begin, end, judge, note, read_events
 from training.engine.account import EXIT_RESUMABLE, write_status
 
@@ -92,25 +93,35 @@ def test_failure_limit_counts_sessions_in_a_row_without_a_later_checkpoint(tmp_p
 
 
 def test_job_that_slurm_ends_is_left_to_slurm_unless_its_time_is_over(tmp_path, monkeypatch):
-    def ended(left: tuple[float, str] | None) -> int:
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+
+    def ended(left: tuple[float, str] | None, status: Any = "resumable") -> int:
         monkeypatch.setattr(slurm_job, "time_left", lambda: left)
         begin(tmp_path, JOB)
-        leave(tmp_path, "resumable", "signal SIGTERM", restart=True)
-        return end(tmp_path, JOB, exit_status=1, taken=True)
+        leave(tmp_path, status, "signal SIGTERM", restart=status != "finished")
+        return slurm_job.main(["end", str(tmp_path), "--status", "1", "--taken"])
 
     assert ended((500.0, "SLURM's time limit")) == EXIT_RESTING
     assert ended(None) == EXIT_RESTING
-    assert ended((0.0, "SLURM's time limit")) == EXIT_RESUMABLE
-    # Finished or failed it is for good, whoever ends the job.
-    begin(tmp_path, JOB)
-    leave(tmp_path, "finished", "all steps done", restart=False)
-    assert end(tmp_path, JOB, exit_status=1, taken=True) == 0
+    over = (0.0, "SLURM's time limit")
+    # And that counts, where the limit is too short for a single step.
+    assert [ended(over) for _ in range(3)] == [EXIT_RESUMABLE, EXIT_RESUMABLE, 1]
+    assert ended((500.0, "SLURM's time limit"), "finished") == 0
 
 
-def test_failed_preflight_is_for_the_user_to_mend(tmp_path):
+def test_what_the_user_has_to_mend_is_the_reason_and_told_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    monkeypatch.setenv("RELAY_ERROR_FILE", str(tmp_path / "error.txt"))
     begin(tmp_path, JOB)
-    assert end(tmp_path, JOB, exit_status=1, preflight_failed=True) == 1
-    assert read_events(tmp_path)[-1]["outcome"] == "failed"
+    tell_launcher("error: a rank hangs", to_mend=False)
+    assert slurm_job.main(["end", str(tmp_path), "--status", "1"]) == EXIT_RESUMABLE
+    begin(tmp_path, JOB)
+    tell_launcher("error: there is no data", to_mend=True)
+    assert slurm_job.main(["end", str(tmp_path), "--status", "1"]) == 1
+    last = read_events(tmp_path)[-1]
+    assert (last["outcome"], last["reason"]) == ("failed", "there is no data")
+    begin(tmp_path, JOB)
+    assert slurm_job.main(["end", str(tmp_path), "--status", "1"]) == EXIT_RESUMABLE
 
 
 @pytest.mark.parametrize(
@@ -131,9 +142,9 @@ def test_jobs_of_a_chain_have_nothing_to_do_after_its_end_and_later_ones_train(t
     assert begin(tmp_path, "4") is None
 
 
-def test_record_survives_a_line_that_was_cut_off(tmp_path):
+def test_record_survives_lines_that_are_no_events(tmp_path):
     note(tmp_path, "submitted", "1")
     with (tmp_path / JOBS).open("a") as file:
-        file.write('{"event": "beg')
+        file.write('3\n{"x": 1}\n{"event": "beg')
     note(tmp_path, "began", "1", step=3)
     assert [event["event"] for event in read_events(tmp_path)] == ["submitted", "began"]

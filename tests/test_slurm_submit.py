@@ -105,6 +105,8 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
         (("--time", "5", "--optim.lrr", "1", "--seed", "x"), ("optim.lrr (nearest: optim.lr)", "seed")),
         (("--time", "5", "--nodes", "3"), ("3 nodes x 1 ranks", "take 1, 2, 4 ranks")),
         (("--time", "5", "--gpus-per-node", "2", "--ranks-per-node", "1"), ("a GPU of its own",)),
+        (("--time", "5", "--gpus-per-node", "many"), ("expected 4 or a100:4",)),
+        (("--time", "5", "--sbatch=--gres=gpu:2"), ("name GPUs by --gpus-per-node",)),
         (("--time", "5", "--partition", "nowhere"), ("SLURM does not take the job", "invalid partition")),
         (("--time", "5", "--nodes", "4"), ("SLURM does not take the job",)),
         (("--time", "5", "--data", tmp_path / "none"), ("the dry run failed", "nothing was submitted")),
@@ -118,7 +120,7 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
 
 
 def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config, cluster, tmp_path):
-    words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch", "--comment='two words'")
+    words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch=--comment='two words'")
     result = submission(*words, "--print", "--optim.lr", "2e-3")
     assert result.status == 0 and result.err == ""
     script = tmp_path / "script"
@@ -127,7 +129,14 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
     held = cluster.submit("--hold", script)
     cluster.ask("scancel", held)
     about = cluster.ask("scontrol", "show", "job", held)
-    for part in ("NumNodes=2", "TimeLimit=1-12:00:00", "CPUs/Task=3", "Comment=two words", "Requeue=1", "JobName=run"):
+    for part in (
+        "NumNodes=2",
+        "TimeLimit=1-12:00:00",
+        "CPUs/Task=3",
+        "Comment=two words",
+        "Requeue=1",
+        f"JobName={str(tmp_path).strip('/').replace('/', '-')}-run",
+    ):
         assert part in about, part
     assert f"set -- {config} --optim.lr 2e-3" in result.out
     assert not (tmp_path / "run").exists()
@@ -161,13 +170,14 @@ def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_d
         assert launch(*command_of(whole, sample_data, *RUN), ranks=2).wait().status == 0
     assert_same_model(run_dir, whole)
     assert_same_record(run_dir, whole)
-    assert row(run_dir)[1:4] == ("finished", "60 of 60", "2")
+    assert row(run_dir, [])[1:4] == ("finished", "60 of 60", "2")
 
 
 def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config, cluster, tmp_path):
     run_dir = tmp_path / "run"
     words = (config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--no-preflight")
     (job,) = submitted(submission(*words, pace={**SLOW, "seconds": 0.3}))
+    assert submission("status", tmp_path / "gpt").status == 1
     again = submission(*words)
     assert again.status == 1 and f"job {job} (" in again.err and "launch.slurm stop" in again.err
     wait_until(has_come_to(run_dir, 10), "at step 10")
@@ -202,7 +212,33 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     content = {**status_of(run_dir), "status": "running"}
     (run_dir / "status.json").write_text(json.dumps(content))
     assert "interrupted" in status()
-    assert submission("status", tmp_path / "gpt").status == 1
+
+    # What is damaged, or missing, is no reason to say nothing.
+    (run_dir / "status.json").write_text('{"x": 1}')
+    assert "not begun" in status()
+    alone = cluster.run(sys.executable, "-m", "launch.slurm", "status", tmp_path, environment={"PATH": "/nowhere"})
+    assert alone.status == 0 and "there is no squeue" in alone.err and "not begun" in alone.out
+    assert (
+        cluster.run(
+            sys.executable, "-m", "launch.slurm", "stop", run_dir, environment={"SLURM_CONF": str(tmp_path / "none")}
+        ).status
+        == 1
+    )
+
+
+def test_submission_is_not_bent_by_variables_of_this_shell_nor_by_an_old_stop_file(cluster, config, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    around = {"SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "7", "SBATCH_TIMELIMIT": "7", "SLURM_JOB_ID": "1"}
+    words = (config, "--time", "5", "--cpus-per-rank", 1, "--no-preflight", "--no-dry-run", "--sbatch=--mem=500M")
+    result = cluster.run(sys.executable, "-m", "launch.slurm", *words, environment=around)
+    (job,) = submitted(result)
+    assert cluster.about(job, "TimeLimit") == "00:05:00"
+    assert cluster.wait_for(job) == "COMPLETED", (run_dir / f"slurm-{job}.log").read_text()
+    assert status_of(run_dir)["status"] == "finished"
+    again = cluster.run(sys.executable, "-m", "launch.slurm", *words)
+    assert again.status == 0 and f"{run_dir} is finished" in again.out and "submitted" not in again.out
 
 
 def test_preflight_finds_what_is_wrong_before_the_first_session_and_nothing_is_tried_again(cluster, config, tmp_path):
@@ -213,7 +249,7 @@ def test_preflight_finds_what_is_wrong_before_the_first_session_and_nothing_is_t
     assert "optim.lrr" in log and f"there is no prepared data set {tmp_path / 'none'}" in log
     assert [event["event"] for event in read_events(tmp_path / "run")] == ["began", "ended"]
     assert read_status(tmp_path / "run") is None
-    assert "the preflight check found errors" in log
+    assert "launch.doctor found errors, see its report; not continued by itself" in log
 
 
 def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster, config, tmp_path):
@@ -229,7 +265,13 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     (folder / ".venv/installed-requirements.txt").touch()
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / ".venv")}))
     (packages / "all.pth").write_text(sysconfig.get_path("purelib"))
-    (packages / "sitecustomize.py").write_text(f"import sys; open({str(seen)!r}, 'a').write(sys.prefix + '\\n')")
+    (packages / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"seen = open({str(seen)!r}, 'a')\n"
+        "print(sys.prefix, file=seen, flush=True)\n"
+        "sys.addaudithook(lambda event, words: event == 'open' and str(words[0]).endswith('/meta.json')\n"
+        "    and print(words[0], file=seen, flush=True))\n"
+    )
 
     disk = tmp_path / "disk"
     environment = {"STAGE_TO": str(disk), "PREFLIGHT": "0"}
@@ -237,7 +279,8 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     job = cluster.submit(*options, folder / SCRIPTS[0], config, environment=environment)
     assert cluster.wait_for(job) == "COMPLETED", (tmp_path / "log").read_text()
     staged = disk / f"relay-{job}"
-    assert str(staged / "venv") in seen.read_text().split()
+    read = seen.read_text().split()
+    assert str(staged / "venv") in read and str(staged / "data/meta.json") in read
     assert (folder / ".venv.tar").is_file()
-    assert str(staged / "data") in (tmp_path / "run/config.yaml").read_text()
+    assert str(staged) not in (tmp_path / "run/config.yaml").read_text(), "the copy does not outlive the job"
     assert not staged.exists()

@@ -20,6 +20,7 @@ from data_prep.prepared import Part, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.config import Options, parse
 from launch.console import UserError, run_main
+from launch.environment import staged
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
@@ -125,7 +126,7 @@ def plan_of(config: GPTConfig, pairs: Sequences) -> BatchPlan:
 
 def main() -> int:
     config, dry_run = parse(GPTConfig, sys.argv[1:], prog="python -m training.gpt", about=__doc__)
-    data = open_prepared(config.data)
+    data = open_prepared(staged(config.data))
     if not data.joint_vocabulary:
         raise UserError(
             f"{config.data} has two vocabularies, but a GPT reads and writes one: prepare with --vocabularies joint"
@@ -134,7 +135,7 @@ def main() -> int:
     for each in (pairs, held_out):
         each.check(f"model.context ({config.model.context})")
 
-    with Cluster(config.session.hang_timeout + 60) as cluster:
+    with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = GPT(config.model, data.source_tokenizer.vocabulary_size)
         plan = plan_of(config, pairs)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_prep.conversations import ConversationPart, Conversations, open_conversations
 from launch.config import Options, parse
 from launch.console import UserError, run_main, say, warn
+from launch.environment import staged
 from training.engine.batch_plan import BatchPlan, batches_by_length, sorted_by_length
 from training.engine.cluster import Cluster
 from training.engine.loop import train
@@ -280,7 +281,7 @@ def check_tokenizer(data: Conversations, folder: Path, vocabulary_size: int) -> 
 
 def main() -> int:
     config, dry_run = parse(QLoRAConfig, sys.argv[1:], prog="python -m training.qlora", about=__doc__)
-    data = open_conversations(config.data)
+    data = open_conversations(staged(config.data))
     pad_id = data.meta["tokenizer"]["pad_id"]
     answers, held_out = (Answers(data.part(name), pad_id) for name in ("train", "validation"))
     plan = plan_of(config, answers)
@@ -288,7 +289,7 @@ def main() -> int:
     about = read_config(folder, config.quantisation)
     text = about.get_text_config()
 
-    with Cluster(config.session.hang_timeout + 60) as cluster:
+    with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
         cluster.on_first(lambda: check_tokenizer(data, folder, text.vocab_size))
         longest = int(max(answers.lengths.max(), held_out.lengths.max(initial=0)))
         if longest > text.max_position_embeddings:

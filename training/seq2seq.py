@@ -20,6 +20,7 @@ from data_prep.prepared import Part, open_prepared
 from data_prep.tokenizers import EOS, PAD, SOS
 from launch.config import Options, parse
 from launch.console import run_main
+from launch.environment import staged
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
@@ -112,12 +113,12 @@ def plan_of(config: Seq2SeqConfig, pairs: TwoSides) -> BatchPlan:
 
 def main() -> int:
     config, dry_run = parse(Seq2SeqConfig, sys.argv[1:], prog="python -m training.seq2seq", about=__doc__)
-    data = open_prepared(config.data)
+    data = open_prepared(staged(config.data))
     pairs, held_out = (TwoSides(data.part(name), config.model.max_length) for name in ("train", "validation"))
     for each in (pairs, held_out):
         each.check(f"model.max_length ({config.model.max_length})")
 
-    with Cluster(config.session.hang_timeout + 60) as cluster:
+    with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
         model = AttentionGRU(config.model, *sizes)

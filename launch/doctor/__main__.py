@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from launch.config import script_of
-from launch.console import PeerError, UserError, run_main, say_as_any_rank, tell_torchrun
+from launch.console import PeerError, UserError, run_main, say_as_any_rank, tell_launcher
 from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Check, Finding, Report, examine, first_words, merge, print_report, rank_name
 from launch.environment import Launcher, Ranks, read_ranks, without_local_rank
@@ -139,7 +139,7 @@ def _tell(findings: Sequence[Finding], reports: Sequence[Report]) -> int:
     nodes = len({report.host for report in reports})
     status = print_report(findings, f"{nodes} node(s), {len(reports)} rank(s)")
     if status:
-        tell_torchrun("error: launch.doctor found errors, see its report")
+        tell_launcher("error: launch.doctor found errors, see its report", to_mend=True)
     return status
 
 

@@ -21,6 +21,7 @@ from data_prep.prepared import open_prepared
 from launch.config import Options, parse
 from launch.console import UserError
 from launch.doctor.findings import Alike, Finding, Level
+from launch.environment import staged
 from launch.scripts import read_options
 from training.engine.precision import PrecisionName
 
@@ -131,7 +132,7 @@ def _size(count: float) -> str:
 
 def data(folder: Path, *, chat: bool) -> Iterator[Finding | Alike]:
     """The prepared data set, as the training opens it. chat: conversations, no sentence pairs."""
-    opened = open_conversations(folder) if chat else open_prepared(folder)
+    opened = open_conversations(staged(folder)) if chat else open_prepared(staged(folder))
     yield Finding("ok", "data", f"{folder} opens")
     for name, value in opened.identity.items():
         yield Alike("data", name, value[:12], "error", "bring the same prepared data to all nodes")

@@ -37,9 +37,10 @@ def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, *
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """What `write_status` wrote last; None where there is nothing that can be read."""
     try:
-        return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+        found = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) and {"status", "reason", "restart"} <= found.keys() else None
 
 
 def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:

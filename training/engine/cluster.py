@@ -7,6 +7,7 @@ any rank want to stop?" never waits for queued work of the GPU.
 from __future__ import annotations
 
 import datetime
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -52,12 +53,17 @@ _PEER_IS_GONE = (
 class Cluster:
     """A context: the process group exists inside it and is taken down at its end.
 
-    timeout_s: how long a rank waits for the others in a collective before it gives up. launcher: the one that started
+    timeout_s: how long a rank waits for the others in a collective before it gives up. deterministic: only kernels that
+    give the same bits every time, from the first one on. launcher: the one that started
     this rank and watches over it, None without one. An error that only means that another rank is gone leaves the
     context as `PeerError`.
     """
 
-    def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+    def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S, *, deterministic: bool = False) -> None:
+        if deterministic:
+            # cuBLAS has one order of sums only with this, and torch looks once, at the first product on a GPU.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self.ranks: Ranks = read_ranks()
         # Before the ranks meet at it: when that succeeds, this was the launcher and not who adopts its orphans.

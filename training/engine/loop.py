@@ -7,7 +7,6 @@ and the boundary behind it, where it reports, validates and saves, and where alo
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -51,9 +50,6 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     checkpoint can be written, or when gradients stay not finite; status.json then says `failed`.
     """
     _check_world_size(config, cluster)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS has one order of sums only with this
-        torch.use_deterministic_algorithms(True)
     precision = choose_precision(config.precision, cluster.device)
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))

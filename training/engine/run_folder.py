@@ -20,7 +20,7 @@ from typing import Any, Protocol, TextIO
 
 from data_prep.files import write_atomically, writing_to
 from launch.config import differing_keys
-from launch.console import UserError, say
+from launch.console import TryLaterError, UserError, say
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.tracking import METRICS
 
@@ -102,7 +102,7 @@ class RunFolder:
             except BlockingIOError:
                 if time.monotonic() > end:
                     file.seek(0)
-                    raise UserError(
+                    raise TryLaterError(
                         f"{self.run_dir} is in use by {file.read().strip() or 'another process'}: wait for it or stop "
                         f"it (touch {self.run_dir}/STOP), or choose another --run_dir; nothing was changed"
                     ) from None

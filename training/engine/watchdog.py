@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.console import format_duration, say_as_any_rank, tell_torchrun
+from launch.console import format_duration, say_as_any_rank, tell_launcher
 from training.engine.account import write_status
 from training.engine.cluster import Cluster
 from training.engine.session import StopFlag
@@ -99,7 +99,7 @@ class Watchdog:
         message, behind = self._verdict(reports, silent_s)
         if self._rank == min(report["rank"] for report in reports):
             say_as_any_rank(f"error: {message}\n{self._stacks(behind)}")
-            tell_torchrun(f"error: {message}")
+            tell_launcher(f"error: {message}", to_mend=False)
             with contextlib.suppress(OSError):
                 write_status(self._run_dir, "failed", message, restart=True)
         else:
