@@ -7,6 +7,6 @@ source launch/setup.sh
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
-# Two workers (-n 0: none). Each goes through the files in order, so that what a file prepares is mostly prepared once,
-# and takes from the other's end when it has nothing left.
-python -m pytest -n 2 --dist worksteal "$@"
+# Three workers (-n 0: none), since some tests mostly wait, for SLURM above all. Each goes through the files in order, so
+# that what a file prepares is mostly prepared once, and takes from another's end when it has nothing left.
+python -m pytest -n 3 --dist worksteal "$@"

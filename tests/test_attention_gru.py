@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from data_prep.prepared import Part, Ragged, open_prepared
 from data_prep.tokenizers import EOS, PAD, SOS
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.evaluation.families import AttentionGRUDecoder
-from training.models.attention_gru import AttentionGRU, AttentionGRUOptions, ContextGRU, additive_attention
+from training.models.attention_gru import GRU, AttentionGRU, AttentionGRUOptions, ContextGRU, additive_attention
 from training.seq2seq import LossOptions, TwoSides, predictions, summed_loss
 
 SOURCE, TARGET = 23, 19  # vocabularies
@@ -83,6 +84,18 @@ def test_context_gru_is_a_gru_cell_over_word_and_context():
     word, context, state = torch.randn(6, 3), torch.randn(6, 5), torch.randn(6, 4)
     expected = theirs(torch.cat([word, context], dim=1), state)
     torch.testing.assert_close(ours(ours.from_word(word), ours.from_context(context), state), expected)
+
+
+def test_recurrent_layers_stay_in_fp32_where_autocast_says_bf16():
+    layer = GRU(4, 6, batch_first=True)
+    rows = torch.randn(3, 5, 4)
+    expected, _ = layer(rows)
+    packed = pack_padded_sequence(rows, torch.tensor([5, 3, 2]), batch_first=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, last = layer(rows)
+        short, _ = layer(packed)
+    assert found.dtype == last.dtype == short.data.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)

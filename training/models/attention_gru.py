@@ -9,7 +9,7 @@ of GNMT, Wu et al. 2016, section 3.1). With `attention: none`, every step sees t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,20 @@ class State:
         return State([hidden[rows] for hidden in self.hidden], self.memory.select(rows))
 
 
+class GRU(nn.GRU):
+    """`nn.GRU`, in fp32 where autocast says bf16: on a GPU that would make it fp16, without the loss scaling for it.
+
+    (cuDNN's recurrent layers know no other type under autocast; seen with torch 2.11.)
+    """
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        device = self.weight_ih_l0.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            with torch.autocast(device, enabled=False):
+                return super().forward(input.float(), hx.float() if hx is not None else None)
+        return super().forward(input, hx)
+
+
 class Encoder(nn.Module):
     """Embeddings and a stack of GRUs over a sentence; see `forward`."""
 
@@ -91,8 +105,7 @@ class Encoder(nn.Module):
         # which no seed sets back: a resumed run would differ.
         widths = [options.embedding_width] + (options.layers - 1) * [self.width]
         self.layers = nn.ModuleList(
-            nn.GRU(width, options.hidden_width, batch_first=True, bidirectional=options.bidirectional)
-            for width in widths
+            GRU(width, options.hidden_width, batch_first=True, bidirectional=options.bidirectional) for width in widths
         )
         self.dropout = nn.Dropout(options.dropout)
 
@@ -151,9 +164,7 @@ class AttentionGRU(nn.Module):
             self.key = nn.Linear(context, hidden, bias=False)
             self.score = nn.Parameter(torch.empty(hidden))
         self.lowest = ContextGRU(words, context, hidden)
-        self.upper = nn.ModuleList(
-            nn.GRU(hidden + context, hidden, batch_first=True) for _ in range(options.layers - 1)
-        )
+        self.upper = nn.ModuleList(GRU(hidden + context, hidden, batch_first=True) for _ in range(options.layers - 1))
         self.readout = nn.Linear(hidden + context + words, words)
         self.output_weight = None if options.tied_output else nn.Parameter(torch.empty(target_vocabulary_size, words))
         self.output_bias = nn.Parameter(torch.empty(target_vocabulary_size))
