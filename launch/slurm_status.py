@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
     last = _last_train_line(run_dir)
     state = _state(run_dir, status, jobs)
     step, steps = max(status.get("step", 0), last.get("step", 0)), status.get("steps")
-    step_s = next((found for session in reversed(sessions) if (found := pace_s(session))), None)
+    step_s = _step_s(sessions, last)
     end = ""
     if step_s is not None and steps is not None and state != "finished":
         left_s = (steps - step) * step_s
@@ -118,9 +119,17 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
     )
 
 
+def _step_s(sessions: Sequence[dict[str, Any]], last: dict[str, Any]) -> float | None:
+    """Seconds a step takes: in the session that is under way, by the last line of its record; else in the last one."""
+    if sessions and sessions[-1]["ended"] is None and last.get("step", 0) > sessions[-1]["from_step"]:
+        began = datetime.strptime(sessions[-1]["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        return max(0.0, last["time"] - began) / (last["step"] - sessions[-1]["from_step"])
+    return next((found for session in reversed(sessions) if (found := pace_s(session))), None)
+
+
 def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str:
     if not status:
-        return "waiting" if jobs else "not begun"
+        return ("starting" if any(job.state == "RUNNING" for job in jobs) else "waiting") if jobs else "not begun"
     if status["status"] == "failed":
         return f"failed: {status['reason'][:60]}"
     if status["status"] != "running":

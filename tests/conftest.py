@@ -34,8 +34,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What has a time limit of its own takes minutes and comes first: begun last, it would leave one worker idle."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    """What waits for SLURM comes first, beside what the other workers compute; then what takes minutes.
+
+    That is what has a time limit of its own. Begun last, it would leave the others idle.
+    """
+    items.sort(
+        key=lambda item: (
+            "cluster" not in getattr(item, "fixturenames", ()),
+            item.get_closest_marker("timeout") is None,
+        )
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,7 @@ class SlurmCluster:
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         addresses = {node: f"127.0.{number + 1}.{index + 1}" for index, node in enumerate(self.nodes)}
-        port = 20000 + 10 * number
+        port = _port_of(number)
         lines = [
             f"NodeName={node} NodeHostname=localhost NodeAddr={address} Port={port + 1 + index} CPUs=16 RealMemory=9000"
             for index, (node, address) in enumerate(addresses.items())
@@ -225,6 +226,11 @@ class SlurmCluster:
         )
 
 
+def _port_of(number: int) -> int:
+    """The controller's port; those of the nodes follow it."""
+    return 20000 + 10 * number
+
+
 def _make_known(addresses: Mapping[str, str]) -> None:
     """Lets the names resolve, for all users of this machine."""
     with Path("/etc/hosts").open("r+") as hosts:
@@ -260,6 +266,9 @@ def _own_number() -> Iterator[int]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", _port_of(number))) == 0:
+                    continue  # of a test run that was killed
             yield number
             return
     pytest.fail("a hundred clusters run on this machine")

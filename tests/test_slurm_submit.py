@@ -188,7 +188,9 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
         return result.out
 
     seen = status()
-    assert re.search(rf"run  +running +\d+ of 60 +1 .* {job} running relay", seen), seen
+    assert re.search(
+        rf"run  +running +\d+ of 60 +1 +\d[\d.]* +[\d,]+ +\d\d-\d\d \d\d:\d\d +{job} running relay", seen
+    ), seen
     stopping = submission("stop", run_dir)
     assert stopping.status == 0 and "saves at its next step" in stopping.out
     assert cluster.wait_for(job) == "FAILED"
