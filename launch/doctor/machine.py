@@ -24,7 +24,7 @@ _CARD_IN_USE_BYTES = 1e9
 
 _SHARED_MEMORY_BYTES = 1e9
 _OPEN_FILES = 1024
-_LITTLE_TIME_S = 600
+_LITTLE_TIME_S = 180
 
 
 def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | Alike]:
