@@ -232,16 +232,16 @@ def time_left() -> tuple[float, str] | None:
 def _slurm_time_left() -> tuple[float, str] | None:
     # The scheduler's own count of what is left does not depend on this machine's clock; the end time does.
     command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"]
+    over = False
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
         said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
         if said and said[0] == "UNLIMITED":
             return None
-        if said and said[0] == "INVALID":  # the limit has passed
-            return 0.0, "SLURM's time limit"
+        over = bool(said) and said[0] == "INVALID"  # the limit has passed
         return parse_duration(said[0] if said else ""), "SLURM's time limit"
     with contextlib.suppress(KeyError, ValueError):
         return float(os.environ["SLURM_JOB_END_TIME"]) - time.time(), "SLURM's time limit"
-    return None
+    return (0.0, "SLURM's time limit") if over else None
 
 
 def _container_age_s() -> float:

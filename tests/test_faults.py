@@ -576,6 +576,11 @@ def test_slurm_tells_what_is_left_or_when_the_job_ends(tmp_path, monkeypatch, sa
     squeue.write_text("#!/bin/sh\nexit 1\n")
     left = time_left()
     assert left is not None and left[0] == pytest.approx(50, abs=20)
+    # A job whose limit has passed.
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    assert time_left() is None
+    squeue.write_text("#!/bin/sh\necho INVALID\n")
+    assert time_left() == (0.0, "SLURM's time limit")
 
 
 def test_kaggle_gives_twelve_hours_from_the_start_of_its_container(monkeypatch):
