@@ -70,7 +70,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         if _speaks():
             say_as_any_rank(f"error: {error}")
-            tell_launcher(f"error: {error}", to_mend=not isinstance(error, TryLaterError))
+            tell_launcher(str(error), to_mend=not isinstance(error, TryLaterError))
         status = 1
     except PeerError as error:
         say_as_any_rank(f"rank {os.environ.get('RANK', '0')} ends as well: {error}")
@@ -127,10 +127,10 @@ def tell_launcher(message: str, *, to_mend: bool) -> None:
     """
     if to_mend and (path := os.environ.get("RELAY_ERROR_FILE")):
         with contextlib.suppress(OSError):
-            Path(path).write_text(message.removeprefix("error: "), encoding="utf-8")
+            Path(path).write_text(message, encoding="utf-8")
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        about = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        about = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(path).write_text(json.dumps(about), encoding="utf-8")
 
 

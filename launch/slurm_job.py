@@ -91,12 +91,13 @@ def begin(run_dir: Path, job: str) -> Verdict | None:
             end = events[ends[-1]]
             return Verdict(end["outcome"], f"job {end['job']} ended it: {end['reason']}")
     status = read_status(run_dir) or {}
-    note(run_dir, "began", job, restart=_restart(), step=last_step(run_dir), status_time=status.get("time"))
+    note(run_dir, "began", job, step=last_step(run_dir), status_time=status.get("time"))
     return None
 
 
-def _restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+def _began(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The beginning of the session that is judged: the step and the status that it found."""
+    return next((event for event in reversed(events) if event["event"] == "began"), {"step": 0, "status_time": None})
 
 
 def judge(
@@ -111,7 +112,7 @@ def judge(
     if to_mend is not None:
         return Verdict("failed", to_mend)
     events = read_events(run_dir)
-    began = next((event for event in reversed(events) if event["event"] == "began"), {"step": 0, "status_time": None})
+    began = _began(events)
     status = read_status(run_dir) or {}
     wrote = status.get("time") is not None and status["time"] != began["status_time"]
     if wrote and status["status"] == "finished":
@@ -147,9 +148,7 @@ def _vain_sessions(events: Sequence[dict[str, Any]]) -> int:
 def end(run_dir: Path, job: str, **what_happened: Any) -> int:
     """Judges (see `judge`), notes it and says it; returns the exit status that tells the batch script."""
     verdict = judge(run_dir, **what_happened)
-    events = read_events(run_dir)
-    from_step = next((event["step"] for event in reversed(events) if event["event"] == "began"), 0)
-    step = last_step(run_dir)
+    from_step, step = _began(read_events(run_dir))["step"], last_step(run_dir)
     note(run_dir, "ended", job, outcome=verdict.outcome, reason=verdict.reason, from_step=from_step, step=step)
     where = f"{run_dir}, step {step:,}"
     if verdict.outcome == "finished":

@@ -20,7 +20,7 @@ from launch.config import to_yaml
 from launch.slurm_job import read_events
 from tests.conftest import PATIENCE_S, launching
 from tests.slurm_cluster import SlurmCluster
-from tests.test_faults import RUN, STEPS, assert_little_is_lost
+from tests.test_faults import RUN, SLOW, STEPS, assert_little_is_lost
 from tests.test_training import (
     assert_same_model,
     assert_same_record,
@@ -55,14 +55,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -
     return run
 
 
+def write_config(folder: Path, data: Path) -> Path:
+    """A config of `RUN` in `folder`/run, in a folder whose name says what trains it."""
+    path = folder / "gpt/run.yaml"
+    path.parent.mkdir()
+    path.write_text(to_yaml(config_of(command_of(folder / "run", data, *RUN))))
+    return path
+
+
 class Submission:
     """A run of two ranks and the job that trains it, in a folder of its own."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, data: Path):
         self._cluster, self.run_dir, self._log = cluster, folder / "run", folder / "log"
-        self.config = folder / "gpt/run.yaml"
-        self.config.parent.mkdir()
-        self.config.write_text(to_yaml(config_of(command_of(self.run_dir, data, *RUN))))
+        self.config = write_config(folder, data)
 
     def submit(
         self,
@@ -75,8 +81,7 @@ class Submission:
         environment: dict[str, str] | None = None,
     ) -> int:
         """The job's number. pause_s: how long each of a step's two forward passes of a rank takes longer."""
-        paced = {"at": "forward", "do": "pause", "seconds": pause_s, "always": True}
-        about = {"folder": str(self.run_dir.parent), "list": [paced, *accidents]}
+        about = {"folder": str(self.run_dir.parent), "list": [{**SLOW, "seconds": pause_s}, *accidents]}
         self._job = self._cluster.submit(
             *("--job-name", self.run_dir.parent.name, "--output", self._log, "--nodes", nodes, "--cpus-per-task", 2),
             *("--time", "30", *options, f"slurm/{launcher}.sbatch", self.config, *words),

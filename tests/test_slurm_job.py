@@ -113,10 +113,10 @@ def test_what_the_user_has_to_mend_is_the_reason_and_told_once(tmp_path, monkeyp
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
     monkeypatch.setenv("RELAY_ERROR_FILE", str(tmp_path / "error.txt"))
     begin(tmp_path, JOB)
-    tell_launcher("error: a rank hangs", to_mend=False)
+    tell_launcher("a rank hangs", to_mend=False)
     assert slurm_job.main(["end", str(tmp_path), "--status", "1"]) == EXIT_RESUMABLE
     begin(tmp_path, JOB)
-    tell_launcher("error: there is no data", to_mend=True)
+    tell_launcher("there is no data", to_mend=True)
     assert slurm_job.main(["end", str(tmp_path), "--status", "1"]) == 1
     last = read_events(tmp_path)[-1]
     assert (last["outcome"], last["reason"]) == ("failed", "there is no data")

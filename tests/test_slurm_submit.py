@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from launch.config import to_yaml
 from launch.slurm_job import read_events
 from launch.slurm_status import row
 from tests.conftest import PATIENCE_S, ROOT, Result, launching
 from tests.debian import program
 from tests.test_faults import RUN, SLOW
-from tests.test_training import assert_same_model, assert_same_record, command_of, config_of, status_of
+from tests.test_slurm import write_config
+from tests.test_training import assert_same_model, assert_same_record, command_of, status_of
 from training.engine.account import read_status
 from training.engine.tracking import read_metrics
 
@@ -30,11 +30,8 @@ SCRIPTS = ("slurm/torchrun.sbatch", "slurm/deepspeed.sbatch")
 
 @pytest.fixture
 def config(sample_data: Path, tmp_path: Path) -> Path:
-    """A config of two ranks' work, in a folder whose name says what trains it."""
-    path = tmp_path / "gpt/run.yaml"
-    path.parent.mkdir()
-    path.write_text(to_yaml(config_of(command_of(tmp_path / "run", sample_data, *RUN))))
-    return path
+    """A config of two ranks' work."""
+    return write_config(tmp_path, sample_data)
 
 
 @pytest.fixture

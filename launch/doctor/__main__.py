@@ -139,7 +139,7 @@ def _tell(findings: Sequence[Finding], reports: Sequence[Report]) -> int:
     nodes = len({report.host for report in reports})
     status = print_report(findings, f"{nodes} node(s), {len(reports)} rank(s)")
     if status:
-        tell_launcher("error: launch.doctor found errors, see its report", to_mend=True)
+        tell_launcher("launch.doctor found errors, see its report", to_mend=True)
     return status
 
 

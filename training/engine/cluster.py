@@ -54,9 +54,8 @@ class Cluster:
     """A context: the process group exists inside it and is taken down at its end.
 
     timeout_s: how long a rank waits for the others in a collective before it gives up. deterministic: only kernels that
-    give the same bits every time, from the first one on. launcher: the one that started
-    this rank and watches over it, None without one. An error that only means that another rank is gone leaves the
-    context as `PeerError`.
+    give the same bits every time, from the first one on. launcher: the one that started this rank and watches over it,
+    None without one. An error that only means that another rank is gone leaves the context as `PeerError`.
     """
 
     def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S, *, deterministic: bool = False) -> None:

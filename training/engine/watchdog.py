@@ -99,7 +99,7 @@ class Watchdog:
         message, behind = self._verdict(reports, silent_s)
         if self._rank == min(report["rank"] for report in reports):
             say_as_any_rank(f"error: {message}\n{self._stacks(behind)}")
-            tell_launcher(f"error: {message}", to_mend=False)
+            tell_launcher(message, to_mend=False)
             with contextlib.suppress(OSError):
                 write_status(self._run_dir, "failed", message, restart=True)
         else:
