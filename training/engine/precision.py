@@ -18,6 +18,34 @@ PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
+class GPU:
+    """A card and its compute capability: a T4 is (7, 5), written sm_75."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16, not only emulates it."""
+        return self.capability >= (8, 0)
+
+    @property
+    def has_flash_attention(self) -> bool:
+        """Whether torch's FlashAttention runs on it."""
+        return self.capability >= (8, 0)
+
+    def __str__(self) -> str:
+        return "{} is sm_{}{}".format(self.name, *self.capability)
+
+
+def gpu_of(device: torch.device) -> GPU | None:
+    """The card that `device` is; None if it is a CPU."""
+    if device.type == "cpu":
+        return None
+    return GPU(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+@dataclass(frozen=True)
 class Precision:
     """A format and the reason for it."""
 
@@ -37,16 +65,13 @@ class Precision:
 
 def choose_precision(wanted: PrecisionName, device: torch.device) -> Precision:
     """The format to use on `device`; raises UserError where the wanted one does not exist there."""
-    if device.type == "cpu":
+    card = gpu_of(device)
+    if card is None:
         if wanted == "auto":
             return Precision("fp32", "on a CPU fp32 is the fastest of the exact choices", device)
         return Precision(wanted, "as asked for", device)
-    major, minor = torch.cuda.get_device_capability(device)
-    card = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}"
     if wanted == "auto":
-        if major >= 8:
-            return Precision("bf16", f"{card}, bf16 needs sm_80", device)
-        return Precision("fp16", f"{card}, bf16 needs sm_80", device)
-    if wanted == "bf16" and major < 8:
+        return Precision("bf16" if card.has_bf16 else "fp16", f"{card}, bf16 needs sm_80", device)
+    if wanted == "bf16" and not card.has_bf16:
         raise UserError(f"precision bf16: {card} and only emulates bf16, slowly; use --precision fp16 or auto")
     return Precision(wanted, "as asked for", device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data_prep.hub import fetch_snapshot
 from launch.config import Options
 from launch.console import UserError
+from training.engine.precision import gpu_of
 
 if TYPE_CHECKING:
     import bitsandbytes
@@ -173,7 +174,8 @@ def load_base_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     freeze(model, compute_type)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+    gpu = gpu_of(device)
+    if gpu is not None and not gpu.has_flash_attention:
         repeat_heads_in_attention()
     return model
 
@@ -181,8 +183,8 @@ def load_base_model(
 def repeat_heads_in_attention() -> None:
     """Gives torch's attention as many heads of keys and values as of queries, in this process, from now on.
 
-    Below sm_80 there is no FlashAttention, and the kernel that saves memory there does not share heads of keys among
-    those of queries: torch would silently compute every score of every pair of tokens instead.
+    Where there is no FlashAttention, the kernel that saves memory does not share heads of keys among those of queries:
+    torch would silently compute every score of every pair of tokens instead.
     """
     from transformers.integrations import sdpa_attention
 
