@@ -29,8 +29,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # About when this process was started, on the clock that no one can set.
 PROCESS_BEGAN = time.monotonic()
 
-# What a Kaggle session with a GPU may take; the platform tells it to nobody inside.
+# What a Kaggle session with a GPU may take, in seconds, and leave as output, in bytes; the platform tells neither to
+# anybody inside.
 KAGGLE_LIMIT_S = 12 * 3600
+KAGGLE_OUTPUT_BYTES = 20 * 10**9
+
+# Where a session finds its inputs and leaves its output, its limit (seconds from the start of the container) and its
+# quota (bytes), where they are not Kaggle's: in a rehearsal on another machine.
+KAGGLE_INPUT, KAGGLE_WORKING = "RELAY_KAGGLE_INPUT", "RELAY_KAGGLE_WORKING"
+KAGGLE_LIMIT, KAGGLE_QUOTA = "RELAY_KAGGLE_LIMIT", "RELAY_KAGGLE_QUOTA"
 
 
 def _adopt_srun_task() -> bool:
@@ -224,8 +231,11 @@ def time_left() -> tuple[float, str] | None:
     """
     if job_id() is not None:
         return _slurm_time_left()
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return KAGGLE_LIMIT_S - _container_age_s(), "Kaggle's 12 hours"
+    if kaggle_run_type() is not None:
+        limit = os.environ.get(KAGGLE_LIMIT)
+        if limit is not None:
+            return float(limit) - container_age_s(), "Kaggle's limit, as rehearsed"
+        return KAGGLE_LIMIT_S - container_age_s(), "Kaggle's 12 hours"
     return None
 
 
@@ -244,13 +254,38 @@ def _slurm_time_left() -> tuple[float, str] | None:
     return (0.0, "SLURM's time limit") if over else None
 
 
-def _container_age_s() -> float:
+def container_age_s() -> float:
     """How long process 1 runs, which is as old as its container; this process's own age where that cannot be read."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         uptime_s = float(Path("/proc/uptime").read_text().split()[0])
         ticks = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]  # field 22: start, after boot
         return uptime_s - int(ticks) / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - PROCESS_BEGAN
+
+
+def kaggle_run_type() -> str | None:
+    """`Interactive`, or `Batch` for "save & run all"; None outside of Kaggle."""
+    return os.environ.get("KAGGLE_KERNEL_RUN_TYPE")
+
+
+def kaggle_input() -> Path:
+    """Where data sets and the outputs of earlier sessions are mounted, read-only."""
+    return Path(os.environ.get(KAGGLE_INPUT, "/kaggle/input"))
+
+
+def kaggle_working() -> Path:
+    """What is in this folder at the end of a session becomes its output."""
+    return Path(os.environ.get(KAGGLE_WORKING, "/kaggle/working"))
+
+
+def kaggle_output_bytes() -> int:
+    """How much a session may leave as its output."""
+    return int(os.environ.get(KAGGLE_QUOTA, KAGGLE_OUTPUT_BYTES))
+
+
+def ranks_without_gpus() -> int:
+    """How many processes train on a machine without GPUs: RANKS, by default one."""
+    return int(os.environ.get("RANKS", "1"))
 
 
 def keep_freed_memory() -> None:

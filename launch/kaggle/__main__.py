@@ -1,0 +1,40 @@
+"""Trains on Kaggle, session after session.
+
+    python -m launch.kaggle notebook CONFIG --owner ME --output DIR   a notebook to push or to upload by hand
+    python -m launch.kaggle session CONFIG                            what that notebook runs, on Kaggle
+    python -m launch.kaggle relay ...                                 pushes sessions until the run is finished
+
+`python -m launch.kaggle VERB --help` tells the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from launch.console import UserError, run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    verb, *words = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    # Each is loaded only when it is asked for: a session needs no client of Kaggle's, nor a relay torch.
+    if verb == "notebook":
+        from launch.kaggle.notebook import main as notebook_main
+
+        return notebook_main(words)
+    if verb == "session":
+        from launch.kaggle.session import main as session_main
+
+        return session_main(words)
+    if verb == "relay":
+        from launch.kaggle.relay import main as relay_main
+
+        return relay_main(words)
+    if verb in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    raise UserError(f"say what to do: notebook, session or relay (python -m launch.kaggle --help), got {verb!r}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,346 @@
+"""The `kaggle` command, as the relay asks it: what it prints becomes values, or an error that says what to do.
+
+It promises: no token is in anything that leaves this module, since the command's words can hold one. What passes by
+itself (rate limits, network, Kaggle's own faults) is tried again with growing pauses, for a day; where a second try
+could start a second session, `LostAnswer` says that nobody knows whether the first one arrived. It does not promise to
+understand other versions of the command than it was written after: 2.2.5 of the official CLI.
+
+The command ends with status 0 although a push was refused, and with 1 after an HTTP error, whose first line it prints.
+So its words decide, and its status only where they say nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from launch.console import UserError, format_duration, warn
+
+State = Literal["queued", "running", "complete", "error", "cancelled"]
+ACTIVE: tuple[State, ...] = ("queued", "running")
+
+_STATES: dict[str, State] = {
+    "QUEUED": "queued",
+    "NEW_SCRIPT": "queued",
+    "RUNNING": "running",
+    "CANCEL_REQUESTED": "running",  # it still runs, and still uses GPU hours
+    "COMPLETE": "complete",
+    "ERROR": "error",
+    "CANCEL_ACKNOWLEDGED": "cancelled",  # by the user, or by Kaggle at a session's time limit
+}
+
+# Older ones take OWNER/KERNEL/VERSION and answer about the newest version all the same, which would hide or invent a
+# session; and their `kaggle quota` fails.
+_LEAST_VERSION = (2, 2, 5)
+
+_INSTALL = "pip install --upgrade kaggle (into any environment; its `kaggle` must be on PATH)"
+_TOKEN = (
+    "create one at https://www.kaggle.com/settings/api and save it as ~/.kaggle/access_token (or `kaggle auth login`, "
+    "or the older kaggle.json as ~/.kaggle/kaggle.json)"
+)
+
+# Of an HTTP error the command prints what the server says, be it "Not found" or "404 Client Error: ...", and then a
+# hint of its own, which tells them apart.
+_RATE_LIMITED = re.compile(r"You have been rate limited|429 Client Error")
+_PASSING = re.compile(
+    r"This is a problem on Kaggle's side|\b5\d\d Server Error|ConnectionError|ConnectTimeout|ReadTimeout"
+    r"|Max retries exceeded|Connection (?:refused|reset|aborted)|RemoteDisconnected|ProtocolError|SSLError|timed out"
+)
+_NEVER_SENT = re.compile(r"NameResolutionError|Failed to resolve|name resolution")
+_NOT_FOUND = re.compile(r"The resource was not found|404 Client Error")
+_DENIED = re.compile(r"You don't have access to this resource|Cannot access kernel|403 Client Error")
+_PUSHED = re.compile(r"Kernel version (\d+) successfully pushed")
+
+# How long one answer may take, in seconds; uploads of prepared data over a slow line take hours.
+_ANSWER_S, _UPLOAD_S = 600.0, 6 * 3600.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PATIENCE_S = 30.0, 900.0, 86400.0
+
+
+class PassingError(Exception):
+    """A rate limit, a network error or a fault of Kaggle's: the same question later may be answered.
+
+    surely_not_done: Kaggle cannot have done what it was asked to do.
+    """
+
+    def __init__(self, message: str, *, surely_not_done: bool = False):
+        super().__init__(message)
+        self.surely_not_done = surely_not_done
+
+
+class LostAnswer(Exception):
+    """The command failed in a way that leaves open whether Kaggle did what it was asked to do."""
+
+
+class QuotaUsedUp(Exception):
+    """Kaggle refused a push: this week's GPU hours are used up. No session began."""
+
+
+class NoFreeSession(Exception):
+    """Kaggle refused a push: the account runs as many sessions as it may. No session began."""
+
+
+class Clock:
+    """The time of day in seconds since the epoch, and waiting. Tests bring their own."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """The account's GPU hours of this week. renewed: when the next week's hours begin, seconds since the epoch."""
+
+    used_h: float
+    total_h: float
+    renewed: float | None
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A session that Kaggle took. left_out: what it could not attach, in its own words; it began all the same."""
+
+    version: int
+    left_out: str = ""
+
+
+class Kaggle:
+    """Asks Kaggle through the `kaggle` command.
+
+    first_pause_s: before the first new try, twice as long before each further one. inherited: open files that the
+    command keeps open while it lives; the relay's lock is one.
+    """
+
+    def __init__(self, clock: Clock, *, first_pause_s: float = _FIRST_PAUSE_S, inherited: Sequence[int] = ()):
+        self._clock, self._first_pause_s, self._inherited = clock, first_pause_s, tuple(inherited)
+        command = shutil.which("kaggle")
+        if command is None:
+            raise UserError(f"there is no `kaggle` command on PATH: {_INSTALL}. It also wants a token: {_TOKEN}")
+        self._command = command
+        self._secrets = _secrets()
+
+    # Who asks.
+
+    def account(self) -> str:
+        """The account that the token belongs to. UserError: no token, a rejected one, or a command that is too old."""
+        said = self._ask(["--version"])
+        found = re.search(r"(\d+)\.(\d+)\.(\d+)", said)
+        if found is None or tuple(map(int, found.groups())) < _LEAST_VERSION:
+            least = ".".join(map(str, _LEAST_VERSION))
+            raise UserError(
+                f"`{self._command}` is {said.strip() or 'of an unknown version'}, and {least} or later is needed, "
+                f"because older ones cannot ask for a kernel's version: {_INSTALL}"
+            )
+        name = re.search(r"^- username: (\S+)", self._ask(["config", "view"]), re.MULTILINE)
+        if name is None or name[1] == "None":
+            raise UserError(f"the `kaggle` command does not know whose token it has: {_TOKEN}")
+        return name[1]
+
+    def quota(self) -> Quota | None:
+        """The account's GPU hours; None where Kaggle does not tell."""
+        with suppress(ValueError, KeyError, TypeError, UserError):
+            rows = json.loads(self._ask(["quota", "--format", "json"], patience_s=0.0))
+            row = next(row for row in rows if row["resource"] == "GPU")
+            renewed = datetime.fromisoformat(row["refreshAt"]) if row.get("refreshAt") else None
+            if renewed is not None and renewed.tzinfo is None:
+                renewed = renewed.replace(tzinfo=UTC)
+            return Quota(
+                used_h=float(row["used"].rstrip("h")),
+                total_h=float(row["total"].rstrip("h")),
+                renewed=renewed.timestamp() if renewed is not None else None,
+            )
+        return None
+
+    # Kernels.
+
+    def status(self, kernel: str, version: int) -> tuple[State, str] | None:
+        """How a version of a kernel stands, and why it failed if it did; None where there is no such version."""
+        try:
+            said = self._ask(["kernels", "status", f"{kernel}/{version}"])
+        except _Absent:
+            return None
+        found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
+        if found is None:
+            raise UserError(f"cannot read what `kaggle kernels status` says of {kernel}: {_one_line(said)}")
+        # What this module has never heard of may be a session that runs.
+        state = _STATES.get(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found[1]).upper(), "running")
+        why = re.search(r'Failure message: "(.*)"', said, re.DOTALL)
+        return state, _one_line(why[1]) if why else ""
+
+    def push(self, folder: Path) -> Pushed:
+        """Starts a session of the kernel in `folder`. Raises QuotaUsedUp, NoFreeSession, LostAnswer or UserError."""
+        said = self._ask(["kernels", "push", "-p", str(folder)], changes=True)
+        pushed = _PUSHED.search(said)
+        if pushed is not None:
+            left_out = [line for line in said.splitlines() if line.startswith("The following are not valid")]
+            return Pushed(int(pushed[1]), " ".join(left_out))
+        found = re.search(r"Kernel push error: (.*)", said)
+        if found is None:
+            raise LostAnswer(_one_line(said) or "no answer")
+        refusal = found[1].strip()
+        if re.search(r"quota", refusal, re.IGNORECASE):
+            raise QuotaUsedUp(refusal)
+        if re.search(r"session count", refusal, re.IGNORECASE):
+            raise NoFreeSession(refusal)
+        if re.search(r"phone|verif", refusal, re.IGNORECASE):
+            raise UserError(
+                f"Kaggle refuses the session: {refusal} (GPUs and the internet need a verified phone number: "
+                "https://www.kaggle.com/settings, Phone verification; then start the same command again)"
+            )
+        raise UserError(f"Kaggle refuses the session: {refusal}; nothing was started")
+
+    def output(self, kernel: str, version: int, folder: Path, pattern: str) -> bool:
+        """Fetches those output files of a version whose path the regular expression finds, and the log, to `folder`.
+
+        False: there is no output at all.
+        """
+        words = ["kernels", "output", f"{kernel}/{version}", "-p", str(folder), "-o", "-q", "--file-pattern", pattern]
+        try:
+            self._ask([*words, "--page-size", "200"])
+        except _Absent as error:
+            if not _NOT_FOUND.search(error.said):
+                raise  # an address that expired, say: to take that for "no output" would lose what the session did
+            return False
+        return True
+
+    # Datasets.
+
+    def dataset(self, dataset: str) -> tuple[str, int] | None:
+        """A dataset's state ("ready", "failed", or of a step before) and newest version; None where there is none."""
+        try:
+            found = json.loads(self._ask(["datasets", "status", dataset, "--format", "json"]))
+            return str(found["status"]), int(found["current_version_number"])
+        except _Absent:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"cannot read what `kaggle datasets status` says of {dataset}") from None
+
+    def upload(self, folder: Path, *, is_new: bool, notes: str) -> None:
+        """Uploads `folder` as a new dataset, or as a new version. A lost answer is no harm: it is uploaded again."""
+        options = ["-p", str(folder), "-q", "--keep-tabular", "--dir-mode", "zip"]
+        words = ["create", *options] if is_new else ["version", *options, "-m", notes]
+        said = self._ask(["datasets", *words], limit_s=_UPLOAD_S)
+        refusal = re.search(r"creation error: (.*)", said)
+        if is_new and refusal is not None and "already in use" in refusal[1]:
+            return  # by an earlier try whose answer was lost: the caller saw that there was none
+        if refusal is not None:
+            raise UserError(f"Kaggle refuses the dataset: {refusal[1].strip()}")
+
+    # Asking.
+
+    def _ask(
+        self,
+        words: Sequence[str],
+        *,
+        changes: bool = False,
+        limit_s: float = _ANSWER_S,
+        patience_s: float = _PATIENCE_S,
+    ) -> str:
+        """What the command prints; tried again while its errors are of those that pass.
+
+        changes: a second try could do a thing twice, so only an error from before it was done is tried again.
+        limit_s: for one answer. patience_s: for all tries.
+        """
+        pause_s, began = self._first_pause_s, self._clock.now()
+        while True:
+            try:
+                return self._run(words, limit_s)
+            except PassingError as error:
+                if changes and not error.surely_not_done:
+                    raise LostAnswer(str(error)) from error
+                if self._clock.now() - began >= patience_s:
+                    raise UserError(
+                        f"no answer from Kaggle for {format_duration(patience_s)}, the last error: {error}; nothing "
+                        "is lost, start the same command again"
+                    ) from error
+                warn(f"Kaggle does not answer, next try in {format_duration(pause_s)}: {error}")
+            self._clock.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _run(self, words: Sequence[str], limit_s: float) -> str:
+        """What the command prints when it succeeds. Raises PassingError, _Absent or UserError."""
+        try:
+            done = subprocess.run(
+                [self._command, "-W", *words],  # without the notice of a newer version, which comes before the answer
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=limit_s,
+                pass_fds=self._inherited,
+            )
+        except subprocess.TimeoutExpired:
+            raise PassingError(f"timed out after {format_duration(limit_s)}") from None
+        said = self.redact(done.stdout + done.stderr)
+        if done.returncode == 0:
+            return said
+        if "Authentication required" in said or "401 Client Error" in said:
+            raise UserError(f"Kaggle wants a token, or rejects the one it was given: {_TOKEN}")
+        if _RATE_LIMITED.search(said) or _PASSING.search(said):
+            not_done = _RATE_LIMITED.search(said) or _NEVER_SENT.search(said)
+            raise PassingError(_cause(said), surely_not_done=not_done is not None)
+        if _NOT_FOUND.search(said) or _DENIED.search(said):
+            raise _Absent(f"Kaggle does not give access, kaggle {' '.join(words[:3])}: {_cause(said)}", said)
+        raise UserError(f"`kaggle {' '.join(words[:2])}` failed with status {done.returncode}: {_cause(said)}")
+
+    def redact(self, text: str) -> str:
+        """`text` without tokens, and without the signatures of signed addresses."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[token]")
+        text = re.sub(r"KGAT_\w+|(?<=Bearer )\S+|(?<=Basic )\S+", "[token]", text)
+        return re.sub(r"(https?://[^\s?]+)\?[^\s)\"']+", r"\1?[...]", text)
+
+
+class _Absent(UserError):
+    """There is no such kernel, version or dataset, or not for this account: Kaggle does not always tell which."""
+
+    def __init__(self, message: str, said: str):
+        super().__init__(message)
+        self.said = said
+
+
+def _cause(said: str) -> str:
+    """The line of an error message that names the cause: the last of a traceback, else the first."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        return _one_line(lines[-1])
+    return _one_line(next((line for line in lines if not line.lower().startswith("warning")), "it says nothing"))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _secrets() -> list[str]:
+    """Every token that the command could be using, wherever it looks for one; the longest first."""
+    home = Path.home()
+    folders = {home / ".kaggle", home / ".config/kaggle", Path(os.environ.get("KAGGLE_CONFIG_DIR") or home / ".kaggle")}
+    found = {os.environ.get("KAGGLE_KEY", ""), os.environ.get("KAGGLE_API_TOKEN", "")}
+    user = os.environ.get("KAGGLE_USERNAME", "")
+    files = [folder / name for folder in folders for name in ("access_token", "access_token.txt")]
+    with suppress(OSError, ValueError):
+        files.append(Path(os.environ.get("KAGGLE_API_TOKEN") or "access_token"))  # a token, or a file that holds one
+    for file in files:
+        with suppress(OSError, ValueError):
+            found.add(file.read_text(encoding="utf-8").strip())
+    for file in [folder / name for folder in folders for name in ("kaggle.json", "credentials.json")]:
+        with suppress(OSError, ValueError):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            user = user or content.get("username", "")
+            found |= {content.get(key) or "" for key in ("key", "access_token", "refresh_token")}
+    found |= {base64.b64encode(f"{user}:{secret}".encode()).decode() for secret in found if secret}
+    # A shorter one is no token, and would tear holes into ordinary words.
+    return sorted((secret for secret in found if len(secret) >= 8), key=len, reverse=True)

@@ -1,0 +1,390 @@
+"""Writes what Kaggle needs to run a session: a small notebook, and a data set with the code, the config and the data.
+
+    python -m launch.kaggle notebook configs/gpt/t4x2.yaml --owner ME --output kaggle
+    python -m launch.kaggle notebook configs/gpt/t4x2.yaml --owner ME --output kaggle --previous ME/relay
+
+The folder is one for `kaggle kernels push -p`. Without --dataset it holds another one, for `kaggle datasets create -p`.
+The config is checked as the training would check it, and nothing is written if there is a mistake. Equal code, config
+and data give equal files, byte for byte, so that whoever uploads them can tell by one hash that nothing is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from data_prep.files import open_atomically, sha256_of, write_atomically, writing_to
+from launch.config import script_of
+from launch.console import UserError, run_main, say
+from launch.environment import KAGGLE_INPUT, KAGGLE_WORKING
+
+if TYPE_CHECKING:
+    from training.engine.task import RunOptions
+
+CODE, DATA, CONTENT = "relay.tar.gz", "data.tar", "content.json"
+NOTEBOOK = "relay.ipynb"
+
+# One session's two cards, a rank each.
+GPUS = 2
+
+# The name of an accelerator goes into `machine_shape`. Kaggle's CLI documents NvidiaTeslaT4 as what the editor calls
+# "GPU T4 x2" (docs/kernels_metadata.md since September 2026; a single T4 is not offered); before, it listed the name
+# without the number of cards. Without a name Kaggle has given a P100, which the torch of its image no longer supports.
+MACHINE_SHAPE = "NvidiaTeslaT4"
+
+# What makes a run from a checkout, where there is no git to ask what belongs to it.
+_LAYOUT = ("README.md", "LICENSE", "requirements.txt", "launch", "slurm", "data_prep", "training", "configs")
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+# The notebook's cells, in order. `{...}` is filled in. Their lines run on Kaggle's Python and without Relay, up to the
+# cell that has unpacked it.
+_TITLE = """\
+# {title}
+
+One session of a training that takes several: it goes on from where the last one stopped, trains on both GPUs until the
+session's time is nearly over, saves, and leaves the run in the output. The next session has this one's output among its
+inputs. Made by `python -m launch.kaggle`; `{command}`.
+"""
+
+_UNPACK = """\
+# The code lies outside of the output. Kaggle may have unpacked the archives of the data set itself.
+import os, shutil, subprocess, sys, tarfile, tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+inputs = Path(os.environ.get("{input_variable}", "/kaggle/input"))
+code = Path(tempfile.gettempdir(), "relay")
+shutil.rmtree(code, ignore_errors=True)
+for unpacked in inputs.rglob("launch/kaggle/session.py"):
+    shutil.copytree(unpacked.parents[2], code, dirs_exist_ok=True)
+for name in ("{code}", "{data}"):
+    for archive in filter(Path.is_file, inputs.rglob(name)):
+        with tarfile.open(archive) as opened:
+            opened.extractall(code, filter="data")
+if not (code / "launch").is_dir():
+    raise FileNotFoundError(f"Relay's code is not below {{inputs}}: add the data set {dataset} to the notebook's input")
+
+
+def is_lacking(requirement):
+    name, _, wanted = requirement.partition("==")
+    try:
+        return version(name) != wanted
+    except PackageNotFoundError:
+        return True
+
+
+# What the image lacks is installed; its torch stays, which fits its driver.
+listed = (code / "requirements.txt").read_text().partition("# tests")[0].split("\\n")
+lacking = [each for each in listed if each and not each.startswith(("#", "torch==")) and is_lacking(each)]
+if lacking:
+    print("installing", *lacking)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *lacking, "torch==" + version("torch")], check=True)
+"""
+
+_SESSION = """\
+# The training has processes of its own. "Stop" asks them to save and end, a second time to end at once.
+import signal
+
+words = {words}
+command = [sys.executable, "-m", "launch.kaggle", "session", *words]
+session = subprocess.Popen(
+    command,
+    cwd=code,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    errors="replace",
+    start_new_session=True,
+)
+while True:
+    try:
+        for line in session.stdout:
+            print(line, end="")
+        break
+    except KeyboardInterrupt:
+        session.send_signal(signal.SIGINT)
+print("the session ended with status", session.wait())  # 0 finished, 75 to be continued, 1 failed
+"""
+
+_RESULT = """\
+# How the run stands. No error is raised here: the output of a notebook that failed may be lost.
+print(Path(os.environ.get("{working_variable}", "/kaggle/working"), "session.json").read_text())
+"""
+
+
+def write_kernel(
+    folder: Path,
+    *,
+    owner: str,
+    slug: str,
+    title: str,
+    words: Sequence[str],
+    dataset: str,
+    previous: Sequence[str],
+    expected_step: int = 1,
+) -> None:
+    """Writes the notebook and kernel-metadata.json into `folder`, for `kaggle kernels push -p`.
+
+    words: the training's config file and options, as on its command line. dataset: OWNER/SLUG of what `write_dataset`
+    made. previous: OWNER/SLUG of kernels whose outputs the run is looked for in. expected_step: the step that the run
+    has come to in them; where it has not, the session ends at once. Raises UserError with every mistake in the names.
+    """
+    mistakes = [*name_mistakes(owner, slug), *_reference_mistakes("--dataset", [dataset])]
+    mistakes += _reference_mistakes("--previous", previous)
+    if len(title) < 5:
+        mistakes.append(f"Kaggle asks for a title of at least 5 characters, got {title!r}")
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    config, *options = words
+    # Kaggle starts a session without an input that it cannot attach. It would train from the beginning again.
+    expected = ["--expect-step", str(expected_step)] if previous else []
+    words = [str(config_in_archive(Path(config))), *expected, *options]
+    filled = {
+        "title": title,
+        "command": f"session {' '.join(words)}",
+        "input_variable": KAGGLE_INPUT,
+        "working_variable": KAGGLE_WORKING,
+        "code": CODE,
+        "data": DATA,
+        "dataset": dataset,
+        "words": json.dumps(words, ensure_ascii=False),
+    }
+    cells = [_cell("markdown", _TITLE, filled)] + [_cell("code", each, filled) for each in (_UNPACK, _SESSION, _RESULT)]
+    notebook = {
+        "cells": [{**cell, "id": f"cell-{number}"} for number, cell in enumerate(cells)],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    metadata = {
+        "id": f"{owner}/{slug}",
+        "title": title,
+        "code_file": NOTEBOOK,
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_internet": True,  # for what the image lacks, and for base models
+        "machine_shape": MACHINE_SHAPE,
+        "dataset_sources": [dataset],
+        "competition_sources": [],
+        "kernel_sources": list(previous),
+        "model_sources": [],
+    }
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / NOTEBOOK, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder / "kernel-metadata.json", json.dumps(metadata, indent=2) + "\n")
+
+
+def _cell(kind: str, text: str, filled: dict[str, str]) -> dict[str, Any]:
+    more = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    return {"cell_type": kind, "metadata": {}, "source": text.format(**filled).rstrip().splitlines(True), **more}
+
+
+def name_mistakes(owner: str, slug: str) -> list[str]:
+    """What Kaggle would not take of a user's name and the name of a kernel or data set, in words."""
+    mistakes = []
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", owner):
+        mistakes.append(f"--owner: expected a name on Kaggle, got {owner!r}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{3,48}[a-z0-9]", slug):
+        mistakes.append(f"--slug: expected 5 to 50 lower-case letters, digits and inner dashes, got {slug!r}")
+    return mistakes
+
+
+def _reference_mistakes(option: str, references: Iterable[str]) -> list[str]:
+    return [
+        f"{option}: expected OWNER/SLUG, got {each!r}"
+        for each in references
+        if not re.fullmatch(r"[\w-]+/[\w-]+", each)
+    ]
+
+
+def config_in_archive(config: Path) -> PurePosixPath:
+    """Where `write_dataset` puts a config, which may lie anywhere: the name of its folder says what trains by it."""
+    return PurePosixPath("configs", config.resolve().parent.name, config.name)
+
+
+# The data set.
+
+
+def write_dataset(folder: Path, *, owner: str, slug: str, config: Path, data: Path) -> None:
+    """Writes code, config and prepared data into `folder`, for `kaggle datasets create -p` and `... version -p`.
+
+    `content_hash` tells afterwards whether anything in it is new. Raises UserError when there is nothing to write.
+    """
+    mistakes = [*name_mistakes(owner, slug), *_content_mistakes(config, data)]
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    inside = str(config_in_archive(config))
+    code = {name: _ROOT / name for name in _code_files(_ROOT)} | {inside: config}
+    prepared = {
+        str(PurePosixPath("prepared", data.resolve().name, path.relative_to(data).as_posix())): path
+        for path in data.rglob("*")
+        if path.is_file()
+    }
+    about = {
+        "id": f"{owner}/{slug}",
+        "title": f"Relay {slug}"[:50],
+        "licenses": [{"name": "other"}],  # the data's own, which its meta.json names
+    }
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # An archive of its own for what changes less often and is much larger.
+        _write_archive(folder / CODE, code)
+        _write_archive(folder / DATA, prepared)
+        files = {name: sha256_of(folder / name) for name in (CODE, DATA)}
+        whole = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        write_atomically(folder / "dataset-metadata.json", json.dumps(about, indent=2) + "\n")
+        write_atomically(folder / CONTENT, json.dumps({"sha256": whole, "files": files}, indent=2) + "\n")
+
+
+def content_hash(folder: Path) -> str | None:
+    """SHA-256 of what `write_dataset` put into a folder, as it wrote it down; None where it did not."""
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((folder / CONTENT).read_text(encoding="utf-8"))["sha256"]
+    return None
+
+
+def _content_mistakes(config: Path, data: Path) -> list[str]:
+    mistakes = [] if config.is_file() else [f"there is no config file {config}"]
+    if not (data / "meta.json").is_file():
+        mistakes.append(f"{data} is no prepared data set: there is no meta.json in it; make it with data_prep")
+    return mistakes
+
+
+def _code_files(root: Path) -> list[str]:
+    """What belongs to Relay below `root`: what git tracks, and Python and YAML that it would; or what the layout names.
+
+    An own training that was not committed yet is needed; what else lies about is not, nor may it leave the machine.
+    """
+    with suppress(OSError, subprocess.CalledProcessError):
+        asked = ["git", "ls-files", "-z", "--exclude-standard"]
+        tracked = subprocess.run(asked, cwd=root, capture_output=True, check=True).stdout
+        asked += ["--others", "--", "*.py", "*.yaml"]
+        new = subprocess.run(asked, cwd=root, capture_output=True, check=True).stdout
+        names = [name for name in (tracked + new).decode().split("\0") if name and (root / name).is_file()]
+        # Where another repository has Relay within it, its git may ignore all of this.
+        if "launch/kaggle/notebook.py" in names:
+            return names
+    found = [path for name in _LAYOUT for path in (root / name, *(root / name).rglob("*"))]
+    return [str(path.relative_to(root)) for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _write_archive(path: Path, members: dict[str, Path]) -> None:
+    """A tar file, compressed if its name says so. Equal members give equal bytes: no times and no owners are in it."""
+    with open_atomically(path) as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as compressed:
+                _write_tar(compressed, members)  # type: ignore[arg-type]
+        else:
+            _write_tar(raw, members)
+
+
+def _write_tar(file: io.BufferedIOBase, members: dict[str, Path]) -> None:
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+        for name, path in sorted(members.items()):
+            about = tarfile.TarInfo(name)
+            about.size = path.stat().st_size
+            about.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+            with path.open("rb") as content:
+                archive.addfile(about, content)
+
+
+# The command.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.kaggle notebook",
+        usage="%(prog)s CONFIG.yaml --owner ME --output DIR [options] [--key value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG.yaml")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the notebook")
+    add("--owner", required=True, help="your name on Kaggle")
+    add("--slug", help="the notebook's name on Kaggle (default: relay- and the run's name)")
+    add("--dataset", metavar="OWNER/SLUG", help="data set with code, config and data (default: one is made to upload)")
+    add("--previous", action="append", default=[], metavar="OWNER/SLUG", help="notebook whose output to go on from")
+    add("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    arguments, words = parser.parse_known_args(argv)
+    mistakes, options, slug = [], None, arguments.slug or "relay"
+    try:
+        options = checked_options(arguments.script or script_of(arguments.config), [str(arguments.config), *words])
+    except UserError as error:
+        mistakes.append(str(error))
+    else:
+        slug = arguments.slug or slug_of(options.run_dir)
+        if arguments.dataset is None:
+            mistakes += _content_mistakes(arguments.config, options.data)
+    mistakes += name_mistakes(arguments.owner, slug)
+    mistakes += _reference_mistakes("--dataset", [arguments.dataset] if arguments.dataset is not None else [])
+    mistakes += _reference_mistakes("--previous", arguments.previous)
+    if mistakes or options is None:
+        raise UserError("; ".join(mistakes) + "; nothing was written")
+    dataset = arguments.dataset or f"{arguments.owner}/{slug}-files"
+    words = [str(arguments.config), *(["--script", arguments.script] if arguments.script else []), *words]
+    say(f"the run {options.run_dir.name}, on {GPUS} T4s")
+    write_kernel(
+        arguments.output,
+        owner=arguments.owner,
+        slug=slug,
+        title=slug.replace("-", " "),  # Kaggle makes the slug of the title
+        words=words,
+        dataset=dataset,
+        previous=arguments.previous,
+    )
+    if arguments.dataset is None:
+        files = arguments.output / "dataset"
+        write_dataset(files, owner=arguments.owner, slug=f"{slug}-files", config=arguments.config, data=options.data)
+        say(f"first:  kaggle datasets create -p {files}   (later: kaggle datasets version -p {files} -m again)")
+    say(f"then:   kaggle kernels push -p {arguments.output}")
+    if not arguments.previous:
+        say(f"next:   the same command with --previous {arguments.owner}/{slug}, and push again")
+    return 0
+
+
+def slug_of(run_dir: Path) -> str:
+    """What a run is called on Kaggle. The prefix keeps it away from the user's own notebooks."""
+    return re.sub(r"[^a-z0-9]+", "-", f"relay-{run_dir.name}".lower())[:44].strip("-")
+
+
+def checked_options(script: str, words: Sequence[str]) -> RunOptions:
+    """The options `words` of the training `script`. Raises UserError with the mistakes in them, for two T4s."""
+    from launch.scripts import read_options  # imports torch
+
+    options, mistakes = read_options(script, words), []
+    if options.precision == "bf16":
+        mistakes.append("precision bf16: a T4 (sm_75) only emulates it, slowly; auto takes fp16 there")
+    count = options.batch.micro_batches_per_step
+    if count % GPUS:
+        mistakes.append(
+            f"{GPUS} GPUs cannot share the {count} micro-batches of a step equally: in a new run set "
+            f"--batch.micro_batches_per_step {count + count % GPUS}"
+        )
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    return options
+
+
+if __name__ == "__main__":
+    run_main(main)

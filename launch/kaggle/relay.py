@@ -1,0 +1,431 @@
+"""Drives a run on Kaggle from one's own machine, session after session, until the model is finished.
+
+    python -m launch.kaggle relay configs/gpt/t4x2.yaml [--key value ...] [--owner NAME] [--every 5m]
+
+Uploads code, config and prepared data as a private dataset where they changed, starts a session, waits for its end,
+looks at how it went, and starts the next one with its output as an input. Where the week's GPU hours are used up it
+says when they are renewed, waits and goes on. Options that it does not know go to the training.
+
+It can be interrupted at any moment, and the same command goes on: what it is about to do stands in
+`runs/NAME/kaggle.json` before it is done, and what came of it is asked of Kaggle, never concluded. So no session is
+started while another one of the run may be active, and none is lost. That holds for one machine; a second one should
+not drive the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import writing_to
+from launch.config import raw_values, script_of
+from launch.console import TryLaterError, UserError, format_duration, parse_duration, say, warn
+from launch.kaggle import notebook
+from launch.kaggle.client import ACTIVE, Clock, Kaggle, LostAnswer, NoFreeSession, QuotaUsedUp
+from launch.kaggle.record import (
+    RECORD,
+    Record,
+    Session,
+    end_of,
+    hours_between,
+    seconds,
+    to_continue,
+    utc,
+    vain_sessions,
+)
+from launch.kaggle.session import SUMMARY
+from training.engine.account import EXIT_RESUMABLE, read_status, saved_steps
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: two relays of one run are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
+FAILURE_LIMIT = 3
+
+# Kaggle's own figures, for when it does not tell: GPU hours of a week, which begins on Saturday at 0:00 UTC.
+_WEEK_H, _WEEK_S = 30.0, 7 * 86400.0
+_A_SATURDAY = datetime(2000, 1, 1, tzinfo=UTC).timestamp()
+
+# A push whose answer was lost may be under way for some time; so often and so long apart it is looked for.
+_LOST_TRIES, _LOST_PAUSE_S = 4, 30.0
+# A version that exists does not vanish because Kaggle denies it once.
+_GONE_TRIES = 5
+
+# What is fetched of a session's output beside its log: how it went, and where the checkpoints are.
+_SMALL = r"(^|/)(session|status|manifest)\.json$"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and under which names on Kaggle. words: config and options of `launch.kaggle session`."""
+
+    words: tuple[str, ...]
+    run_dir: Path
+    data: Path
+    owner: str
+
+    @property
+    def name(self) -> str:
+        return notebook.slug_of(self.run_dir)
+
+    @property
+    def kernels(self) -> tuple[str, str]:
+        """Two in turn, each with the other's output as input: that a kernel's own output may be its input is not
+        documented, and its newest version would be the one that is about to run."""
+        return f"{self.owner}/{self.name}-a", f"{self.owner}/{self.name}-b"
+
+    @property
+    def dataset(self) -> str:
+        return f"{self.owner}/{self.name}-files"
+
+
+class Relay:
+    """Brings one run to its end; see the module's promise. every_s: between two looks at a session, in seconds."""
+
+    def __init__(self, run: Run, kaggle: Kaggle, clock: Clock, every_s: float):
+        self.run, self._kaggle, self._clock, self._every_s = run, kaggle, clock, every_s
+        self._record = Record.read(run.run_dir / RECORD)
+        self._folder = run.run_dir / "kaggle"
+        self._waits = False  # for one of the account's sessions, and it was said
+
+    def drive(self) -> int:
+        """Returns 0 when the model is finished, 75 where the user stopped the run. Raises UserError if it failed."""
+        uploaded = False
+        while True:
+            self._ask_what_is_there()
+            for session in self._record.sessions:
+                if session.ended is None:
+                    self._watch(session)
+            status = self._conclude()
+            if status is not None:
+                return status
+            if not uploaded:
+                self._upload()
+                uploaded = True
+            self._push()
+
+    # What Kaggle knows.
+
+    def _ask_what_is_there(self) -> None:
+        """Adds the versions that Kaggle has and the record has not.
+
+        So a push whose answer was lost is found, and so are the sessions of a run whose record was lost.
+        """
+        for kernel in self.run.kernels:
+            pending, tries = self._record.pending(kernel), 1
+            if pending is not None:
+                tries = _LOST_TRIES
+            while tries:
+                newest = self._record.newest(kernel)
+                version = ((newest.version or 0) if newest is not None else 0) + 1
+                found = self._kaggle.status(kernel, version)
+                if found is None:
+                    tries -= 1
+                    if tries:
+                        self._clock.sleep(min(_LOST_PAUSE_S, self._every_s))
+                    continue
+                if pending is not None:
+                    session, how = pending, "its push had arrived"
+                    session.version = version
+                else:
+                    session, how = self._record.add(kernel, version, [], None), "found on Kaggle"
+                    session.told = found[0] not in ACTIVE  # what it means was told in its time
+                pending, tries, session.state = None, 1, found[0]
+                self._record.write()
+                say(f"{session.name}: {how}, {found[0]}")
+            if pending is not None:
+                say(f"session {pending.number}: its push did not arrive")
+                self._record.forget(pending)
+
+    def _watch(self, session: Session) -> None:
+        """Waits until the session is over, and takes in what came of it."""
+        assert session.version is not None
+        missed = 0
+        while missed < _GONE_TRIES:
+            found = self._kaggle.status(session.kernel, session.version)
+            if found is None:
+                missed += 1
+            else:
+                missed = 0
+                state, why = found
+                if state != session.state:
+                    session.state = state
+                    if state in ACTIVE:
+                        say(f"{session.name}: {state}")
+                if state not in ACTIVE:
+                    self._end(session, why)
+                    return
+                session.seen = utc(self._clock.now())
+                if state == "running" and session.began is None:
+                    session.began = session.seen
+                self._record.write()
+            self._clock.sleep(self._every_s)
+        session.state = "cancelled"
+        self._end(session, "Kaggle no longer knows it, it was deleted perhaps")
+
+    def _end(self, session: Session, why: str) -> None:
+        assert session.version is not None
+        folder = self._empty(f"session-{session.number:03}")
+        self._kaggle.output(session.kernel, session.version, folder, _SMALL)
+        log = next(iter(folder.glob("*.log")), None)
+        session.log = str(log) if log is not None else None
+        # The run's folder, wherever in the output it is. Its checkpoints are told by their manifests' places.
+        inside = (path for path in folder.rglob("*") if path.is_dir() and path.name == self.run.run_dir.name)
+        run_dir = next(inside, folder)
+        session.step = max(saved_steps(run_dir), default=None)
+        status = read_status(run_dir) or {}
+        summary = _read_json(next(iter(folder.rglob(SUMMARY)), None)) or status
+        session.status, session.restart = summary.get("status"), summary.get("restart")
+        session.reason = why or summary.get("reason") or f"it ended ({session.state}) before it came to train"
+        session.ended = end_of(session, status.get("time"), self._clock.now())
+        if session.began is None and "seconds" in summary:
+            session.began = utc(seconds(session.ended) - float(summary["seconds"]))
+        session.began = session.began or session.pushed
+        self._record.write()
+        where = f"step {session.step:,}" if session.step is not None else "no checkpoint"
+        if session.step is not None and status.get("steps"):
+            where += f" of {status['steps']:,}"
+        say(f"{session.name}: {session.state}, {where}: {session.reason}")
+        self._say_hours()
+
+    # What it means.
+
+    def _conclude(self) -> int | None:
+        """The exit status, where no further session should begin; None: the next one."""
+        sessions = self._record.sessions
+        finished = next((session for session in sessions if session.status == "finished"), None)
+        if finished is not None:
+            say(f"{self.run.run_dir}: finished, {finished.reason}. Everything that it wrote:")
+            say(f"  kaggle kernels output {finished.kernel}/{finished.version} -p {self.run.run_dir}/output")
+            return 0
+        fresh = [session for session in sessions if not session.told]
+        if not fresh:
+            return None
+        last, vain = fresh[-1], min(vain_sessions(sessions), len(fresh))
+        over = last.restart is False
+        if not over and vain < FAILURE_LIMIT:
+            return None
+        for session in fresh:
+            session.told = True  # the same command again means that the user wants another session
+        self._record.write()
+        log = f"; its log: {last.log}" if last.log else ""
+        if over and last.status == "resumable":
+            say(f"{self.run.run_dir} rests: {last.reason}{log}; the same command continues it")
+            return EXIT_RESUMABLE
+        if over:
+            raise UserError(f"{last.name} failed: {last.reason}{log}. Mend that; the same command then goes on")
+        raise UserError(
+            f"{vain} sessions in a row brought nothing that the next one could continue from; the last, {last.name}: "
+            f"{last.reason}{log}. The same command tries again"
+        )
+
+    # The next session.
+
+    def _upload(self) -> None:
+        """Code, config and prepared data, where they are not what was uploaded last; returns when Kaggle has them."""
+        folder = self._empty("dataset")
+        dataset = self.run.dataset
+        notebook.write_dataset(
+            folder,
+            owner=self.run.owner,
+            slug=dataset.partition("/")[2],
+            config=Path(self.run.words[0]),
+            data=self.run.data,
+        )
+        sha256 = notebook.content_hash(folder)
+        there = self._kaggle.dataset(dataset)
+        known = self._record.dataset
+        if there is None or (known.get("name"), known.get("sha256")) != (dataset, sha256):
+            say(f"dataset {dataset}: uploading code, config and data, {_size_mb(folder):,.1f} MB")
+            self._kaggle.upload(folder, is_new=there is None, notes=f"sha256 {sha256}")
+            before = there[1] if there is not None else 0
+            there = self._kaggle.dataset(dataset)
+            while there is None or there[1] <= before or there[0] != "ready":
+                if there is not None and there[0] == "failed":
+                    raise UserError(f"Kaggle could not take in the dataset: https://www.kaggle.com/datasets/{dataset}")
+                self._clock.sleep(min(30.0, self._every_s))
+                there = self._kaggle.dataset(dataset)
+            self._record.dataset = {"name": dataset, "sha256": sha256, "version": there[1]}
+            self._record.write()
+            say(f"dataset {dataset}: version {there[1]} is ready")
+        shutil.rmtree(folder)
+
+    def _push(self) -> None:
+        """Starts the next session; returns when it began, when it may have begun, or when a later try is worth it."""
+        best = to_continue(self._record, self.run.kernels)
+        first, second = self.run.kernels
+        kernel = second if best is not None and best.kernel == first else first
+        previous = [best.kernel] if best is not None else []
+        folder = self._empty("kernel")
+        slug = kernel.partition("/")[2]
+        notebook.write_kernel(
+            folder,
+            owner=self.run.owner,
+            slug=slug,
+            title=slug,
+            words=self.run.words,
+            dataset=self.run.dataset,
+            previous=previous,
+            expected_step=(best.step or 0) if best is not None else 0,
+        )
+        # Before it is done: from here on a session may have begun.
+        session = self._record.add(kernel, None, previous, utc(self._clock.now()))
+        try:
+            pushed = self._kaggle.push(folder)
+        except LostAnswer as error:
+            warn(f"session {session.number}: no answer to its push ({error}); asking whether it arrived")
+            return
+        except QuotaUsedUp as error:
+            self._record.forget(session)
+            self._wait_for_quota(str(error))
+            return
+        except NoFreeSession as error:
+            self._record.forget(session)
+            if not self._waits:
+                say(f"no session is free, trying every {format_duration(self._every_s)}: {error}")
+            self._waits = True
+            self._clock.sleep(self._every_s)
+            return
+        except UserError:
+            self._record.forget(session)
+            raise
+        self._waits = False
+        session.version = pushed.version
+        self._record.write()
+        origin = f"continues {best.name} at step {best.step:,}" if best is not None else "from the beginning"
+        say(f"{session.name}: started, {origin}")
+        if pushed.left_out:
+            warn(f"{session.name}: {pushed.left_out}")
+
+    def _empty(self, name: str) -> Path:
+        folder = self._folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    # GPU hours.
+
+    def _wait_for_quota(self, why: str) -> None:
+        quota, now = self._kaggle.quota(), self._clock.now()
+        renewed = quota.renewed if quota is not None and quota.renewed is not None else _next_week(now)
+        say(
+            f"{why.strip().rstrip('.')}: new GPU hours on {_in_words(renewed)}, in {format_duration(renewed - now)}. "
+            "Left running, this goes on then; stopped, start the same command again after that"
+        )
+        until = max(renewed, now + self._every_s)
+        while (left_s := until - self._clock.now()) > 0:
+            self._clock.sleep(min(left_s, 600.0))  # in parts: a machine that sleeps stops such a wait, not the clock
+
+    def _say_hours(self) -> None:
+        quota, now = self._kaggle.quota(), self._clock.now()
+        renewed = quota.renewed if quota is not None and quota.renewed is not None else _next_week(now)
+        own_h = hours_between(self._record.sessions, renewed - _WEEK_S, now)
+        if quota is not None:
+            left = f"{max(0.0, quota.total_h - quota.used_h):.1f} of {quota.total_h:g} left"
+        else:
+            left = f"{max(0.0, _WEEK_H - own_h):.1f} of {_WEEK_H:g} left if nothing else ran"
+        say(f"GPU hours this week: {own_h:.1f} by this run, {left}, new ones on {_in_words(renewed)}")
+
+
+def _read_json(path: Path | None) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _next_week(now: float) -> float:
+    return now + _WEEK_S - (now - _A_SATURDAY) % _WEEK_S
+
+
+def _in_words(moment: float) -> str:
+    return datetime.fromtimestamp(moment).astimezone().strftime("%a %Y-%m-%d %H:%M %Z")
+
+
+def _size_mb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+# The command.
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
+    """Sees to it that one relay drives the run; gives the open files that its commands inherit.
+
+    A killed relay leaves a command behind that may be pushing. It holds the second lock until it has its answer, and
+    only then is there a truth to ask for.
+    """
+    if fcntl is None:
+        yield ()
+        return
+    relay = os.open(run_dir / ".kaggle-relay.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    command = os.open(run_dir / ".kaggle-command.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(relay, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TryLaterError(f"another relay is driving {run_dir}; one is enough") from None
+        try:
+            fcntl.flock(command, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for a `kaggle` command that an earlier relay left behind")
+            fcntl.flock(command, fcntl.LOCK_EX)
+        yield (command,)
+    finally:
+        os.close(command)
+        os.close(relay)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads the command line and drives the run; returns its exit status. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.kaggle relay",
+        usage="%(prog)s CONFIG.yaml [--key value ...] [--owner NAME] [--every 5m]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("--owner", help="your name on Kaggle (default: the one that the token belongs to)")
+    parser.add_argument("--every", default="5m", help="how often to look at a session (default %(default)s)")
+    parser.add_argument("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    arguments, words = parser.parse_known_args(argv)
+    try:
+        every_s = parse_duration(arguments.every)
+    except ValueError as error:
+        raise UserError(f"--every: {error}") from None
+    if every_s <= 0:
+        raise UserError("--every must be longer than nothing, for example 5m")
+    script = arguments.script or script_of(Path(arguments.config))
+    values = raw_values([arguments.config, *words])
+    missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
+    if missing:
+        raise UserError(f"{arguments.config} and the options do not say {' and '.join(missing)}")
+    run_dir, data = Path(values["run_dir"]), Path(values["data"])
+    if not data.is_dir():
+        raise UserError(f"there is no prepared data at {data}; README.md says how to prepare it")
+    with writing_to(run_dir, option="--run_dir"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    clock = Clock()
+    with _alone(run_dir) as inherited:
+        kaggle = Kaggle(clock, first_pause_s=min(30.0, every_s), inherited=inherited)
+        account = kaggle.account()
+        if arguments.owner not in (None, account):
+            raise UserError(f"--owner {arguments.owner}: the token belongs to {account}, who cannot push for others")
+        session_words = (arguments.config, *(["--script", arguments.script] if arguments.script else []), *words)
+        run = Run(session_words, run_dir, data, account)
+        if not (run_dir / RECORD).exists():
+            # A mistake in them would cost a session to find.
+            notebook.checked_options(script, [arguments.config, *words])
+        with writing_to(run_dir, option="--run_dir"):
+            return Relay(run, kaggle, clock, every_s).drive()

@@ -1,0 +1,403 @@
+"""One session on Kaggle: goes on from the newest output among the inputs, and leaves an output to go on from.
+
+    python -m launch.kaggle session CONFIG [--key value ...]
+
+The notebook's cell starts this as a process of its own, which starts the training by torchrun, a rank for each GPU (on
+a CPU, RANKS). What it guarantees: the training has saved and is gone before Kaggle's limit; the output stays below
+Kaggle's quota; at the end the run's folder and session.json are all that this program has left in /kaggle/working, and
+session.json says how it went, whatever happened. The exit status is 0 when the run is finished, 75 when another session
+is needed, 1 when none would help.
+
+A training that fails but may go on by itself is started again within the session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from data_prep.files import write_atomically, writing_to
+from launch.config import script_of
+from launch.console import Terminated, TryLaterError, UserError, format_duration, run_main, say, warn
+from launch.environment import (
+    PROCESS_BEGAN,
+    kaggle_input,
+    kaggle_output_bytes,
+    kaggle_run_type,
+    kaggle_working,
+    ranks_without_gpus,
+    time_left,
+)
+from launch.processes import children, family_of, kill_all
+from training.engine.account import EXIT_RESUMABLE, read_sessions, read_status, saved_steps
+
+SUMMARY = "session.json"
+
+# Between the end of the training and the limit, for the notebook to end and its output to be taken. How long Kaggle
+# takes for the latter, and whether that counts, is not documented.
+_MARGIN_S = 300.0
+
+# Of the quota, kept for what grows beside the checkpoints and for what Kaggle itself adds to the output.
+_RESERVE = 0.05
+
+# Attempts in a row that bring no checkpoint of a later step, and the session is given up.
+_VAIN_ATTEMPTS = 3
+
+# How often the disk and the clock are looked at.
+_LOOK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints the training keeps: the newest ones, and the best."""
+
+    keep: int
+    keep_best: int
+
+    @property
+    def most(self) -> int:
+        """Checkpoints on the disk at once: an old one is removed only when the new one stands beside it."""
+        return self.keep + self.keep_best + 1
+
+
+def retention(wanted: Retention, checkpoint_bytes: int, room_bytes: int) -> Retention:
+    """As much of `wanted` as has room. Raises UserError if not even three checkpoints have.
+
+    The larger number gives way first, and of equal ones the best: two of the newest are worth more, since one of them
+    may be damaged. checkpoint_bytes: of one, 0 while nobody knows.
+    """
+    kept = wanted
+    while kept.most * checkpoint_bytes > room_bytes:
+        if kept.keep == kept.keep_best == 1:
+            raise UserError(
+                f"a checkpoint has {checkpoint_bytes / 1e9:.3g} GB, and there is room for {room_bytes / 1e9:.3g} GB of "
+                "them in a session's output: three need to fit, the newest, the best and the one that is being written"
+            )
+        newest = kept.keep > kept.keep_best
+        kept = Retention(kept.keep - newest, kept.keep_best - (not newest))
+    return kept
+
+
+def margin_s(left_s: float) -> float:
+    """What is kept free at the end of a session that has so many seconds left; less in a rehearsal of a minute."""
+    return min(_MARGIN_S, left_s / 6)
+
+
+# What is among the inputs.
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for folder, _, _ in os.walk(root):
+        yield Path(folder)
+
+
+def previous_run(root: Path, name: str) -> Path | None:
+    """The folder of the run `name` below `root` that has come furthest; None if there is none with a checkpoint."""
+    found = [folder for folder in _folders(root) if folder.name == name and saved_steps(folder)]
+    return max(found, key=lambda folder: max(saved_steps(folder)), default=None)
+
+
+def prepared_data(root: Path, wanted: Path) -> Path:
+    """The prepared data: where the config says, or unpacked beside the code, or among the inputs, by its name there.
+
+    Raises UserError where it is in none of these places.
+    """
+    for folder in (wanted, Path("prepared", wanted.name)):
+        if (folder / "meta.json").is_file():
+            return folder
+    for folder in _folders(root):
+        if folder.name == wanted.name and (folder / "meta.json").is_file():
+            return folder
+    raise UserError(f"there is no prepared data {wanted.name} below {root}: add its data set to the notebook's input")
+
+
+# The disk.
+
+
+def bytes_below(folder: Path) -> int:
+    """The size of all files below a folder in which somebody else may be writing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += Path(place, name).lstat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A session's output: what the run has in it, and what still has room below the quota. source: the run before."""
+
+    working: Path
+    run_dir: Path
+    source: Path | None
+
+    def checkpoint_bytes(self) -> int:
+        """Of the run's largest checkpoint, 0 if it has none."""
+        places = (self.run_dir, *([self.source] if self.source else []))
+        return max((bytes_below(folder) for place in places for folder in saved_steps(place).values()), default=0)
+
+    def room_bytes(self) -> int:
+        """What checkpoints may take in all, those that are there included."""
+        others = bytes_below(self.working) - bytes_below(self.run_dir / "checkpoints")
+        return int(kaggle_output_bytes() * (1 - _RESERVE)) - others
+
+    def tidy(self) -> None:
+        """Removes what a training that was killed left unfinished, and checkpoints that were set aside as damaged."""
+        for pattern in (".*.partial", ".*.replaced", "removing-*", "invalid-*"):
+            for path in (self.run_dir / "checkpoints").glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+# The GPUs.
+
+
+def gpu_environment(gpus: int) -> tuple[dict[str, str], str]:
+    """What the GPUs need to be said to NCCL, and why.
+
+    NCCL moves data between GPUs directly (P2P) where they reach each other's memory, and else through the host's. Where
+    the driver says that they do not, NCCL is told outright. It should find that by itself; but nothing is then left to
+    try that could hang on a virtual machine, and the session says which way the gradients take.
+    """
+    if gpus < 2:
+        return {}, f"{gpus} GPU(s): nothing to say to NCCL"
+    # In a process of its own: asking makes a context on the first card, which holds memory until the process ends.
+    pairs = f"((a, b) for a in range({gpus}) for b in range({gpus}) if a != b)"
+    question = f"import torch; print(all(torch.cuda.can_device_access_peer(a, b) for a, b in {pairs}))"
+    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
+    if asked.stdout.strip() == "True":
+        return {}, "the GPUs reach each other's memory: NCCL is left to choose"
+    why = "the GPUs do not reach each other's memory" if asked.returncode == 0 else "the GPUs could not be asked"
+    return {"NCCL_P2P_DISABLE": "1"}, f"NCCL_P2P_DISABLE=1: {why}, so gradients go through the host's"
+
+
+# The training.
+
+
+@dataclass
+class Training:
+    """The processes of the training, and how they are asked to stop.
+
+    command: without what it is to keep. wanted: what it would keep if there were room. asked: signals that it was told.
+    """
+
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    disk: Disk
+    wanted: Retention
+    process: subprocess.Popen[bytes] | None = None
+    asked: list[int] = field(default_factory=list)
+
+    def run(self, margin: float) -> None:
+        """From start to end, once, with an eye on clock and disk; raises UserError where the quota is too small.
+
+        margin: what is to be free at the end of the session, in seconds.
+        """
+        kept = retention(self.wanted, self.disk.checkpoint_bytes(), self.disk.room_bytes())
+        words = ("--checkpoint.keep", str(kept.keep), "--checkpoint.keep_best", str(kept.keep_best))
+        # A session of its own: of what a terminal sends to all of its processes the ranks get one, from us.
+        self.process = subprocess.Popen(
+            [*self.command, *words], env={**os.environ, **self.environment}, start_new_session=True
+        )
+        told = False
+        for number in self.asked:  # before there was anybody to tell
+            self.tell(number)
+        while self.process.poll() is None:
+            time.sleep(_LOOK_EVERY_S)
+            if not told and kept.most * self.disk.checkpoint_bytes() > self.disk.room_bytes():
+                say("checkpoints turn out too large to keep as many: the training saves and starts again with fewer")
+                told = self._signal(signal.SIGTERM)
+            left = time_left()
+            if left is not None and left[0] < margin / 4:
+                warn("the training has not ended in time: it is killed, so that the output is not lost")
+                kill_all(family_of(self.process.pid))
+                break
+        self.process.wait()
+
+    def tell(self, number: int) -> None:
+        """Passes a signal on: one rank is enough, they agree. Before there are ranks, their launcher is ended."""
+        if self.process is not None and self.process.poll() is None and not self._signal(number):
+            self.process.terminate()
+
+    def _signal(self, number: int) -> bool:
+        # Not through torchrun: it gives its ranks 30 seconds, and a save may take longer.
+        assert self.process is not None
+        ranks = children(self.process.pid)
+        if ranks:
+            try:
+                os.kill(ranks[0], number)
+            except ProcessLookupError:
+                return False
+        return bool(ranks)
+
+
+class Session:
+    """One session, from what it finds to what it leaves."""
+
+    def __init__(self, script: str, words: Sequence[str], expected_step: int):
+        from launch.scripts import read_options  # imports torch
+
+        self.working = kaggle_working()
+        self.options = read_options(script, words)
+        self.run_dir = self.working / self.options.run_dir.name
+        self.source = previous_run(kaggle_input(), self.run_dir.name)
+        self.disk = Disk(self.working, self.run_dir, self.source)
+        places = (self.run_dir, *([self.source] if self.source else []))
+        self._known = {each["started"] for place in places for each in read_sessions(place)}
+        self._first_step = max((step for place in places for step in saved_steps(place)), default=0)
+        if self._first_step < expected_step:
+            found = f"only step {self._first_step:,} of it" if self._first_step else "nothing of it"
+            raise TryLaterError(
+                f"{self.run_dir.name} has come to step {expected_step:,}, but {found} is below {kaggle_input()}: the "
+                "output of the session before is not among the inputs, and this one would begin anew"
+            )
+        left = time_left()
+        self.margin = max(self.options.session.margin, margin_s(left[0])) if left else self.options.session.margin
+        self._errors = Path(tempfile.mkdtemp(), "error")
+        gpus = _gpus()
+        self.ranks = gpus or ranks_without_gpus()
+        settings, self.why = gpu_environment(gpus)
+        self.training = Training(
+            command=(*self._launcher(), "-m", script, *words, *self._own_words()),
+            environment={"RELAY_ERROR_FILE": str(self._errors), **settings},
+            disk=self.disk,
+            wanted=Retention(self.options.checkpoint.keep, self.options.checkpoint.keep_best),
+        )
+
+    def _launcher(self) -> tuple[str, ...]:
+        return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}")
+
+    def _own_words(self) -> tuple[str, ...]:
+        """What stands on the training's command line behind the user's words, and so counts."""
+        words = ["--run_dir", str(self.run_dir), "--data", str(prepared_data(kaggle_input(), self.options.data))]
+        words += ["--session.margin", f"{self.margin:g}"]
+        return (*words, *(["--resume_from", str(self.source)] if self.source else []))
+
+    def run(self) -> dict[str, Any]:
+        """Trains, as often as it takes and helps; returns what session.json says."""
+        say(f"{self.run_dir.name}: {self.ranks} rank(s); {self.why}")
+        if kaggle_run_type() == "Interactive":
+            say("an interactive session: its output is kept only when you save a version of the notebook")
+        say(f"going on from {self.source}" if self.source else "no earlier session among the inputs: a new run")
+        if self.source is not None and bytes_below(self.source) > kaggle_output_bytes() * (1 - _RESERVE):
+            raise UserError(f"{self.source} is too large for a session's output: remove some of its checkpoints first")
+        self.working.mkdir(parents=True, exist_ok=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        vain = 0
+        while vain < _VAIN_ATTEMPTS:
+            before = self._step()
+            self.disk.tidy()
+            self.training.run(self.margin)
+            if self._is_over():
+                break
+            vain = vain + 1 if self._step() <= before else 0
+            say("the training has ended, and starts again")
+        self.disk.tidy()
+        return self.summary()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.training.asked.append(number)
+        self.training.tell(number)
+
+    def _step(self) -> int:
+        return max(saved_steps(self.run_dir), default=self._first_step)
+
+    def _is_over(self) -> bool:
+        """Whether another attempt within this session makes no sense."""
+        status, left = read_status(self.run_dir) or {}, time_left()
+        return (
+            bool(self.training.asked)
+            or self._errors.exists()
+            or not status.get("restart", True)
+            or (left is not None and left[0] < 2 * self.margin)
+        )
+
+    def summary(self, failure: str | None = None) -> dict[str, Any]:
+        """How the session went. failure: why it is over, where the run's own status does not say."""
+        status = read_status(self.run_dir) or {}
+        if failure is None and self._errors.exists():
+            failure = self._errors.read_text(encoding="utf-8")
+        sessions = [each for each in read_sessions(self.run_dir) if each["started"] not in self._known]
+        state, reason = status.get("status", "failed"), status.get("reason", "the training did not begin")
+        if state == "running":
+            state, reason = "resumable", "killed, or it could not say why it ended"
+        if failure is not None:
+            state, reason = "failed", failure
+        elif not status and self.training.asked:
+            state, reason = "resumable", f"signal {signal.Signals(self.training.asked[0]).name}, before it began"
+        return {
+            "status": state,
+            "reason": reason,
+            "restart": failure is None and state != "finished" and status.get("restart", True),
+            "run": self.run_dir.name,
+            "step": self._step(),
+            "from_step": self._first_step,
+            "steps": status.get("steps"),
+            "seconds": round(time.monotonic() - PROCESS_BEGAN, 1),
+            "training_seconds": round(sum(each["seconds"] for each in sessions), 1),
+            "margin_seconds": round(self.margin, 1),
+            "output_bytes": bytes_below(self.working),
+        }
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()  # makes no context
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.kaggle session",
+        usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    parser.add_argument(
+        "--expect-step", type=int, default=0, metavar="N", help="end at once where the run has not come to step N yet"
+    )
+    arguments, words = parser.parse_known_args(argv)
+    script, session = arguments.script or script_of(arguments.config), None
+    try:
+        session = Session(script, [str(arguments.config), *words], arguments.expect_step)
+        summary = session.run()
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        reason = str(error) or f"{type(error).__name__}, before the training began"
+        again = isinstance(error, TryLaterError)
+        nothing = {"status": "failed", "reason": reason, "restart": again, "step": 0, "steps": None}
+        _leave(session.summary(reason) if session is not None else nothing)
+        raise
+    _leave(summary)
+    step = f"step {summary['step']:,}" + (f" of {summary['steps']:,}" if summary["steps"] else "")
+    trained = f"trained {format_duration(summary['training_seconds'])} of {format_duration(summary['seconds'])}"
+    output = f"{summary['output_bytes'] / 1e9:.3g} GB of output"
+    say(f"{summary['status']} at {step}: {summary['reason']}; {trained}, {output}")
+    return {"finished": 0, "resumable": EXIT_RESUMABLE}.get(summary["status"], 1)
+
+
+def _leave(summary: dict[str, Any]) -> None:
+    with writing_to(kaggle_working()):
+        kaggle_working().mkdir(parents=True, exist_ok=True)
+        write_atomically(kaggle_working() / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
