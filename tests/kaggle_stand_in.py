@@ -47,7 +47,10 @@ DEFAULTS: dict[str, Any] = {
     "renewed_in": None,  # seconds after the first push that it refuses; from then on nothing of it is used
     "refusal": None,  # of every push, in Kaggle's words
     "busy": 0,  # sessions of the account's other kernels
-    "faults": [],  # {"command", "how": "429" | "500" | "network" | "lost" | "not_arrived", "times"}
+    # {"command", "how": "429" | "500" | "network" | "lost" | "not_arrived" | "broken" | "late", "times"}. After lost,
+    # broken and late it was done; late: nobody sees it before the next push.
+    "faults": [],
+    "knows_versions": True,  # false: answers about the newest one, whichever was asked for
     "kills": [],  # {"command", "when": "before" | "after" | "instead"}: the caller is killed
 }
 
@@ -148,7 +151,10 @@ class Site:
             "restart": outcome.get("restart", not done),
             "reason": outcome.get("reason", "all steps done" if done else "the time budget is used up"),
             "run": outcome.get("run", self.settings["run"]),
+            "hidden": False,
         }
+        for before in versions:
+            before["hidden"] = False
         if active:
             self.state["overlaps"].append([meta["id"], number, active])
         versions.append(version)
@@ -160,7 +166,8 @@ class Site:
     def find(self, reference: str) -> dict[str, Any]:
         owner, slug, *label = reference.split("/")
         versions = self.state["kernels"].get(f"{owner}/{slug}", [])
-        index = int(label[0]) - 1 if label else len(versions) - 1
+        versions = [version for version in versions if not version["hidden"]]
+        index = int(label[0]) - 1 if label and self.settings["knows_versions"] else len(versions) - 1
         if not 0 <= index < len(versions):
             raise HttpError("Not found\n\nThe resource was not found. Check the spelling of the reference you passed.")
         return versions[index]
@@ -279,6 +286,8 @@ def main(words: list[str]) -> int:
     with opened(folder) as site:
         try:
             said = answer(site, words)
+            if fault == "late":
+                site.find(json.loads(Path(words[3], "kernel-metadata.json").read_text())["id"])["hidden"] = True
         except HttpError as caught:
             error = caught
     if kill == "after":
@@ -286,8 +295,9 @@ def main(words: list[str]) -> int:
     if error is not None:
         print(error, file=sys.stderr)
         return 1
-    if fault == "lost":
+    if fault in ("lost", "broken", "late"):
         return complain(fault, command)
+    print("Warning: Your Kaggle API key is readable by other users on this system!")
     print(said, end="")
     return 0
 
@@ -298,6 +308,9 @@ def complain(fault: str, command: str) -> int:
     elif fault == "500":
         print("503 Server Error: Service Unavailable for url: https://api.kaggle.com/v1\n", file=sys.stderr)
         print("This is a problem on Kaggle's side, not with your command. Please try again later.", file=sys.stderr)
+    elif fault == "broken":
+        print('Traceback (most recent call last):\n  File "kaggle/cli.py", line 1, in main', file=sys.stderr)
+        print("requests.exceptions.ChunkedEncodingError: InvalidChunkLength(got length b'', 0)", file=sys.stderr)
     else:
         what = "refused" if fault == "network" else "reset by peer"
         print(NETWORK.format(command=command, token=TOKEN, what=what), file=sys.stderr)

@@ -232,6 +232,19 @@ def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_belo
     assert share >= 0.97
 
 
+def test_session_that_is_cut_off_leaves_what_the_next_one_goes_on_from(uninterrupted, kaggle):
+    session = kaggle.start(pause_s=0.1, limit_s=KAGGLE_LIMIT_S)
+    session.wait_for_step(kaggle.working / "run", 25)
+    session.kill_all()
+    assert not (kaggle.working / "session.json").exists()
+    newest = max(saved_steps(kaggle.working / "run"))
+    kaggle.commit()
+    result = kaggle.start(limit_s=KAGGLE_LIMIT_S).wait()
+    assert result.status == 0 and kaggle.summary()["from_step"] == newest > 0, result
+    assert_same_model(kaggle.working / "run", uninterrupted[0])
+    assert_same_record(kaggle.working / "run", uninterrupted[0])
+
+
 def test_killed_rank_costs_a_start_and_stop_in_an_interactive_session_saves(kaggle):
     session = kaggle.start(pause_s=0.2, limit_s=3600, run_type="Interactive")
     run_dir = kaggle.working / "run"
@@ -303,6 +316,12 @@ def test_as_many_checkpoints_are_kept_as_have_room():
         retention(Retention(5, 2), 10, 29)
 
 
+def test_session_without_gpu_is_told_to_choose_one(launch, config, tmp_path):
+    environment = {KAGGLE_INPUT: str(tmp_path), KAGGLE_WORKING: str(tmp_path), "KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
+    result = launch("session", config, module="launch.kaggle", environment=environment).wait()
+    assert result.status == 1 and "choose the accelerator GPU T4 x2" in result.error_lines[0], result
+
+
 def test_training_that_does_not_end_is_killed_before_the_limit(monkeypatch, tmp_path):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv(KAGGLE_LIMIT, str(container_age_s() + 5))
@@ -343,6 +362,7 @@ def test_notebook_is_valid_and_its_metadata_are_those_that_kaggle_documents(laun
         "enable_gpu": True,
         "enable_internet": True,
         "machine_shape": "NvidiaTeslaT4",
+        "docker_image_pinning_type": "original",
         "dataset_sources": ["me/relay-run-files"],
         "competition_sources": [],
         "kernel_sources": ["me/relay-1"],
@@ -364,6 +384,8 @@ def test_mistakes_are_all_told_before_anything_is_written(launch, config, tmp_pa
         (("--dataset", "data", "--previous", "a/b/c"), ("--dataset: expected OWNER/SLUG", "--previous")),
         (("--precision", "bf16", "--batch.micro_batches_per_step", "3"), ("only emulates", "cannot share the 3")),
         (("--data", tmp_path / "none"), ("is no prepared data set",)),
+        (("--slug", 45 * "a"), ("--slug: at most 44 characters",)),
+        (("--slug", "two--dashes"), ("single dashes",)),
     ):
         with pytest.raises(UserError) as raised:
             notebook.main([str(word) for word in (*always, *words)])

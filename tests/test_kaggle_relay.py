@@ -46,7 +46,8 @@ class Account:
 
     @property
     def record(self) -> dict[str, Any]:
-        return json.loads((self.run_dir / "kaggle.json").read_text())
+        path = self.run_dir / "kaggle.json"
+        return json.loads(path.read_text()) if path.exists() else {"dataset": {}, "sessions": []}
 
     def versions(self) -> list[dict[str, Any]]:
         """All sessions that began, in their order."""
@@ -73,11 +74,6 @@ class Account:
     def relay(self, *words: str, **environment: str) -> Result:
         return self.start(*words, **environment).wait()
 
-    def skip_option_check(self) -> None:
-        """That check imports torch and comes before the first session only; here it would only take time."""
-        self.run_dir.mkdir(parents=True)
-        (self.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
-
 
 @pytest.fixture
 def account(tmp_path: Path, launch: Launch) -> Account:
@@ -90,13 +86,6 @@ def account(tmp_path: Path, launch: Launch) -> Account:
     found = Account(tmp_path, launch)
     found.set()
     return found
-
-
-@pytest.fixture
-def quick(account: Account) -> Account:
-    """An account whose run is at its beginning, its options checked."""
-    account.skip_option_check()
-    return account
 
 
 def test_one_command_brings_a_run_through_its_sessions_to_the_end(account: Account) -> None:
@@ -128,7 +117,7 @@ def test_one_command_brings_a_run_through_its_sessions_to_the_end(account: Accou
     assert again.status == 0 and "finished" in again.out and len(account.versions()) == 3
 
 
-def test_killed_at_any_moment_no_session_is_doubled_or_lost(quick: Account) -> None:
+def test_killed_at_any_moment_no_session_is_doubled_or_lost(account: Account) -> None:
     kills = [
         {"command": command, "when": when}
         for command, moments in {
@@ -142,75 +131,105 @@ def test_killed_at_any_moment_no_session_is_doubled_or_lost(quick: Account) -> N
         }.items()
         for when in moments
     ]
-    quick.set(kills=kills, steps=1200)
-    results = [quick.relay()]
+    account.set(kills=kills, steps=1200)
+    results = [account.relay()]
     while results[-1].status == -9:
-        results.append(quick.relay())
+        results.append(account.relay())
     assert results[-1].status == 0, results[-1]
     assert len(results) == len(kills) + 1
-    assert quick.site["overlaps"] == []
-    assert [version["step"] for version in quick.versions()] == [300, 600, 900, 1200]
-    assert [each["step"] for each in quick.record["sessions"]] == [300, 600, 900, 1200]
+    assert account.site["overlaps"] == []
+    assert [version["step"] for version in account.versions()] == [300, 600, 900, 1200]
+    assert [each["step"] for each in account.record["sessions"]] == [300, 600, 900, 1200]
 
 
-@pytest.mark.parametrize("how", ["lost", "not_arrived"])
-def test_push_whose_answer_was_lost_is_recognised(quick: Account, how: str) -> None:
-    quick.set(steps=600, faults=[{"command": "kernels push", "how": how, "times": 1}])
-    result = quick.relay()
+@pytest.mark.parametrize("how", ["lost", "broken", "not_arrived"])
+def test_push_whose_answer_was_lost_is_recognised(account: Account, how: str) -> None:
+    account.set(steps=600, faults=[{"command": "kernels push", "how": how, "times": 1}])
+    result = account.relay()
     assert result.status == 0, result
-    assert [version["step"] for version in quick.versions()] == [300, 600] and quick.site["overlaps"] == []
-    assert ("its push had arrived" if how == "lost" else "its push did not arrive") in result.out
+    assert [version["step"] for version in account.versions()] == [300, 600] and account.site["overlaps"] == []
+    assert ("its push did not arrive" if how == "not_arrived" else "its push had arrived") in result.out
 
 
-def test_lost_record_is_asked_of_kaggle(quick: Account) -> None:
-    quick.set(running_looks=5)
-    relay = quick.start()
+def test_push_that_arrives_late_is_watched_too(account: Account) -> None:
+    account.set(steps=600, faults=[{"command": "kernels push", "how": "late", "times": 1}])
+    result = account.relay()
+    assert result.status == 0, result
+    assert "session 2 (relay-tiny-a version 1): began without this relay's knowledge" in result.err
+    assert [(each["version"], each["state"]) for each in account.record["sessions"][:2]] == [
+        (2, "complete"),
+        (1, "complete"),
+    ]
+    assert [version["step"] for version in account.versions()] == [300, 300, 600]
+
+
+def test_kernel_that_the_user_deleted_is_forgotten(account: Account) -> None:
+    account.set(outcomes=[{"restart": False, "status": "resumable"}], steps=600)
+    assert account.relay().status == 75
+    site = account.site
+    del site["kernels"][KERNELS[0]]
+    write_atomically(account.folder / "site/site.json", json.dumps(site))
+    account.set(outcomes=[])
+    result = account.relay()
+    assert result.status == 0 and "Kaggle no longer has it" in result.err, result
+    assert [(version["from"], version["step"]) for version in account.versions()] == [(0, 300), (300, 600)]
+
+
+def test_command_that_tells_of_versions_that_cannot_exist_is_not_relied_on(account: Account) -> None:
+    account.set(faults=[{"command": "kernels push", "how": "lost", "times": 1}], knows_versions=False)
+    result = account.relay()
+    assert result.status == 1 and "versions that cannot exist" in result.error_lines[0], result
+
+
+def test_lost_record_is_asked_of_kaggle(account: Account) -> None:
+    account.set(running_looks=5)
+    relay = account.start()
     wait_until(lambda: "session 2 (relay-tiny-b version 1): running" in relay.printed(), relay)
     relay.kill_all()
-    (quick.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
-    result = quick.relay()
+    (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
+    result = account.relay()
     assert result.status == 0, result
-    assert [version["step"] for version in quick.versions()] == [300, 600, 900] and quick.site["overlaps"] == []
+    assert [version["step"] for version in account.versions()] == [300, 600, 900] and account.site["overlaps"] == []
     assert "session 1 (relay-tiny-a version 1): found on Kaggle, complete" in result.out
 
 
-def test_used_up_quota_says_when_to_come_back_and_goes_on_then(quick: Account) -> None:
-    quick.set(hours_per_session=12.0, quota_h=24.0, renewed_in=3)
-    result = quick.relay()
+def test_used_up_quota_says_when_to_come_back_and_goes_on_then(account: Account) -> None:
+    account.set(hours_per_session=12.0, quota_h=24.0, renewed_in=3)
+    result = account.relay()
     assert result.status == 0, result
     assert "Maximum weekly GPU quota of 24.00 hours reached: new GPU hours on " in result.out
-    assert quick.versions()[2]["pushed"] >= quick.site["renewed"]
+    assert account.versions()[2]["pushed"] >= account.site["renewed"]
     assert "12.0 of 24 left, new ones on" in result.out
 
 
-def test_quota_and_busy_account_do_not_end_the_wait(quick: Account) -> None:
-    quick.set(busy=2)
-    relay = quick.start()
+def test_quota_and_busy_account_do_not_end_the_wait(account: Account) -> None:
+    account.set(busy=2)
+    relay = account.start()
     wait_until(lambda: "no session is free" in relay.printed(), relay)
     time.sleep(0.5)
     assert relay.printed().count("no session is free") == 1  # not at every try
-    quick.set(busy=0)
-    assert relay.wait().status == 0 and quick.site["overlaps"] == []
+    account.set(busy=0)
+    assert relay.wait().status == 0 and account.site["overlaps"] == []
 
 
-def test_token_is_nowhere(quick: Account) -> None:
+def test_token_is_nowhere(account: Account) -> None:
     home_token = "0123456789abcdef0123456789abcdef"
-    (quick.folder / "home/.kaggle").mkdir()
-    (quick.folder / "home/.kaggle/kaggle.json").write_text(json.dumps({"username": OWNER, "key": home_token}))
+    (account.folder / "home/.kaggle").mkdir()
+    (account.folder / "home/.kaggle/kaggle.json").write_text(json.dumps({"username": OWNER, "key": home_token}))
     commands = ("kernels status", "datasets status", "kernels push", "kernels output", "quota")
-    quick.set(
+    account.set(
         steps=300,
         faults=[{"command": command, "how": "network", "times": 1} for command in commands],
     )
-    result = quick.relay()
+    result = account.relay()
     assert result.status == 0 and "[token]" in result.err, result
-    (quick.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
-    (quick.folder / "site/site.json").unlink()
-    quick.set(refusal=f"the token {TOKEN} or {home_token} may not do that", steps=600)
-    refused = quick.relay()
+    (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
+    (account.folder / "site/site.json").unlink()
+    account.set(refusal=f"the token {TOKEN} or {home_token} may not do that", steps=600)
+    refused = account.relay()
     assert refused.status == 1 and "the token [token] or [token] may" in refused.err, refused
     said = [result.out, result.err, refused.out, refused.err]
-    said += [path.read_text("utf-8", "replace") for path in quick.run_dir.rglob("*") if path.is_file()]
+    said += [path.read_text("utf-8", "replace") for path in account.run_dir.rglob("*") if path.is_file()]
     assert not [text for text in said if TOKEN in text or home_token in text]
 
 
@@ -227,40 +246,44 @@ def test_token_is_nowhere(quick: Account) -> None:
     ],
 )
 def test_what_the_user_can_mend_is_one_clear_line(
-    quick: Account, settings: dict[str, Any], words: list[str], environment: dict[str, str], expected: str
+    account: Account, settings: dict[str, Any], words: list[str], environment: dict[str, str], expected: str
 ) -> None:
-    quick.set(**settings)
-    result = quick.relay(*words, **environment)
+    account.set(**settings)
+    result = account.relay(*words, **environment)
     assert result.status == 1 and "Traceback" not in result.err, result
     assert len(result.error_lines) == 1 and expected in result.error_lines[0], result.err
-    assert quick.record["sessions"] == []
+    assert account.record["sessions"] == []
 
 
-def test_misspelt_option_is_found_before_the_first_session(account: Account) -> None:
+def test_mistaken_option_is_found_before_a_session(account: Account) -> None:
     result = account.relay("--optim.lrr", "1")
     assert result.status == 1 and "optim.lr" in result.error_lines[0], result
-    assert not (account.run_dir / "kaggle.json").exists()
+    account.set(outcomes=[{"restart": False, "status": "resumable"}])
+    assert account.relay().status == 75
+    result = account.relay("--precision", "bf16")
+    assert result.status == 1 and "a T4 (sm_75) only emulates it" in result.error_lines[0], result
+    assert account.calls("kernels push") == 1
 
 
-def test_failed_session_is_followed_by_one_from_the_last_usable_output(quick: Account) -> None:
+def test_failed_session_is_followed_by_one_from_the_last_usable_output(account: Account) -> None:
     failed = {
         "state": "ERROR",
         "restart": True,
         "reason": "Your notebook tried to allocate more memory than is available.",
     }
-    quick.set(steps=1200, outcomes=[{}, failed, {}, {"state": "CANCEL_ACKNOWLEDGED"}])
-    result = quick.relay()
+    account.set(steps=1200, outcomes=[{}, failed, {}, {"state": "CANCEL_ACKNOWLEDGED"}])
+    result = account.relay()
     assert result.status == 0, result
-    assert [version["from"] for version in quick.versions()] == [0, 300, 300, 600, 600, 900]
+    assert [version["from"] for version in account.versions()] == [0, 300, 300, 600, 600, 900]
     assert "session 2 (relay-tiny-b version 1): error, step 600 of 1,200: Your notebook tried" in result.out
     assert "not valid kernel sources" not in result.err
 
 
-def test_session_without_the_output_before_it_does_not_begin_anew(quick: Account) -> None:
-    quick.set(outcomes=[{}, {"detached": True}])
-    result = quick.relay()
+def test_session_without_the_output_before_it_does_not_begin_anew(account: Account) -> None:
+    account.set(outcomes=[{}, {"detached": True}])
+    result = account.relay()
     assert result.status == 0, result
-    assert [(version["from"], version["step"]) for version in quick.versions()] == [
+    assert [(version["from"], version["step"]) for version in account.versions()] == [
         (0, 300),
         (0, 0),
         (300, 600),
@@ -269,58 +292,58 @@ def test_session_without_the_output_before_it_does_not_begin_anew(quick: Account
     assert "session 2 (relay-tiny-b version 1): complete, no checkpoint: its input is missing" in result.out
 
 
-def test_three_sessions_without_progress_stop_with_reason_and_log(quick: Account) -> None:
+def test_three_sessions_without_progress_stop_with_reason_and_log(account: Account) -> None:
     nothing = {"steps": 0, "state": "ERROR", "reason": "no data set found"}
-    quick.set(outcomes=[{}, nothing, nothing, nothing])
-    result = quick.relay()
-    assert result.status == 1 and len(quick.versions()) == 4
+    account.set(outcomes=[{}, nothing, nothing, nothing])
+    result = account.relay()
+    assert result.status == 1 and len(account.versions()) == 4
     assert (
         "3 sessions in a row brought nothing" in result.error_lines[0] and "no data set found" in result.error_lines[0]
     )
     log = result.error_lines[0].split("its log: ")[1].split(". The same command")[0]
     assert Path(log).is_file()
-    again = quick.relay()  # the user looked at it, and wants it to go on
-    assert again.status == 0 and [version["step"] for version in quick.versions()][-2:] == [600, 900]
+    again = account.relay()  # the user looked at it, and wants it to go on
+    assert again.status == 0 and [version["step"] for version in account.versions()][-2:] == [600, 900]
 
 
-def test_run_that_must_not_go_on_by_itself_does_not(quick: Account) -> None:
-    quick.set(
+def test_run_that_must_not_go_on_by_itself_does_not(account: Account) -> None:
+    account.set(
         outcomes=[
             {"restart": False, "status": "failed", "reason": "the loss is not a number"},
             {"restart": False, "status": "resumable", "reason": "the user asked for it"},
         ]
     )
-    failed = quick.relay()
+    failed = account.relay()
     assert failed.status == 1 and "failed: the loss is not a number" in failed.error_lines[0], failed
-    stopped = quick.relay()
+    stopped = account.relay()
     assert stopped.status == 75 and "rests: the user asked for it" in stopped.out, stopped
-    assert quick.relay().status == 0 and [version["step"] for version in quick.versions()] == [300, 600, 900]
+    assert account.relay().status == 0 and [version["step"] for version in account.versions()] == [300, 600, 900]
 
 
-def test_changed_config_is_uploaded_and_the_same_one_is_not(quick: Account) -> None:
-    config = quick.folder / "configs/gpt/own.yaml"
+def test_changed_config_is_uploaded_and_the_same_one_is_not(account: Account) -> None:
+    config = account.folder / "configs/gpt/own.yaml"
     config.parent.mkdir(parents=True)
     config.write_text((ROOT / "configs/gpt/sample.yaml").read_text())
-    quick.set(outcomes=[{"restart": False, "status": "resumable"}] * 2, steps=600)
+    account.set(outcomes=[{"restart": False, "status": "resumable"}] * 2, steps=600)
     for change in ("", "", "# changed\n"):
         config.write_text(config.read_text() + change)
-        words = ["--run_dir", str(quick.run_dir), "--data", str(quick.folder / "prepared/small"), "--every", "0.1"]
-        started = quick.launch("relay", str(config), *words, module="launch.kaggle", environment=quick.environment)
+        words = ["--run_dir", str(account.run_dir), "--data", str(account.folder / "prepared/small"), "--every", "0.1"]
+        started = account.launch("relay", str(config), *words, module="launch.kaggle", environment=account.environment)
         assert started.wait().status in (0, 75)
         if not change:
-            assert quick.calls("datasets version") == 0
-        quick.set(outcomes=[{"restart": False, "status": "resumable"}] * 3, steps=1500)
-    assert quick.calls("datasets create") == 1 and quick.calls("datasets version") == 1
-    assert quick.record["dataset"]["version"] == 2
+            assert account.calls("datasets version") == 0
+        account.set(outcomes=[{"restart": False, "status": "resumable"}] * 3, steps=1500)
+    assert account.calls("datasets create") == 1 and account.calls("datasets version") == 1
+    assert account.record["dataset"]["version"] == 2
 
 
-def test_two_relays_of_one_run_are_refused(quick: Account) -> None:
-    quick.set(running_looks=50, steps=300)
-    first = quick.start()
+def test_two_relays_of_one_run_are_refused(account: Account) -> None:
+    account.set(running_looks=50, steps=300)
+    first = account.start()
     wait_until(lambda: "running" in first.printed(), first)
-    second = quick.relay()
+    second = account.relay()
     assert second.status == 1 and "another relay is driving" in second.error_lines[0]
-    quick.set(running_looks=1)
+    account.set(running_looks=1)
     assert first.wait().status == 0
 
 
@@ -371,7 +394,7 @@ def test_errors_that_do_not_pass_end_after_a_day(account: Account, kaggle: tuple
     client, clock = kaggle
     clock.sleep = lambda seconds: setattr(clock, "time", clock.time + 20 * seconds)  # type: ignore[method-assign]
     with pytest.raises(
-        UserError, match=r"no answer from Kaggle for 1d00h, the last error: 503 Server Error.*nothing is lost"
+        UserError, match=r"no answer from Kaggle for 1d00h, the last error: .*503 Server Error.*nothing is lost"
     ):
         client.status(KERNELS[0], 1)
 

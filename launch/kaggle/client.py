@@ -1,9 +1,9 @@
 """The `kaggle` command, as the relay asks it: what it prints becomes values, or an error that says what to do.
 
-It promises: no token is in anything that leaves this module, since the command's words can hold one. What passes by
-itself (rate limits, network, Kaggle's own faults) is tried again with growing pauses, for a day; where a second try
-could start a second session, `LostAnswer` says that nobody knows whether the first one arrived. It does not promise to
-understand other versions of the command than it was written after: 2.2.5 of the official CLI.
+It promises: no token is in anything that leaves this module, since the command's words can hold one. What is no answer
+of Kaggle's (rate limits, network, Kaggle's own faults, a command that breaks) is tried again with growing pauses, for a
+day; where a second try could start a second session, `LostAnswer` says that nobody knows whether the first one arrived.
+It does not promise to understand other versions of the command than it was written after: 2.2.5 of the official CLI.
 
 The command ends with status 0 although a push was refused, and with 1 after an HTTP error, whose first line it prints.
 So its words decide, and its status only where they say nothing.
@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launch.console import UserError, format_duration, warn
 
@@ -44,22 +44,23 @@ _STATES: dict[str, State] = {
 # session; and their `kaggle quota` fails.
 _LEAST_VERSION = (2, 2, 5)
 
-_INSTALL = "pip install --upgrade kaggle (into any environment; its `kaggle` must be on PATH)"
+# 2.2.5 imports six, and does not ask for it.
+_INSTALL = "pip install --upgrade kaggle six (into any environment; its `kaggle` must be on PATH)"
 _TOKEN = (
     "create one at https://www.kaggle.com/settings/api and save it as ~/.kaggle/access_token (or `kaggle auth login`, "
     "or the older kaggle.json as ~/.kaggle/kaggle.json)"
 )
 
 # Of an HTTP error the command prints what the server says, be it "Not found" or "404 Client Error: ...", and then a
-# hint of its own, which tells them apart.
-_RATE_LIMITED = re.compile(r"You have been rate limited|429 Client Error")
-_PASSING = re.compile(
-    r"This is a problem on Kaggle's side|\b5\d\d Server Error|ConnectionError|ConnectTimeout|ReadTimeout"
-    r"|Max retries exceeded|Connection (?:refused|reset|aborted)|RemoteDisconnected|ProtocolError|SSLError|timed out"
-)
-_NEVER_SENT = re.compile(r"NameResolutionError|Failed to resolve|name resolution")
+# hint of its own, which tells them apart. These are answers; whatever else goes wrong may pass.
 _NOT_FOUND = re.compile(r"The resource was not found|404 Client Error")
 _DENIED = re.compile(r"You don't have access to this resource|Cannot access kernel|403 Client Error")
+_REJECTED = re.compile(r"400 Client Error|^ValueError", re.MULTILINE)
+_NO_TOKEN = re.compile(r"Authentication required|401 Client Error")
+# With these Kaggle cannot have done anything.
+_NEVER_DONE = re.compile(
+    r"You have been rate limited|429 Client Error|NameResolutionError|Failed to resolve|name resolution"
+)
 _PUSHED = re.compile(r"Kernel version (\d+) successfully pushed")
 
 # How long one answer may take, in seconds; uploads of prepared data over a slow line take hours.
@@ -68,7 +69,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PATIENCE_S = 30.0, 900.0, 86400.0
 
 
 class PassingError(Exception):
-    """A rate limit, a network error or a fault of Kaggle's: the same question later may be answered.
+    """No answer: a rate limit, the network, a fault of Kaggle's, a broken command. Later there may be one.
 
     surely_not_done: Kaggle cannot have done what it was asked to do.
     """
@@ -130,14 +131,13 @@ class Kaggle:
         if command is None:
             raise UserError(f"there is no `kaggle` command on PATH: {_INSTALL}. It also wants a token: {_TOKEN}")
         self._command = command
-        self._secrets = _secrets()
 
     # Who asks.
 
     def account(self) -> str:
         """The account that the token belongs to. UserError: no token, a rejected one, or a command that is too old."""
-        said = self._ask(["--version"])
-        found = re.search(r"(\d+)\.(\d+)\.(\d+)", said)
+        said = self._ask(["--version"], patience_s=0.0)  # no network in it: what fails now fails always
+        found = re.search(r"^Kaggle (?:CLI|API) (\d+)\.(\d+)\.(\d+)", said, re.MULTILINE)
         if found is None or tuple(map(int, found.groups())) < _LEAST_VERSION:
             least = ".".join(map(str, _LEAST_VERSION))
             raise UserError(
@@ -152,7 +152,7 @@ class Kaggle:
     def quota(self) -> Quota | None:
         """The account's GPU hours; None where Kaggle does not tell."""
         with suppress(ValueError, KeyError, TypeError, UserError):
-            rows = json.loads(self._ask(["quota", "--format", "json"], patience_s=0.0))
+            rows = _json_in(self._ask(["quota", "--format", "json"], patience_s=0.0))
             row = next(row for row in rows if row["resource"] == "GPU")
             renewed = datetime.fromisoformat(row["refreshAt"]) if row.get("refreshAt") else None
             if renewed is not None and renewed.tzinfo is None:
@@ -221,7 +221,7 @@ class Kaggle:
     def dataset(self, dataset: str) -> tuple[str, int] | None:
         """A dataset's state ("ready", "failed", or of a step before) and newest version; None where there is none."""
         try:
-            found = json.loads(self._ask(["datasets", "status", dataset, "--format", "json"]))
+            found = _json_in(self._ask(["datasets", "status", dataset, "--format", "json"]))
             return str(found["status"]), int(found["current_version_number"])
         except _Absent:
             return None
@@ -230,13 +230,13 @@ class Kaggle:
 
     def upload(self, folder: Path, *, is_new: bool, notes: str) -> None:
         """Uploads `folder` as a new dataset, or as a new version. A lost answer is no harm: it is uploaded again."""
-        options = ["-p", str(folder), "-q", "--keep-tabular", "--dir-mode", "zip"]
-        words = ["create", *options] if is_new else ["version", *options, "-m", notes]
-        said = self._ask(["datasets", *words], limit_s=_UPLOAD_S)
+        words = ["create"] if is_new else ["version", "-m", notes]
+        said = self._ask(["datasets", *words, "-p", str(folder), "-q"], limit_s=_UPLOAD_S)
         refusal = re.search(r"creation error: (.*)", said)
         if is_new and refusal is not None and "already in use" in refusal[1]:
-            return  # by an earlier try whose answer was lost: the caller saw that there was none
-        if refusal is not None:
+            # By an earlier try whose answer was lost, or Kaggle denied that there is one. What is in it, nobody knows.
+            self.upload(folder, is_new=False, notes=notes)
+        elif refusal is not None:
             raise UserError(f"Kaggle refuses the dataset: {refusal[1].strip()}")
 
     # Asking.
@@ -266,7 +266,7 @@ class Kaggle:
                         f"no answer from Kaggle for {format_duration(patience_s)}, the last error: {error}; nothing "
                         "is lost, start the same command again"
                     ) from error
-                warn(f"Kaggle does not answer, next try in {format_duration(pause_s)}: {error}")
+                warn(f"no answer from Kaggle, next try in {format_duration(pause_s)}: {error}")
             self._clock.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -274,7 +274,7 @@ class Kaggle:
         """What the command prints when it succeeds. Raises PassingError, _Absent or UserError."""
         try:
             done = subprocess.run(
-                [self._command, "-W", *words],  # without the notice of a newer version, which comes before the answer
+                [self._command, *words],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 encoding="utf-8",
@@ -287,18 +287,19 @@ class Kaggle:
         said = self.redact(done.stdout + done.stderr)
         if done.returncode == 0:
             return said
-        if "Authentication required" in said or "401 Client Error" in said:
+        asked = f"kaggle {' '.join(words[:3])}"
+        if _NO_TOKEN.search(said):
             raise UserError(f"Kaggle wants a token, or rejects the one it was given: {_TOKEN}")
-        if _RATE_LIMITED.search(said) or _PASSING.search(said):
-            not_done = _RATE_LIMITED.search(said) or _NEVER_SENT.search(said)
-            raise PassingError(_cause(said), surely_not_done=not_done is not None)
         if _NOT_FOUND.search(said) or _DENIED.search(said):
-            raise _Absent(f"Kaggle does not give access, kaggle {' '.join(words[:3])}: {_cause(said)}", said)
-        raise UserError(f"`kaggle {' '.join(words[:2])}` failed with status {done.returncode}: {_cause(said)}")
+            raise _Absent(f"Kaggle does not give access, {asked}: {_cause(said)}", said)
+        if _REJECTED.search(said):
+            raise UserError(f"Kaggle rejects `{asked}`: {_cause(said)}")
+        text = f"`{asked}` ended with status {done.returncode}: {_cause(said)}"
+        raise PassingError(text, surely_not_done=_NEVER_DONE.search(said) is not None)
 
     def redact(self, text: str) -> str:
         """`text` without tokens, and without the signatures of signed addresses."""
-        for secret in self._secrets:
+        for secret in _secrets():  # read anew: some tokens are renewed while a relay waits
             text = text.replace(secret, "[token]")
         text = re.sub(r"KGAT_\w+|(?<=Bearer )\S+|(?<=Basic )\S+", "[token]", text)
         return re.sub(r"(https?://[^\s?]+)\?[^\s)\"']+", r"\1?[...]", text)
@@ -310,6 +311,14 @@ class _Absent(UserError):
     def __init__(self, message: str, said: str):
         super().__init__(message)
         self.said = said
+
+
+def _json_in(said: str) -> Any:
+    """The JSON that the command prints, behind warnings that may come first. Raises ValueError where there is none."""
+    start = re.search(r"^[\[{]", said, re.MULTILINE)
+    if start is None:
+        raise ValueError(f"no JSON in {_one_line(said)}")
+    return json.JSONDecoder().raw_decode(said, start.start())[0]
 
 
 def _cause(said: str) -> str:

@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 CODE, DATA, CONTENT = "relay.tar.gz", "data.tar", "content.json"
 NOTEBOOK = "relay.ipynb"
 
+# A slug has 50 characters at most, and `-files` is appended to it.
+_SLUG_LENGTH = 44
+
 # One session's two cards, a rank each.
 GPUS = 2
 
-# The name of an accelerator goes into `machine_shape`. Kaggle's CLI documents NvidiaTeslaT4 as what the editor calls
-# "GPU T4 x2" (docs/kernels_metadata.md since September 2026; a single T4 is not offered); before, it listed the name
-# without the number of cards. Without a name Kaggle has given a P100, which the torch of its image no longer supports.
+# The name of an accelerator goes into `machine_shape`; this one is what the editor calls "GPU T4 x2".
 MACHINE_SHAPE = "NvidiaTeslaT4"
 
 # What makes a run from a checkout, where there is no git to ask what belongs to it.
@@ -77,21 +78,25 @@ if not (code / "launch").is_dir():
     raise FileNotFoundError(f"Relay's code is not below {{inputs}}: add the data set {dataset} to the notebook's input")
 
 
-def is_lacking(requirement):
-    name, _, wanted = requirement.partition("==")
+def installed(name):
     try:
-        return version(name) != wanted
+        return version(name)
     except PackageNotFoundError:
-        return True
+        return None
 
 
 # What the image lacks is installed; its torch stays, which fits its driver.
 listed = (code / "requirements.txt").read_text().partition("# tests")[0].split("\\n")
-lacking = [each for each in listed if each and not each.startswith(("#", "torch==")) and is_lacking(each)]
+wanted = [each.split("==") for each in listed if each and not each.startswith(("#", "torch=="))]
+lacking = [f"{{name}}=={{number}}" for name, number in wanted if installed(name) != number]
+pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 if lacking:
     print("installing", *lacking)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *lacking, "torch==" + version("torch")], check=True)
+    subprocess.run([*pip, "install", *lacking, "torch==" + version("torch")], check=True)
+# peft refuses to work beside a torchao older than 0.16. Relay needs none.
+torchao = installed("torchao")
+if torchao is not None and [int(part) for part in torchao.split(".")[:2]] < [0, 16]:
+    subprocess.run([*pip, "uninstall", "--yes", "torchao"], check=True)
 """
 
 _SESSION = """\
@@ -182,6 +187,7 @@ def write_kernel(
         "enable_gpu": True,
         "enable_internet": True,  # for what the image lacks, and for base models
         "machine_shape": MACHINE_SHAPE,
+        "docker_image_pinning_type": "original",  # a run keeps its torch, and so its bits, from session to session
         "dataset_sources": [dataset],
         "competition_sources": [],
         "kernel_sources": list(previous),
@@ -203,8 +209,8 @@ def name_mistakes(owner: str, slug: str) -> list[str]:
     mistakes = []
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", owner):
         mistakes.append(f"--owner: expected a name on Kaggle, got {owner!r}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{3,48}[a-z0-9]", slug):
-        mistakes.append(f"--slug: expected 5 to 50 lower-case letters, digits and inner dashes, got {slug!r}")
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) or not 5 <= len(slug) <= 50:
+        mistakes.append(f"--slug: expected 5 to 50 lower-case letters, digits and single dashes within, got {slug!r}")
     return mistakes
 
 
@@ -235,7 +241,7 @@ def write_dataset(folder: Path, *, owner: str, slug: str, config: Path, data: Pa
     inside = str(config_in_archive(config))
     code = {name: _ROOT / name for name in _code_files(_ROOT)} | {inside: config}
     prepared = {
-        str(PurePosixPath("prepared", data.resolve().name, path.relative_to(data).as_posix())): path
+        str(PurePosixPath("prepared", data.name, path.relative_to(data).as_posix())): path
         for path in data.rglob("*")
         if path.is_file()
     }
@@ -266,6 +272,8 @@ def _content_mistakes(config: Path, data: Path) -> list[str]:
     mistakes = [] if config.is_file() else [f"there is no config file {config}"]
     if not (data / "meta.json").is_file():
         mistakes.append(f"{data} is no prepared data set: there is no meta.json in it; make it with data_prep")
+    elif not data.name:
+        mistakes.append(f"--data {data}: name the folder itself, since it is looked for by its name on Kaggle")
     return mistakes
 
 
@@ -337,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dataset is None:
             mistakes += _content_mistakes(arguments.config, options.data)
     mistakes += name_mistakes(arguments.owner, slug)
+    if not mistakes and arguments.dataset is None and len(slug) > _SLUG_LENGTH:
+        mistakes.append(f"--slug: at most {_SLUG_LENGTH} characters, since its data set is called {slug}-files")
     mistakes += _reference_mistakes("--dataset", [arguments.dataset] if arguments.dataset is not None else [])
     mistakes += _reference_mistakes("--previous", arguments.previous)
     if mistakes or options is None:
@@ -365,7 +375,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def slug_of(run_dir: Path) -> str:
     """What a run is called on Kaggle. The prefix keeps it away from the user's own notebooks."""
-    return re.sub(r"[^a-z0-9]+", "-", f"relay-{run_dir.name}".lower())[:44].strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"relay-{run_dir.name}".lower()).strip("-")
+    if len(slug) > _SLUG_LENGTH:
+        slug = f"{slug[: _SLUG_LENGTH - 9].strip('-')}-{hashlib.sha256(run_dir.name.encode()).hexdigest()[:8]}"
+    return slug
 
 
 def checked_options(script: str, words: Sequence[str]) -> RunOptions:

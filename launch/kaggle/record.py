@@ -54,7 +54,7 @@ class Session:
 
 @dataclass
 class Record:
-    """The content of kaggle.json. dataset: name, sha256 and version of what was uploaded last."""
+    """The content of kaggle.json. dataset: name, sha256 and version of what was uploaded last, and the words for it."""
 
     path: Path
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +77,8 @@ class Record:
 
     def add(self, kernel: str, version: int | None, previous: Sequence[str], pushed: str | None) -> Session:
         """A session more, written down at once."""
-        session = Session(len(self.sessions) + 1, kernel, version, list(previous), pushed)
+        number = max((each.number for each in self.sessions), default=0) + 1
+        session = Session(number, kernel, version, list(previous), pushed)
         self.sessions.append(session)
         self.write()
         return session
@@ -85,6 +86,11 @@ class Record:
     def forget(self, session: Session) -> None:
         """A session that never began."""
         self.sessions.remove(session)
+        self.write()
+
+    def forget_kernel(self, kernel: str, but: Session | None = None) -> None:
+        """The sessions of a kernel that Kaggle no longer has, all but one."""
+        self.sessions = [each for each in self.sessions if each.kernel != kernel or each is but]
         self.write()
 
     def pending(self, kernel: str) -> Session | None:

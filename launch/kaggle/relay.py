@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -60,6 +60,9 @@ _LOST_TRIES, _LOST_PAUSE_S = 4, 30.0
 # A version that exists does not vanish because Kaggle denies it once.
 _GONE_TRIES = 5
 
+# So long may Kaggle take to make a version of what was uploaded.
+_PROCESSING_S = 2 * 3600.0
+
 # What is fetched of a session's output beside its log: how it went, and where the checkpoints are.
 _SMALL = r"(^|/)(session|status|manifest)\.json$"
 
@@ -89,10 +92,14 @@ class Run:
 
 
 class Relay:
-    """Brings one run to its end; see the module's promise. every_s: between two looks at a session, in seconds."""
+    """Brings one run to its end; see the module's promise.
 
-    def __init__(self, run: Run, kaggle: Kaggle, clock: Clock, every_s: float):
-        self.run, self._kaggle, self._clock, self._every_s = run, kaggle, clock, every_s
+    every_s: between two looks at a session, in seconds. check: raises UserError where the training's options have a
+    mistake; asked when they or what is uploaded are new.
+    """
+
+    def __init__(self, run: Run, kaggle: Kaggle, clock: Clock, every_s: float, check: Callable[[], object]):
+        self.run, self._kaggle, self._clock, self._every_s, self._check = run, kaggle, clock, every_s, check
         self._record = Record.read(run.run_dir / RECORD)
         self._folder = run.run_dir / "kaggle"
         self._waits = False  # for one of the account's sessions, and it was said
@@ -133,6 +140,11 @@ class Relay:
                     if tries:
                         self._clock.sleep(min(_LOST_PAUSE_S, self._every_s))
                     continue
+                if self._kaggle.status(kernel, version + 1_000_000) is not None:
+                    raise UserError(
+                        "`kaggle kernels status` tells of versions that cannot exist, so nothing that it says of a "
+                        "session can be relied on: use another version of the command, or push by hand"
+                    )
                 if pending is not None:
                     session, how = pending, "its push had arrived"
                     session.version = version
@@ -206,6 +218,8 @@ class Relay:
         if finished is not None:
             say(f"{self.run.run_dir}: finished, {finished.reason}. Everything that it wrote:")
             say(f"  kaggle kernels output {finished.kernel}/{finished.version} -p {self.run.run_dir}/output")
+            if finished.pushed is None:  # not by this relay
+                say("Kaggle had this run already. To train it anew, choose another --run_dir")
             return 0
         fresh = [session for session in sessions if not session.told]
         if not fresh:
@@ -242,26 +256,45 @@ class Relay:
             data=self.run.data,
         )
         sha256 = notebook.content_hash(folder)
+        known, words = self._record.dataset, list(self.run.words)
+        if (known.get("sha256"), known.get("words")) != (sha256, words):
+            self._check()  # a mistake would cost a session to find
         there = self._kaggle.dataset(dataset)
-        known = self._record.dataset
         if there is None or (known.get("name"), known.get("sha256")) != (dataset, sha256):
             say(f"dataset {dataset}: uploading code, config and data, {_size_mb(folder):,.1f} MB")
             self._kaggle.upload(folder, is_new=there is None, notes=f"sha256 {sha256}")
             before = there[1] if there is not None else 0
             there = self._kaggle.dataset(dataset)
+            began = self._clock.now()
             while there is None or there[1] <= before or there[0] != "ready":
-                if there is not None and there[0] == "failed":
-                    raise UserError(f"Kaggle could not take in the dataset: https://www.kaggle.com/datasets/{dataset}")
+                late = self._clock.now() - began > _PROCESSING_S
+                if late or (there is not None and there[0] == "failed"):
+                    raise UserError(
+                        f"Kaggle {'has not taken' if late else 'could not take'} the dataset in: see "
+                        f"https://www.kaggle.com/datasets/{dataset}; the same command tries again"
+                    )
                 self._clock.sleep(min(30.0, self._every_s))
                 there = self._kaggle.dataset(dataset)
-            self._record.dataset = {"name": dataset, "sha256": sha256, "version": there[1]}
-            self._record.write()
             say(f"dataset {dataset}: version {there[1]} is ready")
+        self._record.dataset = {"name": dataset, "sha256": sha256, "version": there[1], "words": words}
+        self._record.write()
         shutil.rmtree(folder)
+
+    def _best(self) -> Session | None:
+        """The session to continue, which Kaggle still has: a user may delete a kernel, and its outputs with it."""
+        while (best := to_continue(self._record, self.run.kernels)) is not None:
+            assert best.version is not None
+            for _ in range(_GONE_TRIES):
+                if self._kaggle.status(best.kernel, best.version) is not None:
+                    return best
+                self._clock.sleep(min(_LOST_PAUSE_S, self._every_s))
+            warn(f"{best.name}: Kaggle no longer has it; what its sessions did is lost")
+            self._record.forget_kernel(best.kernel)
+        return None
 
     def _push(self) -> None:
         """Starts the next session; returns when it began, when it may have begun, or when a later try is worth it."""
-        best = to_continue(self._record, self.run.kernels)
+        best = self._best()
         first, second = self.run.kernels
         kernel = second if best is not None and best.kernel == first else first
         previous = [best.kernel] if best is not None else []
@@ -299,12 +332,24 @@ class Relay:
             self._record.forget(session)
             raise
         self._waits = False
-        session.version = pushed.version
-        self._record.write()
+        self._number(session, pushed.version)
         origin = f"continues {best.name} at step {best.step:,}" if best is not None else "from the beginning"
         say(f"{session.name}: started, {origin}")
         if pushed.left_out:
             warn(f"{session.name}: {pushed.left_out}")
+
+    def _number(self, session: Session, version: int) -> None:
+        """Notes the version of a session that began. Where it is not the next one, something happened beside us."""
+        newest = self._record.newest(session.kernel)
+        known = (newest.version or 0) if newest is not None else 0
+        if version <= known:
+            warn(f"{session.kernel} was deleted, and begins again at version {version}")
+            self._record.forget_kernel(session.kernel, but=session)
+        session.version = version
+        self._record.write()
+        for between in range(known + 1, version):
+            late = self._record.add(session.kernel, between, [], None)
+            warn(f"{late.name}: began without this relay's knowledge, by a push that arrived late perhaps")
 
     def _empty(self, name: str) -> Path:
         folder = self._folder / name
@@ -424,8 +469,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--owner {arguments.owner}: the token belongs to {account}, who cannot push for others")
         session_words = (arguments.config, *(["--script", arguments.script] if arguments.script else []), *words)
         run = Run(session_words, run_dir, data, account)
-        if not (run_dir / RECORD).exists():
-            # A mistake in them would cost a session to find.
+
+        def check() -> None:
             notebook.checked_options(script, [arguments.config, *words])
+
         with writing_to(run_dir, option="--run_dir"):
-            return Relay(run, kaggle, clock, every_s).drive()
+            return Relay(run, kaggle, clock, every_s, check).drive()

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,10 @@ _VAIN_ATTEMPTS = 3
 
 # How often the disk and the clock are looked at.
 _LOOK_EVERY_S = 0.5
+
+# Where the driver says that two GPUs reach each other's memory (P2P) and a virtual machine lets nothing through, NCCL
+# hangs. The gradients of these trainings are small; by way of the host's memory they cost next to nothing.
+_NCCL = {"NCCL_P2P_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,10 @@ def bytes_below(folder: Path) -> int:
     return total
 
 
+def _largest_checkpoint(run_dir: Path) -> int:
+    return max(map(bytes_below, saved_steps(run_dir).values()), default=0)
+
+
 @dataclass(frozen=True)
 class Disk:
     """A session's output: what the run has in it, and what still has room below the quota. source: the run before."""
@@ -148,8 +157,11 @@ class Disk:
 
     def checkpoint_bytes(self) -> int:
         """Of the run's largest checkpoint, 0 if it has none."""
-        places = (self.run_dir, *([self.source] if self.source else []))
-        return max((bytes_below(folder) for place in places for folder in saved_steps(place).values()), default=0)
+        return max(self._source_bytes, _largest_checkpoint(self.run_dir))
+
+    @cached_property
+    def _source_bytes(self) -> int:
+        return _largest_checkpoint(self.source) if self.source is not None else 0
 
     def room_bytes(self) -> int:
         """What checkpoints may take in all, those that are there included."""
@@ -163,28 +175,6 @@ class Disk:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-# The GPUs.
-
-
-def gpu_environment(gpus: int) -> tuple[dict[str, str], str]:
-    """What the GPUs need to be said to NCCL, and why.
-
-    NCCL moves data between GPUs directly (P2P) where they reach each other's memory, and else through the host's. Where
-    the driver says that they do not, NCCL is told outright. It should find that by itself; but nothing is then left to
-    try that could hang on a virtual machine, and the session says which way the gradients take.
-    """
-    if gpus < 2:
-        return {}, f"{gpus} GPU(s): nothing to say to NCCL"
-    # In a process of its own: asking makes a context on the first card, which holds memory until the process ends.
-    pairs = f"((a, b) for a in range({gpus}) for b in range({gpus}) if a != b)"
-    question = f"import torch; print(all(torch.cuda.can_device_access_peer(a, b) for a, b in {pairs}))"
-    asked = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
-    if asked.stdout.strip() == "True":
-        return {}, "the GPUs reach each other's memory: NCCL is left to choose"
-    why = "the GPUs do not reach each other's memory" if asked.returncode == 0 else "the GPUs could not be asked"
-    return {"NCCL_P2P_DISABLE": "1"}, f"NCCL_P2P_DISABLE=1: {why}, so gradients go through the host's"
-
-
 # The training.
 
 
@@ -192,7 +182,8 @@ def gpu_environment(gpus: int) -> tuple[dict[str, str], str]:
 class Training:
     """The processes of the training, and how they are asked to stop.
 
-    command: without what it is to keep. wanted: what it would keep if there were room. asked: signals that it was told.
+    command: without what it is to keep. environment: all of its variables. wanted: what it would keep if there were
+    room. asked: signals that it was told.
     """
 
     command: tuple[str, ...]
@@ -210,9 +201,16 @@ class Training:
         kept = retention(self.wanted, self.disk.checkpoint_bytes(), self.disk.room_bytes())
         words = ("--checkpoint.keep", str(kept.keep), "--checkpoint.keep_best", str(kept.keep_best))
         # A session of its own: of what a terminal sends to all of its processes the ranks get one, from us.
-        self.process = subprocess.Popen(
-            [*self.command, *words], env={**os.environ, **self.environment}, start_new_session=True
-        )
+        self.process = subprocess.Popen([*self.command, *words], env=self.environment, start_new_session=True)
+        try:
+            self._watch(kept, margin)
+        finally:  # whatever went wrong here, nobody would end it
+            if self.process.poll() is None:
+                kill_all(family_of(self.process.pid))
+            self.process.wait()
+
+    def _watch(self, kept: Retention, margin: float) -> None:
+        assert self.process is not None
         told = False
         for number in self.asked:  # before there was anybody to tell
             self.tell(number)
@@ -224,9 +222,7 @@ class Training:
             left = time_left()
             if left is not None and left[0] < margin / 4:
                 warn("the training has not ended in time: it is killed, so that the output is not lost")
-                kill_all(family_of(self.process.pid))
-                break
-        self.process.wait()
+                return
 
     def tell(self, number: int) -> None:
         """Passes a signal on: one rank is enough, they agree. Before there are ranks, their launcher is ended."""
@@ -268,12 +264,10 @@ class Session:
         left = time_left()
         self.margin = max(self.options.session.margin, margin_s(left[0])) if left else self.options.session.margin
         self._errors = Path(tempfile.mkdtemp(), "error")
-        gpus = _gpus()
-        self.ranks = gpus or ranks_without_gpus()
-        settings, self.why = gpu_environment(gpus)
+        self.ranks = _ranks()
         self.training = Training(
             command=(*self._launcher(), "-m", script, *words, *self._own_words()),
-            environment={"RELAY_ERROR_FILE": str(self._errors), **settings},
+            environment={**_NCCL, **os.environ, "RELAY_ERROR_FILE": str(self._errors)},
             disk=self.disk,
             wanted=Retention(self.options.checkpoint.keep, self.options.checkpoint.keep_best),
         )
@@ -289,7 +283,7 @@ class Session:
 
     def run(self) -> dict[str, Any]:
         """Trains, as often as it takes and helps; returns what session.json says."""
-        say(f"{self.run_dir.name}: {self.ranks} rank(s); {self.why}")
+        say(f"{self.run_dir.name}: {self.ranks} rank(s)")
         if kaggle_run_type() == "Interactive":
             say("an interactive session: its output is kept only when you save a version of the notebook")
         say(f"going on from {self.source}" if self.source else "no earlier session among the inputs: a new run")
@@ -301,13 +295,12 @@ class Session:
         vain = 0
         while vain < _VAIN_ATTEMPTS:
             before = self._step()
-            self.disk.tidy()
             self.training.run(self.margin)
+            self.disk.tidy()
             if self._is_over():
                 break
             vain = vain + 1 if self._step() <= before else 0
             say("the training has ended, and starts again")
-        self.disk.tidy()
         return self.summary()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -355,10 +348,14 @@ class Session:
         }
 
 
-def _gpus() -> int:
+def _ranks() -> int:
+    """A rank for each GPU; RANKS, if said, on a CPU. Raises UserError where Kaggle has given no GPU."""
     import torch
 
-    return torch.cuda.device_count()  # makes no context
+    gpus = torch.cuda.device_count()  # makes no context
+    if gpus == 0 and kaggle_run_type() is not None and "RANKS" not in os.environ:
+        raise UserError("this session has no GPU: choose the accelerator GPU T4 x2 in the notebook's settings")
+    return gpus or ranks_without_gpus()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
