@@ -6,6 +6,7 @@ spelling: `optim: {lr: 3e-4}` in the file is `--optim.lr 3e-4` on the command li
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 import types
@@ -39,6 +40,17 @@ Duration = Annotated[
 
 
 OptionsType = TypeVar("OptionsType", bound=Options)
+
+
+def command_line(prog: str, about: str | None, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser for a command that hands on to a training what it does not know: nothing may be abbreviated."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str) -> tuple[OptionsType, bool]:

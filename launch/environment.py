@@ -283,9 +283,9 @@ def kaggle_output_bytes() -> int:
     return int(os.environ.get(KAGGLE_QUOTA, KAGGLE_OUTPUT_BYTES))
 
 
-def ranks_without_gpus() -> int:
-    """How many processes train on a machine without GPUs: RANKS, by default one."""
-    return int(os.environ.get("RANKS", "1"))
+def ranks_without_gpus() -> int | None:
+    """How many processes are to train on a machine without GPUs: RANKS; None where nobody said."""
+    return int(os.environ["RANKS"]) if "RANKS" in os.environ else None
 
 
 def keep_freed_memory() -> None:

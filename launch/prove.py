@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.config import script_of
+from launch.config import command_line, script_of
 from launch.console import UserError, format_duration, run_main, say
 from launch.processes import children, family_of, is_alive, kill_all
 from training.engine.account import read_sessions, read_status
@@ -187,12 +187,7 @@ def differences(one: Training, other: Training) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if both runs end the same, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.prove",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line("python -m launch.prove", __doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="for example configs/gpt/sample.yaml")
     parser.add_argument("--steps", type=int, default=300, help="steps to train (default %(default)s)")
     parser.add_argument("--kills", type=int, default=5, help="accidents (default %(default)s)")

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import script_of
+from launch.config import command_line, script_of
 from launch.console import UserError, format_duration, parse_duration, run_main, say, warn
 from launch.slurm_job import last_step, note
 from launch.slurm_status import jobs_of, print_status, queue, stop
@@ -114,13 +114,7 @@ def _time_limit(text: str) -> int:
 
 
 def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm",
-        usage="%(prog)s CONFIG.yaml [options] [--key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line("python -m launch.slurm", __doc__, usage="%(prog)s CONFIG.yaml [options] [--key value ...]")
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG.yaml")
     add("--nodes", type=int, default=1, help="nodes of a job (default %(default)s)")

@@ -11,7 +11,6 @@ is an error, else 0. A run that is in the folder already is not touched, nothing
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from launch.config import script_of
+from launch.config import command_line, script_of
 from launch.console import PeerError, UserError, run_main, say_as_any_rank, tell_launcher
 from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Check, Finding, Report, examine, first_words, merge, print_report, rank_name
@@ -48,12 +47,8 @@ class Asked:
 
 def read_command_line(argv: Sequence[str]) -> Asked:
     """[CONFIG.yaml] [--script MODULE] [--key value ...]; `--help` prints and exits."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.doctor",
-        usage="%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command_line(
+        "python -m launch.doctor", __doc__, usage="%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]"
     )
     parser.add_argument("--script", help="the training (default: training.NAME for configs/NAME/...)")
     arguments, words = parser.parse_known_args(without_local_rank(argv))

@@ -202,10 +202,10 @@ class Kaggle:
             )
         raise UserError(f"Kaggle refuses the session: {refusal}; nothing was started")
 
-    def output(self, kernel: str, version: int, folder: Path, pattern: str) -> bool:
+    def output(self, kernel: str, version: int, folder: Path, pattern: str) -> None:
         """Fetches those output files of a version whose path the regular expression finds, and the log, to `folder`.
 
-        False: there is no output at all.
+        That there is no output at all is no error.
         """
         words = ["kernels", "output", f"{kernel}/{version}", "-p", str(folder), "-o", "-q", "--file-pattern", pattern]
         try:
@@ -213,8 +213,6 @@ class Kaggle:
         except _Absent as error:
             if not _NOT_FOUND.search(error.said):
                 raise  # an address that expired, say: to take that for "no output" would lose what the session did
-            return False
-        return True
 
     # Datasets.
 

@@ -10,7 +10,6 @@ and data give equal files, byte for byte, so that whoever uploads them can tell 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import io
@@ -25,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from data_prep.files import open_atomically, sha256_of, write_atomically, writing_to
-from launch.config import script_of
+from launch.config import command_line, script_of
 from launch.console import UserError, run_main, say
 from launch.environment import KAGGLE_INPUT, KAGGLE_WORKING
 
@@ -319,12 +318,10 @@ def _write_tar(file: io.BufferedIOBase, members: dict[str, Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.kaggle notebook",
+    parser = command_line(
+        "python -m launch.kaggle notebook",
+        __doc__,
         usage="%(prog)s CONFIG.yaml --owner ME --output DIR [options] [--key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG.yaml")

@@ -14,7 +14,6 @@ not drive the same run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -26,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import writing_to
-from launch.config import raw_values, script_of
+from launch.config import command_line, raw_values, script_of
 from launch.console import TryLaterError, UserError, format_duration, parse_duration, say, warn
 from launch.kaggle import notebook
-from launch.kaggle.client import ACTIVE, Clock, Kaggle, LostAnswer, NoFreeSession, QuotaUsedUp
+from launch.kaggle.client import ACTIVE, Clock, Kaggle, LostAnswer, NoFreeSession, Quota, QuotaUsedUp
 from launch.kaggle.record import (
     RECORD,
     Record,
@@ -128,9 +127,8 @@ class Relay:
         So a push whose answer was lost is found, and so are the sessions of a run whose record was lost.
         """
         for kernel in self.run.kernels:
-            pending, tries = self._record.pending(kernel), 1
-            if pending is not None:
-                tries = _LOST_TRIES
+            pending = self._record.pending(kernel)
+            tries = 1 if pending is None else _LOST_TRIES
             while tries:
                 newest = self._record.newest(kernel)
                 version = ((newest.version or 0) if newest is not None else 0) + 1
@@ -361,7 +359,7 @@ class Relay:
 
     def _wait_for_quota(self, why: str) -> None:
         quota, now = self._kaggle.quota(), self._clock.now()
-        renewed = quota.renewed if quota is not None and quota.renewed is not None else _next_week(now)
+        renewed = _renewal(quota, now)
         say(
             f"{why.strip().rstrip('.')}: new GPU hours on {_in_words(renewed)}, in {format_duration(renewed - now)}. "
             "Left running, this goes on then; stopped, start the same command again after that"
@@ -372,7 +370,7 @@ class Relay:
 
     def _say_hours(self) -> None:
         quota, now = self._kaggle.quota(), self._clock.now()
-        renewed = quota.renewed if quota is not None and quota.renewed is not None else _next_week(now)
+        renewed = _renewal(quota, now)
         own_h = hours_between(self._record.sessions, renewed - _WEEK_S, now)
         if quota is not None:
             left = f"{max(0.0, quota.total_h - quota.used_h):.1f} of {quota.total_h:g} left"
@@ -388,7 +386,10 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     return None
 
 
-def _next_week(now: float) -> float:
+def _renewal(quota: Quota | None, now: float) -> float:
+    """When the next week's GPU hours begin: as Kaggle tells, else on Saturday."""
+    if quota is not None and quota.renewed is not None:
+        return quota.renewed
     return now + _WEEK_S - (now - _A_SATURDAY) % _WEEK_S
 
 
@@ -433,12 +434,10 @@ def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the command line and drives the run; returns its exit status. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.kaggle relay",
+    parser = command_line(
+        "python -m launch.kaggle relay",
+        __doc__,
         usage="%(prog)s CONFIG.yaml [--key value ...] [--owner NAME] [--every 5m]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("--owner", help="your name on Kaggle (default: the one that the token belongs to)")

@@ -13,7 +13,6 @@ A training that fails but may go on by itself is started again within the sessio
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from data_prep.files import write_atomically, writing_to
-from launch.config import script_of
+from launch.config import command_line, script_of
 from launch.console import Terminated, TryLaterError, UserError, format_duration, run_main, say, warn
 from launch.environment import (
     PROCESS_BEGAN,
@@ -353,18 +352,15 @@ def _ranks() -> int:
     import torch
 
     gpus = torch.cuda.device_count()  # makes no context
-    if gpus == 0 and kaggle_run_type() is not None and "RANKS" not in os.environ:
+    ranks = gpus or ranks_without_gpus()
+    if ranks is None and kaggle_run_type() is not None:
         raise UserError("this session has no GPU: choose the accelerator GPU T4 x2 in the notebook's settings")
-    return gpus or ranks_without_gpus()
+    return ranks or 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.kaggle session",
-        usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command_line(
+        "python -m launch.kaggle session", __doc__, usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]"
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
