@@ -208,7 +208,7 @@ def answer(site: Site, words: list[str]) -> str:
     option = dict(itertools.pairwise(words))
     match words[:2]:
         case ["config", "view"]:
-            return f"Configuration values from /root/.kaggle\n- username: {OWNER}\n- auth_method: ACCESS_TOKEN\n"
+            return f"Configuration values from ~/.kaggle\n- username: {OWNER}\n- auth_method: ACCESS_TOKEN\n"
         case ["quota", *_]:
             used, total = site.used_h(), site.settings["quota_h"]
             renewed = site.state.get("renewed")
