@@ -43,6 +43,9 @@ TATOEBA = SHARED / "tatoeba/cmn.txt"
 BASE = ROOT / "configs/gpt/base.yaml"
 BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
 
+# Labels that are not learned, as torch's cross-entropy has them.
+IGNORED = -100
+
 # An optimizer step of the seed recipes.
 SENTENCES_PER_STEP = 32
 
@@ -246,6 +249,54 @@ def serve_usual_loop(
         return steps * SENTENCES_PER_STEP / (time.monotonic() - began)
 
     serve(train)
+
+
+class Padded:
+    """Collates ids and labels to the longest row of the batch, padded on the right."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        def padded(name: str, value: int) -> Tensor:
+            return nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row["input_ids"]) for row in rows], batch_first=True)
+        return {
+            "input_ids": padded("input_ids", self.pad_id),
+            "labels": padded("labels", IGNORED),
+            "attention_mask": mask,
+        }
+
+
+def counting_trainer(folder: str, model: nn.Module, records: Any, pad_id: int, **arguments: Any) -> Any:
+    """A `transformers.Trainer` that says and saves nothing, and counts the tokens that it trains on.
+
+    records: rows of input_ids and labels. arguments: TrainingArguments of its own. It has `tokens`, and `began`, the
+    monotonic time of its first step.
+    """
+    import transformers
+
+    class Counting(transformers.Trainer):
+        tokens: Any = 0
+        began = 0.0
+
+        def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *more: Any) -> Tensor:
+            self.began = self.began or time.monotonic()
+            self.tokens = self.tokens + inputs["attention_mask"].sum()
+            return super().training_step(model, inputs, *more)
+
+    quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    found = Counting(
+        model=model,
+        args=transformers.TrainingArguments(
+            folder, lr_scheduler_type="constant", remove_unused_columns=False, **quiet, **arguments
+        ),
+        train_dataset=records,
+        data_collator=Padded(pad_id),
+    )
+    found.remove_callback(transformers.PrinterCallback)  # standard output is for answers
+    return found
 
 
 def checked_difference(ours: float, theirs: float, peer: str) -> float:

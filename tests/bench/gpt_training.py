@@ -39,6 +39,7 @@ from launch.console import run_main, say
 from tests.bench.common import (
     BASE,
     BASE_DATA,
+    IGNORED,
     ROOT,
     SENTENCES_PER_STEP,
     Figure,
@@ -58,7 +59,6 @@ from training.gpt import GPTConfig, Sequences, plan_of, summed_loss
 from training.models.gpt import GPT
 
 CONTEXT = 128
-IGNORED = -100
 MATRIX_WIDTH = 2048
 
 SEED = ROOT / "configs/gpt/seed.yaml"

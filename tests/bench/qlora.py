@@ -54,11 +54,14 @@ from launch.config import parse
 from launch.console import UserError, run_main, say
 from tests.base_models import make_tokenizer
 from tests.bench.common import (
+    IGNORED,
     ROOT,
     SHARED,
     Arguments,
     Figure,
+    Padded,
     Worker,
+    counting_trainer,
     environment,
     held_bytes,
     peak_of_tensors,
@@ -86,7 +89,6 @@ if TYPE_CHECKING:
 RECORDS, TOKENIZER = SHARED / "disc-law-sft", SHARED / "qwen2.5-tokenizer"
 VOCABULARY, SAMPLE_VOCABULARY = 151_936, 32_768
 BATCH = 4
-IGNORED = -100
 
 QUICK_SHAPE = {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 4}
 CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 2112, "num_hidden_layers": 8, "num_attention_heads": 6}
@@ -250,24 +252,6 @@ class Records(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
-class Padded:
-    """Collates to the longest of the batch, padded on the right."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        def padded(name: str, value: int) -> Tensor:
-            return nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row["input_ids"]) for row in rows], batch_first=True)
-        return {
-            "input_ids": padded("input_ids", self.pad_id),
-            "labels": padded("labels", IGNORED),
-            "attention_mask": mask,
-        }
-
-
 class Usual:
     """`transformers.Trainer` with peft and bitsandbytes, as their documentation puts them together."""
 
@@ -305,49 +289,28 @@ class Usual:
         self.asked = 0
 
     def trainer(self, folder: str, steps: int, accumulated: int, records: Records) -> Any:
-        """A Trainer that also counts the tokens that it trains on."""
-        import transformers
-
-        class Counting(transformers.Trainer):
-            tokens: Any = 0
-            began = 0.0
-
-            def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *more: Any) -> Tensor:
-                self.began = self.began or time.monotonic()
-                self.tokens = self.tokens + inputs["attention_mask"].sum()
-                return super().training_step(model, inputs, *more)
-
+        """A Trainer over `records` that takes so many steps of `accumulated` batches."""
         optim = self.config.optim
-        found = Counting(
-            model=self.model,
-            args=transformers.TrainingArguments(
-                folder,
-                per_device_train_batch_size=BATCH,
-                gradient_accumulation_steps=accumulated,
-                max_steps=steps,
-                learning_rate=optim.lr,
-                adam_beta1=optim.beta1,
-                adam_beta2=optim.beta2,
-                weight_decay=optim.weight_decay,
-                max_grad_norm=optim.clip_norm,
-                lr_scheduler_type="constant",
-                gradient_checkpointing=True,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
-                bf16=self.precision.name == "bf16",
-                fp16=self.precision.name == "fp16",
-                use_cpu=not ON_CARD,
-                seed=self.asked,  # another order of the data each time
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-            ),
-            train_dataset=records,
-            data_collator=Padded(self.data.meta["tokenizer"]["pad_id"]),
+        return counting_trainer(
+            folder,
+            self.model,
+            records,
+            self.data.meta["tokenizer"]["pad_id"],
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=accumulated,
+            max_steps=steps,
+            learning_rate=optim.lr,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            weight_decay=optim.weight_decay,
+            max_grad_norm=optim.clip_norm,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=self.precision.name == "bf16",
+            fp16=self.precision.name == "fp16",
+            use_cpu=not ON_CARD,
+            seed=self.asked,  # another order of the data each time
         )
-        found.remove_callback(transformers.PrinterCallback)  # standard output is for answers
-        return found
 
     def train(self, steps: float) -> float:
         """Trains for so many steps of two batches; samples a second, from when the first begins."""

@@ -1,0 +1,425 @@
+"""Relay's trainings against those of other projects: the same data, models of the same size, side by side in one run.
+
+Sentences a second of steady training, as each project's own command trains, on the pieces of configs/gpt/base.yaml:
+
+- `gpt_vs_trainer`: `transformers.Trainer` trains its GPT-2 of the very shape (4 layers of width 256, learned positions,
+  exact GELU, dropout 0.2), from the same initial weights; sentences of near-equal length in a batch, padded to the
+  longest of it; labels on the English side only; the fused optimizer. Before anything is timed, both must give the same
+  loss for the same sentences, to 1e-5. One process of two threads, at the better of two batch sizes.
+- `gpt_vs_joeynmt`: JoeyNMT's Transformer of about equal parameters. An encoder-decoder: a sentence's source passes
+  one half of its layers and its target the other, where all of a GPT's tokens pass all layers, so per sentence it
+  computes two thirds of what the GPT does. One process of two threads, at the better of two batch sizes: batches by
+  sentences, as its documentation has them; it knows none by length.
+- `seq2seq_vs_joeynmt`: JoeyNMT's GRU encoder-decoder with Bahdanau attention, of equal parameters, likewise.
+
+Relay is `torchrun --nproc-per-node=2`, one thread a rank. All sides train on as many sentences an optimizer step.
+QLoRA against Trainer and peft: tests/bench/qlora.py. A notebook's loop that pads everything to one length:
+gpt_training.py, seq2seq_training.py.
+
+JoeyNMT (2.3.0, Apache-2.0) is installed into an environment of its own in ~/.cache/relay-tests, where it uses the torch
+of this one; its releases want older versions of what Relay uses.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from data_prep.prepared import Prepared, open_prepared
+from data_prep.tokenizers import EOS, PAD, SEP, SOS
+from launch.console import UserError, run_main, say
+from tests.base_models import CACHE
+from tests.bench.common import (
+    BASE,
+    BASE_DATA,
+    IGNORED,
+    ROOT,
+    Arguments,
+    Figure,
+    Padded,
+    Worker,
+    checked_difference,
+    config_of,
+    counting_trainer,
+    environment,
+    prepare,
+    ratio_by_rounds,
+    read_arguments,
+    report,
+    serve,
+    timed_training,
+    workers,
+)
+from tests.bench.gpt_training import new_model
+from tests.bench.seq2seq_training import new_model as new_seq2seq
+from training.engine.batch_plan import BatchPlan
+from training.gpt import GPTConfig, Sequences, summed_loss
+from training.gpt import plan_of as gpt_plan
+from training.models.attention_gru import AttentionGRUOptions
+from training.models.gpt import GPT, GPTOptions
+from training.seq2seq import TwoSides
+from training.seq2seq import plan_of as seq2seq_plan
+
+Model = dict[str, Any]
+
+SEQ2SEQ = ROOT / "configs/seq2seq/base.yaml"
+
+# What the Trainer's GPT-2 has: learned positions, and (unlike base.yaml) plain cross-entropy, which is kinder to it.
+AS_GPT2 = (BASE, "--model.positions", "learned", "--loss.label_smoothing", 0)
+
+JOEYNMT = "joeynmt==2.3.0"
+# What it imports beside what Relay has, in versions that go with it.
+JOEYNMT_NEEDS = (
+    "protobuf==3.20.3",
+    "tensorboard==2.20.0",
+    "importlib_metadata==7.2.1",
+    "sacremoses==0.2.0",
+    "subword-nmt==0.3.8",
+    "seaborn==0.13.2",
+    "plotly==7.1.0",
+)
+
+
+# --- transformers.Trainer --------------------------------------------------------------------------------------------
+
+
+def gpt2_of(model: GPT) -> Any:
+    """The same model as `transformers` has it, with the same weights."""
+    import transformers
+
+    options = model.options
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=model.vocabulary_size,
+            n_positions=options.context,
+            n_embd=options.width,
+            n_layer=options.layers,
+            n_head=options.heads,
+            activation_function="gelu",
+            resid_pdrop=options.dropout,
+            embd_pdrop=options.dropout,
+            attn_pdrop=0.0,
+            bos_token_id=SOS,
+            eos_token_id=EOS,
+            use_cache=False,
+        )
+    )
+    names = {
+        "embedding": "transformer.wte",
+        "position_embedding": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "attention_norm": "ln_1",
+        "attention.query_key_value": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "expand": "mlp.c_fc",
+        "contract": "mlp.c_proj",
+    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        place, _, kind = name.rpartition(".")
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", place)
+        into = f"transformer.h.{found[1]}.{names[found[2]]}" if found else names[place]
+        # Its linear layers within a block are convolutions of width 1, whose weights lie the other way round.
+        is_linear = found is not None and kind == "weight" and tensor.dim() == 2
+        weights[f"{into}.{kind}"] = tensor.T if is_linear else tensor
+    missing = theirs.load_state_dict(weights, strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys, missing
+    return theirs
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Ids, and labels that are IGNORED up to the separator."""
+
+    def __init__(self, sequences: Sequences):
+        part = sequences.part
+        self.rows = []
+        for row in sequences.rows:
+            source, target = part.source[row].tolist(), part.target[row].tolist()
+            labels = (len(source) + 2) * [IGNORED] + [*target, EOS]
+            ids = [SOS, *source, SEP, *target, EOS]
+            self.rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def sequences_of(data: Prepared) -> tuple[GPTConfig, Sequences]:
+    config = config_of("gpt", AS_GPT2, data)
+    return config, Sequences(data.part("train"), config.model.context)
+
+
+def sentences_a_step(plan: BatchPlan) -> int:
+    """How many sentences a step has on average."""
+    return round(len(plan.lengths) * plan.epoch(plan.steps) / plan.steps)
+
+
+def trainer(folder: str, accumulated: str) -> None:
+    """The peer, a process of its own: asked for a number of steps, it answers with the sentences a second."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    data = open_prepared(folder)
+    config, sequences = sequences_of(data)
+    model, dataset = gpt2_of(new_model(config, data)), Pairs(sequences)
+    batch = sentences_a_step(gpt_plan(config, sequences)) // int(accumulated)
+    asked = 0
+
+    def train(steps: float) -> float:
+        nonlocal asked
+        asked += 1
+        with tempfile.TemporaryDirectory() as work:
+            found = counting_trainer(
+                work,
+                model,
+                dataset,
+                PAD,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=int(accumulated),
+                train_sampling_strategy="group_by_length",
+                max_steps=int(steps),
+                learning_rate=config.optim.lr,
+                weight_decay=config.optim.weight_decay,
+                max_grad_norm=config.optim.clip_norm or 0.0,
+                optim="adamw_torch_fused",
+                use_cpu=True,
+                seed=asked,  # another order of the data each time
+            )
+            found.train()
+            # Each has one token more here: <eos> is an input, too.
+            return int(found.tokens) / (sequences.lengths.mean() + 1) / (time.monotonic() - found.began)
+
+    serve(train)
+
+
+def trainer_difference(data: Prepared) -> float:
+    """How far the two losses of the same sentences lie apart, dropout off. Raises UserError above 1e-5."""
+    config, sequences = sequences_of(data)
+    model = new_model(config, data).eval()
+    theirs = gpt2_of(model).eval()
+    samples = np.random.default_rng(0).choice(len(sequences.lengths), 32, replace=False)
+    dataset = Pairs(sequences)
+    with torch.no_grad():
+        ours = summed_loss(model, sequences, samples, config.loss, torch.device("cpu")).item()
+        loss = theirs(**Padded(PAD)([dataset[int(sample)] for sample in samples])).loss.item()
+    return checked_difference(ours / sequences.weights(0.0)[samples].sum(), loss, "Trainer")
+
+
+# --- JoeyNMT ---------------------------------------------------------------------------------------------------------
+
+
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def joeynmt_python() -> Path:
+    """The interpreter of JoeyNMT's environment, made when first asked for. Raises UserError where it cannot be made."""
+    folder = CACHE / JOEYNMT.replace("==", "-")
+    python, ready = folder / "bin/python", folder / "ready"
+    if ready.exists():
+        return python
+    say(f"installing {JOEYNMT} into {folder}")
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [*pip, "--no-deps", JOEYNMT],
+        [*pip, *JOEYNMT_NEEDS],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{JOEYNMT} cannot be installed: {done.stderr.strip()[-500:]}")
+        if command[1:3] == ["-m", "venv"]:  # behind its own packages it finds ours, torch above all
+            (packages / "relay.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    ready.touch()
+    return python
+
+
+def write_pairs(data: Prepared, folder: Path) -> None:
+    """The same pairs as text files: ids for words. Joey reads these as they are."""
+    part = data.part("train")
+    for language, rows in (("zh", part.source), ("en", part.target)):
+        lines = [" ".join(map(str, row.tolist())) for row in rows]
+        (folder / f"train.{language}").write_text("\n".join(lines) + "\n")
+        (folder / f"dev.{language}").write_text("\n".join(lines[:8]) + "\n")
+    words = [str(number) for number in range(4, data.source_tokenizer.vocabulary_size)]
+    (folder / "vocabulary.txt").write_text("\n".join(["<unk>", "<pad>", "<s>", "</s>", *words]) + "\n")
+
+
+def transformer(options: GPTOptions) -> Model:
+    """About as many parameters as the GPT has: its layers are shared out among encoder and decoder."""
+    side = {
+        "type": "transformer",
+        "num_layers": options.layers // 2,
+        "num_heads": options.heads,
+        "embeddings": {"embedding_dim": options.width, "scale": True, "dropout": options.dropout},
+        "hidden_size": options.width,
+        "ff_size": 3 * options.width,  # not 4: the decoder attends twice
+        "dropout": options.dropout,
+        "layer_norm": "pre",
+    }
+    return {"tied_embeddings": True, "tied_softmax": True, "encoder": side, "decoder": side}
+
+
+def recurrent(options: AttentionGRUOptions) -> Model:
+    """Recurrent layers and attention as wide as Relay's; embeddings, too: else it ties no output layer to them."""
+    width = options.hidden_width
+    side = {
+        "type": "recurrent",
+        "rnn_type": "gru",
+        "num_layers": options.layers,
+        "embeddings": {"embedding_dim": width, "scale": False, "dropout": options.dropout},
+        "hidden_size": width,
+        "dropout": options.dropout,
+    }
+    encoder = {**side, "bidirectional": options.bidirectional}
+    decoder = {**side, "attention": "bahdanau", "init_hidden": "bridge", "input_feeding": True}
+    return {"tied_embeddings": True, "tied_softmax": True, "encoder": encoder, "decoder": decoder}
+
+
+def joeynmt(data: Prepared, folder: Path, model: Model, batch: int, times: int, steps: int) -> tuple[float, int]:
+    """Trains for so many steps of `times` batches of sentences by `python -m joeynmt train`.
+
+    Returns the sentences a second behind the first quarter, and the model's parameters.
+    """
+    side = {"level": "word", "max_length": 128, "voc_file": str(folder / "vocabulary.txt")}
+    config = {
+        "name": "peer",
+        "model_dir": str(folder / f"model-{time.monotonic_ns()}"),
+        "use_cuda": False,
+        "data": {
+            "train": str(folder / "train"),
+            "dev": str(folder / "dev"),
+            "dataset_type": "plain",
+            "src": {"lang": "zh", **side},
+            "trg": {"lang": "en", **side},
+        },
+        "testing": {"batch_size": 8, "batch_type": "sentence", "eval_metrics": ["bleu"]},
+        "training": {
+            "optimizer": "adamw",
+            "learning_rate": 1e-3,
+            "scheduling": "warmupinversesquareroot",
+            "learning_rate_warmup": 150,
+            "normalization": "tokens",
+            "label_smoothing": 0.1,
+            "clip_grad_norm": 1.0,
+            "batch_size": batch,
+            "batch_type": "sentence",
+            "batch_multiplier": times,
+            "epochs": 1000,
+            "updates": steps,
+            "logging_freq": steps // 4,
+            "validation_freq": steps // 4 * 10**6,
+        },
+        "model": model,
+    }
+    path = folder / "joeynmt.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [str(joeynmt_python()), "-m", "joeynmt", "train", str(path), "--skip-test"]
+    done = subprocess.run(command, cwd=folder, env=environment(2), capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    speeds = [float(each) for each in re.findall(r"Tokens per Sec:\s+(\d+)", said)]
+    parameters = re.search(r"Total params: (\d+)", said)
+    if done.returncode or len(speeds) < 4 or parameters is None:
+        raise UserError(f"{' '.join(command)} failed:\n{said[-3000:]}")
+    # Tokens of the target, `<eos>` included. The intervals have as many steps each.
+    target = data.part("train").target.lengths.mean() + 1
+    return len(speeds[1:]) / sum(1 / speed for speed in speeds[1:]) / target, int(parameters[1])
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["trainer"]:
+        return trainer(*sys.argv[2:])
+    arguments = read_arguments("peers", __doc__)
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
+        measure(arguments, Path(temporary))
+    return 0
+
+
+def measure(arguments: Arguments, folder: Path) -> None:
+    rounds, steps = (1, 12) if arguments.quick else (3, 40)
+    say(f"preparing {arguments.about_data}")
+    data = prepare(arguments, folder / "data", *BASE_DATA)
+    write_pairs(data, folder)
+    difference = trainer_difference(data)
+    say(f"the same loss on both sides, difference {difference:.1e}")
+    gpt, gru = config_of("gpt", [BASE], data), config_of("seq2seq", [SEQ2SEQ], data)
+    speeds: defaultdict[str, list[float]] = defaultdict(list)
+    parameters = {"gpt": parameters_of(new_model(gpt, data)), "seq2seq": parameters_of(new_seq2seq(gru, data))}
+
+    def relay(name: str, words: Sequence[object], plan: BatchPlan) -> None:
+        run_dir = folder / f"{name}-{len(speeds[name])}"
+        speed = timed_training(name.partition(" ")[0], words, data, run_dir, steps=steps, ranks=2, threads=1)
+        speeds[name].append(speed.tokens_per_s / float(plan.lengths.mean()))
+
+    def joey(name: str, model: Model, sentences: int) -> None:
+        for times in (4, 1):
+            speed, parameters[f"joeynmt's {name}"] = joeynmt(data, folder, model, sentences // times, times, steps)
+            speeds[f"joeynmt {name} {times}"].append(speed)
+
+    as_gpt2 = sequences_of(data)[1]
+    plans = gpt_plan(gpt, as_gpt2), seq2seq_plan(gru, TwoSides(data.part("train"), gru.model.max_length))
+    # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
+    how = {"threads": 2, "DS_ACCELERATOR": "cpu"}
+    trainers = {
+        f"trainer {times}": Worker("tests.bench.peers", "trainer", data.folder, times, **how) for times in (4, 1)
+    }
+    with workers(**trainers) as started:
+        for worker in started.values():  # the first piece of work also sets things up
+            worker.ask(1)
+            worker.answer()
+        for number in range(rounds):
+            relay("gpt as GPT-2", AS_GPT2, plans[0])
+            for name, worker in started.items():
+                worker.ask(steps // 2)
+                speeds[name].append(worker.answer())
+            relay("gpt", [BASE], plans[0])
+            joey("transformer", transformer(gpt.model), sentences_a_step(plans[0]))
+            relay("seq2seq", [SEQ2SEQ], plans[1])
+            joey("gru", recurrent(gru.model), sentences_a_step(plans[1]))
+            say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
+
+    def best(peer: str) -> list[float]:
+        """The speeds of a peer at the batch size at which it is fastest."""
+        ways = [values for name, values in speeds.items() if name in (f"{peer} 4", f"{peer} 1")]
+        return max(ways, key=median)
+
+    figures = []
+    for name, ours, peer, target in (
+        ("gpt_vs_trainer", "gpt as GPT-2", "trainer", ">= 1.5"),
+        ("gpt_vs_joeynmt", "gpt", "joeynmt transformer", ">= 1.3"),
+        ("seq2seq_vs_joeynmt", "seq2seq", "joeynmt gru", ""),
+    ):
+        ratio = ratio_by_rounds(speeds[ours], best(peer))
+        figures.append(Figure(name, ratio, f"sentences per second, {ours} over {peer}", target))
+    medians = {name.replace(" ", "_"): median(values) for name, values in speeds.items()}
+    figures += [Figure(f"{name}_sentences_per_s", value, "") for name, value in medians.items()]
+    figures += [Figure(f"{name}_parameters", count, "") for name, count in parameters.items()]
+    figures.append(
+        Figure("loss_difference", difference, "GPT-2 with the same weights, on the same sentences", "<= 1e-5")
+    )
+    report("peers", arguments, figures)
+
+
+if __name__ == "__main__":
+    run_main(main)
