@@ -66,10 +66,11 @@ from tests.bench.common import (
 from tests.bench.gpt_training import new_model
 from tests.bench.seq2seq_training import new_model as new_seq2seq
 from training.engine.batch_plan import BatchPlan
+from training.evaluation import hugging_face
 from training.gpt import GPTConfig, Sequences, summed_loss
 from training.gpt import plan_of as gpt_plan
 from training.models.attention_gru import AttentionGRUOptions
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPTOptions
 from training.seq2seq import TwoSides
 from training.seq2seq import plan_of as seq2seq_plan
 
@@ -94,51 +95,6 @@ JOEYNMT_NEEDS = (
 
 
 # --- transformers.Trainer --------------------------------------------------------------------------------------------
-
-
-def gpt2_of(model: GPT) -> Any:
-    """The same model as `transformers` has it, with the same weights."""
-    import transformers
-
-    options = model.options
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=model.vocabulary_size,
-            n_positions=options.context,
-            n_embd=options.width,
-            n_layer=options.layers,
-            n_head=options.heads,
-            activation_function="gelu",
-            resid_pdrop=options.dropout,
-            embd_pdrop=options.dropout,
-            attn_pdrop=0.0,
-            bos_token_id=SOS,
-            eos_token_id=EOS,
-            use_cache=False,
-        )
-    )
-    names = {
-        "embedding": "transformer.wte",
-        "position_embedding": "transformer.wpe",
-        "final_norm": "transformer.ln_f",
-        "attention_norm": "ln_1",
-        "attention.query_key_value": "attn.c_attn",
-        "attention.output": "attn.c_proj",
-        "feed_forward_norm": "ln_2",
-        "expand": "mlp.c_fc",
-        "contract": "mlp.c_proj",
-    }
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        place, _, kind = name.rpartition(".")
-        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", place)
-        into = f"transformer.h.{found[1]}.{names[found[2]]}" if found else names[place]
-        # Its linear layers within a block are convolutions of width 1, whose weights lie the other way round.
-        is_linear = found is not None and kind == "weight" and tensor.dim() == 2
-        weights[f"{into}.{kind}"] = tensor.T if is_linear else tensor
-    missing = theirs.load_state_dict(weights, strict=False)
-    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys, missing
-    return theirs
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -178,7 +134,7 @@ def trainer(folder: str, accumulated: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     data = open_prepared(folder)
     config, sequences = sequences_of(data)
-    model, dataset = gpt2_of(new_model(config, data)), Pairs(sequences)
+    model, dataset = hugging_face.model_of(new_model(config, data)).train(), Pairs(sequences)
     batch = sentences_a_step(gpt_plan(config, sequences)) // int(accumulated)
     asked = 0
 
@@ -213,7 +169,7 @@ def trainer_difference(data: Prepared) -> float:
     """How far the two losses of the same sentences lie apart, dropout off. Raises UserError above 1e-5."""
     config, sequences = sequences_of(data)
     model = new_model(config, data).eval()
-    theirs = gpt2_of(model).eval()
+    theirs = hugging_face.model_of(model)
     samples = np.random.default_rng(0).choice(len(sequences.lengths), 32, replace=False)
     dataset = Pairs(sequences)
     with torch.no_grad():
