@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions, Share, Task, Validation
+from training.models.cross_entropy import token_losses
 from training.models.gpt import GPT, GPTOptions
 from training.translation import Pairs, held_out_scores
 
@@ -99,9 +99,9 @@ def summed_loss(
     batch = sequences.batch(samples, with_source=options.source_weight > 0)
     inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
     logits = model(inputs, scored).float()
+    losses = token_losses(logits, labels, options.label_smoothing)
     if options.source_weight == 0:
-        return F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing, reduction="sum")
-    losses = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing, reduction="none")
+        return losses.sum()
     return (losses * torch.where(is_target, 1.0, options.source_weight)).sum()
 
 

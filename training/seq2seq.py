@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions, Share, Task, Validation
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
+from training.models.cross_entropy import token_losses
 from training.translation import Pairs, held_out_scores
 
 
@@ -93,7 +93,7 @@ def summed_loss(
 ) -> Tensor:
     """Cross-entropy summed over a micro-batch's target tokens: a scalar, with gradient."""
     logits, labels = predictions(model, pairs, samples, device, options.teacher_forcing)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing, reduction="sum")
+    return token_losses(logits.float(), labels, options.label_smoothing).sum()
 
 
 def validation_scores(model: nn.Module, pairs: TwoSides, cluster: Cluster, share: Share | None = None) -> Validation:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from launch.config import Options
+from training.models.dropout import Dropout
 
 
 class AttentionGRUOptions(Options):
@@ -107,7 +108,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(
             GRU(width, options.hidden_width, batch_first=True, bidirectional=options.bidirectional) for width in widths
         )
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
 
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """source [B, S], padded on the right; lengths [B], on the CPU.
@@ -168,7 +169,7 @@ class AttentionGRU(nn.Module):
         self.readout = nn.Linear(hidden + context + words, words)
         self.output_weight = None if options.tied_output else nn.Parameter(torch.empty(target_vocabulary_size, words))
         self.output_bias = nn.Parameter(torch.empty(target_vocabulary_size))
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from launch.config import Options
+from training.models.dropout import Dropout
 
 
 class GPTOptions(Options):
@@ -97,7 +98,7 @@ class Block(nn.Module):
         self.feed_forward_norm = norm(options.width)
         self.expand = nn.Linear(options.width, 4 * options.width)
         self.contract = nn.Linear(4 * options.width, options.width)
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
@@ -117,7 +118,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, options.width)
         learned = options.positions == "learned"
         self.position_embedding = nn.Embedding(options.context, options.width) if learned else None
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
         self.final_norm = (nn.LayerNorm if options.norm == "layer" else nn.RMSNorm)(options.width)
         if not learned:
