@@ -66,8 +66,7 @@ class ChatTokenizer:
         self.pad_id = self._find_pad()
         self._is_control = np.zeros(max(len(tokenizer), *texts.values()) + 1, dtype=bool)
         self._is_control[list(self._control_ids.values())] = True
-        (plain,) = self.encode([self.prompt("问题？")])
-        self._controls_of_prompt = int(self._is_control[plain].sum())
+        self._probed: dict[tuple[str, ...], int | str] = {}  # by roles, see `_probe`
 
     @property
     def size(self) -> int:
@@ -86,13 +85,18 @@ class ChatTokenizer:
         found = self._control.search(text)
         return found[0] if found else None
 
-    def prompt(self, question: str) -> str:
-        """What the model reads before it answers, as text."""
-        return self._render([user(question)], add_generation_prompt=True)
+    def refusal(self, turns: Sequence[Message]) -> str | None:
+        """Why the template makes no prompt of turns in these roles, such as a system's; None if it does."""
+        found = self._probe(turns)
+        return found if isinstance(found, str) else None
 
-    def check(self, prompt: str, question: str, answer: str) -> None:
+    def prompt(self, turns: Sequence[Message]) -> str:
+        """What the model reads before it answers, as text. turns: of the user, or of several, the user's last."""
+        return self._render(turns, add_generation_prompt=True)
+
+    def check(self, prompt: str, turns: Sequence[Message], answer: str) -> None:
         """Raises UserError unless the whole conversation is `prompt`, then `answer`, then the end of the turn."""
-        whole = self._render([user(question), assistant(answer)], add_generation_prompt=False)
+        whole = self._render([*turns, assistant(answer)], add_generation_prompt=False)
         if not whole.startswith(prompt + answer + self._end):
             raise UserError(
                 f"the chat template of --tokenizer {self.name} changes an answer or puts something between the prompt "
@@ -100,14 +104,15 @@ class ChatTokenizer:
                 "tokenizer of another model"
             )
 
-    def join(self, prompt: list[int], answer: list[int]) -> np.ndarray:
-        """The ids of a conversation, int32: the prompt's, the answer's, the end of the turn.
+    def join(self, turns: Sequence[Message], prompt: list[int], answer: list[int]) -> np.ndarray:
+        """The ids of a conversation, int32: those of the prompt of `turns`, the answer's, the end of the turn.
 
         Raises UserError if there is a control token among them that the template did not put there. `control_text`
         finds those beforehand, but for a tokenizer that makes control tokens of other spellings.
         """
         ids = np.array([*prompt, *answer, self.end_id], dtype=np.int32)
-        if int(self._is_control[ids].sum()) != self._controls_of_prompt + 1:
+        expected = self._probe(turns)
+        if isinstance(expected, str) or int(self._is_control[ids].sum()) != expected + 1:
             raise UserError(
                 f"--tokenizer {self.name} makes control tokens of plain text, such as {self._tokenizer.decode(ids)!r}; "
                 "pass the tokenizer of another model"
@@ -141,16 +146,35 @@ class ChatTokenizer:
         """Writes it to `folder`, as `AutoTokenizer.from_pretrained` reads it."""
         self._tokenizer.save_pretrained(str(folder))
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    def _probe(self, turns: Sequence[Message]) -> int | str:
+        """How many control tokens the prompt of turns in these roles has; or why the template makes none of them."""
+        roles = tuple(turn["role"] for turn in turns)
+        if roles not in self._probed:
+            plain = [{"role": role, "content": f"第{place}句。"} for place, role in enumerate(roles)]
+            try:
+                prompt = self.prompt(plain)
+            except Exception as error:  # a template is a program of its own, and may raise whatever it likes
+                self._probed[roles] = f"the chat template takes no turns of {', '.join(roles)} ({error})"
+            else:
+                lost = [turn["role"] for turn in plain if turn["content"] not in prompt]
+                (ids,) = self.encode([prompt])
+                self._probed[roles] = (
+                    f"of turns of {', '.join(roles)} the chat template leaves out what {' and '.join(lost)} says"
+                    if lost
+                    else int(self._is_control[ids].sum())
+                )
+        return self._probed[roles]
 
     def _find_end(self) -> str:
         """The control token that the template puts right behind an answer."""
         question, answer = "问题？", "回答。"
         try:
-            prompt = self.prompt(question)
+            prompt = self.prompt([user(question)])
             whole = self._render([user(question), assistant(answer)], add_generation_prompt=False)
         except Exception as error:  # a template is a program of its own, and may raise whatever it likes
             raise UserError(

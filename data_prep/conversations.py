@@ -10,7 +10,7 @@ Reading costs no memory to speak of: ids are views on the memory-mapped files, a
     python -m data_prep.conversations prepared/disc-law --part train --format sharegpt --output train.jsonl
 
 writes a part for other programs: `messages` as most of them read it, `sharegpt` and `alpaca` as LLaMA-Factory does. The
-file is complete or absent.
+file is complete or absent. Of several turns only the last answer is learned here; other programs may learn them all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
 
 FORMAT = "relay-conversations-1"
-MAKE = "python -m data_prep.disc_law --source FOLDER|hub --output {folder}"
+MAKE = (
+    "python -m data_prep.disc_law --source FOLDER|hub --output {folder}` or "
+    "`python -m data_prep.instructions --source FILE|FOLDER --output {folder}"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class ConversationPart:
     prompt_lengths: np.ndarray  # int64 [rows]; ids[row][prompt_lengths[row]:] are the supervised tokens
     uids: Texts  # unique: the file, and the record's id there, as in "DISC-Law-SFT-Pair:leg_case_cls-17"
     tasks: Texts  # as in "leg_case_cls"
-    messages: Texts  # JSON of the list of messages, as they were tokenised
+    messages: Texts  # JSON of the list of messages, as they were tokenised; the last is the answer
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,16 +89,24 @@ def open_conversations(folder: str | Path) -> Conversations:
 Messages = list[dict[str, str]]
 
 
+def question_of(messages: Messages) -> str:
+    """What stands before the answer, as one text; where that is more than a question, with who says it."""
+    *turns, _ = messages
+    return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
 def _as_messages(messages: Messages) -> dict[str, Any]:
     return {"messages": messages}
 
 
 def _as_sharegpt(messages: Messages) -> dict[str, Any]:
-    speaker = {"user": "human", "assistant": "gpt"}
+    speaker = {"system": "system", "user": "human", "assistant": "gpt"}
     return {"conversations": [{"from": speaker[message["role"]], "value": message["content"]} for message in messages]}
 
 
 def _as_alpaca(messages: Messages) -> dict[str, Any]:
+    if len(messages) > 2:
+        raise UserError("alpaca has one question and its answer, but here are more turns: take --format messages")
     # LLaMA-Factory puts a line end between instruction and input, so all of the question goes into the first.
     question, answer = (message["content"] for message in messages)
     return {"instruction": question, "input": "", "output": answer}

@@ -7,14 +7,15 @@ record is `Malformed`, with the reason, and never skipped in silence.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Literal
 
+from data_prep.chat import user
+from data_prep.corpus import Malformed, Record, SourceFile, checked_text, json_object, kind_of, written_text
 from data_prep.files import sha256_of
 from data_prep.hub import fetch_snapshot
 from launch.console import UserError, warn
@@ -105,13 +106,14 @@ FILES = (
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class LawFile(SourceFile):
     """One of the four as it was found."""
 
     published: PublishedFile
-    path: Path
-    bytes: int
-    sha256: str
+
+    @property
+    def stem(self) -> str:
+        return self.published.stem
 
     @property
     def is_published(self) -> bool:
@@ -119,16 +121,18 @@ class SourceFile:
         return self.sha256 == self.published.sha256
 
     def about(self) -> dict[str, object]:
-        """What meta.json says of it."""
-        return {"name": self.path.name, "bytes": self.bytes, "sha256": self.sha256, "published": self.is_published}
+        return {**super().about(), "published": self.is_published}
+
+    def __str__(self) -> str:
+        return super().__str__() + (", as published" if self.is_published else "")
 
 
-def as_published() -> list[SourceFile]:
+def as_published() -> list[LawFile]:
     """The four files as the hub has them."""
-    return [SourceFile(published, Path(published.name), published.bytes, published.sha256) for published in FILES]
+    return [LawFile(Path(published.name), published.bytes, published.sha256, published) for published in FILES]
 
 
-def find_files(source: str, revision: str) -> list[SourceFile]:
+def find_files(source: str, revision: str) -> list[LawFile]:
     """The files in the folder `source`, or of the hub where it is "hub", in the order of `FILES`.
 
     A file is named as published, or with `.sample` and anything before the ending. Warns of files that are missing or
@@ -151,7 +155,7 @@ def find_files(source: str, revision: str) -> list[SourceFile]:
                 "leave one of them there"
             )
         for path in paths:
-            found.append(SourceFile(published, path, path.stat().st_size, sha256_of(path)))
+            found.append(LawFile(path, path.stat().st_size, sha256_of(path), published))
     missing = [published.name for published in FILES if published not in [file.published for file in found]]
     if not found:
         raise UserError(
@@ -184,54 +188,32 @@ def fetch(revision: str) -> Path:
     )
 
 
-class Malformed(Exception):
-    """A line that is no record; the message says why."""
-
-
 @dataclass(frozen=True)
-class Record:
-    """One well-formed line, texts trimmed."""
+class LawRecord(Record):
+    """A record of DISC-Law-SFT. reference: statutes, which may stand before the question."""
 
-    id: str | None  # as published: unique neither here nor across files
-    task: int  # index into TASKS
-    input: str
-    output: str
-    reference: tuple[str, ...]
+    reference: tuple[str, ...] = ()
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        yield from (("input", self.question), ("output", self.answer), ("reference", "\n".join(self.reference)))
 
 
-def read_record(line: bytes, file: PublishedFile) -> Record:
+def read_record(line: bytes, file: PublishedFile) -> LawRecord:
     """The record that `line` of `file` holds. Raises Malformed."""
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8 (byte {error.start + 1})") from None
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise Malformed(f"{_kind(values)}, not an object")
+    values = json_object(line)
     keys = ("id", "input", "output", "reference") if file.has_reference else ("id", "input", "output")
     lacking = [key for key in keys if key not in values]
     if lacking:
         raise Malformed(f"no {' and no '.join(lacking)}")
-    for key in ("input", "output"):
-        _check_text(key, values[key])
-        if not values[key].strip():
-            raise Malformed(f"{key} is empty")
+    question, answer = (written_text(key, values[key]) for key in ("input", "output"))
     reference = values["reference"] if file.has_reference else []
     if not isinstance(reference, list):
-        raise Malformed(f"reference is {_kind(reference)}, not a list of texts")
-    for statute in reference:
-        _check_text("reference", statute)
+        raise Malformed(f"reference is {kind_of(reference)}, not a list of texts")
+    statutes = [checked_text("reference", statute).strip() for statute in reference]
     name = values["id"]
     if name is not None:
-        _check_text("id", name)
-    return Record(
-        name,
-        TASK_NAMES.index(_task_of(name, file)),
-        values["input"].strip(),
-        values["output"].strip(),
-        tuple(statute.strip() for statute in reference if statute.strip()),
-    )
+        checked_text("id", name)
+    return LawRecord(name, _task_of(name, file), (user(question),), answer, tuple(filter(None, statutes)))
 
 
 def _task_of(name: str | None, file: PublishedFile) -> str:
@@ -246,29 +228,15 @@ def _task_of(name: str | None, file: PublishedFile) -> str:
     raise Malformed(f"the id {name[:60]!r} is of no task of {file.stem}")
 
 
-def _check_text(key: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise Malformed(f"{key} is {_kind(value)}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Malformed(f"{key} holds half a surrogate pair, which is no character") from None
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", str: "text"}
-    return names.get(type(value), "a number")
-
-
-def question_of(record: Record, with_reference: bool) -> tuple[list[str], str]:
+def question_of(record: LawRecord, with_reference: bool) -> tuple[list[str], str]:
     """The statutes that stand before the question, and the question; joined by line ends they are what is asked.
 
     A statute that the input holds already does not stand before it as well.
     """
     if not with_reference:
-        return [], record.input
-    held = _without_blanks(record.input)
-    return [statute for statute in record.reference if _without_blanks(statute) not in held], record.input
+        return [], record.question
+    held = _without_blanks(record.question)
+    return [statute for statute in record.reference if _without_blanks(statute) not in held], record.question
 
 
 def _without_blanks(text: str) -> str:
@@ -327,12 +295,3 @@ def _cut(block: str, limit: int) -> str:
     kept = limit - len(CUT_MARK)
     tail = kept // 4
     return block[: kept - tail] + CUT_MARK + block[len(block) - tail :]
-
-
-def unique_id(file: PublishedFile, name: str | None, line: int, taken: set[str]) -> str:
-    """An id that no record before has: the file, the id there, and the line where that does not tell it apart."""
-    uid = f"{file.stem}:{name}" if name is not None else f"{file.stem}:null@{line}"
-    while uid in taken:
-        uid = f"{uid}@{line}"
-    taken.add(uid)
-    return uid

@@ -222,8 +222,8 @@ def stratified_split(strata: np.ndarray, groups: np.ndarray, validation_share: f
     empty = [part for part in PARTS if len(split.rows(part)) == 0]
     if empty:
         raise UserError(
-            f"{len(groups):,} records in {len(np.unique(strata))} tasks are too few for this split: nothing is left "
-            f"for {' and '.join(empty)}; pass more of the files"
+            f"{len(groups):,} records in {len(np.unique(strata))} tasks, with {len(unique):,} different questions, are "
+            f"too few for this split: nothing is left for {' and '.join(empty)}; pass more of them"
         )
     return split
 

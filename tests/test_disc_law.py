@@ -22,7 +22,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import conversations, disc_law, disc_law_records, disc_law_work, tatoeba
+from data_prep import conversation_passes, conversations, disc_law, disc_law_records, making_conversations, tatoeba
 from data_prep.chat import load_chat_tokenizer
 from data_prep.conversations import Conversations, open_conversations
 from data_prep.disc_law_records import CUT_MARK, FILES, MIN_KEPT, TASK_NAMES, TASKS, shortened
@@ -356,7 +356,7 @@ def test_last_line_cut_off_crlf_and_byte_order_mark(tmp_path, make, law):
 
 
 def test_pieces_of_a_file_meet_at_line_ends(tmp_path, make, law, source, monkeypatch):
-    monkeypatch.setattr(disc_law_work, "BYTES_PER_PIECE", 700)
+    monkeypatch.setattr(conversation_passes, "BYTES_PER_PIECE", 700)
     made = make(source)
     assert made.fingerprint == law.fingerprint and made.meta["counts"] == law.meta["counts"]
 
@@ -574,7 +574,7 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_not_done(
     assert 0 < len(finished) < 8
     made = []
     monkeypatch.setattr(
-        disc_law_work, "_make_shard", lambda shard: (made.append(shard.path.name), make_shard(shard))[1]
+        conversation_passes, "_make_shard", lambda shard: (made.append(shard.path.name), make_shard(shard))[1]
     )
     resumed = make(large_source, output=output)
     resumed.verify()
@@ -588,33 +588,33 @@ def test_shards_of_other_options_are_not_used(tmp_path, make, source, law, monke
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    assemble = disc_law.assemble
-    monkeypatch.setattr(disc_law, "assemble", killed)
+    assemble = making_conversations.assemble
+    monkeypatch.setattr(making_conversations, "assemble", killed)
     with pytest.raises(KeyboardInterrupt):
         make(source, "--reference", "false", output=tmp_path / "x")
     assert len(list((tmp_path / ".x.shards").glob("*.arrow"))) == 3
-    monkeypatch.setattr(disc_law, "assemble", assemble)
+    monkeypatch.setattr(making_conversations, "assemble", assemble)
     assert make(source, output=tmp_path / "x").fingerprint == law.fingerprint
 
 
 def test_number_of_workers_and_size_of_shards_change_nothing(law, make, source, monkeypatch):
-    monkeypatch.setattr(disc_law, "ROWS_PER_SHARD", 7)
+    monkeypatch.setattr(making_conversations, "ROWS_PER_SHARD", 7)
     one = make(source)  # law was made by two workers, in shards of a thousand
     assert one.fingerprint == law.fingerprint and one.meta["files"] == law.meta["files"]
 
 
-def killed_at_the_third(shard: disc_law_work.Shard) -> int:
+def killed_at_the_third(shard: conversation_passes.Shard) -> int:
     if shard.path.name == "train-00003.arrow":
         time.sleep(1)  # until the other process has done something
         os.kill(os.getpid(), signal.SIGKILL)
     return make_shard(shard)
 
 
-make_shard = disc_law_work._make_shard
+make_shard = conversation_passes._make_shard
 
 
 def test_worker_that_is_killed_is_named_and_what_is_done_is_kept(make, large_source, tmp_path, monkeypatch):
-    monkeypatch.setattr(disc_law_work, "_make_shard", killed_at_the_third)
+    monkeypatch.setattr(conversation_passes, "_make_shard", killed_at_the_third)
     with pytest.raises(UserError, match=r"worker process was killed.*fewer --workers"):
         make(large_source, "--workers", 2, output=tmp_path / "x")
     assert list((tmp_path / ".x.shards").glob("*.arrow")) and not (tmp_path / "x").exists()

@@ -24,7 +24,7 @@ _LICENCES = (
 )
 _ON_THE_HUB = {"apache-2.0", "mit"}  # what the hub knows by name; others are written as `other`
 
-QUESTION = "公司拖欠工资，我该怎么办？"
+LAW_QUESTION, ANY_QUESTION = "公司拖欠工资，我该怎么办？", "What can you tell me?"
 
 
 def licence_of(name: str, folder: Path) -> tuple[str | None, str]:
@@ -81,7 +81,7 @@ def card(trained: TrainedAdapters, about: dict[str, Any], *, difference: str) ->
 
 ```python
 {_merged_usage(about) if is_merged else _adapters_usage(trained)}
-messages = [{{"role": "user", "content": "{QUESTION}"}}]
+messages = [{{"role": "user", "content": "{LAW_QUESTION if law else ANY_QUESTION}"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 outputs = model.generate(**inputs.to(model.device), max_new_tokens=256)
 print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

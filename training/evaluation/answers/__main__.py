@@ -26,7 +26,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from data_prep.conversations import Conversations, open_conversations
+from data_prep.conversations import Conversations, open_conversations, question_of
 from data_prep.files import write_atomically, writing_to
 from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
@@ -219,7 +219,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         before, after = (texts[side][place] for side in ("before", "after"))
         return AnsweredQuestion(
             own_tasks[place],
-            turns[place][0]["content"],
+            question_of(turns[place]),
             references[place],
             said["before"][place],
             said["after"][place],

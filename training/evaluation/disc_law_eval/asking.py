@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.chat import user
 from launch.console import warn
 from training.engine.cluster import Cluster
 from training.evaluation.adapters import TrainedAdapters
@@ -80,7 +81,7 @@ def ask_law_eval(
     config = trained.model.model.get_base_model().config.get_text_config()
 
     def ask(texts: Sequence[str], most: int, what: str) -> tuple[list[str], int]:
-        prompts = tokenizer.encode([tokenizer.prompt(text) for text in texts])
+        prompts = tokenizer.encode([tokenizer.prompt([user(text)]) for text in texts])
         room = config.max_position_embeddings - most
 
         fitting = [place for place, prompt in enumerate(prompts) if len(prompt) <= room]

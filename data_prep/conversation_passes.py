@@ -1,4 +1,4 @@
-"""The two passes over DISC-Law-SFT: read everything, then tokenise what was chosen; both in many processes.
+"""The two passes over a corpus: read everything, then tokenise what was chosen; both in many processes.
 
 The first pass keeps of each record where it stands and what the split must know (its task, and hashes of what it is
 compared by), some hundred bytes; the second reads the chosen ones again, in the order of their part. So memory is
@@ -19,18 +19,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.chat import ChatTokenizer, assistant, user
-from data_prep.disc_law_records import (
-    TASK_NAMES,
-    TASKS,
-    Malformed,
-    Record,
-    SourceFile,
-    question_of,
-    read_record,
-    shortened,
-    unique_id,
-)
+from data_prep.chat import ChatTokenizer, Message, assistant
+from data_prep.corpus import Corpus, Malformed, Record, SourceFile, unique_id
 from data_prep.shards import Column, Workers, lists, read_shard, write_dataset, write_shard
 from data_prep.splits import StratifiedSplit
 from data_prep.text import normalise
@@ -40,30 +30,20 @@ BYTES_PER_PIECE = 4 << 20  # of a source file, read at a time
 
 
 @dataclass(frozen=True)
-class Rules:
-    """The options that decide what becomes of a single record."""
-
-    with_reference: bool
-    min_answer_characters: int
-    max_length: int
-    truncate: bool
-
-
-@dataclass(frozen=True)
 class Work:
-    """What every process needs."""
+    """What every process needs. max_length: tokens of prompt and answer, at most."""
 
     tokenizer: ChatTokenizer
-    files: tuple[SourceFile, ...]
-    rules: Rules
+    corpus: Corpus
+    max_length: int
 
     @cached_property
     def descriptors(self) -> list[int]:
         """The open source files; each process has its own."""
-        return [os.open(file.path, os.O_RDONLY) for file in self.files]
+        return [os.open(file.path, os.O_RDONLY) for file in self.corpus.files]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"tokenizer": self.tokenizer, "files": self.files, "rules": self.rules}
+        return {"tokenizer": self.tokenizer, "corpus": self.corpus, "max_length": self.max_length}
 
 
 _work: Work
@@ -86,8 +66,8 @@ class Piece:
     blank: int = 0
     malformed: list[tuple[int, str, str]] = field(default_factory=list)
     ids: list[str | None] = field(default_factory=list)
-    # Per record: line, offset, bytes, task, whether its answer is too short, hash of input, hash of input and output.
-    rows: list[tuple[int, int, int, int, bool, int, int]] = field(default_factory=list)
+    # Per record: line, offset, bytes, task, whether its answer is too short, hash of question, hash of all of it.
+    rows: list[tuple[int, int, int, str, bool, int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -97,22 +77,25 @@ class Records:
     file: np.ndarray
     offset: np.ndarray
     bytes: np.ndarray
-    task: np.ndarray  # index into TASKS
-    group: np.ndarray  # uint64, equal where the normalised inputs are
+    task: np.ndarray  # index into tasks
+    group: np.ndarray  # uint64, equal where the normalised questions are
     uid: list[str]
+    tasks: list[str]  # all that there are, left out or not
     lines: int
     blank: int
     malformed: list[dict[str, object]]
     counts: Counter[tuple[str, str]]  # (what, task): records, duplicates, too_short, left_out
 
 
-def read_records(workers: Workers, files: Sequence[SourceFile], *, leave_out: Sequence[str]) -> Records:
-    """All records of the files but duplicates, answers that are too short, and the tasks to leave out."""
+def read_records(workers: Workers, corpus: Corpus) -> Records:
+    """All records of the corpus but duplicates, answers that are too short, and the tasks to leave out."""
+    files = corpus.files
     jobs = [(number, start, end) for number, file in enumerate(files) for start, end in _pieces(file)]
     lines = blank = 0
     malformed: list[dict[str, object]] = []
     counts: Counter[tuple[str, str]] = Counter()
-    places: list[tuple[int, int, int, int]] = []
+    places: list[tuple[int, int, int]] = []
+    tasks: list[str] = []
     groups: list[int] = []
     uids: list[str] = []
     taken: set[str] = set()
@@ -125,26 +108,31 @@ def read_records(workers: Workers, files: Sequence[SourceFile], *, leave_out: Se
             for line, reason, text in piece.malformed:
                 malformed.append({"file": file.path.name, "line": begin + line, "reason": reason, "text": text})
             for name, (line, offset, size, task, short, group, pair) in zip(piece.ids, piece.rows, strict=True):
-                uid = unique_id(file.published, name, begin + line, taken)
-                kind = TASK_NAMES[task]
-                counts["records", kind] += 1
-                if kind in leave_out:
-                    counts["left_out", kind] += 1
+                uid = unique_id(file, name, begin + line, taken)
+                counts["records", task] += 1
+                if task in corpus.left_out:
+                    counts["left_out", task] += 1
                 elif pair in seen:
-                    counts["duplicates", kind] += 1
+                    counts["duplicates", task] += 1
                 elif short:
-                    counts["too_short", kind] += 1
+                    counts["too_short", task] += 1
                 else:
                     seen.add(pair)
-                    places.append((number, offset, size, task))
+                    places.append((number, offset, size))
+                    tasks.append(task)
                     groups.append(group)
                     uids.append(uid)
             first_line[number] += piece.lines
             lines += piece.lines
             blank += piece.blank
             progress.advance(end - start)
-    columns = np.array(places, dtype=np.int64).reshape(-1, 4).T
-    return Records(*columns, np.array(groups, dtype=np.uint64), uids, lines, blank, malformed, counts)
+    columns = np.array(places, dtype=np.int64).reshape(-1, 3).T
+    order = {task: place for place, task in enumerate(corpus.task_order)}
+    names = sorted({task for _, task in counts}, key=lambda task: (order.get(task, len(order)), task))
+    numbers = {task: number for number, task in enumerate(names)}
+    task_numbers = np.array([numbers[task] for task in tasks], dtype=np.int64)
+    group_hashes = np.array(groups, dtype=np.uint64)
+    return Records(*columns, task_numbers, group_hashes, uids, names, lines, blank, malformed, counts)
 
 
 def _pieces(file: SourceFile) -> Iterator[tuple[int, int]]:
@@ -160,7 +148,7 @@ def _pieces(file: SourceFile) -> Iterator[tuple[int, int]]:
 
 def _read_piece(job: tuple[int, int, int]) -> Piece:
     number, offset, end = job
-    published = _work.files[number].published
+    corpus = _work.corpus
     content = os.pread(_work.descriptors[number], end - offset, offset)
     lines = content.split(b"\n")
     if lines[-1] == b"":
@@ -172,23 +160,28 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
             piece.blank += 1
         else:
             try:
-                record = read_record(text, published)
-                _check_plain(record)
+                record = corpus.read(text, corpus.files[number])
+                _check_speakable(record)
             except Malformed as error:
                 piece.malformed.append((line, str(error), text[:80].decode("utf-8", "replace")))
             else:
-                task = TASKS[record.task]
-                short = task.free_text and len(record.output) < _work.rules.min_answer_characters
-                group, pair = _hash(normalise(record.input)), _hash(record.input, record.output)
+                group = _hash(normalise(record.question))
+                pair = _hash(*(turn["content"] for turn in record.turns), record.answer)
                 piece.ids.append(record.id)
-                piece.rows.append((line, offset, len(raw), record.task, short, group, pair))
+                piece.rows.append((line, offset, len(raw), record.task, corpus.is_short(record), group, pair))
         offset += len(raw) + 1
     return piece
 
 
-def _check_plain(record: Record) -> None:
-    """Raises Malformed if a text would be read as a control token: as an end of turn, training would learn to stop."""
-    for name, text in (("input", record.input), ("output", record.output), ("reference", "\n".join(record.reference))):
+def _check_speakable(record: Record) -> None:
+    """Raises Malformed if the template has no place for a turn, or a text would be read as a control token.
+
+    As an end of turn, for one: training would learn to stop there.
+    """
+    refusal = _work.tokenizer.refusal(record.turns)
+    if refusal is not None:
+        raise Malformed(refusal)
+    for name, text in record.texts():
         control = _work.tokenizer.control_text(text)
         if control is not None:
             raise Malformed(f"{name} holds {control}, which this tokenizer reads as a control token")
@@ -210,7 +203,7 @@ def choose_questions(records: Records, split: StratifiedSplit) -> list[int]:
     """One test row of each task, the first in the seeded order that is not left out for its length."""
     chosen = []
     test = split.rows("test")
-    for number, task in enumerate(TASK_NAMES):
+    for number, task in enumerate(records.tasks):
         rows = test[(records.task[test] == number) & (split.strata[test] == number)]
         found = next((row for row in rows.tolist() if _encode(_read_again(records, [row]))[0] is not None), None)
         if found is not None:
@@ -276,7 +269,7 @@ def _read_again(records: Records, rows: Sequence[int]) -> list[Record]:
 
 def _read(number: int, offset: int, size: int) -> Record:
     raw = os.pread(_work.descriptors[number], size, offset)
-    return read_record(raw.removeprefix(b"\xef\xbb\xbf"), _work.files[number].published)
+    return _work.corpus.read(raw.removeprefix(b"\xef\xbb\xbf"), _work.corpus.files[number])
 
 
 def _make_shard(shard: Shard) -> int:
@@ -285,12 +278,11 @@ def _make_shard(shard: Shard) -> int:
     too_long: Counter[str] = Counter()
     kept: list[tuple[str, str, Encoded]] = []
     for record, uid, encoded in zip(records, shard.uids, _encode(records), strict=True):
-        task = TASK_NAMES[record.task]
         if encoded is None:
-            too_long[task] += 1
+            too_long[record.task] += 1
         else:
-            truncated[task] += encoded.truncated
-            kept.append((uid, task, encoded))
+            truncated[record.task] += encoded.truncated
+            kept.append((uid, record.task, encoded))
     text = pa.large_string()
     columns = {
         "uid": pa.array([uid for uid, _, _ in kept], text),
@@ -305,32 +297,29 @@ def _make_shard(shard: Shard) -> int:
 
 def _encode(records: Sequence[Record]) -> list[Encoded | None]:
     """Each record as the model meets it; None where it is too long and may not be cut, or not so far."""
-    tokenizer, rules = _work.tokenizer, _work.rules
-    asked = [question_of(record, rules.with_reference) for record in records]
-    questions = ["\n".join([*statutes, question]) for statutes, question in asked]
-    prompts = [tokenizer.prompt(question) for question in questions]
-    prompt_ids, answer_ids = tokenizer.encode(prompts), tokenizer.encode([record.output for record in records])
+    tokenizer, corpus = _work.tokenizer, _work.corpus
+    asked = [corpus.asked(record) for record in records]
+    prompts = [tokenizer.prompt(turns) for turns in asked]
+    prompt_ids, answer_ids = tokenizer.encode(prompts), tokenizer.encode([record.answer for record in records])
 
-    def count(text: str) -> int:
-        return len(tokenizer.encode([tokenizer.prompt(text)])[0])
+    def count(turns: list[Message]) -> int:
+        return len(tokenizer.encode([tokenizer.prompt(turns)])[0])
 
     result: list[Encoded | None] = []
     for number, record in enumerate(records):
-        question, prompt, ids = questions[number], prompts[number], prompt_ids[number]
-        room = rules.max_length - len(answer_ids[number]) - 1
+        turns, prompt, ids = asked[number], prompts[number], prompt_ids[number]
+        room = _work.max_length - len(answer_ids[number]) - 1
         truncated = len(ids) > room
         if truncated:
-            statutes, alone = asked[number]
-            task = TASKS[record.task]
-            cut = shortened(task, statutes, alone, record.output, count, room) if rules.truncate else None
+            cut = corpus.shortened(record, count, room)
             if cut is None:
                 result.append(None)
                 continue
-            question, prompt = cut, tokenizer.prompt(cut)
+            turns, prompt = cut, tokenizer.prompt(cut)
             (ids,) = tokenizer.encode([prompt])
-        tokenizer.check(prompt, question, record.output)
-        messages = json.dumps([user(question), assistant(record.output)], ensure_ascii=False)
-        result.append(Encoded(tokenizer.join(ids, answer_ids[number]), len(ids), messages, truncated))
+        tokenizer.check(prompt, turns, record.answer)
+        messages = json.dumps([*turns, assistant(record.answer)], ensure_ascii=False)
+        result.append(Encoded(tokenizer.join(turns, ids, answer_ids[number]), len(ids), messages, truncated))
     return result
 
 
@@ -342,17 +331,18 @@ class MadePart:
     """What is to be known of a part that was written. Arrays have one entry per row."""
 
     sha256: dict[str, str]  # by column, of the content, whatever the file format
-    task: np.ndarray  # index into TASKS
+    task: np.ndarray  # index into the names of all tasks
     tokens: np.ndarray
     answer_tokens: np.ndarray
     counts: Counter[tuple[str, str]]  # (what, task): truncated, too_long
 
 
-def assemble(folder: Path, shards: Sequence[Path]) -> MadePart:
+def assemble(folder: Path, shards: Sequence[Path], tasks: Sequence[str]) -> MadePart:
     """Writes the part of these shards to `folder`, column after column, from the disk to the disk."""
     counts: Counter[tuple[str, str]] = Counter()
     columns: dict[str, Column] = {}
-    prompt_lengths, tasks = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    prompt_lengths, task_numbers = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    numbers = {task: number for number, task in enumerate(tasks)}
     for path in shards:
         table, about = read_shard(path)
         for what, of_tasks in about.items():
@@ -364,7 +354,8 @@ def assemble(folder: Path, shards: Sequence[Path]) -> MadePart:
                 columns[name].append(chunk)
         # A copy: a view would keep the shard mapped.
         prompt_lengths.append(table.column("prompt_length").to_numpy().copy())
-        tasks.append(np.array([TASK_NAMES.index(task) for task in table.column("task").to_pylist()], dtype=np.int64))
+        own = [numbers[task] for task in table.column("task").to_pylist()]
+        task_numbers.append(np.array(own, dtype=np.int64))
     prompt_length = np.concatenate(prompt_lengths)
     finished = {name: column.finish() for name, column in columns.items()}
     arrays = {name: array for name, (array, _) in finished.items()} | {"prompt_length": pa.array(prompt_length)}
@@ -374,4 +365,4 @@ def assemble(folder: Path, shards: Sequence[Path]) -> MadePart:
     tokens = np.diff(arrays["ids"].offsets.to_numpy())
     for name in columns:
         folder.with_name(f".{folder.name}.{name}").unlink()
-    return MadePart(sha256, np.concatenate(tasks), tokens, tokens - prompt_length, counts)
+    return MadePart(sha256, np.concatenate(task_numbers), tokens, tokens - prompt_length, counts)

@@ -1,0 +1,191 @@
+"""Prepares your own questions and answers, in files of JSON lines, for fine-tuning a chat model.
+
+    python -m data_prep.instructions --source mine.jsonl --tokenizer Qwen/Qwen2.5-3B-Instruct --output prepared/mine
+    python -m data_prep.instructions --source FOLDER --tokenizer models/mine --max_length 2048 --output prepared/mine
+
+A line is a record, in any of `LAYOUTS`; one file may hold several of them. The answer to the last question is what is
+learned; the turns before it, and a system's, are what the model is told. `task` or `category`, if a record has it, says
+what it is counted, split and scored as; otherwise that is the name of its file. What `making_conversations` promises
+holds.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from data_prep.chat import Message, user
+from data_prep.corpus import (
+    ConversationOptions,
+    Corpus,
+    Malformed,
+    Record,
+    SourceFile,
+    checked_text,
+    json_object,
+    kind_of,
+    written_text,
+)
+from data_prep.files import sha256_of
+from data_prep.making_conversations import prepare
+from launch.config import parse
+from launch.console import UserError, run_main
+
+# Layouts of turns: the key of the list, and in each turn those of who speaks and of what is said.
+TURNS = (
+    ("messages", "role", "content"),  # OpenAI, Hugging Face
+    ("conversations", "from", "value"),  # ShareGPT
+)
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
+}
+# Layouts of a question and its answer: one of each, with more to the question behind it. Alpaca and many others.
+QUESTIONS, MORE = ("instruction", "prompt", "question"), ("input", "context")
+ANSWERS = ("output", "completion", "response", "answer")
+SYSTEM = ("system", "system_prompt")
+LAYOUTS = (
+    *(f"{turns}, a list of {{{speaker}, {text}}}" for turns, speaker, text in TURNS),
+    f"{', '.join(QUESTIONS)} or input; {' or '.join(MORE)} (if there is more to it); "
+    f"{', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}",
+)
+ABOUT = f"""Prepares your own questions and answers for fine-tuning. A line of the files is a JSON object with the keys
+
+  {(chr(10) + "  ").join(LAYOUTS)}
+
+and, if you like, task or category, id, and {" or ".join(SYSTEM)}; no other key is read. Of several turns the last
+answer is learned, and the others are read. Equal questions (of several, the first) are in one part. Dropped and
+counted: a record that is too long, and one that says the same as another before it. A task is scored as free text,
+unless it bears the name of one of DISC-Law-SFT's."""
+FOR_ALL = ("all", "all tasks")  # what tables call all tasks together
+LICENCE = "Not stated in the records: the licence is that of wherever they came from."
+
+
+class InstructionOptions(ConversationOptions):
+    """The keys of `python -m data_prep.instructions`."""
+
+    source: str = Field(description="a file of JSON lines, or a folder with .jsonl files")
+    tasks: Literal["field", "file"] = Field(
+        "field", description="field: a record's task or category, if it has one, is its task; file: its file's name is"
+    )
+
+
+class Instructions(Corpus):
+    """The records in `files`."""
+
+    record_name = "record"
+    advice = f"mend these lines, or allow more of them. A line is a JSON object with the keys {' | '.join(LAYOUTS)}"
+    options: InstructionOptions
+
+    def about(self) -> dict[str, Any]:
+        kind = "folder" if Path(self.options.source).expanduser().is_dir() else "file"
+        return {"kind": kind, "place": self.options.source, "licence": LICENCE}
+
+    def read(self, line: bytes, file: SourceFile) -> Record:
+        values = json_object(line)
+        turns, answer = _turns_of(values)
+        if values.get("history"):
+            raise Malformed("history holds turns, which are read from messages or conversations only")
+        system = next((key for key in SYSTEM if values.get(key)), None)
+        if system and turns[0]["role"] != "system":
+            turns = [_turn("system", written_text(system, values[system])), *turns]
+        name = values.get("id")
+        if name is not None and not isinstance(name, int):
+            checked_text("id", name)
+        task = _task_of(values) if self.options.tasks == "field" else None
+        return Record(None if name is None else str(name), task or file.stem, tuple(turns), answer)
+
+
+def _task_of(values: Mapping[str, Any]) -> str | None:
+    key = "task" if values.get("task") else "category"
+    if not values.get(key):
+        return None
+    task = " ".join(written_text(key, values[key]).split())
+    if task in FOR_ALL:
+        raise Malformed(f"{key} is {task!r}, which is what tables call all of them: name it otherwise")
+    return task
+
+
+def _turns_of(values: Mapping[str, Any]) -> tuple[list[Message], str]:
+    """The turns before the answer, and the answer, whatever the layout. Raises Malformed."""
+    for key, speaker, text in TURNS:
+        if key in values:
+            return _conversation(key, values[key], speaker, text)
+    questions = [key for key in QUESTIONS if key in values] or [key for key in MORE[:1] if key in values]
+    answers = [key for key in ANSWERS if key in values]
+    if not questions or not answers:
+        raise Malformed(f"no layout has the keys {', '.join(map(repr, values)) or '(none)'}"[:200])
+    for keys in (questions, answers):
+        if len(keys) > 1:
+            raise Malformed(f"it has {' and '.join(keys)}, of which one is expected")
+    keys = dict.fromkeys([*questions, *(key for key in MORE if values.get(key))])
+    asked = "\n".join(filter(None, (checked_text(key, values[key]).strip() for key in keys)))
+    return [user(written_text(" and ".join(keys), asked))], written_text(answers[0], values[answers[0]])
+
+
+def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[list[Message], str]:
+    if not isinstance(turns, list):
+        raise Malformed(f"{key} is {kind_of(turns)}, not a list of turns")
+    read = []
+    for number, turn in enumerate(turns, 1):
+        where = f"turn {number} of {key}"
+        if not isinstance(turn, dict) or speaker not in turn or text not in turn:
+            raise Malformed(f"{where} is no object with {speaker} and {text}")
+        role = ROLES.get(checked_text(f"{speaker} of {where}", turn[speaker]))
+        if role is None:
+            raise Malformed(f"{where} is of {turn[speaker]!r}, who is none of {', '.join(ROLES)}"[:200])
+        read.append(_turn(role, written_text(f"{text} of {where}", turn[text])))
+    told = [turn["role"] for turn in read]
+    expected = ["system"] * (told[:1] == ["system"])
+    expected += ["user", "assistant"] * ((len(told) - len(expected)) // 2)
+    if told != expected or "assistant" not in told:
+        raise Malformed(
+            f"{key}: a user and an assistant take turns, behind a system at most, and the assistant has the last; here "
+            f"they are of {', '.join(told) or 'nobody'}"[:300]
+        )
+    return read[:-1], read[-1]["content"]
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def find_files(source: str) -> list[SourceFile]:
+    """The file `source`, or the .jsonl files in the folder, by name. Raises UserError when there is nothing to read."""
+    place = Path(source).expanduser()
+    if not place.exists():
+        raise UserError(f"--source {source} does not exist: pass a file of JSON lines, or a folder with .jsonl files")
+    paths = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+    if not paths:
+        raise UserError(f"--source {source} holds no .jsonl file: pass the folder that they are in, or one file")
+    files = [SourceFile(path, path.stat().st_size, sha256_of(path)) for path in paths]
+    for file in files:
+        with file.path.open("rb") as opened:
+            begin = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if begin.startswith(b"["):
+            raise UserError(
+                f"{file.path} is one JSON list, not a JSON object a line: `jq -c '.[]' {shlex.quote(str(file.path))} > "
+                f"{shlex.quote(file.stem + '-lines.jsonl')}` makes a file of lines of it"
+            )
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises UserError for everything the user can mend."""
+    options, dry_run = parse(
+        InstructionOptions,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m data_prep.instructions",
+        about=ABOUT,
+    )
+    return prepare(options, dry_run, lambda: Instructions(options, find_files(options.source)), example="mine")
+
+
+if __name__ == "__main__":
+    run_main(main)
