@@ -34,16 +34,22 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for SLURM comes first, beside what the other workers compute; then what takes minutes.
+    """What waits for SLURM comes first on one worker, and what takes minutes first on the others.
 
-    That is what has a time limit of its own. Begun last, it would leave the others idle.
+    That is what has a time limit of its own. Begun last, it would leave the other workers idle.
     """
-    items.sort(
-        key=lambda item: (
-            "cluster" not in getattr(item, "fixturenames", ()),
-            item.get_closest_marker("timeout") is None,
-        )
-    )
+    slurm = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    long = [item for item in items if item not in slurm and item.get_closest_marker("timeout") is not None]
+    rest = [item for item in items if item not in slurm and item not in long]
+    # Each worker is dealt as many tests, those that stand together.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    share, others = len(items) // workers, max(1, workers - 1)
+    first = [slurm, *(long[len(long) * n // others : len(long) * (n + 1) // others] for n in range(others))]
+    items.clear()
+    for worker, begin in enumerate(first):
+        filling = max(0, share - len(begin)) if worker < len(first) - 1 else len(rest)
+        items += [*begin, *rest[:filling]]
+        del rest[:filling]
 
 
 @dataclass(frozen=True)

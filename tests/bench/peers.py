@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -313,7 +314,7 @@ def main() -> int:
 
 
 def measure(arguments: Arguments, folder: Path) -> None:
-    rounds, steps = (1, 12) if arguments.quick else (3, 40)
+    rounds, steps, peer_steps, ways = (1, 12, 4, (4,)) if arguments.quick else (3, 40, 8, (4, 1))
     say(f"preparing {arguments.about_data}")
     data = prepare(arguments, folder / "data", *BASE_DATA)
     write_pairs(data, folder)
@@ -329,17 +330,15 @@ def measure(arguments: Arguments, folder: Path) -> None:
         speeds[name].append(speed.tokens_per_s / float(plan.lengths.mean()))
 
     def joey(name: str, model: Model, sentences: int) -> None:
-        for times in (4, 1):
-            speed, parameters[f"joeynmt's {name}"] = joeynmt(data, folder, model, sentences // times, times, steps)
+        for times in ways:
+            speed, parameters[f"joeynmt {name}"] = joeynmt(data, folder, model, sentences // times, times, peer_steps)
             speeds[f"joeynmt {name} {times}"].append(speed)
 
     as_gpt2 = sequences_of(data)[1]
     plans = gpt_plan(gpt, as_gpt2), seq2seq_plan(gru, TwoSides(data.part("train"), gru.model.max_length))
     # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
     how = {"threads": 2, "DS_ACCELERATOR": "cpu"}
-    trainers = {
-        f"trainer {times}": Worker("tests.bench.peers", "trainer", data.folder, times, **how) for times in (4, 1)
-    }
+    trainers = {f"trainer {times}": Worker("tests.bench.peers", "trainer", data.folder, times, **how) for times in ways}
     with workers(**trainers) as started:
         for worker in started.values():  # the first piece of work also sets things up
             worker.ask(1)
@@ -347,7 +346,7 @@ def measure(arguments: Arguments, folder: Path) -> None:
         for number in range(rounds):
             relay("gpt as GPT-2", AS_GPT2, plans[0])
             for name, worker in started.items():
-                worker.ask(steps // 2)
+                worker.ask(peer_steps)
                 speeds[name].append(worker.answer())
             relay("gpt", [BASE], plans[0])
             joey("transformer", transformer(gpt.model), sentences_a_step(plans[0]))
@@ -368,13 +367,12 @@ def measure(arguments: Arguments, folder: Path) -> None:
     ):
         ratio = ratio_by_rounds(speeds[ours], best(peer))
         figures.append(Figure(name, ratio, f"sentences per second, {ours} over {peer}", target))
-    medians = {name.replace(" ", "_"): median(values) for name, values in speeds.items()}
-    figures += [Figure(f"{name}_sentences_per_s", value, "") for name, value in medians.items()]
-    figures += [Figure(f"{name}_parameters", count, "") for name, count in parameters.items()]
+    figures += [Figure(f"{name} sentences_per_s", median(values), "") for name, values in speeds.items()]
+    figures += [Figure(f"{name} parameters", count, "") for name, count in parameters.items()]
     figures.append(
         Figure("loss_difference", difference, "GPT-2 with the same weights, on the same sentences", "<= 1e-5")
     )
-    report("peers", arguments, figures)
+    report("peers", arguments, [replace(figure, name=figure.name.replace(" ", "_")) for figure in figures])
 
 
 if __name__ == "__main__":
