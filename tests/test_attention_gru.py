@@ -179,9 +179,28 @@ def test_loss_is_over_real_target_tokens_only():
             ).item()
             for sample in samples
         )
-        options = LossOptions(label_smoothing=smoothing)
-        loss = summed_loss(model, pairs, samples, options, torch.device("cpu"))
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        for r_drop in (0.0, 5.0):  # without dropout both passes say the same
+            options = LossOptions(label_smoothing=smoothing, r_drop=r_drop)
+            loss = summed_loss(model, pairs, samples, options, torch.device("cpu"))
+            assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_r_drop_reads_every_pair_under_two_dropout_masks():
+    model, pairs = tiny(dropout=0.5).train(), pairs_of()
+    samples, cpu = np.arange(len(pairs.lengths)), torch.device("cpu")
+
+    def loss(agreement: float) -> float:
+        torch.manual_seed(5)
+        return summed_loss(model, pairs, samples, LossOptions(r_drop=agreement), cpu).item()
+
+    torch.manual_seed(5)
+    logits, labels = predictions(model, pairs, np.concatenate([samples, samples]), cpu)
+    first, second = logits.log_softmax(-1).chunk(2)
+    assert not torch.allclose(first, second)
+    apart = ((first.exp() - second.exp()) * (first - second)).sum().item()
+    expected = F.cross_entropy(logits, labels, reduction="sum").item() / 2
+    assert loss(4.0) == pytest.approx(expected + apart, rel=1e-5)
+    assert loss(8.0) == pytest.approx(expected + 2 * apart, rel=1e-5)
 
 
 def test_batch_holds_what_the_encoder_reads_and_the_decoder_is_given():

@@ -234,11 +234,12 @@ def plain_mean_loss(model: GPT, rows: list[int], options: LossOptions) -> float:
 
 @pytest.mark.parametrize("source_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("r_drop", [0.0, 5.0])  # without dropout both passes say the same
 @torch.no_grad()
-def test_loss_of_a_step_is_the_mean_over_all_its_tokens(sequences, source_weight, label_smoothing):
+def test_loss_of_a_step_is_the_mean_over_all_its_tokens(sequences, source_weight, label_smoothing, r_drop):
     """Never a mean of means: the micro-batches of a step differ much in how many tokens they score."""
     model = model_of(context=CONTEXT)
-    options = LossOptions(source_weight=source_weight, label_smoothing=label_smoothing)
+    options = LossOptions(source_weight=source_weight, label_smoothing=label_smoothing, r_drop=r_drop)
     batches = BatchOptions(tokens_per_micro_batch=40, micro_batches_per_step=3)
     plan = BatchPlan(sequences.lengths, sequences.weights(source_weight), batches, seed=1, epochs=2)
     cpu = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.models.cross_entropy import token_losses
+from training.models.cross_entropy import token_losses, twin_losses
 from training.models.dropout import Dropout
 
 
@@ -17,6 +17,24 @@ def test_losses_and_gradients_are_those_of_torch(smoothing):
     ours, theirs = (torch.randn(30, 50, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     our_losses = token_losses(ours, labels, smoothing)
     their_losses = F.cross_entropy(theirs, labels, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(our_losses, their_losses)
+    (our_losses * weights).sum().backward()
+    (their_losses * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_losses_and_gradients_of_r_drop_are_those_of_torch():
+    torch.manual_seed(0)
+    labels, weights = torch.randint(0, 50, (30,)), torch.rand(30)
+    ours, theirs = (torch.randn(60, 50, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    our_losses = twin_losses(ours, labels, 0.1, 5.0)
+    first, second = theirs.log_softmax(-1).chunk(2)
+    there, back = (
+        F.kl_div(second, first, log_target=True, reduction="none").sum(-1),
+        F.kl_div(first, second, log_target=True, reduction="none").sum(-1),
+    )
+    losses = [F.cross_entropy(each, labels, label_smoothing=0.1, reduction="none") for each in theirs.chunk(2)]
+    their_losses = (losses[0] + losses[1]) / 2 + 5.0 * (there + back) / 4
     torch.testing.assert_close(our_losses, their_losses)
     (our_losses * weights).sum().backward()
     (their_losses * weights).sum().backward()

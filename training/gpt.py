@@ -17,22 +17,20 @@ from torch import Tensor, nn
 
 from data_prep.prepared import Part, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.config import Options, parse
+from launch.config import parse
 from launch.console import UserError, run_main
 from launch.environment import staged
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions, Share, Task, Validation
-from training.models.cross_entropy import token_losses
 from training.models.gpt import GPT, GPTOptions
-from training.translation import Pairs, held_out_scores
+from training.translation import Pairs, TranslationLoss, held_out_scores
 
 
-class LossOptions(Options):
+class LossOptions(TranslationLoss):
     """Which tokens are learned, and how."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
     source_weight: float = Field(0.0, ge=0, description="weight of a source token's loss; a target token's is 1")
 
 
@@ -96,13 +94,12 @@ def summed_loss(
     model: nn.Module, sequences: Sequences, samples: np.ndarray, options: LossOptions, device: torch.device
 ) -> Tensor:
     """Cross-entropy summed over a micro-batch's scored tokens, the source's weighted: a scalar, with gradient."""
-    batch = sequences.batch(samples, with_source=options.source_weight > 0)
+    batch = sequences.batch(options.read(samples), with_source=options.source_weight > 0)
     inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
-    logits = model(inputs, scored).float()
-    losses = token_losses(logits, labels, options.label_smoothing)
+    losses = options.losses(model(inputs, scored), labels)
     if options.source_weight == 0:
         return losses.sum()
-    return (losses * torch.where(is_target, 1.0, options.source_weight)).sum()
+    return (losses * torch.where(is_target[: len(losses)], 1.0, options.source_weight)).sum()
 
 
 def validation_scores(

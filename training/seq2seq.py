@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_prep.prepared import Part, open_prepared
 from data_prep.tokenizers import EOS, PAD, SOS
-from launch.config import Options, parse
+from launch.config import parse
 from launch.console import run_main
 from launch.environment import staged
 from training.engine.batch_plan import BatchPlan
@@ -25,14 +25,12 @@ from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions, Share, Task, Validation
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
-from training.models.cross_entropy import token_losses
-from training.translation import Pairs, held_out_scores
+from training.translation import Pairs, TranslationLoss, held_out_scores
 
 
-class LossOptions(Options):
+class LossOptions(TranslationLoss):
     """What is learned, and from which inputs."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
     teacher_forcing: float = Field(
         1.0, ge=0, le=1, description="share of input words that are the reference's; the others are the model's own"
     )
@@ -92,8 +90,8 @@ def summed_loss(
     model: nn.Module, pairs: TwoSides, samples: np.ndarray, options: LossOptions, device: torch.device
 ) -> Tensor:
     """Cross-entropy summed over a micro-batch's target tokens: a scalar, with gradient."""
-    logits, labels = predictions(model, pairs, samples, device, options.teacher_forcing)
-    return token_losses(logits.float(), labels, options.label_smoothing).sum()
+    logits, labels = predictions(model, pairs, options.read(samples), device, options.teacher_forcing)
+    return options.losses(logits, labels).sum()
 
 
 def validation_scores(model: nn.Module, pairs: TwoSides, cluster: Cluster, share: Share | None = None) -> Validation:

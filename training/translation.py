@@ -7,16 +7,38 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from data_prep.prepared import Part
+from launch.config import Options
 from launch.console import UserError, say
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.task import Share, Validation
+from training.models.cross_entropy import token_losses, twin_losses
 
 # Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
 VALIDATION_TOKENS = 2048
+
+
+class TranslationLoss(Options):
+    """How target tokens are learned."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
+    r_drop: float = Field(
+        0.0, ge=0, description="R-Drop: each pair is read twice a step, and differing predictions cost so much; 0: once"
+    )
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """The samples as the model has to read them: with R-Drop twice, one pass behind the other."""
+        return np.tile(samples, 2) if self.r_drop else samples
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each token; logits [N, V] and labels [N] of what `read` gave, with R-Drop [N / 2] losses."""
+        if self.r_drop:
+            return twin_losses(logits.float(), labels.chunk(2)[0], self.label_smoothing, self.r_drop)
+        return token_losses(logits.float(), labels, self.label_smoothing)
 
 
 class Pairs:

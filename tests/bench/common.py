@@ -39,8 +39,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data"))
 TATOEBA = SHARED / "tatoeba/cmn.txt"
 
-# The recipe that the GPT is trained with for real; benches shorten it and point it elsewhere.
+# The recipes that the translators are trained with for real; benches shorten them and point them elsewhere.
 BASE = ROOT / "configs/gpt/base.yaml"
+SEQ2SEQ = ROOT / "configs/seq2seq/base.yaml"
 BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
 
 # Labels that are not learned, as torch's cross-entropy has them.

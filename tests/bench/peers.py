@@ -16,14 +16,11 @@ Relay is `torchrun --nproc-per-node=2`, one thread a rank. All sides train on as
 QLoRA against Trainer and peft: tests/bench/qlora.py. A notebook's loop that pads everything to one length:
 gpt_training.py, seq2seq_training.py.
 
-JoeyNMT (2.3.0, Apache-2.0) is installed into an environment of its own in ~/.cache/relay-tests, where it uses the torch
-of this one; its releases want older versions of what Relay uses.
+JoeyNMT is installed into an environment of its own: see tests/bench/joeynmt.py.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,22 +29,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from data_prep.prepared import Prepared, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.console import UserError, run_main, say
-from tests.base_models import CACHE
+from launch.console import run_main, say
+from tests.bench import joeynmt
 from tests.bench.common import (
     BASE,
     BASE_DATA,
     IGNORED,
-    ROOT,
+    SEQ2SEQ,
     Arguments,
     Figure,
     Padded,
@@ -55,7 +50,6 @@ from tests.bench.common import (
     checked_difference,
     config_of,
     counting_trainer,
-    environment,
     prepare,
     ratio_by_rounds,
     read_arguments,
@@ -70,30 +64,11 @@ from training.engine.batch_plan import BatchPlan
 from training.evaluation import hugging_face
 from training.gpt import GPTConfig, Sequences, summed_loss
 from training.gpt import plan_of as gpt_plan
-from training.models.attention_gru import AttentionGRUOptions
-from training.models.gpt import GPTOptions
 from training.seq2seq import TwoSides
 from training.seq2seq import plan_of as seq2seq_plan
 
-Model = dict[str, Any]
-
-SEQ2SEQ = ROOT / "configs/seq2seq/base.yaml"
-
 # What the Trainer's GPT-2 has: learned positions, and (unlike base.yaml) plain cross-entropy, which is kinder to it.
 AS_GPT2 = (BASE, "--model.positions", "learned", "--loss.label_smoothing", 0)
-
-JOEYNMT = "joeynmt==2.3.0"
-# What it imports beside what Relay has, in versions that go with it.
-JOEYNMT_NEEDS = (
-    "protobuf==3.20.3",
-    "tensorboard==2.20.0",
-    "importlib_metadata==7.2.1",
-    "sacremoses==0.2.0",
-    "subword-nmt==0.3.8",
-    "seaborn==0.13.2",
-    "plotly==7.1.0",
-)
-
 
 # --- transformers.Trainer --------------------------------------------------------------------------------------------
 
@@ -179,126 +154,8 @@ def trainer_difference(data: Prepared) -> float:
     return checked_difference(ours / sequences.weights(0.0)[samples].sum(), loss, "Trainer")
 
 
-# --- JoeyNMT ---------------------------------------------------------------------------------------------------------
-
-
 def parameters_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def joeynmt_python() -> Path:
-    """The interpreter of JoeyNMT's environment, made when first asked for. Raises UserError where it cannot be made."""
-    folder = CACHE / JOEYNMT.replace("==", "-")
-    python, ready = folder / "bin/python", folder / "ready"
-    if ready.exists():
-        return python
-    say(f"installing {JOEYNMT} into {folder}")
-    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [*pip, "--no-deps", JOEYNMT],
-        [*pip, *JOEYNMT_NEEDS],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{JOEYNMT} cannot be installed: {done.stderr.strip()[-500:]}")
-        if command[1:3] == ["-m", "venv"]:  # behind its own packages it finds ours, torch above all
-            (packages / "relay.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    ready.touch()
-    return python
-
-
-def write_pairs(data: Prepared, folder: Path) -> None:
-    """The same pairs as text files: ids for words. Joey reads these as they are."""
-    part = data.part("train")
-    for language, rows in (("zh", part.source), ("en", part.target)):
-        lines = [" ".join(map(str, row.tolist())) for row in rows]
-        (folder / f"train.{language}").write_text("\n".join(lines) + "\n")
-        (folder / f"dev.{language}").write_text("\n".join(lines[:8]) + "\n")
-    words = [str(number) for number in range(4, data.source_tokenizer.vocabulary_size)]
-    (folder / "vocabulary.txt").write_text("\n".join(["<unk>", "<pad>", "<s>", "</s>", *words]) + "\n")
-
-
-def transformer(options: GPTOptions) -> Model:
-    """About as many parameters as the GPT has: its layers are shared out among encoder and decoder."""
-    side = {
-        "type": "transformer",
-        "num_layers": options.layers // 2,
-        "num_heads": options.heads,
-        "embeddings": {"embedding_dim": options.width, "scale": True, "dropout": options.dropout},
-        "hidden_size": options.width,
-        "ff_size": 3 * options.width,  # not 4: the decoder attends twice
-        "dropout": options.dropout,
-        "layer_norm": "pre",
-    }
-    return {"tied_embeddings": True, "tied_softmax": True, "encoder": side, "decoder": side}
-
-
-def recurrent(options: AttentionGRUOptions) -> Model:
-    """Recurrent layers and attention as wide as Relay's; embeddings, too: else it ties no output layer to them."""
-    width = options.hidden_width
-    side = {
-        "type": "recurrent",
-        "rnn_type": "gru",
-        "num_layers": options.layers,
-        "embeddings": {"embedding_dim": width, "scale": False, "dropout": options.dropout},
-        "hidden_size": width,
-        "dropout": options.dropout,
-    }
-    encoder = {**side, "bidirectional": options.bidirectional}
-    decoder = {**side, "attention": "bahdanau", "init_hidden": "bridge", "input_feeding": True}
-    return {"tied_embeddings": True, "tied_softmax": True, "encoder": encoder, "decoder": decoder}
-
-
-def joeynmt(data: Prepared, folder: Path, model: Model, batch: int, times: int, steps: int) -> tuple[float, int]:
-    """Trains for so many steps of `times` batches of sentences by `python -m joeynmt train`.
-
-    Returns the sentences a second behind the first quarter, and the model's parameters.
-    """
-    side = {"level": "word", "max_length": 128, "voc_file": str(folder / "vocabulary.txt")}
-    config = {
-        "name": "peer",
-        "model_dir": str(folder / f"model-{time.monotonic_ns()}"),
-        "use_cuda": False,
-        "data": {
-            "train": str(folder / "train"),
-            "dev": str(folder / "dev"),
-            "dataset_type": "plain",
-            "src": {"lang": "zh", **side},
-            "trg": {"lang": "en", **side},
-        },
-        "testing": {"batch_size": 8, "batch_type": "sentence", "eval_metrics": ["bleu"]},
-        "training": {
-            "optimizer": "adamw",
-            "learning_rate": 1e-3,
-            "scheduling": "warmupinversesquareroot",
-            "learning_rate_warmup": 150,
-            "normalization": "tokens",
-            "label_smoothing": 0.1,
-            "clip_grad_norm": 1.0,
-            "batch_size": batch,
-            "batch_type": "sentence",
-            "batch_multiplier": times,
-            "epochs": 1000,
-            "updates": steps,
-            "logging_freq": steps // 4,
-            "validation_freq": steps // 4 * 10**6,
-        },
-        "model": model,
-    }
-    path = folder / "joeynmt.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [str(joeynmt_python()), "-m", "joeynmt", "train", str(path), "--skip-test"]
-    done = subprocess.run(command, cwd=folder, env=environment(2), capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    speeds = [float(each) for each in re.findall(r"Tokens per Sec:\s+(\d+)", said)]
-    parameters = re.search(r"Total params: (\d+)", said)
-    if done.returncode or len(speeds) < 4 or parameters is None:
-        raise UserError(f"{' '.join(command)} failed:\n{said[-3000:]}")
-    # Tokens of the target, `<eos>` included. The intervals have as many steps each.
-    target = data.part("train").target.lengths.mean() + 1
-    return len(speeds[1:]) / sum(1 / speed for speed in speeds[1:]) / target, int(parameters[1])
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -317,7 +174,7 @@ def measure(arguments: Arguments, folder: Path) -> None:
     rounds, steps, peer_steps, ways = (1, 12, 4, (4,)) if arguments.quick else (3, 40, 8, (4, 1))
     say(f"preparing {arguments.about_data}")
     data = prepare(arguments, folder / "data", *BASE_DATA)
-    write_pairs(data, folder)
+    joeynmt.write_pairs(data, folder / "pairs", held_out=8)
     difference = trainer_difference(data)
     say(f"the same loss on both sides, difference {difference:.1e}")
     gpt, gru = config_of("gpt", [BASE], data), config_of("seq2seq", [SEQ2SEQ], data)
@@ -329,9 +186,10 @@ def measure(arguments: Arguments, folder: Path) -> None:
         speed = timed_training(name.partition(" ")[0], words, data, run_dir, steps=steps, ranks=2, threads=1)
         speeds[name].append(speed.tokens_per_s / float(plan.lengths.mean()))
 
-    def joey(name: str, model: Model, sentences: int) -> None:
+    def joey(name: str, model: joeynmt.Model, sentences: int) -> None:
         for times in ways:
-            speed, parameters[f"joeynmt {name}"] = joeynmt(data, folder, model, sentences // times, times, peer_steps)
+            way = sentences // times, times
+            speed, parameters[f"joeynmt {name}"] = joeynmt.speed(data, folder / "pairs", model, way, peer_steps)
             speeds[f"joeynmt {name} {times}"].append(speed)
 
     as_gpt2 = sequences_of(data)[1]
@@ -349,9 +207,9 @@ def measure(arguments: Arguments, folder: Path) -> None:
                 worker.ask(peer_steps)
                 speeds[name].append(worker.answer())
             relay("gpt", [BASE], plans[0])
-            joey("transformer", transformer(gpt.model), sentences_a_step(plans[0]))
+            joey("transformer", joeynmt.transformer(gpt.model), sentences_a_step(plans[0]))
             relay("seq2seq", [SEQ2SEQ], plans[1])
-            joey("gru", recurrent(gru.model), sentences_a_step(plans[1]))
+            joey("gru", joeynmt.recurrent(gru.model), sentences_a_step(plans[1]))
             say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
 
     def best(peer: str) -> list[float]:

@@ -1,0 +1,194 @@
+"""JoeyNMT (2.3.0, Apache-2.0) as a peer: installed, configured, trained and asked by its own commands.
+
+It lives in an environment of its own in ~/.cache/relay-tests, where it uses the torch of this one; its releases want
+older versions of what Relay uses. It gets the very pieces that Relay has cut the sentences into, as words.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_prep.prepared import Prepared
+from launch.console import UserError, say
+from tests.base_models import CACHE
+from tests.bench.common import environment
+from training.models.attention_gru import AttentionGRUOptions
+from training.models.gpt import GPTOptions
+
+Model = dict[str, Any]
+
+PACKAGE = "joeynmt==2.3.0"
+# What it imports beside what Relay has, in versions that go with it.
+NEEDS = (
+    "protobuf==3.20.3",
+    "tensorboard==2.20.0",
+    "importlib_metadata==7.2.1",
+    "sacremoses==0.2.0",
+    "subword-nmt==0.3.8",
+    "seaborn==0.13.2",
+    "plotly==7.1.0",
+)
+
+
+def python() -> Path:
+    """The interpreter of JoeyNMT's environment, made when first asked for. Raises UserError where it cannot be made."""
+    folder = CACHE / PACKAGE.replace("==", "-")
+    interpreter, ready = folder / "bin/python", folder / "ready"
+    if ready.exists():
+        return interpreter
+    say(f"installing {PACKAGE} into {folder}")
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [*pip, "--no-deps", PACKAGE],
+        [*pip, *NEEDS],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{PACKAGE} cannot be installed: {done.stderr.strip()[-500:]}")
+        if command[1:3] == ["-m", "venv"]:  # behind its own packages it finds ours, torch above all
+            (packages / "relay.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    ready.touch()
+    return interpreter
+
+
+def write_pairs(data: Prepared, folder: Path, held_out: int | None = None) -> None:
+    """The parts of `data` as text files, ids for words. held_out: how many pairs of validation and test; None: all."""
+    folder.mkdir()
+    for name, part_name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        part = data.part(part_name)
+        for language, rows in (("zh", part.source), ("en", part.target)):
+            lines = [" ".join(map(str, row.tolist())) for row in rows][: None if name == "train" else held_out]
+            (folder / f"{name}.{language}").write_text("\n".join(lines) + "\n")
+    words = [str(number) for number in range(4, data.source_tokenizer.vocabulary_size)]
+    (folder / "vocabulary.txt").write_text("\n".join(["<unk>", "<pad>", "<s>", "</s>", *words]) + "\n")
+
+
+def transformer(options: GPTOptions) -> Model:
+    """About as many parameters as the GPT has: its layers are shared out among encoder and decoder."""
+    side = {
+        "type": "transformer",
+        "num_layers": options.layers // 2,
+        "num_heads": options.heads,
+        "embeddings": {"embedding_dim": options.width, "scale": True, "dropout": options.dropout},
+        "hidden_size": options.width,
+        "ff_size": 3 * options.width,  # not 4: the decoder attends twice
+        "dropout": options.dropout,
+        "layer_norm": "pre",
+    }
+    return {"tied_embeddings": True, "tied_softmax": True, "encoder": side, "decoder": side}
+
+
+def recurrent(options: AttentionGRUOptions) -> Model:
+    """Recurrent layers and attention as wide as Relay's; embeddings, too: else it ties no output layer to them."""
+    width = options.hidden_width
+    side = {
+        "type": "recurrent",
+        "rnn_type": "gru",
+        "num_layers": options.layers,
+        "embeddings": {"embedding_dim": width, "scale": False, "dropout": options.dropout},
+        "hidden_size": width,
+        "dropout": options.dropout,
+    }
+    encoder = {**side, "bidirectional": options.bidirectional}
+    decoder = {**side, "attention": "bahdanau", "init_hidden": "bridge", "input_feeding": True}
+    return {"tied_embeddings": True, "tied_softmax": True, "encoder": encoder, "decoder": decoder}
+
+
+def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: Any) -> Path:
+    """A config for the pairs in a folder, and a new folder for what comes of it; returns the config's path.
+
+    way: sentences in a batch, batches in a step. training: what else its training has.
+    """
+    side = {"level": "word", "max_length": 128, "voc_file": str(pairs / "vocabulary.txt")}
+    model_dir = pairs / f"model-{time.monotonic_ns()}"
+    config = {
+        "name": "peer",
+        "model_dir": str(model_dir),
+        "use_cuda": False,
+        "data": {
+            **{part: str(pairs / part) for part in ("train", "dev", "test")},
+            "dataset_type": "plain",
+            "src": {"lang": "zh", **side},
+            "trg": {"lang": "en", **side},
+        },
+        "testing": {
+            "batch_size": 64,
+            "batch_type": "sentence",
+            "eval_metrics": ["bleu"],
+            "beam_size": 5,
+            "beam_alpha": 1.0,
+            "max_output_length": 100,
+        },
+        "training": {
+            "optimizer": "adamw",
+            "learning_rate": 1e-3,
+            "normalization": "tokens",
+            "label_smoothing": 0.1,
+            "clip_grad_norm": 1.0,
+            "batch_size": way[0],
+            "batch_type": "sentence",
+            "batch_multiplier": way[1],
+            "epochs": 1000,
+            **training,
+        },
+        "model": model,
+    }
+    path = model_dir.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run(verb: str, config: Path, *words: object, timeout: float | None = None) -> str:
+    """What `python -m joeynmt VERB CONFIG` printed, on two threads; cut off after `timeout` seconds.
+
+    Raises UserError with the end of it when it fails.
+    """
+    command = [str(python()), "-m", "joeynmt", verb, str(config), *map(str, words)]
+    process = subprocess.Popen(
+        command,
+        cwd=config.parent,
+        env=environment(2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{said[-3000:]}")
+    return said
+
+
+def speed(data: Prepared, pairs: Path, model: Model, way: tuple[int, int], steps: int) -> tuple[float, int]:
+    """Trains for so many steps; returns the sentences a second behind the first quarter, and the model's parameters."""
+    config = write_config(
+        pairs,
+        model,
+        way,
+        scheduling="warmupinversesquareroot",
+        learning_rate_warmup=150,
+        updates=steps,
+        logging_freq=steps // 4,
+        validation_freq=steps // 4 * 10**6,
+    )
+    said = run("train", config, "--skip-test")
+    speeds = [float(each) for each in re.findall(r"Tokens per Sec:\s+(\d+)", said)]
+    parameters = re.search(r"Total params: (\d+)", said)
+    if len(speeds) < 4 or parameters is None:
+        raise UserError(f"JoeyNMT says nothing of its speed:\n{said[-3000:]}")
+    # Tokens of the target, `<eos>` included. The intervals have as many steps each.
+    target = data.part("train").target.lengths.mean() + 1
+    return len(speeds[1:]) / sum(1 / speed for speed in speeds[1:]) / target, int(parameters[1])

@@ -1,0 +1,120 @@
+"""Translations after the same minutes of training on two cores: Relay's against JoeyNMT's, scored on the test part.
+
+Relay trains by configs/seq2seq/base.yaml, as `torchrun --nproc-per-node=2`. Then JoeyNMT's Transformer, of as many
+parameters as configs/gpt/base.yaml has, trains on the same pieces for the minutes that this took; start, validations
+and saving are counted on both sides. Its recipe is that of its own config for IWSLT'14 (dropout 0.3, label smoothing
+0.1, AdamW), but for the learning rate: from 1e-3 it falls by each epoch until the minutes are over, instead of waiting
+for plateaus that so few minutes do not have. Validation picks the checkpoint on both sides. Both decode with a beam of
+5 and a length penalty of 1, and the same code scores what came out.
+
+`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes an hour and a half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from sacrebleu.metrics import BLEU
+
+from data_prep.prepared import Prepared, open_prepared
+from launch.console import run_main, say
+from tests.bench import joeynmt
+from tests.bench.common import (
+    BASE,
+    BASE_DATA,
+    SEQ2SEQ,
+    Arguments,
+    Figure,
+    config_of,
+    read_arguments,
+    report,
+    run_module,
+)
+from training.evaluation.bootstrap import paired
+from training.evaluation.scores import score_of, sentence_counts
+from training.models.gpt import GPTOptions
+
+# Steps and warm-up of --quick: enough to see that everything runs.
+QUICK = ("--optim.steps", 24, "--optim.warmup_steps", 4, "--log.validate_every_steps", 12)
+
+FINAL_SHARE = 0.02  # of the learning rate
+VALIDATIONS = 10
+
+
+def relay(data: Prepared, run_dir: Path, *words: object) -> tuple[list[str], float]:
+    """Trains and translates the test part; returns the translations, and the seconds that the training took."""
+    began = time.monotonic()
+    run_module("training.seq2seq", SEQ2SEQ, "--data", data.folder, "--run_dir", run_dir, *words, ranks=2)
+    took = time.monotonic() - began
+    run_module("training.evaluation.evaluate", run_dir, "--beam_size", 5, ranks=2)
+    lines = (run_dir / "evaluation/test-beam5-translations.jsonl").read_text().splitlines()
+    return [json.loads(line)["translation"] for line in lines], took
+
+
+def peer(data: Prepared, pairs: Path, options: GPTOptions, seconds: float, *, quick: bool) -> list[str]:
+    """JoeyNMT's translations of the test part, from what it learned in `seconds`."""
+    joeynmt.write_pairs(data, pairs, held_out=16 if quick else None)
+    model = joeynmt.transformer(options.model_copy(update={"dropout": 0.3}))
+    way = (128, 1)  # about the 4,096 tokens of its config, counted as it counts them, with padding
+    speed, _ = joeynmt.speed(data, pairs, model, way, 4 if quick else 16)
+    steps = int(0.95 * seconds * speed / way[0])  # the validations take some of the time
+    epochs = steps * way[0] / len(data.part("train"))
+    config = joeynmt.write_config(
+        pairs,
+        model,
+        way,
+        scheduling="exponential",  # by epochs
+        decrease_factor=FINAL_SHARE ** (1 / epochs),
+        updates=steps,
+        logging_freq=max(1, steps // 100),
+        validation_freq=max(1, steps // VALIDATIONS),
+        early_stopping_metric="bleu",
+    )
+    joeynmt.run("train", config, "--skip-test", timeout=seconds)
+    joeynmt.run("test", config, "--output-path", pairs / "translations")
+    tokenizer = data.target_tokenizer
+    lines = (pairs / "translations.test").read_text().splitlines()
+    return [tokenizer.decode([int(word) for word in line.split() if word.isdigit()]) for line in lines]
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", choices=("random", "grouped"), default="grouped", help="default: %(default)s")
+
+
+def main() -> int:
+    arguments = read_arguments("quality", __doc__, add_split)
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
+        measure(arguments, Path(temporary))
+    return 0
+
+
+def measure(arguments: Arguments, folder: Path) -> None:
+    say(f"preparing {arguments.about_data}")
+    split = arguments.more.split
+    words = ("--source", arguments.data, "--output", folder / "data", "--split", split)
+    run_module("data_prep.tatoeba", *words, *BASE_DATA)
+    data = open_prepared(folder / "data")
+    ours, seconds = relay(data, folder / "run", *(QUICK if arguments.quick else ()))
+    say(f"Relay trained for {seconds / 60:.1f} minutes")
+    options = config_of("gpt", [BASE], data).model
+    theirs = peer(data, folder / "pairs", options, seconds, quick=arguments.quick)
+    references = [[text] for text in data.part("test").target_texts][: len(theirs)]
+    counts = [sentence_counts(BLEU(), texts[: len(theirs)], references) for texts in (theirs, ours)]
+    test = paired(partial(score_of, BLEU()), *counts)
+    about = f"{len(references):,} sentences, {split} split, after {seconds / 60:.1f} minutes"
+    figures = [
+        Figure("bleu", test.scores[1], f"Relay, {about}", {"random": ">= 32", "grouped": ">= 26"}[split]),
+        Figure("joeynmt_bleu", test.scores[0], f"JoeyNMT, {about}"),
+        Figure("bleu_difference", test.difference, f"p = {test.p:.3f}", "> 0"),
+        Figure("minutes", seconds / 60, "of training, on either side"),
+    ]
+    report("quality", arguments, figures, split=split, p=test.p)
+
+
+if __name__ == "__main__":
+    run_main(main)
