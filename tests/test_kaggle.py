@@ -199,7 +199,7 @@ def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_belo
     # Room for four checkpoints, where the config wants six at once. Nobody knows before the first one.
     quota = int((4.4 * checkpoint_bytes + 1.1 * others) / 0.95)
     # Long enough to start twice; and so slow that two sessions never do it.
-    limit_s = 4 * start_s + 10
+    limit_s = 6 * start_s + 20
     lost_s, steps = [], [0]
     for number in (1, 2, 3):
         began = time.monotonic()

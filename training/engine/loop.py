@@ -61,9 +61,12 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     if run.open():
         run.confirm_finished()
         say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
+        run.close()
         return 0
     try:
-        return run.session()
+        status = run.session()
+        run.close()
+        return status
     except KeyboardInterrupt:
         run.abandon("resumable", "interrupted twice", restart=False)
         raise
@@ -242,6 +245,11 @@ class _Run:
             run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
             write_status(run_dir, "finished", "all steps done", restart=False, step=self.step)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
+
+    def close(self) -> None:
+        """Gives the run folder free when nothing more will be written: a notebook may go on with it in this process."""
+        if self.folder is not None:
+            self.folder.close()
 
     # The session.
 

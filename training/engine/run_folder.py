@@ -88,8 +88,15 @@ class RunFolder:
                 shutil.copytree(data.folder / "tokenizer", self.run_dir / "tokenizer", dirs_exist_ok=True)
         return latest
 
+    def close(self) -> None:
+        """Gives the folder free for another run, in this process or in another."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def _take_lock(self) -> None:
-        """The right to write here, kept until the process ends, however it ends: the kernel keeps the book.
+        """The right to write here, kept until `close` or the end of the process, however it ends: the kernel keeps the
+        book.
 
         On a network file system without locks there is no protection; the folder is then used as if it were free.
         """

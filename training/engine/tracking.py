@@ -119,7 +119,9 @@ class Window:
         """The loss of each step so far, summed over ranks. To be called by all ranks."""
         if not self._losses:
             return list(self._earlier)
-        return [*self._earlier, *cluster.sum(torch.stack(self._losses)).tolist()]
+        # In fp64, where the sum of fp32 numbers is exact: the order in which ranks are summed depends on how many steps
+        # are summed at once, and a window that a stop cuts in two has to come to the same.
+        return [*self._earlier, *cluster.sum(torch.stack(self._losses).double()).tolist()]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
