@@ -113,8 +113,10 @@ def _run(main: Callable[[], int | None]) -> int:
         raise
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def _terminate(number: int, frame: FrameType | None) -> None:
     global _told_to_leave
+    if _told_to_leave:  # leaving already: `timeout` for one sends the signal twice, to the process and to its group
+        return
     _told_to_leave = True
     raise Terminated
 

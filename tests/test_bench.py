@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.console import UserError
 from launch.prove import ACCIDENTS
@@ -120,6 +121,17 @@ def test_of_twenty_kills_at_random_moments_none_is_lost(launch: Launch) -> None:
     figures = json.loads(result.out.strip().splitlines()[-1])
     assert (figures["kills"], figures["lost"]) == (20, 0)
     assert set(figures["accidents"]) == set(ACCIDENTS), "every kind of accident happened"
+
+
+@pytest.mark.parametrize("module", ["gpu", "as_t4"])
+def test_a_bench_of_the_gpu_says_that_there_is_none(module: str, launch: Launch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    words = () if module == "gpu" else ("training.gpt",)
+    result = launch(*words, module=f"tests.bench.{module}").wait()
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert "there is no GPU" in line
 
 
 @pytest.mark.parametrize("name", PROMISED)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from launch.processes import children
 from tests.conftest import PATIENCE_S, ROOT, Launch, Started
 
@@ -36,19 +38,29 @@ def test_preparation_told_to_stop_leaves_nothing_and_the_same_command_does_it_al
     assert [path.name for path in output.parent.iterdir()] == ["data"]
 
 
-def test_a_library_that_makes_an_error_of_the_signal_changes_nothing(tmp_path):
-    (tmp_path / "loading.py").write_text(
-        "import os, signal, time\n"
-        "from launch.console import run_main\n"
-        "def main():\n"
-        "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        time.sleep(60)\n"
-        "    except BaseException:\n"
-        "        raise ImportError('this module cannot be loaded')\n"
-        "run_main(main)\n"
-    )
-    command = [sys.executable, tmp_path / "loading.py"]
+TOLD_TO_LEAVE = """
+import os, signal, time
+from launch.console import run_main
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except BaseException:
+        {meanwhile}
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        pytest.param("raise ImportError('this module cannot be loaded')", id="a library makes an error of it"),
+        pytest.param("os.kill(os.getpid(), signal.SIGTERM); raise", id="it comes twice"),
+    ],
+)
+def test_a_program_that_was_told_to_leave_says_just_that(meanwhile: str, tmp_path: Path):
+    (tmp_path / "leaving.py").write_text(TOLD_TO_LEAVE.format(meanwhile=meanwhile))
+    command = [sys.executable, tmp_path / "leaving.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 75, result

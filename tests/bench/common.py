@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from data_prep.prepared import Prepared, open_prepared
+from data_prep.prepared import Prepared, PreparedFolder, open_prepared
 from launch.config import parse
 from launch.console import UserError, say
 from launch.environment import keep_freed_memory
@@ -115,16 +115,15 @@ def environment(threads: int, **more: str) -> dict[str, str]:
     return {**os.environ, **ours, **more}
 
 
-def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1) -> None:
+def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1, **more: str) -> None:
     """Runs `python -m module words...` from the repository's root, under torchrun when `ranks` > 1.
 
-    Raises UserError with the end of its output when it fails.
+    more: of its environment. Raises UserError with the end of its output when it fails.
     """
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launcher, module, *map(str, words)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    ours, pipe = environment(threads, **more), subprocess.PIPE
+    done = subprocess.run(command, cwd=ROOT, env=ours, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
 
@@ -178,11 +177,15 @@ def workers(**started: Worker) -> Iterator[dict[str, Worker]]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Steady speed of a training, of all ranks together. Tokens are real ones, padding not counted."""
+    """Steady speed of a training, of all ranks together. Tokens are real ones, padding not counted.
+
+    memory_mb: the first rank's peak.
+    """
 
     steps_per_s: float
     tokens_per_s: float
     flops_per_s: float
+    memory_mb: float
 
 
 def config_of(family: str, words: Sequence[object], data: Prepared) -> Any:
@@ -192,20 +195,32 @@ def config_of(family: str, words: Sequence[object], data: Prepared) -> Any:
 
 
 def timed_training(
-    family: str, words: Sequence[object], data: Prepared, run_dir: Path, *, steps: int, ranks: int, threads: int
+    family: str,
+    words: Sequence[object],
+    data: PreparedFolder,
+    run_dir: Path,
+    *,
+    steps: int,
+    ranks: int,
+    threads: int,
+    under: str | None = None,
+    **more: str,
 ) -> Speed:
     """Runs `training.<family>` for `steps` steps, as users start it, and reads its speed from the run's own record.
 
     The first quarter of the steps is warm-up and not counted; nor are validation and saving, after the last step.
+    under: a module that runs the training in an arranged process; more: of the environment.
     """
     never = 10**9
     run_module(
+        *([under] if under else []),
         f"training.{family}",
         *words,
         *("--data", data.folder, "--run_dir", run_dir, "--optim.steps", steps, "--optim.warmup_steps", 0),
         *("--log.every_steps", steps // 4, "--log.validate_every_steps", never, "--checkpoint.every_steps", never),
         ranks=ranks,
         threads=threads,
+        **more,
     )
     lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
     seconds = [after["time"] - before["time"] for before, after in pairwise(lines)]
@@ -217,6 +232,7 @@ def timed_training(
         (lines[-1]["step"] - lines[0]["step"]) / sum(seconds),
         total("tokens_per_s") / sum(seconds),
         total("flops_per_s") / sum(seconds),
+        max(line["memory_mb"] for line in lines),
     )
 
 

@@ -140,9 +140,8 @@ def config_of(shape: dict[str, int], vocabulary_size: int, **more: int | None) -
     """Qwen2.5-3B's config, of another shape perhaps."""
     import transformers
 
-    return transformers.Qwen2Config(
-        vocab_size=vocabulary_size, num_key_value_heads=2, tie_word_embeddings=True, **shape, **more
-    )
+    usual = {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    return transformers.Qwen2Config(vocab_size=vocabulary_size, **(usual | shape), **more)
 
 
 def make_base(folder: Path, data: Conversations, shape: dict[str, int], vocabulary_size: int) -> Path:
