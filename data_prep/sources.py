@@ -29,6 +29,14 @@ DOWNLOAD_PAGE = "https://www.manythings.org/anki/"
 DOWNLOAD_TIMEOUT_S = 15
 LISTED_MALFORMED = 100
 
+# Kinds of malformed lines.
+NO_TAB, SWAPPED, HEADING = "one column, no TAB", "Chinese before English", "a heading"
+_HEADINGS = {
+    *("english", "en", "eng", "英文", "英语", "chinese", "mandarin", "zh", "cn", "cmn", "中文", "汉语"),
+    *("source", "src", "target", "tgt", "translation"),
+}
+_HAN = re.compile(f"[{HAN}]")
+
 _TATOEBA_LICENCE = (
     "Tatoeba sentence pairs as selected by manythings.org, CC BY 2.0 FR "
     "(https://creativecommons.org/licenses/by/2.0/fr/); the column `attribution` names the authors of each pair. "
@@ -120,11 +128,15 @@ def _read(path: Path) -> tuple[bytes, dict[str, object] | None]:
         raise UserError(f"there is no file {path} (--source); {hint}") from None
     except OSError as error:
         raise UserError(f"--source {path} cannot be read: {error.strerror}") from None
+    if content.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path} is compressed: unpack it with `gunzip -k {path}`, and pass what comes out")
     if not zipfile.is_zipfile(io.BytesIO(content)):
         return content, None
     archive = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as opened:
+            if "[Content_Types].xml" in opened.namelist():
+                raise UserError(f"{path} is a spreadsheet: save it as text separated by tabs, in UTF-8, and pass that")
             texts = [name for name in opened.namelist() if name.endswith((".txt", ".tsv")) and "_about" not in name]
             if len(texts) != 1:
                 raise UserError(
@@ -189,7 +201,8 @@ def read_pairs(source: Source, max_malformed_share: float) -> Pairs:
             blank += 1
             continue
         columns = [clean(column) for column in line.split("\t")]
-        reason = _malformed(columns)
+        first = not pairs and not malformed
+        reason = HEADING if first and _is_heading(columns) else _malformed(columns)
         if reason:
             reasons[reason] += 1
             malformed.append({"line": number, "reason": reason, "text": line.rstrip("\r")[:80]})
@@ -224,14 +237,20 @@ def _decoded(source: Source) -> str:
 def _malformed(columns: list[str]) -> str | None:
     """Why this line is no pair, or None if it is one."""
     if len(columns) == 1:
-        return "one column, no TAB"
+        return NO_TAB
     if len(columns) > 3:
         return f"{len(columns)} columns"
     if not columns[0]:
         return "no English"
     if not columns[1]:
         return "no Chinese"
+    if _HAN.search(columns[0]) and not _HAN.search(columns[1]):
+        return SWAPPED
     return None
+
+
+def _is_heading(columns: list[str]) -> bool:
+    return len(columns) > 1 and all(column.lower() in _HEADINGS for column in columns[:2])
 
 
 def _check(
@@ -240,20 +259,23 @@ def _check(
     found = len(pairs) + len(malformed)
     if found == 0:
         raise UserError(f"{source.place} holds blank lines only; expected lines of `English TAB Chinese`")
-    if len(malformed) > max_malformed_share * found:
-        reason, count = reasons.most_common(1)[0]
-        first = malformed[0]
+    if len(malformed) - reasons[HEADING] > max_malformed_share * found:
+        (reason, count), *_ = (each for each in reasons.most_common() if each[0] != HEADING)
+        example = next(line for line in malformed if line["reason"] == reason)
+        advice = "check that this is the right file"
+        if reason == SWAPPED:
+            advice = f"""swap the columns: `awk -F'\\t' '{{print $2 "\\t" $1}}' {source.place} > swapped.tsv`"""
+            advice = advice if 2 * count > found else "put English first on these lines, too"
+        elif reason == NO_TAB and "," in str(example["text"]):
+            advice = "if its columns are separated by commas (CSV), save it with tabs instead"
         raise UserError(
             f"{source.place}: {len(malformed):,} of {found:,} lines are not `English TAB Chinese [TAB attribution]` "
-            f"(mostly: {reason}, {count:,}; the first is line {first['line']}: {first['text']!r}), more than "
-            f"--max_malformed_share {max_malformed_share}; check that this is the right file"
+            f"(mostly: {reason}, {count:,}; the first of them is line {example['line']}: {example['text']!r}), more "
+            f"than --max_malformed_share {max_malformed_share}; {advice}"
         )
-    han = re.compile(f"[{HAN}]")
-    with_han = sum(bool(han.search(text)) for text in pairs.chinese)
+    with_han = sum(bool(_HAN.search(text)) for text in pairs.chinese)
     if 2 * with_han < len(pairs):
-        swapped = 2 * sum(bool(han.search(text)) for text in pairs.english) > len(pairs)
-        advice = "the columns seem to be swapped: English comes first" if swapped else "is it another language's file?"
         raise UserError(
             f"{source.place}: only {with_han:,} of {len(pairs):,} lines have Chinese characters in the second column; "
-            f"{advice}"
+            "is it another language's file?"
         )

@@ -1,5 +1,7 @@
 """The command `python -m data_prep.tatoeba`, run as people run it: bad inputs, bad disks, kills, second runs."""
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -52,6 +54,14 @@ def small_corpus(path: Path, count: int = 400) -> Path:
     return path
 
 
+def spreadsheet() -> bytes:
+    """As Excel writes it, as far as its zip file tells what it is."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as opened:
+        opened.writestr("[Content_Types].xml", "<Types/>")
+    return content.getvalue()
+
+
 CORPUS = "\n".join(sample_lines()[:200])
 BAD_SOURCES = {
     "empty": (b"", "is empty"),
@@ -61,7 +71,11 @@ BAD_SOURCES = {
     "utf16": (CORPUS.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 2)"),
     "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "is it another language's file?"),
-    "swapped": ("嗨。\tHi.\n跑。\tRun.\n".encode(), "columns seem to be swapped"),
+    "swapped": ("嗨。\tHi.\n跑。\tRun.\n".encode(), "swap the columns: `awk"),
+    "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "put English first on these lines"),
+    "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas (CSV), save it with tabs"),
+    "compressed": (gzip.compress(CORPUS.encode()), "unpack it with `gunzip -k"),
+    "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as text separated by tabs"),
     "damaged_zip": (b"PK\x05\x06" + bytes(18) + b"PK", "one text file of sentence pairs, found 0"),
     "four_columns": (b"1\tHi.\t2\t\xe5\x97\xa8\n", "4 columns"),
     "too_few": ("Hi.\t嗨。\nRun.\t跑。\n".encode(), "too few for this split"),
@@ -106,6 +120,16 @@ def test_bom_crlf_and_odd_blanks_are_cleaned_and_two_columns_are_enough(tmp_path
     part = open_prepared(tmp_path / "x").part("train")
     assert part.target_texts[0] == f"Line {part.rows[0]}."
     assert part.source_texts[0] == f"第 {part.rows[0]} 行。"
+
+
+@pytest.mark.parametrize("heading", ["English\tChinese", "en\tzh\tattribution", "英文\t中文"])
+def test_a_heading_is_no_pair(heading: str, tmp_path: Path):
+    source = small_corpus(tmp_path / "mine.tsv", count=80)
+    source.write_text(f"{heading}\n{source.read_text(encoding='utf-8')}", encoding="utf-8")
+    prepare_here("--source", source, "--output", tmp_path / "x")
+    counts = json.loads((tmp_path / "x/meta.json").read_text())["counts"]
+    assert counts["pairs"] == 80
+    assert [(line["line"], line["reason"]) for line in counts["malformed_listed"]] == [(1, "a heading")]
 
 
 @contextmanager
