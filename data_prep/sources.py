@@ -21,7 +21,7 @@ from pathlib import Path
 from data_prep.files import open_atomically, sha256_of, writing_to
 from data_prep.sample_corpus import sample_lines
 from data_prep.text import HAN, clean
-from launch.console import Progress, UserError, say
+from launch.console import Progress, UserError, say, warn
 
 DOWNLOAD_URL = "https://www.manythings.org/anki/cmn-eng.zip"
 DOWNLOAD_NAME = "cmn-eng.zip"  # in the folder of downloads
@@ -221,16 +221,25 @@ def _decoded(source: Source) -> str:
         raise UserError(f"{source.place} is empty; expected lines of `English TAB Chinese`")
     try:
         return source.content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as wrong:
+        error = wrong
         line = source.content.count(b"\n", 0, error.start) + 1
-    if source.content.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if b"\0" not in source.content and source.content.count(b"\n") < line and error.reason == "unexpected end of data":
+        advice = "it ends in the middle of a character: copy it again, whole"
+    elif source.content.startswith((b"\xff\xfe", b"\xfe\xff")):
         advice = f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {source.place} > cmn-utf8.txt`"
     else:
         try:
             source.content.decode("gb18030")
-            advice = f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {source.place} > cmn-utf8.txt`"
+            advice = (
+                f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {source.place} > cmn-utf8.txt`, with "
+                "`-f BIG5` if that gives other characters"
+            )
         except UnicodeDecodeError:
-            advice = "save it as UTF-8, or fetch it again"
+            advice = (
+                "save it as UTF-8 (`iconv -f ITS-ENCODING -t UTF-8` converts a text; `iconv -l` lists encodings), or "
+                "fetch it again"
+            )
     raise UserError(f"{source.place} is not UTF-8 text (line {line}); {advice}")
 
 
@@ -266,8 +275,17 @@ def _check(
         if reason == SWAPPED:
             advice = f"""swap the columns: `awk -F'\\t' '{{print $2 "\\t" $1}}' {source.place} > swapped.tsv`"""
             advice = advice if 2 * count > found else "put English first on these lines, too"
+        elif reason == NO_TAB and str(example["text"]).startswith(("{", "[")):
+            advice = (
+                "it looks like JSON: write English, a tab and Chinese on each line; records of questions and answers "
+                "are for data_prep.instructions"
+            )
         elif reason == NO_TAB and "," in str(example["text"]):
             advice = "if its columns are separated by commas (CSV), save it with tabs instead"
+        elif reason == NO_TAB:
+            advice = "put a tab between the languages; `paste english.txt chinese.txt > pairs.tsv` joins two files"
+        elif "\r" in str(example["text"]):
+            advice = f"its lines end as on an old Mac: `tr '\\r' '\\n' < {source.place} > lines.tsv`"
         raise UserError(
             f"{source.place}: {len(malformed):,} of {found:,} lines are not `English TAB Chinese [TAB attribution]` "
             f"(mostly: {reason}, {count:,}; the first of them is line {example['line']}: {example['text']!r}), more "
@@ -277,5 +295,19 @@ def _check(
     if 2 * with_han < len(pairs):
         raise UserError(
             f"{source.place}: only {with_han:,} of {len(pairs):,} lines have Chinese characters in the second column; "
-            "is it another language's file?"
+            "is it another language's file? If the pairs stand in other columns, `cut -f 2,3` takes those two"
         )
+    english_with_han = sum(bool(_HAN.search(text)) for text in pairs.english)
+    if 2 * english_with_han > len(pairs):
+        raise UserError(
+            f"{source.place}: {english_with_han:,} of {len(pairs):,} lines have Chinese characters in the first column, "
+            "too, where English is expected: a line is English, a tab, and Chinese"
+        )
+    if not _HAN.search(pairs.chinese[0]) and with_han == len(pairs) - 1:
+        warn(
+            f"{source.place}: only the first pair has no Chinese ({pairs.english[0][:40]!r}, "
+            f"{pairs.chinese[0][:40]!r}): if that is a heading, delete the line"
+        )
+    quoted = sum(text.startswith('"') and text.endswith('"') for text in pairs.chinese)
+    if 2 * quoted > len(pairs):
+        warn(f"{source.place}: {quoted:,} of {len(pairs):,} lines are in quotes, which the model learns to write, too")

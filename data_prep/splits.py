@@ -97,9 +97,11 @@ def _checked(split: Split) -> Split:
     empty = [part for part in PARTS if len(split.rows(part)) == 0]
     if empty:
         rows = sum(len(split.rows(part)) for part in PARTS)
+        grouped = "" if split.groups is None else f" (they are in {split.groups:,} groups that share sentences)"
+        mend = "pass a larger file or `--source sample`" + ("" if split.groups is None else ", or --split random")
         raise UserError(
-            f"{rows:,} sentence pairs are too few for this split: nothing is left for {' and '.join(empty)}; "
-            "pass a larger file or `--source sample`"
+            f"{rows:,} sentence pairs are too few for this split{grouped}: nothing is left for {' and '.join(empty)}; "
+            f"{mend}"
         )
     return split
 

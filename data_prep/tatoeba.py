@@ -33,6 +33,8 @@ from launch.config import Options, differing_keys, parse
 from launch.console import Progress, format_duration, run_main, say, warn
 
 PROG = "python -m data_prep.tatoeba"
+FEW_PAIRS = 2000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
+MANY_DUPLICATES = 0.1  # the share from which on scores on the random split mislead by it
 
 
 class TatoebaOptions(Options):
@@ -270,7 +272,18 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
             f"  {name}   {tokenizer[side]['vocabulary_size']:,} ids, {lengths[side]['mean']:.1f} per sentence "
             f"(max {lengths[side]['max']}), <unk> on test {tokenizer['unknown_share']['test'][side]:.2%}"
         )
-    if meta["counts"]["malformed"]:
+    counts = meta["counts"]
+    if meta["options"]["split"] == "random" and counts["duplicate_pairs"] > MANY_DUPLICATES * counts["pairs"]:
+        warn(
+            f"{counts['duplicate_pairs']:,} of {counts['pairs']:,} pairs repeat an earlier one, so that many that are "
+            "tested were trained on: --split grouped keeps them in one part"
+        )
+    if counts["pairs"] < FEW_PAIRS:
+        warn(
+            f"{counts['pairs']:,} pairs are few: with less than about {FEW_PAIRS:,} a run by configs/*/base.yaml is "
+            "shorter than its warm-up (--optim.warmup_steps shortens that), and little can be learned"
+        )
+    if counts["malformed"]:
         say(f"  malformed {meta['counts']['malformed']:,} lines were left out; meta.json lists them")
     say(f"  identity  {meta['fingerprint'][:16]}")
 

@@ -76,6 +76,13 @@ BAD_SOURCES = {
     "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas (CSV), save it with tabs"),
     "compressed": (gzip.compress(CORPUS.encode()), "unpack it with `gunzip -k"),
     "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as text separated by tabs"),
+    "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "put a tab between the languages; `paste "),
+    "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: write English, a tab"),
+    "old_mac": (CORPUS.replace("\n", "\r").encode(), "its lines end as on an old Mac: `tr"),
+    "latin1": (b"caf\xe9\tna\xefve\n", "not UTF-8 text (line 1); save it as UTF-8 (`iconv -f"),
+    "cut_short": (CORPUS.encode() + "\nHi.\t嗨".encode()[:-1], "(line 201); it ends in the middle of a character"),
+    "numbered": (b"1\tHi.\t\xe5\x97\xa8\n2\tRun.\t\xe8\xb7\x91\n", "`cut -f 2,3` takes those two"),
+    "chinese_twice": ("嗨。\t嗨。\n跑。\t跑。\n".encode(), "in the first column, too, where English is expected"),
     "damaged_zip": (b"PK\x05\x06" + bytes(18) + b"PK", "one text file of sentence pairs, found 0"),
     "four_columns": (b"1\tHi.\t2\t\xe5\x97\xa8\n", "4 columns"),
     "too_few": ("Hi.\t嗨。\nRun.\t跑。\n".encode(), "too few for this split"),
@@ -130,6 +137,28 @@ def test_a_heading_is_no_pair(heading: str, tmp_path: Path):
     counts = json.loads((tmp_path / "x/meta.json").read_text())["counts"]
     assert counts["pairs"] == 80
     assert [(line["line"], line["reason"]) for line in counts["malformed_listed"]] == [(1, "a heading")]
+
+
+DOUBTFUL = {
+    "heading": ("en_text\tzh_text\n" + CORPUS, "only the first pair has no Chinese ('en_text', 'zh_text')"),
+    "quotes": ("\n".join('"{}"\t"{}"'.format(*line.split("\t")[:2]) for line in CORPUS.split("\n")), "are in quotes"),
+    "duplicates": ("\n".join([CORPUS] * 2), "200 of 400 pairs repeat an earlier one"),
+    "few": (CORPUS, "200 pairs are few: with less than about 2,000"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_pairs_that_will_disappoint_are_prepared_with_a_warning(name: str, tmp_path: Path, capsys):
+    text, expected = DOUBTFUL[name]
+    (tmp_path / "mine.tsv").write_text(text, encoding="utf-8")
+    prepare_here("--source", tmp_path / "mine.tsv", "--output", tmp_path / "x")
+    assert expected in capsys.readouterr().err
+
+
+def test_groups_that_no_part_has_room_for_are_named(tmp_path: Path):
+    (tmp_path / "mine.tsv").write_text("Hi.\t嗨。\n" * 50, encoding="utf-8")
+    with pytest.raises(UserError, match=r"50 sentence pairs .*in 1 groups that share sentences.*or --split random"):
+        prepare_here("--source", tmp_path / "mine.tsv", "--output", tmp_path / "x", "--split", "grouped")
 
 
 @contextmanager
