@@ -132,7 +132,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8 (byte {error.start + 1})") from None
+        raise Malformed(f"not UTF-8 (byte {error.start + 1}); of GBK, `iconv -f GB18030 -t UTF-8` makes it") from None
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {error}") from None
     if not isinstance(values, dict):

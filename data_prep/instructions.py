@@ -63,6 +63,14 @@ and, if you like, task or category, id, and {" or ".join(SYSTEM)}; no other key 
 answer is learned, and the others are read. Equal questions (of several, the first) are in one part. Dropped and
 counted: a record that is too long, and one that says the same as another before it. A task is scored as free text,
 unless it bears the name of one of DISC-Law-SFT's."""
+# What the files of other formats begin with, and what to do about them.
+NOT_TEXT = {
+    b"\x1f\x8b": "it is compressed; `gunzip -k {path}` unpacks it",
+    b"PK\x03\x04": "it is a zip file or a spreadsheet; unpack it, or export it as JSON lines",
+    b"PAR1": "it is a Parquet file; `pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)` converts it",
+    b"\xff\xfe": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
+    b"\xfe\xff": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
+}
 FOR_ALL = ("all", "all tasks")  # what tables call all tasks together
 LICENCE = "Not stated in the records: the licence is that of wherever they came from."
 
@@ -119,7 +127,9 @@ def _turns_of(values: Mapping[str, Any]) -> tuple[list[Message], str]:
             return _conversation(key, values[key], speaker, text)
     questions = [key for key in QUESTIONS if key in values] or [key for key in MORE[:1] if key in values]
     answers = [key for key in ANSWERS if key in values]
-    if not questions or not answers:
+    if questions and not answers:
+        raise Malformed(f"no answer ({', '.join(ANSWERS)}) beside {', '.join(map(repr, values))}"[:200])
+    if not questions:
         raise Malformed(f"no layout has the keys {', '.join(map(repr, values)) or '(none)'}"[:200])
     for keys in (questions, answers):
         if len(keys) > 1:
@@ -136,7 +146,8 @@ def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[lis
     for number, turn in enumerate(turns, 1):
         where = f"turn {number} of {key}"
         if not isinstance(turn, dict) or speaker not in turn or text not in turn:
-            raise Malformed(f"{where} is no object with {speaker} and {text}")
+            found = f", but with {', '.join(turn) or 'nothing'}" if isinstance(turn, dict) else ""
+            raise Malformed(f"{where} is no object with {speaker} and {text}{found}"[:200])
         role = ROLES.get(checked_text(f"{speaker} of {where}", turn[speaker]))
         if role is None:
             raise Malformed(f"{where} is of {turn[speaker]!r}, who is none of {', '.join(ROLES)}"[:200])
@@ -168,6 +179,16 @@ def find_files(source: str) -> list[SourceFile]:
     for file in files:
         with file.path.open("rb") as opened:
             begin = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        for magic, mend in NOT_TEXT.items():
+            if begin.startswith(magic):
+                raise UserError(
+                    f"{file.path} is no text of JSON lines: {mend.format(path=shlex.quote(str(file.path)))}"
+                )
+        if begin.split(b"\n")[0].strip() == b"{":
+            raise UserError(
+                f"{file.path} has its records on several lines each: `jq -c . {shlex.quote(str(file.path))} > "
+                f"{shlex.quote(file.stem + '-lines.jsonl')}` makes a file of one a line"
+            )
         if begin.startswith(b"["):
             raise UserError(
                 f"{file.path} is one JSON list, not a JSON object a line: `jq -c '.[]' {shlex.quote(str(file.path))} > "

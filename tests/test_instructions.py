@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -201,11 +202,11 @@ def test_ids_are_the_records_own_or_their_lines_and_unique(make: Make):
 BAD_LINES: list[tuple[Line, str]] = [
     (b"Q: what? A: that.", "not JSON"),
     (lines_of([qa(1)])[:-9], "not JSON"),
-    (b'{"question": "\xff", "answer": "x"}', "not UTF-8"),
+    (b'{"question": "\xff", "answer": "x"}', "not UTF-8 (byte 15); of GBK, `iconv"),
     ({"query": "why?", "reply": "so"}, "no layout has the keys 'query', 'reply'"),
     ({}, "no layout has the keys (none)"),
     (b'{"\\ud800": "half a character"}', r"no layout has the keys '\ud800'"),
-    ({"question": "why?"}, "no layout has the keys 'question'"),
+    ({"question": "why?"}, "no answer (output, completion, response, answer) beside 'question'"),
     ({"question": "why?", "answer": " "}, "answer is empty"),
     ({"question": "why?", "answer": None}, "answer is null, not text"),
     ({"question": "why?", "answer": ["so"]}, "answer is a list, not text"),
@@ -222,7 +223,7 @@ BAD_LINES: list[tuple[Line, str]] = [
     ({"messages": [{"role": "tool", "content": "5"}]}, "turn 1 of messages is of 'tool'"),
     ({"messages": [{"role": "user"}]}, "turn 1 of messages is no object with role and content"),
     ({"messages": turns("why?", "")}, "content of turn 2 of messages is empty"),
-    ({"conversations": [{"role": "user", "content": "x"}]}, "is no object with from and value"),
+    ({"conversations": [{"role": "user", "content": "x"}]}, "is no object with from and value, but with role, content"),
     (qa(1, task=["a"]), "task is a list, not text"),
     (qa(1, category="all"), "which is what tables call all of them"),
     (qa(1, system=5), "system is a number, not text"),
@@ -252,11 +253,21 @@ def test_sources_that_hold_no_lines_of_records_say_what_to_do(make: Make, tmp_pa
     (tmp_path / "folder").mkdir()
     (tmp_path / "list.json").write_text(json.dumps([qa(1), qa(2)], indent=1))
     (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "pretty.json").write_text(json.dumps(qa(1), indent=1))
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(lines_of([qa(1)])))
+    (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    (tmp_path / "wide.jsonl").write_text(json.dumps(qa(1)), encoding="utf-16")
     for name, expected in (
         ("nothing.jsonl", "does not exist: pass a file of JSON lines"),
         ("folder", "holds no .jsonl file"),
         ("list.json", r"is one JSON list.*jq -c '\.\[\]' .*list.json > list-lines.jsonl"),
         ("blank.jsonl", "blank lines only"),
+        ("pretty.json", r"several lines each: `jq -c \. "),
+        ("packed.jsonl", "compressed; `gunzip -k .*packed.jsonl`"),
+        ("sheet.xlsx", "a spreadsheet; .*export it as JSON lines"),
+        ("rows.parquet", "is a Parquet file; `pandas"),
+        ("wide.jsonl", "UTF-16; `iconv -f UTF-16"),
     ):
         with pytest.raises(UserError, match=expected):
             make(tmp_path / name, output=tmp_path / "x")
