@@ -118,7 +118,14 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]],
                     mistakes.append(f"--{key} has no value (write --{key} VALUE)")
                     continue
                 text = words.pop(0)
+            if not text:
+                mistakes.append(f"--{key} has an empty value (write --{key} VALUE, or leave it out)")
+                continue
             overrides.append((key.replace("-", "_"), text))
+        elif word.startswith("-"):
+            mistakes.append(f"{word}: options begin with two dashes, as in --key VALUE")
+            if words and not words[0].startswith("-"):
+                words.pop(0)  # its value, which is no config file
         else:
             files.append(word)
     if len(files) > 1:
@@ -214,6 +221,10 @@ def _explain(cls: type[Options], detail: Any) -> str:
         return f"there is no key {key}" + (f" (nearest: {near[0]})" if near else "")
     if detail["type"] == "missing":
         return f"{key} is required"
+    inner = [name for name in all_keys(cls) if name.startswith(f"{key}.")]
+    if inner and not isinstance(detail["input"], dict):
+        some = ", ".join(inner[:3]) + (", ..." if len(inner) > 3 else "")
+        return f"{key} is a group of keys ({some}), which takes no value of its own, got {detail['input']!r}"
     field = all_keys(cls).get(key)
     expected = f" (expected {_field_type(field)})" if field is not None else ""
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
