@@ -110,6 +110,13 @@ def test_a_sentence_as_long_as_the_model_takes_is_translated_and_the_output_ends
     assert len(longest.split()) <= trained.decoder.room(most) and nothing == ""
 
 
+def test_sentences_without_chinese_are_translated_with_a_warning(run, capsys):
+    assert translate.main([str(run), "How are you?", "你好。", "Fine!"]) == 0
+    assert "2 of 3 sentences hold no Chinese, which this model translates from" in capsys.readouterr().err
+    assert translate.main([str(run), "你好。", ""]) == 0
+    assert "hold no Chinese" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("which", ["best", "last", "best:2", "last:2", "ema"])
 def test_the_weights_that_were_asked_for_translate(run, which, sentences, capsys):
     assert translate.main([str(run), "--checkpoint", which, *sentences]) == 0
@@ -121,6 +128,7 @@ def test_what_is_no_search_is_refused_before_anything_is_loaded(tmp_path, launch
     for beam_size in (0, -1):
         said = refused(nowhere, "你好", "--beam_size", beam_size)
         assert f"the beam size must be 1 (greedy) or more, got {beam_size}" in said
+    assert "the beam size must be 1000 or less, got 100000" in refused(nowhere, "你好", "--beam_size", 100_000)
     assert "no effect on greedy decoding" in refused(nowhere, "你好", "--length_penalty", 2)
     assert "must be 0 (none) or more, got -1" in refused(nowhere, "--beam_size", 2, "--length_penalty", -1, "你好")
     result = launch(nowhere, "--beam_size", 0, "你好", module="training.evaluation.translate").wait()

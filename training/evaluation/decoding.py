@@ -62,10 +62,18 @@ class Translation:
     problem: str | None = None
 
 
+MAX_BEAM_SIZE = 1000  # far beyond what helps; what is meant by more is a slip, which would be killed for memory
+
+
 def check_search(beam_size: int, length_penalty: float) -> None:
     """Raises UserError unless these are a beam size and a length penalty that `translate` can use."""
     if beam_size < 1:
         raise UserError(f"the beam size must be 1 (greedy) or more, got {beam_size}: --beam_size 5 is a usual one")
+    if beam_size > MAX_BEAM_SIZE:
+        raise UserError(
+            f"the beam size must be {MAX_BEAM_SIZE} or less, got {beam_size}: a beam takes that many times the "
+            "memory of one sentence, and finds nothing better beyond 10 or so; --beam_size 5 is a usual one"
+        )
     if not 0 <= length_penalty < math.inf:
         raise UserError(
             f"the length penalty must be 0 (none) or more, got {length_penalty:g}: --length_penalty 1 is a usual one"

@@ -13,6 +13,7 @@ text, and counted; a file larger than memory is no problem.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.files import open_atomically, writing_to
+from data_prep.text import HAN
 from data_prep.tokenizers import UNK
 from launch.console import UserError, run_main, say, warn
 from training.engine.cluster import Cluster
@@ -30,6 +32,8 @@ from training.evaluation.trained import TrainedModel, open_trained
 
 # Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
 LINES_PER_BLOCK = 4096
+
+_HAN = re.compile(f"[{HAN}]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +79,7 @@ def translate_lines(
     """One translation per line (UTF-8, with or without its line end), in order; what went wrong is warned about."""
     lines = iter(lines)
     first = 1
-    unknown_sources = unknown_translations = 0
+    unknown_sources = unknown_translations = foreign = 0
     while block := [line.decode("utf-8", "replace") for line in islice(lines, lines_per_block)]:
         sources = [trained.encode(line) for line in block]
         label = f"translating from line {first:,}" if lines_per_block > 1 else None
@@ -87,6 +91,7 @@ def translate_lines(
             label=label,
         )
         unknown_sources += sum(UNK in source for source in sources)
+        foreign += sum(bool(line.strip()) and not _HAN.search(line) for line in block)
         unknown_translations += sum(UNK in result.ids for result in results)
         for number, (line, result) in enumerate(zip(block, results, strict=True), first):
             if "\ufffd" in line:
@@ -97,6 +102,8 @@ def translate_lines(
                 warn(f"line {number}: the translation was cut off after {len(result.ids)} tokens")
             yield trained.target_tokenizer.decode(result.ids)
         first += len(block)
+    if foreign:
+        warn(f"{foreign:,} of {first - 1:,} sentences hold no Chinese, which this model translates from")
     if unknown_sources or unknown_translations:
         warn(
             f"{unknown_sources:,} of {first - 1:,} sentences hold characters that the model does not know (<unk>); "
