@@ -29,6 +29,11 @@ from launch.console import UserError
 
 FORMAT = "relay-sentence-pairs-1"
 META = "meta.json"
+# What is in a data set of each form, and what trains on it.
+KINDS = {
+    FORMAT: "sentence pairs (for training.gpt and training.seq2seq)",
+    "relay-conversations-1": "conversations (for training.qlora)",
+}
 MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {folder}"
 
 
@@ -198,6 +203,11 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
 
     Raises UserError when the folder is missing, half there, of another form, or when its files' sizes have changed.
     """
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and --data takes the folder that a raw file is prepared in: make that with "
+            f"`{make.format(folder='prepared/NAME')}`, and name it"
+        )
     if not folder.is_dir():
         raise UserError(
             f"there is no prepared data set {folder}{_others(folder)}; make it with `{make.format(folder=folder)}` "
@@ -210,6 +220,9 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
         raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / META} cannot be read ({error}); {again}") from None
+    found = KINDS.get(meta.get("format")) if isinstance(meta, dict) and meta.get("format") != format else None
+    if found is not None:
+        raise UserError(f"{folder} holds {found}, and {KINDS[format]} are expected: name another --data")
     if not isinstance(meta, dict) or meta.get("format") != format:
         raise UserError(f"{folder / META} is not of the form {format} that this version reads; {again}")
     missing = [name for name in (*PARTS, "tokenizer") if not (folder / name).is_dir()]

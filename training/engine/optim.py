@@ -54,7 +54,8 @@ def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torc
     if options.warmup_steps >= steps:
         raise UserError(
             f"optim.warmup_steps is {options.warmup_steps}, but the whole run has {steps} steps: "
-            "shorten the warm-up or train longer (optim.epochs, optim.steps)"
+            f"shorten the warm-up or train longer (--optim.warmup_steps {steps // 10} fits, or raise optim.epochs, "
+            "optim.steps)"
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

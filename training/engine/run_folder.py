@@ -127,6 +127,11 @@ def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[s
         return {"task": about["task"], **config, "data": about["data"], "built_on": about.get("built_on", {})}
 
     differences = differing_keys(definition(latest.manifest), definition(about))
+    others = [line for line in differences if not line.startswith("data.")]
+    if len(others) < len(differences):  # fingerprints tell a reader nothing
+        before, now = latest.manifest["config"].get("data"), about["config"].get("data")
+        others.append(f"it was trained on other data than --data {now}: {before}, as that was then")
+        differences = others
     if differences:
         raise UserError(
             f"{latest.folder.parents[1]} holds a run with another definition ({'; '.join(differences)}): "
