@@ -300,8 +300,8 @@ def _check(
     english_with_han = sum(bool(_HAN.search(text)) for text in pairs.english)
     if 2 * english_with_han > len(pairs):
         raise UserError(
-            f"{source.place}: {english_with_han:,} of {len(pairs):,} lines have Chinese characters in the first column, "
-            "too, where English is expected: a line is English, a tab, and Chinese"
+            f"{source.place}: {english_with_han:,} of {len(pairs):,} lines have Chinese in the first column, too, "
+            "where English is expected: a line is English, a tab, and Chinese"
         )
     if not _HAN.search(pairs.chinese[0]) and with_han == len(pairs) - 1:
         warn(

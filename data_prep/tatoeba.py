@@ -33,7 +33,7 @@ from launch.config import Options, differing_keys, parse
 from launch.console import Progress, format_duration, run_main, say, warn
 
 PROG = "python -m data_prep.tatoeba"
-FEW_PAIRS = 2000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
+FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
 MANY_DUPLICATES = 0.1  # the share from which on scores on the random split mislead by it
 
 

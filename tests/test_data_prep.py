@@ -143,7 +143,7 @@ DOUBTFUL = {
     "heading": ("en_text\tzh_text\n" + CORPUS, "only the first pair has no Chinese ('en_text', 'zh_text')"),
     "quotes": ("\n".join('"{}"\t"{}"'.format(*line.split("\t")[:2]) for line in CORPUS.split("\n")), "are in quotes"),
     "duplicates": ("\n".join([CORPUS] * 2), "200 of 400 pairs repeat an earlier one"),
-    "few": (CORPUS, "200 pairs are few: with less than about 2,000"),
+    "few": (CORPUS, "200 pairs are few: with less than about 3,000"),
 }
 
 
