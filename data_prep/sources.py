@@ -266,8 +266,9 @@ def _check(
     source: Source, pairs: Pairs, malformed: list[dict[str, object]], reasons: Counter[str], max_malformed_share: float
 ) -> None:
     found = len(pairs) + len(malformed)
-    if found == 0:
-        raise UserError(f"{source.place} holds blank lines only; expected lines of `English TAB Chinese`")
+    if found == reasons[HEADING]:
+        what = "a heading" if found else "blank lines"
+        raise UserError(f"{source.place} holds {what} only; expected lines of `English TAB Chinese`")
     if len(malformed) - reasons[HEADING] > max_malformed_share * found:
         (reason, count), *_ = (each for each in reasons.most_common() if each[0] != HEADING)
         example = next(line for line in malformed if line["reason"] == reason)

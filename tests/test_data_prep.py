@@ -65,6 +65,7 @@ def spreadsheet() -> bytes:
 CORPUS = "\n".join(sample_lines()[:200])
 BAD_SOURCES = {
     "empty": (b"", "is empty"),
+    "heading": (b"English\tChinese\n", "holds a heading only"),
     "blank_lines": (b"\n\n \n", "blank lines only"),
     "one_column": ("\n".join(line.split("\t")[0] for line in CORPUS.split("\n")).encode(), "one column, no TAB"),
     "gbk": (CORPUS.encode("gb18030"), "iconv -f GB18030 -t UTF-8"),

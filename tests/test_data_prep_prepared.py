@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep import tatoeba
+from data_prep.conversations import open_conversations
 from data_prep.files import open_atomically, publish_folder, recover, sha256_of, temporary_folder, write_atomically
 from data_prep.prepared import PARTS, Prepared, Ragged, open_prepared
 from data_prep.sample_corpus import sample_pairs
@@ -109,6 +110,17 @@ def test_lacking_part_is_named(copy, sample):
         open_prepared(copy)
     with pytest.raises(UserError, match="train, validation, test"):
         sample.part("dev")
+
+
+def test_data_of_another_kind_are_called_what_they_are(copy):
+    (copy / "meta.json").write_text('{"format": "relay-conversations-1"}')
+    with pytest.raises(UserError, match=r"holds conversations \(.*, and sentence pairs .* are expected"):
+        open_prepared(copy)
+    (copy / "meta.json").write_text('{"format": "relay-sentence-pairs-1"}')
+    with pytest.raises(UserError, match=r"holds sentence pairs \(.*, and conversations .* are expected"):
+        open_conversations(copy)
+    with pytest.raises(UserError, match=r"meta.json is a file, .*: make that with `python -m data_prep.tatoeba"):
+        open_prepared(copy / "meta.json")
 
 
 def test_another_format_is_refused(copy):

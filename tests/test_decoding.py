@@ -304,6 +304,8 @@ def test_what_is_no_beam_size_or_length_penalty_is_refused():
     for beam_size in (0, -3):
         with pytest.raises(UserError, match=rf"beam size must be 1 \(greedy\) or more, got {beam_size}"):
             translate(Scripted(), [[6, 1]], beam_size=beam_size)
+    with pytest.raises(UserError, match="must be 1000 or less, got 100000"):
+        translate(Scripted(), [[6, 1]], beam_size=100_000)
     for length_penalty in (-0.5, math.nan, math.inf):
         with pytest.raises(UserError, match=r"length penalty must be 0 \(none\) or more"):
             translate(Scripted(), [[6, 1]], beam_size=2, length_penalty=length_penalty)
