@@ -57,8 +57,8 @@ def fetch_snapshot(
         return found
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"{name} is not in {cache}, and HF_HUB_OFFLINE forbids to fetch it: on a machine with a network run "
-            f"`{by_hand} --local-dir FOLDER`, copy the folder here, and name it instead"
+            f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE forbids to fetch it: on a machine with a "
+            f"network run `{by_hand} --local-dir FOLDER`, copy the folder here, and name it instead"
         )
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as lock:
@@ -89,6 +89,6 @@ def _check_network(name: str, by_hand: str, endpoint: str) -> None:
         socket.create_connection(address, _CONNECT_LIMIT_S).close()
     except OSError as error:
         raise UserError(
-            f"{name} is not on this machine, and {address[0]} cannot be reached ({error}): on a machine with a network "
+            f"{name} is no folder here, and {address[0]} cannot be reached ({error}): on a machine with a network "
             f"run `{by_hand} --local-dir FOLDER`, copy the folder here, and name it instead"
         ) from None
