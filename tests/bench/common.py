@@ -43,6 +43,7 @@ TATOEBA = SHARED / "tatoeba/cmn.txt"
 BASE = ROOT / "configs/gpt/base.yaml"
 SEQ2SEQ = ROOT / "configs/seq2seq/base.yaml"
 BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
+SEQ2SEQ_DATA = (*BASE_DATA, "--vocabularies", "separate", "--vocabulary_size", "4000")
 
 # Labels that are not learned, as torch's cross-entropy has them.
 IGNORED = -100

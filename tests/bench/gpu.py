@@ -9,6 +9,7 @@ and holds, not how fast a T4 is.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import tempfile
 import time
@@ -93,8 +94,15 @@ def peak_flops(dtype: torch.dtype) -> float:
     return best
 
 
+def add_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", metavar="TEXT", default="", help="the rows with this in their name, such as 7b")
+
+
 def main() -> int:
-    arguments = read_arguments("gpu", __doc__)
+    arguments = read_arguments("gpu", __doc__, add_only)
+    chosen = [row for row in ROWS if arguments.more.only in row.name]
+    if not chosen:
+        raise UserError(f"no row has `{arguments.more.only}` in its name; they are " + "; ".join(r.name for r in ROWS))
     if not torch.cuda.is_available():
         raise UserError("there is no GPU here to measure")
     peaks = {"bf16": peak_flops(torch.bfloat16), "fp16": peak_flops(torch.float16)}
@@ -108,7 +116,7 @@ def main() -> int:
             making = pool.submit(prepare, arguments, folder / "pairs", *BASE_DATA)
             conversations = prepare_records(records, folder)
             pairs = making.result()
-        for number, row in enumerate(ROWS):
+        for number, row in enumerate(chosen):
             family, data, words = row.config.parent.name, pairs, row.words
             if family == "qlora":
                 size = row.config.stem.split("-")[1]

@@ -69,11 +69,18 @@ def write_pairs(data: Prepared, folder: Path, held_out: int | None = None) -> No
         for language, rows in (("zh", part.source), ("en", part.target)):
             lines = [" ".join(map(str, row.tolist())) for row in rows][: None if name == "train" else held_out]
             (folder / f"{name}.{language}").write_text("\n".join(lines) + "\n")
-    words = [str(number) for number in range(4, data.source_tokenizer.vocabulary_size)]
-    (folder / "vocabulary.txt").write_text("\n".join(["<unk>", "<pad>", "<s>", "</s>", *words]) + "\n")
+    for language, tokenizer in (("zh", data.source_tokenizer), ("en", data.target_tokenizer)):
+        words = map(str, range(4, tokenizer.vocabulary_size))
+        lines = ["<unk>", "<pad>", "<s>", "</s>", *words]
+        (folder / f"vocabulary.{language}").write_text("\n".join(lines) + "\n")
 
 
-def transformer(options: GPTOptions) -> Model:
+def _tied(data: Prepared) -> Model:
+    """Whose embeddings are one table: both sides', where they have one vocabulary, and the output layer's always."""
+    return {"tied_embeddings": data.joint_vocabulary, "tied_softmax": True}
+
+
+def transformer(options: GPTOptions, data: Prepared) -> Model:
     """About as many parameters as the GPT has: its layers are shared out among encoder and decoder."""
     side = {
         "type": "transformer",
@@ -85,10 +92,10 @@ def transformer(options: GPTOptions) -> Model:
         "dropout": options.dropout,
         "layer_norm": "pre",
     }
-    return {"tied_embeddings": True, "tied_softmax": True, "encoder": side, "decoder": side}
+    return {**_tied(data), "encoder": side, "decoder": side}
 
 
-def recurrent(options: AttentionGRUOptions) -> Model:
+def recurrent(options: AttentionGRUOptions, data: Prepared) -> Model:
     """Recurrent layers and attention as wide as Relay's; embeddings, too: else it ties no output layer to them."""
     width = options.hidden_width
     side = {
@@ -101,7 +108,7 @@ def recurrent(options: AttentionGRUOptions) -> Model:
     }
     encoder = {**side, "bidirectional": options.bidirectional}
     decoder = {**side, "attention": "bahdanau", "init_hidden": "bridge", "input_feeding": True}
-    return {"tied_embeddings": True, "tied_softmax": True, "encoder": encoder, "decoder": decoder}
+    return {**_tied(data), "encoder": encoder, "decoder": decoder}
 
 
 def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: Any) -> Path:
@@ -109,7 +116,11 @@ def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: An
 
     way: sentences in a batch, batches in a step. training: what else its training has.
     """
-    side = {"level": "word", "max_length": 128, "voc_file": str(pairs / "vocabulary.txt")}
+
+    def side(language: str) -> dict[str, Any]:
+        vocabulary = str(pairs / f"vocabulary.{language}")
+        return {"lang": language, "level": "word", "max_length": 128, "voc_file": vocabulary}
+
     model_dir = pairs / f"model-{time.monotonic_ns()}"
     config = {
         "name": "peer",
@@ -118,8 +129,8 @@ def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: An
         "data": {
             **{part: str(pairs / part) for part in ("train", "dev", "test")},
             "dataset_type": "plain",
-            "src": {"lang": "zh", **side},
-            "trg": {"lang": "en", **side},
+            "src": side("zh"),
+            "trg": side("en"),
         },
         "testing": {
             "batch_size": 64,
