@@ -1,16 +1,19 @@
 """Relay's trainings against those of other projects: the same data, models of the same size, side by side in one run.
 
-Sentences a second of steady training, as each project's own command trains, on the pieces of configs/gpt/base.yaml:
+Sentences a second of steady training, as each project's own command trains, on the pieces of configs/gpt/base.yaml
+and, for the seq2seq, of configs/seq2seq/base.yaml:
 
 - `gpt_vs_trainer`: `transformers.Trainer` trains its GPT-2 of the very shape (4 layers of width 256, learned positions,
   exact GELU, dropout 0.2), from the same initial weights; sentences of near-equal length in a batch, padded to the
   longest of it; labels on the English side only; the fused optimizer. Before anything is timed, both must give the same
   loss for the same sentences, to 1e-5. One process of two threads, at the better of two batch sizes.
+- `gpt_vs_trainer_bf16`: the same with both under autocast to bf16, on a processor that multiplies it (AMX).
 - `gpt_vs_joeynmt`: JoeyNMT's Transformer of about equal parameters. An encoder-decoder: a sentence's source passes
   one half of its layers and its target the other, where all of a GPT's tokens pass all layers, so per sentence it
   computes two thirds of what the GPT does. One process of two threads, at the better of two batch sizes: batches by
   sentences, as its documentation has them; it knows none by length.
-- `seq2seq_vs_joeynmt`: JoeyNMT's GRU encoder-decoder with Bahdanau attention, of equal parameters, likewise.
+- `seq2seq_vs_joeynmt`: JoeyNMT's GRU encoder-decoder with Bahdanau attention, of about equal parameters, likewise.
+  Without R-Drop, which JoeyNMT does not know.
 
 Relay is `torchrun --nproc-per-node=2`, one thread a rank. All sides train on as many sentences an optimizer step.
 QLoRA against Trainer and peft: tests/bench/qlora.py. A notebook's loop that pads everything to one length:
@@ -43,6 +46,7 @@ from tests.bench.common import (
     BASE_DATA,
     IGNORED,
     SEQ2SEQ,
+    SEQ2SEQ_DATA,
     Arguments,
     Figure,
     Padded,
@@ -69,6 +73,7 @@ from training.seq2seq import plan_of as seq2seq_plan
 
 # What the Trainer's GPT-2 has: learned positions, and (unlike base.yaml) plain cross-entropy, which is kinder to it.
 AS_GPT2 = (BASE, "--model.positions", "learned", "--loss.label_smoothing", 0)
+PLAIN_SEQ2SEQ = (SEQ2SEQ, "--loss.r_drop", 0)
 
 # --- transformers.Trainer --------------------------------------------------------------------------------------------
 
@@ -102,7 +107,7 @@ def sentences_a_step(plan: BatchPlan) -> int:
     return round(len(plan.lengths) * plan.epoch(plan.steps) / plan.steps)
 
 
-def trainer(folder: str, accumulated: str) -> None:
+def trainer(folder: str, accumulated: str, precision: str) -> None:
     """The peer, a process of its own: asked for a number of steps, it answers with the sentences a second."""
     import transformers
 
@@ -132,6 +137,7 @@ def trainer(folder: str, accumulated: str) -> None:
                 max_grad_norm=config.optim.clip_norm or 0.0,
                 optim="adamw_torch_fused",
                 use_cpu=True,
+                bf16=precision == "bf16",
                 seed=asked,  # another order of the data each time
             )
             found.train()
@@ -174,42 +180,51 @@ def measure(arguments: Arguments, folder: Path) -> None:
     rounds, steps, peer_steps, ways = (1, 12, 4, (4,)) if arguments.quick else (3, 40, 8, (4, 1))
     say(f"preparing {arguments.about_data}")
     data = prepare(arguments, folder / "data", *BASE_DATA)
+    two_sided = prepare(arguments, folder / "two-sided", *SEQ2SEQ_DATA)
     joeynmt.write_pairs(data, folder / "pairs", held_out=8)
+    joeynmt.write_pairs(two_sided, folder / "two-sided-pairs", held_out=8)
     difference = trainer_difference(data)
     say(f"the same loss on both sides, difference {difference:.1e}")
-    gpt, gru = config_of("gpt", [BASE], data), config_of("seq2seq", [SEQ2SEQ], data)
+    gpt, gru = config_of("gpt", [BASE], data), config_of("seq2seq", PLAIN_SEQ2SEQ, two_sided)
     speeds: defaultdict[str, list[float]] = defaultdict(list)
-    parameters = {"gpt": parameters_of(new_model(gpt, data)), "seq2seq": parameters_of(new_seq2seq(gru, data))}
+    parameters = {"gpt": parameters_of(new_model(gpt, data)), "seq2seq": parameters_of(new_seq2seq(gru, two_sided))}
 
-    def relay(name: str, words: Sequence[object], plan: BatchPlan) -> None:
+    def relay(name: str, words: Sequence[object], data: Prepared, plan: BatchPlan) -> None:
         run_dir = folder / f"{name}-{len(speeds[name])}"
         speed = timed_training(name.partition(" ")[0], words, data, run_dir, steps=steps, ranks=2, threads=1)
         speeds[name].append(speed.tokens_per_s / float(plan.lengths.mean()))
 
-    def joey(name: str, model: joeynmt.Model, sentences: int) -> None:
+    def joey(name: str, model: joeynmt.Model, data: Prepared, pairs: str, sentences: int) -> None:
         for times in ways:
             way = sentences // times, times
-            speed, parameters[f"joeynmt {name}"] = joeynmt.speed(data, folder / "pairs", model, way, peer_steps)
+            speed, parameters[f"joeynmt {name}"] = joeynmt.speed(data, folder / pairs, model, way, peer_steps)
             speeds[f"joeynmt {name} {times}"].append(speed)
 
     as_gpt2 = sequences_of(data)[1]
-    plans = gpt_plan(gpt, as_gpt2), seq2seq_plan(gru, TwoSides(data.part("train"), gru.model.max_length))
+    plans = gpt_plan(gpt, as_gpt2), seq2seq_plan(gru, TwoSides(two_sided.part("train"), gru.model.max_length))
+    formats = ["fp32", "bf16"] if torch.cpu.get_capabilities().get("amx_bf16") else ["fp32"]
     # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
     how = {"threads": 2, "DS_ACCELERATOR": "cpu"}
-    trainers = {f"trainer {times}": Worker("tests.bench.peers", "trainer", data.folder, times, **how) for times in ways}
+    trainers = {
+        f"trainer {precision} {times}": Worker("tests.bench.peers", "trainer", data.folder, times, precision, **how)
+        for precision in formats
+        for times in ways
+    }
     with workers(**trainers) as started:
         for worker in started.values():  # the first piece of work also sets things up
             worker.ask(1)
             worker.answer()
         for number in range(rounds):
-            relay("gpt as GPT-2", AS_GPT2, plans[0])
+            for precision in formats:
+                relay(f"gpt as GPT-2 {precision}", [*AS_GPT2, "--precision", precision], data, plans[0])
             for name, worker in started.items():
                 worker.ask(peer_steps)
                 speeds[name].append(worker.answer())
-            relay("gpt", [BASE], plans[0])
-            joey("transformer", joeynmt.transformer(gpt.model), sentences_a_step(plans[0]))
-            relay("seq2seq", [SEQ2SEQ], plans[1])
-            joey("gru", joeynmt.recurrent(gru.model), sentences_a_step(plans[1]))
+            relay("gpt", [BASE], data, plans[0])
+            joey("transformer", joeynmt.transformer(gpt.model, data), data, "pairs", sentences_a_step(plans[0]))
+            relay("seq2seq", PLAIN_SEQ2SEQ, two_sided, plans[1])
+            recurrent = joeynmt.recurrent(gru.model, two_sided)
+            joey("gru", recurrent, two_sided, "two-sided-pairs", sentences_a_step(plans[1]))
             say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
 
     def best(peer: str) -> list[float]:
@@ -219,7 +234,8 @@ def measure(arguments: Arguments, folder: Path) -> None:
 
     figures = []
     for name, ours, peer, target in (
-        ("gpt_vs_trainer", "gpt as GPT-2", "trainer", ">= 1.5"),
+        ("gpt_vs_trainer", "gpt as GPT-2 fp32", "trainer fp32", ">= 1.5"),
+        *([("gpt_vs_trainer_bf16", "gpt as GPT-2 bf16", "trainer bf16", "")] if "bf16" in formats else []),
         ("gpt_vs_joeynmt", "gpt", "joeynmt transformer", ">= 1.3"),
         ("seq2seq_vs_joeynmt", "seq2seq", "joeynmt gru", ""),
     ):
