@@ -14,7 +14,7 @@ from data_prep.prepared import Part, Ragged
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.gpt import LossOptions, Sequences, summed_loss
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPT, GPTOptions, causal_attention
 
 VOCABULARY = 50
 KINDS = [pytest.param(*kind, id="-".join(kind)) for kind in product(("learned", "rotary"), ("layer", "rms"))]
@@ -117,6 +117,26 @@ def test_attention_maps_are_what_the_model_attends_with(positions, norm):
     _, _, value = block.attention.project(normed, rotation)
     weighted = block.attention.merge(model.attention_maps(tokens)[0] @ value)
     torch.testing.assert_close(weighted, block.attention(normed, rotation), rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_gives_the_gradients_of_fp32_up_to_its_precision():
+    def gradient(precision: torch.dtype) -> Tensor:
+        model, tokens = model_of(), tokens_of(3, 12)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits = model(tokens[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    exact, rounded = gradient(torch.float32), gradient(torch.bfloat16)
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_attention_on_a_cpu_is_in_fp32_under_autocast_too():
+    query, key, value = torch.randn(3, 2, 2, 9, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = causal_attention(query, key, value)
+    assert torch.equal(attended, causal_attention(query, key, value))
 
 
 @torch.no_grad()

@@ -83,12 +83,15 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, width] -> query, key, value, each [B, heads, T, width / heads]; query and key are rotated."""
-        batch, length, width = x.shape
-        query_key, value = self.query_key_value(x).split([2 * width, width], dim=-1)
-        if rotation is not None:
-            query_key = rotate(query_key, rotation, width // self.heads)
-        query, key = query_key.view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return query, key, value.view(batch, length, self.heads, -1).transpose(1, 2)
+        width = x.shape[-1]
+        projected = self.query_key_value(x)
+        if rotation is None:
+            parts = projected.chunk(3, dim=-1)
+        else:
+            query_key, value = projected.split([2 * width, width], dim=-1)
+            parts = *rotate(query_key, rotation, width // self.heads).chunk(2, dim=-1), value
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return query, key, value
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         query, key, value = self.project(x, rotation)
