@@ -25,6 +25,7 @@ from tests.bench.common import (
     BASE_DATA,
     ROOT,
     SEQ2SEQ,
+    SEQ2SEQ_DATA,
     Figure,
     prepare,
     read_arguments,
@@ -113,11 +114,12 @@ def main() -> int:
         folder = Path(temporary)
         records = replace(arguments, data=str(RECORDS) if RECORDS.is_dir() else "sample")
         with ThreadPoolExecutor(2) as pool:
-            making = pool.submit(prepare, arguments, folder / "pairs", *BASE_DATA)
+            joint = pool.submit(prepare, arguments, folder / "joint", *BASE_DATA)
+            separate = pool.submit(prepare, arguments, folder / "separate", *SEQ2SEQ_DATA)
             conversations = prepare_records(records, folder)
-            pairs = making.result()
+            pairs = {"gpt": joint.result(), "seq2seq": separate.result()}
         for number, row in enumerate(chosen):
-            family, data, words = row.config.parent.name, pairs, row.words
+            family, words = row.config.parent.name, row.words
             if family == "qlora":
                 size = row.config.stem.split("-")[1]
                 if size not in bases:  # one at a time has room
@@ -125,8 +127,8 @@ def main() -> int:
                         shutil.rmtree(other)
                     bases = {size: make_base(folder / size, conversations, SHAPES[size], VOCABULARY)}
                     torch.cuda.empty_cache()
-                data, words = conversations, [*words, "--base_model", bases[size]]
-            run_dir = folder / f"run-{number}"
+                words += ["--base_model", bases[size]]
+            data, run_dir = pairs.get(family, conversations), folder / f"run-{number}"
             steps = max(8, row.steps // 4) if arguments.quick else row.steps
             under = "tests.bench.as_t4" if row.as_t4 else None
             speed = timed_training(
