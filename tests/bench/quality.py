@@ -63,7 +63,7 @@ def peer(data: Prepared, pairs: Path, options: GPTOptions, seconds: float, *, qu
     way = (128, 1)  # about the 4,096 tokens of its config, counted as it counts them, with padding
     speed, _ = joeynmt.speed(data, pairs, model, way, 4 if quick else 16)
     steps = int(0.95 * seconds * speed / way[0])  # the validations take some of the time
-    epochs = steps * way[0] / len(data.part("train"))
+    epochs, every = steps * way[0] / len(data.part("train")), max(1, steps // VALIDATIONS)
     config = joeynmt.write_config(
         pairs,
         model,
@@ -71,8 +71,8 @@ def peer(data: Prepared, pairs: Path, options: GPTOptions, seconds: float, *, qu
         scheduling="exponential",  # by epochs
         decrease_factor=FINAL_SHARE ** (1 / epochs),
         updates=steps,
-        logging_freq=max(1, steps // 100),
-        validation_freq=max(1, steps // VALIDATIONS),
+        logging_freq=every,  # it validates at multiples of this only
+        validation_freq=every,
         early_stopping_metric="bleu",
     )
     joeynmt.run("train", config, "--skip-test", timeout=seconds)
