@@ -61,13 +61,13 @@ def python() -> Path:
     return interpreter
 
 
-def write_pairs(data: Prepared, folder: Path, held_out: int | None = None) -> None:
-    """The parts of `data` as text files, ids for words. held_out: how many pairs of validation and test; None: all."""
+def write_pairs(data: Prepared, folder: Path, *, dev: int | None = None, test: int | None = None) -> None:
+    """The parts of `data` as text files, ids for words. dev, test: how many pairs of validation and test; None: all."""
     folder.mkdir()
-    for name, part_name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+    for name, part_name, count in (("train", "train", None), ("dev", "validation", dev), ("test", "test", test)):
         part = data.part(part_name)
         for language, rows in (("zh", part.source), ("en", part.target)):
-            lines = [" ".join(map(str, row.tolist())) for row in rows][: None if name == "train" else held_out]
+            lines = [" ".join(map(str, row.tolist())) for row in rows][:count]
             (folder / f"{name}.{language}").write_text("\n".join(lines) + "\n")
     for language, tokenizer in (("zh", data.source_tokenizer), ("en", data.target_tokenizer)):
         words = map(str, range(4, tokenizer.vocabulary_size))
@@ -138,7 +138,7 @@ def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: An
             "eval_metrics": ["bleu"],
             "beam_size": 5,
             "beam_alpha": 1.0,
-            "max_output_length": 100,
+            "max_output_length": 60,  # no translation is longer
         },
         "training": {
             "optimizer": "adamw",

@@ -43,7 +43,8 @@ from training.models.gpt import GPTOptions
 QUICK = ("--optim.steps", 24, "--optim.warmup_steps", 4, "--log.validate_every_steps", 12)
 
 FINAL_SHARE = 0.02  # of the learning rate
-VALIDATIONS = 10
+# JoeyNMT translates in each validation, which takes it minutes for all of the part.
+VALIDATIONS, DEV = 5, 200
 
 
 def relay(data: Prepared, run_dir: Path, *words: object) -> tuple[list[str], float]:
@@ -58,11 +59,11 @@ def relay(data: Prepared, run_dir: Path, *words: object) -> tuple[list[str], flo
 
 def peer(data: Prepared, pairs: Path, options: GPTOptions, seconds: float, *, quick: bool) -> list[str]:
     """JoeyNMT's translations of the test part, from what it learned in `seconds`."""
-    joeynmt.write_pairs(data, pairs, held_out=16 if quick else None)
+    joeynmt.write_pairs(data, pairs, dev=DEV, test=16 if quick else None)
     model = joeynmt.transformer(options.model_copy(update={"dropout": 0.3}), data)
     way = (128, 1)  # about the 4,096 tokens of its config, counted as it counts them, with padding
     speed, _ = joeynmt.speed(data, pairs, model, way, 4 if quick else 16)
-    steps = int(0.95 * seconds * speed / way[0])  # the validations take some of the time
+    steps = int(0.9 * seconds * speed / way[0])  # the validations take some of the time
     epochs, every = steps * way[0] / len(data.part("train")), max(1, steps // VALIDATIONS)
     config = joeynmt.write_config(
         pairs,
