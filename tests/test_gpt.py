@@ -132,11 +132,11 @@ def test_bf16_gives_the_gradients_of_fp32_up_to_its_precision():
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
 
 
-def test_attention_on_a_cpu_is_in_fp32_under_autocast_too():
-    query, key, value = torch.randn(3, 2, 2, 9, 16, generator=torch.Generator().manual_seed(0))
+def test_attention_in_bf16_is_computed_in_fp32_on_a_cpu():
+    inputs = torch.randn(3, 2, 2, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        attended = causal_attention(query, key, value)
-    assert torch.equal(attended, causal_attention(query, key, value))
+        attended = causal_attention(*inputs)
+    assert torch.equal(attended, causal_attention(*inputs.float()))
 
 
 @torch.no_grad()

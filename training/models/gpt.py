@@ -63,10 +63,10 @@ class Cache:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention to no later position, each [B, heads, T, D], through PyTorch's fused kernel.
 
-    On a CPU in fp32, under autocast to bf16 too: the kernel's backward pass takes seven times as long in bf16 there,
-    a third of a whole step.
+    bf16 on a CPU is computed in fp32: the kernel's backward pass takes seven times as long in bf16 there, a third of a
+    whole step.
     """
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
