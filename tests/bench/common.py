@@ -116,6 +116,16 @@ def environment(threads: int, **more: str) -> dict[str, str]:
     return {**os.environ, **ours, **more}
 
 
+# Ways to run one process on two cores, by name; of a peer, the one that is fastest here counts. A thread that waits for
+# the others sleeps at once, or first spins for some milliseconds, as OpenMP does when it is told nothing.
+ASLEEP, SPINNING, ALONE = "2 threads, waiting asleep", "2 threads, waiting in a spin", "1 thread"
+WAYS: dict[str, dict[str, Any]] = {
+    ASLEEP: {"threads": 2},
+    SPINNING: {"threads": 2, "GOMP_SPINCOUNT": "300000"},
+    ALONE: {"threads": 1},
+}
+
+
 def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1, **more: str) -> None:
     """Runs `python -m module words...` from the repository's root, under torchrun when `ranks` > 1.
 

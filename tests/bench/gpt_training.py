@@ -6,7 +6,7 @@ the same sentences with the same initial weights, 32 sentences an optimizer step
 - The notebook: every pair padded to 128 tokens beforehand, a shuffling DataLoader, logits at all 128 positions,
   cross-entropy that ignores padding and source. One process with two threads, at its best: it shares this repository's
   model with its fused attention, the fused optimizer, and memory kept between steps; of OpenMP's two ways of waiting,
-  the one that runs faster here counts (--quick: the passive one).
+  the one that runs faster here counts (--quick: asleep).
 - Relay: `torchrun --nproc-per-node=2 -m training.gpt` as a user runs it, two micro-batches of 16 sentences of
   near-equal length a step, one thread a rank. Beside it, as one process of two threads.
 
@@ -37,11 +37,14 @@ from data_prep.prepared import Part, Prepared, open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.console import run_main, say
 from tests.bench.common import (
+    ASLEEP,
     BASE,
     BASE_DATA,
     IGNORED,
     ROOT,
     SENTENCES_PER_STEP,
+    SPINNING,
+    WAYS,
     Figure,
     Race,
     Worker,
@@ -141,11 +144,11 @@ def main() -> int:
         difference = loss_difference(words)
         say(f"the same loss on both sides, difference {difference:.1e}")
 
-        waiting = ["passive"] if arguments.quick else ["passive", "active"]
+        ways = [ASLEEP] if arguments.quick else [ASLEEP, SPINNING]
         module = "tests.bench.gpt_training"
         speeds: defaultdict[str, list[float]] = defaultdict(list)
         with workers(
-            **{way: Worker(module, "notebook", words.folder, threads=2, OMP_WAIT_POLICY=way) for way in waiting},
+            **{way: Worker(module, "notebook", words.folder, **WAYS[way]) for way in ways},
             first=Worker(module, "peak", threads=1),
             second=Worker(module, "peak", threads=1),
             both=Worker(module, "peak", threads=2),
@@ -162,8 +165,7 @@ def main() -> int:
 
             for name in ("first", "second", "both"):  # the first piece of work also sets things up
                 ask([name], 0.1)
-            peers = {f"2 threads, waiting {way}": started[way] for way in waiting}
-            race = Race("gpt", [SEED], words, folder, peers)
+            race = Race("gpt", [SEED], words, folder, {way: started[way] for way in ways})
             for number in range(rounds):
                 about = race.run_round(relay_steps, notebook_steps)
                 measure_peak()

@@ -19,7 +19,7 @@ import yaml
 from data_prep.prepared import Prepared
 from launch.console import UserError, say
 from tests.base_models import CACHE
-from tests.bench.common import environment
+from tests.bench.common import ASLEEP, WAYS, environment
 from training.models.attention_gru import AttentionGRUOptions
 from training.models.gpt import GPTOptions
 
@@ -111,10 +111,10 @@ def recurrent(options: AttentionGRUOptions, data: Prepared) -> Model:
     return {**_tied(data), "encoder": encoder, "decoder": decoder}
 
 
-def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: Any) -> Path:
+def write_config(pairs: Path, model: Model, batches: tuple[int, int], **training: Any) -> Path:
     """A config for the pairs in a folder, and a new folder for what comes of it; returns the config's path.
 
-    way: sentences in a batch, batches in a step. training: what else its training has.
+    batches: sentences in one, and how many a step has. training: what else its training has.
     """
 
     def side(language: str) -> dict[str, Any]:
@@ -146,9 +146,9 @@ def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: An
             "normalization": "tokens",
             "label_smoothing": 0.1,
             "clip_grad_norm": 1.0,
-            "batch_size": way[0],
+            "batch_size": batches[0],
             "batch_type": "sentence",
-            "batch_multiplier": way[1],
+            "batch_multiplier": batches[1],
             "epochs": 1000,
             **training,
         },
@@ -159,8 +159,8 @@ def write_config(pairs: Path, model: Model, way: tuple[int, int], **training: An
     return path
 
 
-def run(verb: str, config: Path, *words: object, timeout: float | None = None) -> str:
-    """What `python -m joeynmt VERB CONFIG` printed, on two threads; cut off after `timeout` seconds.
+def run(verb: str, config: Path, *words: object, way: str = ASLEEP, timeout: float | None = None) -> str:
+    """What `python -m joeynmt VERB CONFIG` printed, run in one of WAYS; cut off after `timeout` seconds.
 
     Raises UserError with the end of it when it fails.
     """
@@ -168,7 +168,7 @@ def run(verb: str, config: Path, *words: object, timeout: float | None = None) -
     process = subprocess.Popen(
         command,
         cwd=config.parent,
-        env=environment(2),
+        env=environment(**WAYS[way]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,19 +183,21 @@ def run(verb: str, config: Path, *words: object, timeout: float | None = None) -
     return said
 
 
-def speed(data: Prepared, pairs: Path, model: Model, way: tuple[int, int], steps: int) -> tuple[float, int]:
+def speed(
+    data: Prepared, pairs: Path, model: Model, batches: tuple[int, int], steps: int, *, way: str = ASLEEP
+) -> tuple[float, int]:
     """Trains for so many steps; returns the sentences a second behind the first quarter, and the model's parameters."""
     config = write_config(
         pairs,
         model,
-        way,
+        batches,
         scheduling="warmupinversesquareroot",
         learning_rate_warmup=150,
         updates=steps,
         logging_freq=steps // 4,
         validation_freq=steps // 4 * 10**6,
     )
-    said = run("train", config, "--skip-test")
+    said = run("train", config, "--skip-test", way=way)
     speeds = [float(each) for each in re.findall(r"Tokens per Sec:\s+(\d+)", said)]
     parameters = re.search(r"Total params: (\d+)", said)
     if len(speeds) < 4 or parameters is None:

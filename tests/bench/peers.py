@@ -6,16 +6,19 @@ and, for the seq2seq, of configs/seq2seq/base.yaml:
 - `gpt_vs_trainer`: `transformers.Trainer` trains its GPT-2 of the very shape (4 layers of width 256, learned positions,
   exact GELU, dropout 0.2), from the same initial weights; sentences of near-equal length in a batch, padded to the
   longest of it; labels on the English side only; the fused optimizer. Before anything is timed, both must give the same
-  loss for the same sentences, to 1e-5. One process of two threads, at the better of two batch sizes.
+  loss for the same sentences, to 1e-5.
 - `gpt_vs_trainer_bf16`: the same with both under autocast to bf16, on a processor that multiplies it (AMX).
 - `gpt_vs_joeynmt`: JoeyNMT's Transformer of about equal parameters. An encoder-decoder: a sentence's source passes
   one half of its layers and its target the other, where all of a GPT's tokens pass all layers, so per sentence it
-  computes two thirds of what the GPT does. One process of two threads, at the better of two batch sizes: batches by
-  sentences, as its documentation has them; it knows none by length.
+  computes two thirds of what the GPT does. Batches by sentences, as its documentation has them; it knows none by
+  length.
 - `seq2seq_vs_joeynmt`: JoeyNMT's GRU encoder-decoder with Bahdanau attention, of about equal parameters, likewise.
   Without R-Drop, which JoeyNMT does not know.
 
-Relay is `torchrun --nproc-per-node=2`, one thread a rank. All sides train on as many sentences an optimizer step.
+Relay is `torchrun --nproc-per-node=2`, one thread a rank. Each peer is one process. It is tried first with a step in
+one batch and in four, with one thread and with two that wait for each other asleep or in a spin, and then timed in
+turns with Relay in the way that was fastest (--quick: four batches, two threads, asleep). All sides train on as many
+sentences an optimizer step.
 QLoRA against Trainer and peft: tests/bench/qlora.py. A notebook's loop that pads everything to one length:
 gpt_training.py, seq2seq_training.py.
 
@@ -28,8 +31,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -42,11 +46,13 @@ from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.console import run_main, say
 from tests.bench import joeynmt
 from tests.bench.common import (
+    ASLEEP,
     BASE,
     BASE_DATA,
     IGNORED,
     SEQ2SEQ,
     SEQ2SEQ_DATA,
+    WAYS,
     Arguments,
     Figure,
     Padded,
@@ -107,8 +113,17 @@ def sentences_a_step(plan: BatchPlan) -> int:
     return round(len(plan.lengths) * plan.epoch(plan.steps) / plan.steps)
 
 
+def tokens_a_sentence(plan: BatchPlan) -> float:
+    """How many real tokens a pair has on average, of both sides where the model reads them apart."""
+    return float(plan.lengths.sum()) / len(plan.lengths)
+
+
 def trainer(folder: str, accumulated: str, precision: str) -> None:
-    """The peer, a process of its own: asked for a number of steps, it answers with the sentences a second."""
+    """The peer, a process of its own: asked for a number of steps, it answers with the sentences a second.
+
+    Asked for 0, it takes as many as it sorts at a time. It goes through these from the longest sentences to the
+    shortest, so that fewer would be no fair part of the data.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -117,6 +132,8 @@ def trainer(folder: str, accumulated: str, precision: str) -> None:
     config, sequences = sequences_of(data)
     model, dataset = hugging_face.model_of(new_model(config, data)).train(), Pairs(sequences)
     batch = sentences_a_step(gpt_plan(config, sequences)) // int(accumulated)
+    # `get_length_grouped_indices` of transformers: a quarter of the data, or 50 steps of it.
+    sorted_steps = min(len(dataset) // (4 * batch * int(accumulated)), 50)
     asked = 0
 
     def train(steps: float) -> float:
@@ -131,7 +148,7 @@ def trainer(folder: str, accumulated: str, precision: str) -> None:
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=int(accumulated),
                 train_sampling_strategy="group_by_length",
-                max_steps=int(steps),
+                max_steps=int(steps) or sorted_steps,
                 learning_rate=config.optim.lr,
                 weight_decay=config.optim.weight_decay,
                 max_grad_norm=config.optim.clip_norm or 0.0,
@@ -160,6 +177,18 @@ def trainer_difference(data: Prepared) -> float:
     return checked_difference(ours / sequences.weights(0.0)[samples].sum(), loss, "Trainer")
 
 
+@dataclass(frozen=True)
+class Contest:
+    """What Relay's training and a peer's are called, how each is run, and the figure that their speeds make."""
+
+    figure: str
+    ours: str
+    words: Sequence[object]
+    peer: str
+    peer_at: Callable[[int, str], float]
+    target: str
+
+
 def parameters_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -177,7 +206,8 @@ def main() -> int:
 
 
 def measure(arguments: Arguments, folder: Path) -> None:
-    rounds, steps, peer_steps, ways = (1, 12, 4, (4,)) if arguments.quick else (3, 40, 8, (4, 1))
+    quick = arguments.quick
+    rounds, steps, peer_steps = (1, 12, 4) if quick else (3, 40, 8)
     say(f"preparing {arguments.about_data}")
     data = prepare(arguments, folder / "data", *BASE_DATA)
     two_sided = prepare(arguments, folder / "two-sided", *SEQ2SEQ_DATA)
@@ -186,61 +216,76 @@ def measure(arguments: Arguments, folder: Path) -> None:
     difference = trainer_difference(data)
     say(f"the same loss on both sides, difference {difference:.1e}")
     gpt, gru = config_of("gpt", [BASE], data), config_of("seq2seq", PLAIN_SEQ2SEQ, two_sided)
-    speeds: defaultdict[str, list[float]] = defaultdict(list)
     parameters = {"gpt": parameters_of(new_model(gpt, data)), "seq2seq": parameters_of(new_seq2seq(gru, two_sided))}
+    gpt_batches = gpt_plan(gpt, sequences_of(data)[1])
+    gru_batches = seq2seq_plan(gru, TwoSides(two_sided.part("train"), gru.model.max_length))
 
-    def relay(name: str, words: Sequence[object], data: Prepared, plan: BatchPlan) -> None:
-        run_dir = folder / f"{name}-{len(speeds[name])}"
-        speed = timed_training(name.partition(" ")[0], words, data, run_dir, steps=steps, ranks=2, threads=1)
-        speeds[name].append(speed.tokens_per_s / float(plan.lengths.mean()))
+    def relay(words: Sequence[object]) -> float:
+        """Sentences a second of the training that these words start, the family's name first."""
+        family, *options = words
+        of, plan = (data, gpt_batches) if family == "gpt" else (two_sided, gru_batches)
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            speed = timed_training(str(family), options, of, Path(inside, "run"), steps=steps, ranks=2, threads=1)
+        return speed.tokens_per_s / tokens_a_sentence(plan)
 
-    def joey(name: str, model: joeynmt.Model, data: Prepared, pairs: str, sentences: int) -> None:
-        for times in ways:
-            way = sentences // times, times
-            speed, parameters[f"joeynmt {name}"] = joeynmt.speed(data, folder / pairs, model, way, peer_steps)
-            speeds[f"joeynmt {name} {times}"].append(speed)
+    # Each is called with the batches of a step and one of WAYS, and gives its sentences a second.
 
-    as_gpt2 = sequences_of(data)[1]
-    plans = gpt_plan(gpt, as_gpt2), seq2seq_plan(gru, TwoSides(two_sided.part("train"), gru.model.max_length))
-    formats = ["fp32", "bf16"] if torch.cpu.get_capabilities().get("amx_bf16") else ["fp32"]
-    # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
-    how = {"threads": 2, "DS_ACCELERATOR": "cpu"}
-    trainers = {
-        f"trainer {precision} {times}": Worker("tests.bench.peers", "trainer", data.folder, times, precision, **how)
-        for precision in formats
-        for times in ways
-    }
-    with workers(**trainers) as started:
-        for worker in started.values():  # the first piece of work also sets things up
-            worker.ask(1)
-            worker.answer()
-        for number in range(rounds):
-            for precision in formats:
-                relay(f"gpt as GPT-2 {precision}", [*AS_GPT2, "--precision", precision], data, plans[0])
-            for name, worker in started.items():
-                worker.ask(peer_steps)
-                speeds[name].append(worker.answer())
-            relay("gpt", [BASE], data, plans[0])
-            joey("transformer", joeynmt.transformer(gpt.model, data), data, "pairs", sentences_a_step(plans[0]))
-            relay("seq2seq", PLAIN_SEQ2SEQ, two_sided, plans[1])
-            recurrent = joeynmt.recurrent(gru.model, two_sided)
-            joey("gru", recurrent, two_sided, "two-sided-pairs", sentences_a_step(plans[1]))
-            say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
+    def trainer_at(precision: str, batches: int, way: str) -> float:
+        # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
+        how = {**WAYS[way], "DS_ACCELERATOR": "cpu"}
+        with workers(it=Worker("tests.bench.peers", "trainer", data.folder, batches, precision, **how)) as started:
+            for amount in (1, 4 if quick else 0):  # the first piece of work also sets things up
+                started["it"].ask(amount)
+                speed = started["it"].answer()
+        return speed
 
-    def best(peer: str) -> list[float]:
-        """The speeds of a peer at the batch size at which it is fastest."""
-        ways = [values for name, values in speeds.items() if name in (f"{peer} 4", f"{peer} 1")]
-        return max(ways, key=median)
+    def transformer_at(batches: int, way: str) -> float:
+        batch = sentences_a_step(gpt_batches) // batches, batches
+        model = joeynmt.transformer(gpt.model, data)
+        speed, parameters["joeynmt transformer"] = joeynmt.speed(
+            data, folder / "pairs", model, batch, peer_steps, way=way
+        )
+        return speed
+
+    def gru_at(batches: int, way: str) -> float:
+        batch = sentences_a_step(gru_batches) // batches, batches
+        model = joeynmt.recurrent(gru.model, two_sided)
+        speed, parameters["joeynmt gru"] = joeynmt.speed(
+            two_sided, folder / "two-sided-pairs", model, batch, peer_steps, way=way
+        )
+        return speed
+
+    def against_trainer(precision: str, figure: str, target: str) -> Contest:
+        words = ["gpt", *AS_GPT2, "--precision", precision]
+        return Contest(
+            figure, f"gpt as GPT-2 {precision}", words, f"trainer {precision}", partial(trainer_at, precision), target
+        )
+
+    races = [against_trainer("fp32", "gpt_vs_trainer", ">= 1.5")]
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        races.append(against_trainer("bf16", "gpt_vs_trainer_bf16", ""))
+    races.append(Contest("gpt_vs_joeynmt", "gpt", ["gpt", BASE], "joeynmt transformer", transformer_at, ">= 1.3"))
+    races.append(Contest("seq2seq_vs_joeynmt", "seq2seq", ["seq2seq", *PLAIN_SEQ2SEQ], "joeynmt gru", gru_at, ""))
+
+    ways = [(4, ASLEEP)] if quick else [(batches, way) for batches in (4, 1) for way in WAYS]
+    best = {}
+    for race in races:
+        tried = {(batches, way): race.peer_at(batches, way) for batches, way in ways}
+        best[race.peer] = max(tried, key=tried.__getitem__)
+        each = ", ".join(f"{speed:,.4g} ({batches} batches a step, {way})" for (batches, way), speed in tried.items())
+        say(f"{race.peer}: {each}")
+    speeds: defaultdict[str, list[float]] = defaultdict(list)
+    for number in range(rounds):
+        for race in races:
+            speeds[race.ours].append(relay(race.words))
+            speeds[race.peer].append(race.peer_at(*best[race.peer]))
+        say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items()))
 
     figures = []
-    for name, ours, peer, target in (
-        ("gpt_vs_trainer", "gpt as GPT-2 fp32", "trainer fp32", ">= 1.5"),
-        *([("gpt_vs_trainer_bf16", "gpt as GPT-2 bf16", "trainer bf16", "")] if "bf16" in formats else []),
-        ("gpt_vs_joeynmt", "gpt", "joeynmt transformer", ">= 1.3"),
-        ("seq2seq_vs_joeynmt", "seq2seq", "joeynmt gru", ""),
-    ):
-        ratio = ratio_by_rounds(speeds[ours], best(peer))
-        figures.append(Figure(name, ratio, f"sentences per second, {ours} over {peer}", target))
+    for race in races:
+        ratio = ratio_by_rounds(speeds[race.ours], speeds[race.peer])
+        meaning = "sentences per second, {0} over {1} ({2[0]} batches a step, {2[1]})"
+        figures.append(Figure(race.figure, ratio, meaning.format(race.ours, race.peer, best[race.peer]), race.target))
     figures += [Figure(f"{name} sentences_per_s", median(values), "") for name, values in speeds.items()]
     figures += [Figure(f"{name} parameters", count, "") for name, count in parameters.items()]
     figures.append(

@@ -4,9 +4,10 @@ Relay trains by configs/seq2seq/base.yaml, as `torchrun --nproc-per-node=2`. The
 parameters as configs/gpt/base.yaml has, trains on the same pieces for the minutes that this took; start, validations
 and saving are counted on both sides. Its recipe is that of its own config for IWSLT'14 (dropout 0.3, label smoothing
 0.1, AdamW) but for what so few minutes ask for: batches of 64 sentences, hence more steps, and a learning rate that
-rises to 1e-3 and falls with the inverse square root of the step, instead of waiting for plateaus. Validation picks the
-checkpoint on both sides; JoeyNMT's is short, since it translates in each. Both decode with a beam of 5 and a length
-penalty of 1, and the same code scores what came out.
+rises to 1e-3 and falls with the inverse square root of the step, instead of waiting for plateaus. It is one process,
+with one thread or two, whichever is faster here. Validation picks the checkpoint on both sides; JoeyNMT's is short,
+since it translates in each. Both decode with a beam of 5 and a length penalty of 1, and the same code scores what came
+out.
 
 `bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes three quarters of an hour.
 """
@@ -26,9 +27,11 @@ from data_prep.prepared import Prepared, open_prepared
 from launch.console import UserError, run_main, say
 from tests.bench import joeynmt
 from tests.bench.common import (
+    ASLEEP,
     BASE,
     SEQ2SEQ,
     SEQ2SEQ_DATA,
+    WAYS,
     Arguments,
     Figure,
     config_of,
@@ -61,13 +64,18 @@ def peer(data: Prepared, pairs: Path, options: GPTOptions, seconds: float, *, qu
     """JoeyNMT's translations of the test part, from what it learned in `seconds`."""
     joeynmt.write_pairs(data, pairs, dev=16 if quick else DEV, test=16 if quick else None)
     model = joeynmt.transformer(options.model_copy(update={"dropout": 0.3}), data)
-    way = (64, 1)
-    speed, _ = joeynmt.speed(data, pairs, model, way, 4 if quick else 64)
-    every = 4 if quick else max(1, int(seconds * speed / way[0] / VALIDATIONS))
+    batches = (64, 1)
+    speeds = {
+        way: joeynmt.speed(data, pairs, model, batches, 4 if quick else 64, way=way)[0]
+        for way in ([ASLEEP] if quick else WAYS)
+    }
+    way = max(speeds, key=speeds.__getitem__)
+    say("JoeyNMT, sentences a second: " + ", ".join(f"{speed:,.4g} ({way})" for way, speed in speeds.items()))
+    every = 4 if quick else max(1, int(seconds * speeds[way] / batches[0] / VALIDATIONS))
     config = joeynmt.write_config(
         pairs,
         model,
-        way,
+        batches,
         scheduling="warmupinversesquareroot",
         learning_rate_warmup=4 if quick else 400,
         updates=12 if quick else 10**9,  # until its time is over
@@ -75,8 +83,8 @@ def peer(data: Prepared, pairs: Path, options: GPTOptions, seconds: float, *, qu
         validation_freq=every,
         early_stopping_metric="bleu",
     )
-    joeynmt.run("train", config, "--skip-test", timeout=None if quick else seconds)
-    joeynmt.run("test", config, "--output-path", pairs / "translations")
+    joeynmt.run("train", config, "--skip-test", way=way, timeout=None if quick else seconds)
+    joeynmt.run("test", config, "--output-path", pairs / "translations", way=way)
     tokenizer = data.target_tokenizer
     lines = (pairs / "translations.test").read_text().splitlines()
     return [tokenizer.decode([int(word) for word in line.split() if word.isdigit()]) for line in lines]

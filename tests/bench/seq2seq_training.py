@@ -7,7 +7,7 @@ sentences an optimizer step, the true word as the decoder's input throughout.
 - The tutorial: every sentence padded to 45 tokens on both sides beforehand, a shuffling DataLoader; the encoder's 45
   steps and the decoder's 45 steps called one by one from Python, logits at all 45 positions, cross-entropy that ignores
   padding. One process at its best: two threads, of OpenMP's two ways of waiting the one that runs faster here (--quick:
-  the passive one), or one thread where that is faster still. It does better than many a tutorial: it shares this
+  asleep), or one thread where that is faster still. It does better than many a tutorial: it shares this
   repository's model, whose attention projects the encoder's outputs once a sentence and not once a step, and keeps
   padding out of both the attention and the encoder's last state, at the cost of a look-up; one cross-entropy over all
   steps; the fused optimizer; memory kept between steps. It does not stop at the longest sentence of the batch, and
@@ -33,8 +33,11 @@ from data_prep.prepared import Part, Prepared, open_prepared
 from data_prep.tokenizers import EOS, PAD, SOS
 from launch.console import run_main, say
 from tests.bench.common import (
+    ALONE,
+    ASLEEP,
     ROOT,
     SENTENCES_PER_STEP,
+    WAYS,
     Figure,
     Race,
     Worker,
@@ -126,14 +129,8 @@ def main() -> int:
         difference = loss_difference(data)
         say(f"the same loss on both sides, difference {difference:.1e}")
 
-        def start(threads: int, waiting: str) -> Worker:
-            words = "tests.bench.seq2seq_training", "tutorial", data.folder
-            return Worker(*words, threads=threads, OMP_WAIT_POLICY=waiting)
-
-        ways = {"2 threads, waiting passive": (2, "passive"), "1 thread": (1, "passive")}
-        if not arguments.quick:
-            ways["2 threads, waiting active"] = (2, "active")
-        with workers(**{way: start(*how) for way, how in ways.items()}) as peers:
+        module, ways = "tests.bench.seq2seq_training", (ASLEEP, ALONE) if arguments.quick else tuple(WAYS)
+        with workers(**{way: Worker(module, "tutorial", data.folder, **WAYS[way]) for way in ways}) as peers:
             race = Race("seq2seq", RECIPE, data, Path(folder), peers)
             for number in range(rounds):
                 say(f"round {number + 1} of {rounds}: {race.run_round(relay_steps, tutorial_steps)}")

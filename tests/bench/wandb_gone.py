@@ -22,7 +22,7 @@ from statistics import median
 
 from data_prep.prepared import Prepared
 from launch.console import UserError, run_main, say
-from launch.processes import descendants
+from launch.processes import family_of
 from tests.bench.common import (
     BASE_DATA,
     ROOT,
@@ -121,14 +121,22 @@ def train(data: Prepared, run_dir: Path, steps: int, server: WandbServer | None)
 
 
 def beside(pid: int) -> float:
-    """Processor seconds so far of a process's threads but the first, and of all processes below it."""
-    files = [path / "stat" for path in Path(f"/proc/{pid}/task").iterdir() if path.name != str(pid)]
-    files += [Path(f"/proc/{below}/stat") for below in descendants(pid)]
-    ticks = 0
-    for file in files:
-        user, system = file.read_text().rpartition(")")[2].split()[11:13]
-        ticks += int(user) + int(system)
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Processor seconds so far of a process's threads but the first, and of all processes below it, ended ones too."""
+    while True:
+        try:
+            files = [Path(f"/proc/{each}/stat") for each in family_of(pid)]
+            # Of each process, all its threads and the children it waited for; then the first thread off again.
+            ticks = sum(sum(ticks_of(file)) for file in files) - sum(ticks_of(Path(f"/proc/{pid}/task/{pid}/stat"))[:2])
+            return ticks / os.sysconf("SC_CLK_TCK")
+        except (FileNotFoundError, ProcessLookupError):
+            if not Path(f"/proc/{pid}").exists():
+                raise
+            # A process below ended while it was read: its seconds are now its parent's.
+
+
+def ticks_of(stat: Path) -> list[int]:
+    """Clock ticks in a process's `stat`: its own in user and system mode, then the same of children waited for."""
+    return [int(word) for word in stat.read_text().rpartition(")")[2].split()[11:15]]
 
 
 if __name__ == "__main__":
