@@ -66,7 +66,7 @@ class Piece:
     blank: int = 0
     malformed: list[tuple[int, str, str]] = field(default_factory=list)
     ids: list[str | None] = field(default_factory=list)
-    # Per record: line, offset, bytes, task, whether its answer is too short, hash of question, hash of all of it.
+    # Per record: line, offset, bytes, task, whether its answer is too short, hash of group, hash of all of it.
     rows: list[tuple[int, int, int, str, bool, int, int]] = field(default_factory=list)
 
 
@@ -78,7 +78,7 @@ class Records:
     offset: np.ndarray
     bytes: np.ndarray
     task: np.ndarray  # index into tasks
-    group: np.ndarray  # uint64, equal where the normalised questions are
+    group: np.ndarray  # uint64, equal where the normalised `Record.group` are
     uid: list[str]
     tasks: list[str]  # all that there are, left out or not
     lines: int
@@ -165,7 +165,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
             except Malformed as error:
                 piece.malformed.append((line, str(error), text[:80].decode("utf-8", "replace")))
             else:
-                group = _hash(normalise(record.question))
+                group = _hash(normalise(record.group))
                 pair = _hash(*(turn["content"] for turn in record.turns), record.answer)
                 piece.ids.append(record.id)
                 piece.rows.append((line, offset, len(raw), record.task, corpus.is_short(record), group, pair))

@@ -81,8 +81,13 @@ class Record:
 
     @property
     def question(self) -> str:
-        """What the user asks first: records with equal ones are in one part."""
+        """What the user asks first."""
         return next(turn["content"] for turn in self.turns if turn["role"] == "user")
+
+    @property
+    def group(self) -> str:
+        """Records with equal ones, punctuation and blanks aside, are in one part."""
+        return self.question
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every text, with what a message to the user calls it."""

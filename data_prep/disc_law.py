@@ -41,7 +41,10 @@ class DiscLawOptions(ConversationOptions):
     source: str = Field(description=f"the folder with the files of DISC-Law-SFT, or hub ({HUB_NAME})")
     revision: str = Field("main", description="commit or branch on the hub; the files' SHA-256 are checked in any case")
     reference: bool = Field(True, description="put the statutes before a question that does not hold them already")
-    exam: bool = Field(True, description="false leaves out exam, which overlaps the public bar examinations")
+    exam: bool = Field(
+        True,
+        description="false leaves out the task exam, questions of the bar examinations that DISC-Law-Eval asks, too",
+    )
     min_answer_characters: int = Field(
         2, ge=1, description="drop shorter answers where prose is asked for (many right ones have four: 劳动纠纷)"
     )

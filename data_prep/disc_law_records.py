@@ -32,18 +32,26 @@ class Task:
     free_text: the answer is prose, so that one of a character or two is a fault; elsewhere it is a label or a span.
     cut: what an over-long message may lose. "lines": the middle of its long lines. "text": the middle of the text as a
     whole. None: nothing, since all of it is question, or the answer tags it character by character.
-    question: text from here on is the question, and is never cut.
+    question: text from here on is the question, and is never cut. one_part: what of a message is kept in one part: all
+    of it, the document (several questions are asked about one case) or the question (it is asked with several choices
+    of statutes, and in another file without).
     """
 
     name: str
     free_text: bool = False
     cut: Literal["lines", "text"] | None = "lines"
     question: str | None = None
+    one_part: Literal["all", "document", "question"] = "all"
+
+    def document_and_question(self, text: str) -> tuple[str, str]:
+        """`text` in two: up to the last mark, and from there on; all of it is the document where there is no mark."""
+        place = text.rfind(self.question) if self.question else -1
+        return (text[:place], text[place:]) if place >= 0 else (text, "")
 
 
 # A judgement or a news item to be summed up has many short lines, of which no single one is the long one.
 TASKS = (
-    Task("jud_read_compre", question="问题为："),
+    Task("jud_read_compre", question="问题为：", one_part="document"),
     Task("leg_ele_extra", cut=None),
     Task("leg_eve_detec"),
     Task("exam", cut=None),
@@ -53,7 +61,7 @@ TASKS = (
     Task("sim_case_match"),
     Task("op_sum", free_text=True, cut="text"),
     Task("legal_question_answering", free_text=True, cut=None),
-    Task("legal_question_answering_reference", free_text=True, question="<问题>："),
+    Task("legal_question_answering_reference", free_text=True, question="<问题>：", one_part="question"),
     Task("judgement_predict", free_text=True),
 )
 TASK_NAMES = tuple(task.name for task in TASKS)
@@ -194,6 +202,16 @@ class LawRecord(Record):
 
     reference: tuple[str, ...] = ()
 
+    @property
+    def group(self) -> str:
+        task = TASKS[TASK_NAMES.index(self.task)]
+        document, question = task.document_and_question(self.question)
+        if task.one_part == "question" and task.question:
+            return question.removeprefix(task.question) or self.question
+        if task.one_part == "document":
+            return max(document.split("\n"), key=len)  # without the instruction, which has many wordings
+        return self.question
+
     def texts(self) -> Iterator[tuple[str, str]]:
         yield from (("input", self.question), ("output", self.answer), ("reference", "\n".join(self.reference)))
 
@@ -260,10 +278,7 @@ def shortened(
     whole = "\n".join([*statutes, question])
     if task.cut is None:
         return None
-    document, kept = question, ""
-    if task.question and task.question in question:
-        document, marker, rest = question.rpartition(task.question)
-        kept = marker + rest
+    document, kept = task.document_and_question(question)
     blocks = [*statutes, *(document.split("\n") if task.cut == "lines" else [document])]
     tokens = count(whole)
     characters_per_token = max(1.0, len(whole) / max(1, tokens))

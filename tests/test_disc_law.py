@@ -379,6 +379,36 @@ def test_equal_questions_are_in_one_part_whatever_their_punctuation(tmp_path, ma
     assert len(part_of) == 12 * 30 < len(rows_of(law))
 
 
+def test_questions_about_one_case_are_in_one_part_and_a_question_is_with_and_without_statutes(tmp_path, make):
+    more: dict[str, list[object]] = {PAIR: [], PAIR_QA: [], TRIPLET_QA: []}
+    for number in range(30):
+        _, values = record("jud_read_compre", number)
+        case = str(values["input"]).split("\n")[1].split("问题为：")[0]
+        more[PAIR] += [
+            {**values, "id": f"jud_read_compre-{900 + 2 * number + n}", "input": f"请回答{n}\n{case}问题为：'另{n}？'"}
+            for n in range(2)
+        ]
+        _, values = record("legal_question_answering_reference", number)
+        asked = str(values["input"]).rpartition("<问题>：")[2]
+        name = f"legal_question_answering_{900 + number}"
+        more[TRIPLET_QA].append({**values, "id": name, "input": f"《民法典》第{number}条\n<问题>：{asked}"})
+        more[PAIR_QA].append({"id": name, "input": asked.strip(), "output": values["output"]})
+    law = make(write_source(tmp_path / "law", extra=more), "--validation_share", 0.2)
+    found: dict[str, dict[str, str]] = {"case": {}, "question": {}}
+    for part in PARTS:
+        for uid, (task, messages) in rows_of(law, part).items():
+            text = messages[0]["content"]
+            key = {
+                "jud_read_compre": ("case", text.partition("文本为：")[2].partition("问题为：")[0]),
+                "legal_question_answering_reference": ("question", normalise(text.rpartition("<问题>：")[2])),
+                "legal_question_answering": ("question", normalise(text)),
+            }.get(task)
+            if key is not None:
+                assert found[key[0]].setdefault(key[1], part) == part, f"{uid} is in {part}, its like is not"
+    assert len(found["case"]) == 30 and len(found["question"]) == 60  # 30 of them are Pair-QA's own
+    assert {*found["case"].values()} == {*found["question"].values()} == {*PARTS}
+
+
 def test_every_task_gives_a_tenth_to_test_and_its_share_to_validation(law, tmp_path, make):
     big = make(write_source(tmp_path / "law", per_task=100), "--validation_share", 0.1)
     for task, count in big.meta["counts"]["tasks"].items():
