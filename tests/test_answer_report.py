@@ -245,10 +245,20 @@ def test_disc_law_eval_is_shown_by_exam_and_kind_with_the_test():
         return {**side(accuracy), "kinds": {"single": side(accuracy)}, "exams": exams}
 
     compared = {"difference": 3.0, "difference_interval": [1.5, 4.5], "p": 0.002, "gained": 61, "lost": 16}
-    html = law_eval_table(scores(20.0), scores(23.0), compared)
+    all_of_it = {"before": scores(20.0), "after": scores(23.0), "compared": compared}
+    html = law_eval_table({**all_of_it, "overlap": None})
+    assert "was not looked at" in html and "all but" not in html
+    less = {**compared, "difference": 1.0, "difference_interval": [-0.5, 2.5], "p": 0.2}
+    without = {"before": scores(19.0), "after": scores(20.0), "compared": less}
+    html = law_eval_table({**all_of_it, "overlap": {"questions": 37, "without": without}})
     text = Page(html).text.replace("\N{NO-BREAK SPACE}", " ")
     assert "all1,50020.00 (18.00 to 22.00)23.00 (21.00 to 25.00)+3.0013 / 13" in text
     assert "all of single choice" in text and "single choice1,500" in text and "<script>alert(1)" in text
+    assert "all but those in the training data1,50019.00 (17.00 to 21.00)20.00 (18.00 to 22.00)+1.00" in text
+    assert "37 of the 1,500 questions share 20 characters in a row or more with the training data. Without" in text
+    assert "+1.00 (-0.50 to +2.50): no difference can be told at p < 0.05 (p = 0.200)" in text
+    nothing = law_eval_table({**all_of_it, "overlap": {"questions": 0, "without": None}})
+    assert "0 of the 1,500 questions share" in nothing and "all but" not in nothing
     assert (
         "+3.00 (+1.50 to +4.50): better after training, p = 0.002." in text and "61 answers have become right" in text
     )

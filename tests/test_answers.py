@@ -189,6 +189,11 @@ def test_two_runs_are_compared_on_the_same_questions(launch: Launch, run_dir: Pa
     path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
     with pytest.raises(UserError, match="not asked the same questions"):
         compare(names)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{twin} has no answers called test-2answers-12tokens: .* make them with"):
+        compare(names)
+    with pytest.raises(UserError, match=f"{run_dir} has no answers called test; there is test-2answers-12tokens"):
+        compare([str(run_dir), str(run_dir)])
 
 
 @pytest.mark.skipif(not LAW_EVAL.is_dir(), reason=f"DISC-Law-Eval is not at {LAW_EVAL}")
@@ -202,4 +207,6 @@ def test_disc_law_eval_is_asked_scored_and_shown(launch: Launch, run_dir: Path):
         f"{exam}_results.csv" for exam in ("cpa", "nje", "pae", "ungee")
     }
     page = run_dir / f"evaluation/{label}-disc-law-eval-open.html"
+    # The made-up records hold no question of a real exam.
+    assert law["overlap"]["questions"] == 0 and "0 of the 10 questions share 20 characters" in out
     assert page.is_file() and f"evaluation/{page.name}" in (run_dir / "report.html").read_text("utf-8")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.console import UserError
@@ -20,8 +21,10 @@ from tests.browser import browser
 from tests.conftest import REAL_TATOEBA, Launch
 from tests.test_report import HOSTILE, Page, brightness
 from training.evaluation.disc_law_eval import __main__ as disc_law_eval
+from training.evaluation.disc_law_eval.asking import LawAnswers
 from training.evaluation.disc_law_eval.letters import letters_of
 from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render, side_by_side
+from training.evaluation.disc_law_eval.overlap import overlapping
 from training.evaluation.disc_law_eval.questions import KINDS, Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import COLUMNS, compare_answers, score_answers, score_file, write_results
 
@@ -108,6 +111,40 @@ def test_the_earlier_rule_decides(case: str):
 
 def test_a_long_run_of_letters_is_read_in_no_time():
     assert letters_of("AB、" * 700 + "等等都不对") == "AB"
+
+
+# --- what of it the training data holds
+
+STEM = "关于犯罪嫌疑人、被告人逃匿、死亡案件违法所得的没收程序，下列说法正确的是？"
+OPTION = "没收违法所得案件审理过程中，在逃犯罪嫌疑人到案的，应当中止审理"
+
+
+def test_a_question_counts_as_trained_on_by_its_text_or_by_one_option():
+    questions = [
+        Question("single", "NJE", 1, STEM, ("甲", OPTION, "丙", "丁"), "B"),
+        Question("single", "NJE", 2, "下列哪项正确？", ("甲", "乙", "丙", "丁"), "A"),
+    ]
+    asked = "关于犯罪嫌疑人,被告人逃匿,死亡案件 违法所得的没收程序，以下陈述是否正确？"
+    assert overlapping(questions, [asked]).tolist() == [True, False]
+    assert overlapping(questions, ["其他", f"解析：{OPTION[3:24]}……"]).tolist() == [True, False]
+    letters = OPTION.replace("，", "")
+    assert overlapping(questions, [letters[:20]]).tolist() == [True, False]
+    assert not overlapping(questions, [letters[:19], "下列哪项正确？甲乙丙丁", ""]).any()
+
+
+def test_scores_without_the_questions_that_were_trained_on():
+    questions = [Question("single", "NJE", n, "何者？", ("甲", "乙", "丙", "丁"), "A") for n in range(4)]
+    before, after = (LawAnswers(questions, list(letters), [], [], 0) for letters in ("ABBB", "AAAB"))
+    _, scores, _ = before.compared(after, "page.html", np.array([False, True, True, False]))
+    assert (scores["before"]["correct"], scores["after"]["correct"]) == (1, 3)
+    overlap = scores["overlap"]
+    without = overlap["without"]
+    assert overlap["questions"] == 2 and without["before"]["items"] == 2
+    assert (without["before"]["correct"], without["after"]["correct"], without["compared"]["difference"]) == (1, 1, 0)
+    section, scores, _ = before.compared(after, "page.html", np.full(4, True))
+    assert scores["overlap"] == {"questions": 4, "without": None}
+    assert "4 of the 4 questions share" in section
+    assert before.compared(after, "page.html", None)[1]["overlap"] is None
 
 
 # --- the released files

@@ -23,6 +23,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from data_prep.conversations import FORMAT as CONVERSATIONS
 from data_prep.splits import PARTS
 from launch.console import UserError, run_main, say
 from training.evaluation.answers.comparison import compare_answer_runs, open_answers, print_comparison
@@ -70,22 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, metavar="RUN[:LABEL]", help="run folder and evaluation, for example runs/a:test-beam5"
         )
     arguments = parser.parse_args(argv)
-    answers = [answers_of(name) for name in (arguments.first, arguments.second)]
-    if all(answers):
-        runs = [open_answers(*each) for each in answers if each]
+    names = arguments.first, arguments.second
+    if any(_answers_questions(_parts_of(name)[0]) for name in names):
+        runs = [open_answers(name, *_parts_of(name)) for name in names]
         print_comparison(*runs, compare_answer_runs(*runs))
         return 0
-    first, second = (open_evaluation(name) for name in (arguments.first, arguments.second))
+    first, second = (open_evaluation(name) for name in names)
     check_comparable(first, second)
     _print(first, second, compare(first, second))
     return 0
 
 
-def answers_of(name: str) -> tuple[str, Path] | None:
-    """The name, and the file of answers, of an evaluation by `training.evaluation.answers`; None if it is none."""
-    folder, label = _parts_of(name)
-    path = folder / "evaluation" / f"{label}-answers.jsonl"
-    return (name, path) if path.is_file() else None
+def _answers_questions(run_dir: Path) -> bool:
+    """Whether this is a run with adapters, which `training.evaluation.answers` evaluates."""
+    try:
+        return json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["format"] == CONVERSATIONS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _parts_of(name: str) -> tuple[Path, str]:

@@ -17,7 +17,7 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from data_prep.conversations import Conversations, open_conversations, question_of
+from data_prep.conversations import ConversationPart, Conversations, open_conversations, question_of
 from data_prep.files import write_atomically, writing_to
 from data_prep.splits import PARTS
 from launch.console import Progress, UserError, run_main, say
@@ -38,13 +38,15 @@ from training.engine.precision import PrecisionName
 from training.engine.tracking import read_metrics
 from training.engine.wandb_tracker import publish_evaluation
 from training.evaluation.adapters import TrainedAdapters, open_adapters
+from training.evaluation.answers.comparison import ENDING
 from training.evaluation.answers.evaluation import AnswerEvaluation
 from training.evaluation.answers.generation import Generated, answers_to
 from training.evaluation.answers.losses import compare_losses, loss_by_task
-from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, render
+from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, about_overlap, render
 from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers
 from training.evaluation.answers.sharing import shared_out
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
+from training.evaluation.disc_law_eval.overlap import overlapping
 from training.evaluation.report import example_rows
 from training.evaluation.setting import Setting, add_model_options
 from training.qlora import LIBRARIES, Answers, losses_of
@@ -230,7 +232,9 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     everything = [answered(place) for place in range(len(rows))]
     section, law_scores, open_page = "", None, None
     if law:
-        section, law_scores, open_page = law["before"].compared(law["after"], f"{label}-disc-law-eval-open.html")
+        overlap = overlapping(law["after"].questions, _texts_of(data.part("train"))) if own else None
+        page_name = f"{label}-disc-law-eval-open.html"
+        section, law_scores, open_page = law["before"].compared(law["after"], page_name, overlap)
         scores["disc_law_eval"] = law_scores
     report = AnswerReport(
         name=trained.run_dir.resolve().name,
@@ -249,7 +253,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
         lines = (_line(part.uids[row], each) for row, each in zip(rows, everything, strict=True))
-        write_atomically(folder / f"{label}-answers.jsonl", "".join(lines))
+        write_atomically(folder / f"{label}{ENDING}", "".join(lines))
         for side, given in law.items():
             given.write(folder / f"{label}-disc-law-eval" / side)
         if open_page is not None:
@@ -262,6 +266,14 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     shown = [(each.question, each.reference, each.after, each.notes[1]) for each in report.questions]
     publish_evaluation(trained.run_dir, trained.config.wandb, _figures(scores), shown, path, part=label)
     return path
+
+
+def _texts_of(part: ConversationPart) -> Iterator[str]:
+    """What a model reads and learns in training."""
+    with Progress("training data", len(part), "records") as progress:
+        for messages in part.messages:
+            yield from (turn["content"] for turn in json.loads(messages))
+            progress.advance()
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -366,6 +378,7 @@ def _print(scores: dict[str, Any], questions: Sequence[AnsweredQuestion]) -> Non
     if law:
         say("\n  DISC-Law-Eval, per cent of questions right")
         _row("all", law["before"]["items"], {**law["compared"], **law}, "accuracy", 2)
+        say(f"  {about_overlap(law)}")
 
 
 def _row(name: str, items: int, values: dict[str, Any], key: str, digits: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from launch.console import UserError, say
 from training.evaluation.answers.scores import AnswerComparison, compare_tasks, score_answers
 
+ENDING = "-answers.jsonl"  # behind the label, of the file
+
 
 @dataclass(frozen=True)
 class AnswerRun:
@@ -19,15 +21,29 @@ class AnswerRun:
     rows: list[dict[str, Any]]
 
 
-def open_answers(name: str, path: Path) -> AnswerRun:
-    """The answers in `path`. Raises UserError where they cannot be read."""
+def open_answers(name: str, run_dir: Path, label: str) -> AnswerRun:
+    """The answers called `label` of a run. Raises UserError where there are none or they cannot be read.
+
+    name: what the run is called in messages.
+    """
+    path = run_dir / "evaluation" / f"{label}{ENDING}"
+    command = f"`python -m training.evaluation.answers {run_dir}`"
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run folder {run_dir}")
+    if not path.is_file():
+        labels = sorted(each.name.removesuffix(ENDING) for each in path.parent.glob(f"*{ENDING}"))
+        found = f"; there is {', '.join(labels)}" if labels else ""
+        raise UserError(
+            f"{run_dir} has no answers called {label}{found}: name one as {run_dir}:LABEL, or make them with {command} "
+            "(a run with adapters is compared by its answers, and with another such run only)"
+        )
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         complete = bool(rows) and all(row.keys() >= {"uid", "task", "reference", "after"} for row in rows)
     except (OSError, ValueError, AttributeError):
         complete = False
     if not complete:
-        raise UserError(f"{path} is missing or damaged: run `python -m training.evaluation.answers {name}` again")
+        raise UserError(f"{path} is damaged: make it again with {command} and the options that {label} stands for")
     return AnswerRun(name, rows)
 
 

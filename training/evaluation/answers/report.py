@@ -12,6 +12,7 @@ from typing import Any
 
 from training.evaluation import story
 from training.evaluation.bootstrap import LEVEL
+from training.evaluation.disc_law_eval.overlap import OVERLAP
 from training.evaluation.markup import escaped, facts, isolated, wide_table
 from training.evaluation.page import banner, config, page
 from training.evaluation.report import EXAMPLES_SEED
@@ -184,13 +185,17 @@ def _difference(compared: Mapping[str, Any], digits: int) -> tuple[str, str]:
     return f"{compared['difference']:{form}} {_brackets(low, high, form)}", f"{compared['p']:.3f}"
 
 
-def law_eval_table(before: Mapping[str, Any], after: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
-    """Accuracy on DISC-Law-Eval, over all and by exam, as HTML; see `disc_law_eval` for the three objects."""
+def law_eval_table(scores: Mapping[str, Any]) -> str:
+    """Accuracy on DISC-Law-Eval, over all and by exam, as HTML; see `LawAnswers.compared` for the scores."""
+    before, after, compared, overlap = (scores[name] for name in ("before", "after", "compared", "overlap"))
     groups = [
         (f"{one['exam']}, {one['kind']} choice", one, other)
         for one, other in zip(before["exams"], after["exams"], strict=True)
     ]
     groups += [(f"all of {kind} choice", before["kinds"][kind], after["kinds"][kind]) for kind in before["kinds"]]
+    if overlap and overlap["without"]:
+        without = overlap["without"]
+        groups.append(("all but those in the training data", without["before"], without["after"]))
     groups.append(("all", before, after))
     rows = [
         (
@@ -208,8 +213,27 @@ def law_eval_table(before: Mapping[str, Any], after: Mapping[str, Any], compared
         f"<p>Over all, the difference is {escaped(difference)}: {escaped(_verdict(compared, better=1))}. "
         f"{compared['gained']:,} answers have become right, {compared['lost']:,} wrong.</p><p class=faint>Accuracy in "
         "per cent of all questions; an answer from which no letter can be read is wrong. In brackets, intervals of "
-        "95 %.</p>"
+        f"95 %.</p><p>{escaped(about_overlap(scores))}</p>"
     )
+
+
+def about_overlap(scores: Mapping[str, Any]) -> str:
+    """How much of DISC-Law-Eval was in the training data, and what remains without it, in words."""
+    overlap = scores["overlap"]
+    if overlap is None:
+        return (
+            "Whether the training data holds any of these questions was not looked at, since other data was scored: "
+            "without --data it is."
+        )
+    said = (
+        f"{overlap['questions']:,} of the {scores['after']['items']:,} questions share {OVERLAP} characters in a row "
+        "or more with the training data."
+    )
+    if overlap["without"] is None:
+        return said
+    compared = overlap["without"]["compared"]
+    difference, _ = _difference(compared, 2)
+    return f"{said} Without them the difference is {difference}: {_verdict(compared, better=1)}."
 
 
 def _questions(questions: Sequence[AnsweredQuestion]) -> str:

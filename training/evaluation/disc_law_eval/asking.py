@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.chat import user
 from launch.console import warn
 from training.engine.cluster import Cluster
@@ -15,7 +17,7 @@ from training.evaluation.answers.generation import answers_to
 from training.evaluation.answers.report import law_eval_table
 from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
-from training.evaluation.disc_law_eval.scoring import compare_answers, score_answers, write_results
+from training.evaluation.disc_law_eval.scoring import compare_sides, write_results
 from training.evaluation.markup import escaped
 
 # A model that was shown four answers of a letter or two needs no more; one that explains is read from its beginning.
@@ -36,24 +38,30 @@ class LawAnswers:
         """Writes the answers to the multiple-choice questions in the released form; raises OSError."""
         write_results(folder, self.questions, self.answers)
 
-    def compared(self, after: LawAnswers, page_name: str) -> tuple[str, dict[str, Any], str]:
+    def compared(
+        self, after: LawAnswers, page_name: str, overlap: np.ndarray | None
+    ) -> tuple[str, dict[str, Any], str]:
         """The section of the report, the scores as a JSON object, and the page of the open questions.
 
-        page_name: its file name in the folder evaluation/.
+        page_name: its file name in the folder evaluation/. overlap: which questions the training data holds, [n] as
+        `overlapping` finds them; None where that is not known. The scores are before, after, compared, too_long; and
+        overlap: None, or questions, how many these are, and without, which holds before, after and compared of the
+        others (None where all or none of them overlap).
         """
-        scores = {
-            "before": score_answers(self.questions, self.answers),
-            "after": score_answers(after.questions, after.answers),
-            "compared": compare_answers(self.questions, self.answers, after.answers),
-            "too_long": self.too_long,
-        }
+        sides = self.answers, after.answers
+        scores = {**compare_sides(self.questions, *sides), "too_long": self.too_long, "overlap": None}
+        if overlap is not None:
+            others = np.flatnonzero(~overlap).tolist()
+            own = ([each[place] for place in others] for each in (self.questions, *sides))
+            without = compare_sides(*own) if 0 < len(others) < len(overlap) else None
+            scores["overlap"] = {"questions": int(overlap.sum()), "without": without}
         section = (
-            law_eval_table(scores["before"], scores["after"], scores["compared"])
+            law_eval_table(scores)
             + f'<p><a href="evaluation/{escaped(page_name)}">Answers to the {len(self.open_questions):,} open '
             "questions, side by side</a></p>"
         )
-        sides = [Answers("before", self.open_answers), Answers("after", after.open_answers)]
-        return section, scores, render("DISC-Law-Eval, open questions", self.open_questions, sides, "greedy")
+        texts = [Answers("before", self.open_answers), Answers("after", after.open_answers)]
+        return section, scores, render("DISC-Law-Eval, open questions", self.open_questions, texts, "greedy")
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,15 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> dict
     }
 
 
+def compare_sides(questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> dict[str, Any]:
+    """before and after, each as `score_answers` makes it, and compared, which `compare_answers` makes of them."""
+    return {
+        "before": score_answers(questions, before),
+        "after": score_answers(questions, after),
+        "compared": compare_answers(questions, before, after),
+    }
+
+
 def compare_answers(questions: Sequence[Question], first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
     """Whether `second` answers are better than `first` ones: a two-sided paired bootstrap of the overall accuracy.
 

@@ -1,0 +1,46 @@
+"""Which questions of DISC-Law-Eval the training data holds: a model may know their answers by heart.
+
+DISC-Law-SFT was made from the same bar examinations in part, and not only its task `exam`: some questions and answers
+of its other tasks ask whether one option of an exam question is right. A score on the benchmark is worth what the score
+on the other questions is.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from training.evaluation.disc_law_eval.questions import Question
+
+# Characters in a row, punctuation and blanks aside. A law's name and "which of the following is right" have fewer.
+OVERLAP = 20
+
+_NOT_COMPARED = re.compile(r"[\W_]+")
+
+
+def overlapping(questions: Sequence[Question], texts: Iterable[str]) -> np.ndarray:
+    """Whether a text has OVERLAP characters in a row that stand in a question, too, or in one option of it; [questions]
+
+    Rather too many than too few: a statute that both quote counts. Takes two minutes for all of DISC-Law-SFT.
+    """
+    places: defaultdict[str, set[int]] = defaultdict(set)
+    for place, question in enumerate(questions):
+        for own in (question.text, *question.options):
+            for run in _runs(own):
+                places[run].add(place)
+    found = np.zeros(len(questions), dtype=bool)
+    for text in texts:
+        for run in _runs(text):
+            if run in places:
+                found[list(places[run])] = True
+    return found
+
+
+def _runs(text: str) -> Iterable[str]:
+    """All pieces of OVERLAP characters."""
+    compared = _NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text))
+    return (compared[start : start + OVERLAP] for start in range(len(compared) - OVERLAP + 1))
