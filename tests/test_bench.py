@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.prepared import open_prepared
 from launch.console import UserError
 from launch.prove import ACCIDENTS
 from tests.bench import joeynmt
+from tests.bench.common import BASE, SEQ2SEQ, config_of
+from tests.bench.peers import tokens_a_sentence
 from tests.conftest import PATIENCE_S, Launch
+from training.gpt import Sequences
+from training.gpt import plan_of as gpt_plan
+from training.seq2seq import TwoSides
+from training.seq2seq import plan_of as seq2seq_plan
 
 ZERO = ("zero1", "zero2", "zero3")
 
@@ -112,6 +119,17 @@ def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -
         assert max(figures[f"{side}_loss_difference"] for side in ZERO) <= 1e-4
     if name == "decoding":
         assert min(figures["gpt_same_share"], figures["seq2seq_same_share"]) >= 0.98
+
+
+@pytest.mark.parametrize(("bench", "config"), [("gpt", BASE), ("seq2seq", SEQ2SEQ)])
+def test_sentences_are_counted_once_whether_their_sides_are_read_together_or_apart(bench, config, sample_data):
+    data = open_prepared(sample_data)
+    options = config_of(bench, [config], data)
+    part = data.part("train")
+    rows = Sequences(part, options.model.context) if bench == "gpt" else TwoSides(part, options.model.max_length)
+    plan = (gpt_plan if bench == "gpt" else seq2seq_plan)(options, rows)
+    tokens = sum(plan.tokens(step)[0] for step in range(plan.steps))
+    assert tokens / (tokens_a_sentence(plan) * len(part)) == pytest.approx(plan.epoch(plan.steps), rel=0.01)
 
 
 @pytest.mark.timeout(PATIENCE_S)

@@ -199,7 +199,7 @@ class Speed:
     memory_mb: float
 
 
-def config_of(family: str, words: Sequence[object], data: Prepared) -> Any:
+def config_of(family: str, words: Sequence[object], data: PreparedFolder) -> Any:
     """What `training.<family> words... --data ...` runs with."""
     words = [*map(str, words), "--data", str(data.folder), "--run_dir", "unused"]
     return parse(FAMILIES[family].config, words, prog=f"python -m training.{family}", about="")[0]

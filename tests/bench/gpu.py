@@ -27,6 +27,7 @@ from tests.bench.common import (
     SEQ2SEQ,
     SEQ2SEQ_DATA,
     Figure,
+    config_of,
     prepare,
     read_arguments,
     report,
@@ -34,6 +35,7 @@ from tests.bench.common import (
 )
 from tests.bench.qlora import DEVICES, RECORDS, SHAPE_OF_3B, VOCABULARY, make_base, prepare_records
 from training.engine.account import read_sessions
+from training.engine.precision import choose_precision
 
 SHAPE_OF_7B = {
     "hidden_size": 3584,
@@ -134,7 +136,9 @@ def main() -> int:
             speed = timed_training(
                 family, words, data, run_dir, steps=steps, ranks=1, threads=1, under=under, **DEVICES
             )
-            share = speed.flops_per_s / peaks["fp16" if row.as_t4 else "bf16"]
+            asked = config_of(family, words, data).precision
+            precision = "fp16" if row.as_t4 else choose_precision(asked, torch.device("cuda")).name
+            share = speed.flops_per_s / peaks[precision]
             stall_s = read_sessions(run_dir)[-1]["stall_s"]
             memory_gb = speed.memory_mb / 1e3
             about = f"tokens/s; {share:.2%} of the peak, {memory_gb:.2f} GB, a save stalls {stall_s:.3f} s"

@@ -9,7 +9,7 @@ with one thread or two, whichever is faster here. Validation picks the checkpoin
 since it translates in each. Both decode with a beam of 5 and a length penalty of 1, and the same code scores what came
 out.
 
-`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes three quarters of an hour.
+`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes an hour.
 """
 
 from __future__ import annotations
