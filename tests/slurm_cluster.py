@@ -73,7 +73,7 @@ ConstrainRAMSpace=no
 ConstrainSwapSpace=no
 """
 
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
 class SlurmCluster:
@@ -207,7 +207,7 @@ class SlurmCluster:
 
     def wait_for(self, job: int, *states: str, patience_s: float = PATIENCE_S) -> str:
         """Waits until the job is in one of these states, by default an end; returns which."""
-        wanted = set(states) or _ENDED
+        wanted = set(states) or ENDED
         self._wait(lambda: self.state(job) in wanted, f"job {job} in {wanted}", patience_s)
         return self.state(job)
 

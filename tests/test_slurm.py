@@ -19,7 +19,7 @@ import pytest
 from launch.config import to_yaml
 from launch.slurm_job import read_events
 from tests.conftest import PATIENCE_S, launching
-from tests.slurm_cluster import SlurmCluster
+from tests.slurm_cluster import ENDED, SlurmCluster
 from tests.test_faults import RUN, SLOW, STEPS, assert_little_is_lost
 from tests.test_training import (
     assert_same_model,
@@ -100,7 +100,7 @@ class Submission:
         end = time.monotonic() + PATIENCE_S
         while not happened():
             state = self._cluster.state(self._job)
-            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") or time.monotonic() > end:
+            if state in ENDED or time.monotonic() > end:
                 pytest.fail(f"{state} before {what}:\n{self.log()}")
             time.sleep(0.1)
 

@@ -239,20 +239,11 @@ def measure(arguments: Arguments, folder: Path) -> None:
                 speed = started["it"].answer()
         return speed
 
-    def transformer_at(batches: int, way: str) -> float:
-        batch = sentences_a_step(gpt_batches) // batches, batches
-        model = joeynmt.transformer(gpt.model, data)
-        speed, parameters["joeynmt transformer"] = joeynmt.speed(
-            data, folder / "pairs", model, batch, peer_steps, way=way
-        )
-        return speed
-
-    def gru_at(batches: int, way: str) -> float:
-        batch = sentences_a_step(gru_batches) // batches, batches
-        model = joeynmt.recurrent(gru.model, two_sided)
-        speed, parameters["joeynmt gru"] = joeynmt.speed(
-            two_sided, folder / "two-sided-pairs", model, batch, peer_steps, way=way
-        )
+    def joeynmt_at(
+        of: Prepared, pairs: Path, name: str, model: joeynmt.Model, plan: BatchPlan, batches: int, way: str
+    ) -> float:
+        batch = sentences_a_step(plan) // batches, batches
+        speed, parameters[f"joeynmt {name}"] = joeynmt.speed(of, pairs, model, batch, peer_steps, way=way)
         return speed
 
     def against_trainer(precision: str, figure: str, target: str) -> Contest:
@@ -264,12 +255,19 @@ def measure(arguments: Arguments, folder: Path) -> None:
     races = [against_trainer("fp32", "gpt_vs_trainer", ">= 1.5")]
     if torch.cpu.get_capabilities().get("amx_bf16"):
         races.append(against_trainer("bf16", "gpt_vs_trainer_bf16", ""))
-    races.append(Contest("gpt_vs_joeynmt", "gpt", ["gpt", BASE], "joeynmt transformer", transformer_at, ">= 1.3"))
-    races.append(Contest("seq2seq_vs_joeynmt", "seq2seq", ["seq2seq", *PLAIN_SEQ2SEQ], "joeynmt gru", gru_at, ""))
+    model = joeynmt.transformer(gpt.model, data)
+    peer_at = partial(joeynmt_at, data, folder / "pairs", "transformer", model, gpt_batches)
+    races.append(Contest("gpt_vs_joeynmt", "gpt", ["gpt", BASE], "joeynmt transformer", peer_at, ">= 1.3"))
+    model = joeynmt.recurrent(gru.model, two_sided)
+    peer_at = partial(joeynmt_at, two_sided, folder / "two-sided-pairs", "gru", model, gru_batches)
+    races.append(Contest("seq2seq_vs_joeynmt", "seq2seq", ["seq2seq", *PLAIN_SEQ2SEQ], "joeynmt gru", peer_at, ""))
 
     ways = [(4, ASLEEP)] if quick else [(batches, way) for batches in (4, 1) for way in WAYS]
     best = {}
     for race in races:
+        if len(ways) == 1:
+            best[race.peer] = ways[0]
+            continue
         tried = {(batches, way): race.peer_at(batches, way) for batches, way in ways}
         best[race.peer] = max(tried, key=tried.__getitem__)
         each = ", ".join(f"{speed:,.4g} ({batches} batches a step, {way})" for (batches, way), speed in tried.items())
