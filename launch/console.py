@@ -20,7 +20,14 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was found, what was expected and what to do."""
+    """Something the user can mend. The message says what was found, what was expected and what to do.
+
+    speaks: whether this process is the one to print it; None where rank 0 is, since every rank has the same.
+    """
+
+    def __init__(self, message: str, *, speaks: bool | None = None):
+        super().__init__(message)
+        self.speaks = speaks
 
 
 class TryLaterError(UserError):
@@ -68,7 +75,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = _run(main)
     except UserError as error:
-        if _speaks():
+        if _speaks() if error.speaks is None else error.speaks:
             say_as_any_rank(f"error: {error}")
             tell_launcher(str(error), to_mend=not isinstance(error, TryLaterError))
         status = 1

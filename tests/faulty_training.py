@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 import training.gpt as gpt
-from launch.console import run_main
+from launch.console import UserError, run_main
 from training.engine import checkpoint
 from training.engine.batch_plan import BatchPlan
 
@@ -55,7 +55,7 @@ def hold(name: str) -> None:
 
 
 def happen(about: dict[str, Any], name: str) -> None:
-    """The accident itself: hold, pause, sleep, raise, clock, a signal to itself, or an error of the file system."""
+    """The accident itself: hold, pause, sleep, raise, mend, clock, a signal to itself, or a file system's error."""
     what = about["do"]
     if what == "hold":
         hold(name)
@@ -65,6 +65,8 @@ def happen(about: dict[str, Any], name: str) -> None:
         sleep_for_ever()
     elif what == "raise":
         raise PlantedError("a planted mistake")
+    elif what == "mend":
+        raise UserError("a planted mistake that the user can mend")
     elif what == "clock":  # jumps to and fro
         ahead = time.time() - _real_time() > about["seconds"] / 2
         time.time = (lambda: _real_time() - about["seconds"]) if ahead else (lambda: _real_time() + about["seconds"])

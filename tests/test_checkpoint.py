@@ -21,6 +21,7 @@ from torch import nn
 
 from launch.console import UserError
 from training.engine import checkpoint as checkpoint_module
+from training.engine.account import end_killed_saves
 from training.engine.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -336,6 +337,40 @@ def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_
         choose(tmp_path, "best", 3)
     with pytest.raises(UserError, match=r"3 last checkpoint.*not 9.*--checkpoint.keep 9"):
         choose(tmp_path, "last", 9)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_stops_between_saves_leave_in_the_end_what_an_uninterrupted_run_keeps(tmp_path, keep):
+    accuracy = {20: 0.7, 33: 0.9}  # a validated step that was not due and not the best, as far as that was known then
+    for name, stops in (("plain", ()), ("stopped", (3, 17, 18, 33, 41))):
+        for step in sorted({*range(10, 60, 10), *stops}):
+            state = {"accuracy": accuracy.get(step), "due": step not in stops}
+            save = publish(tmp_path / name, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=keep)
+            assert newest_valid(tmp_path / name) == save
+            assert len(steps_in(tmp_path / name)) <= keep + 1, "the disk has room for so many"
+    assert steps_in(tmp_path / "stopped") == steps_in(tmp_path / "plain")
+    assert [each.step for each in choose(tmp_path / "stopped", "last", keep)] == [50, 40, 30][:keep]
+
+
+def test_a_checkpoint_that_was_being_replaced_when_a_kill_came_is_there_again(tmp_path, monkeypatch):
+    save_step(tmp_path, 10)
+
+    real = Path.rename
+
+    def rename(path: Path, to: Path) -> None:
+        if not to.name.endswith(".replaced"):
+            raise KeyboardInterrupt  # between the two renames
+        real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        save_step(tmp_path, 10)
+    monkeypatch.undo()
+    assert newest_valid(tmp_path) is None
+    (tmp_path / "checkpoints/.step-0000000007.partial").mkdir()
+    end_killed_saves(tmp_path)
+    assert_restores(newest_valid(tmp_path), 10)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [folder_of(10)]
 
 
 def test_a_damaged_best_one_does_not_take_the_place_of_a_valid_one(tmp_path):

@@ -282,6 +282,18 @@ def test_signal_to_the_launcher_is_passed_on_and_stops_the_run(uninterrupted, la
     life.finish(uninterrupted(2))
 
 
+def test_stop_file_counts_when_another_stop_came_first(launch, sample_data, tmp_path):
+    life = Life(launch, tmp_path, sample_data, ranks=2)
+    places = ({"at": "forward", "step": 20, "rank": 0, "do": "SIGTERM"}, {"at": "write", "step": 20, "do": "hold"})
+    session = life.start(*places)
+    life.wait_at(session, "write-20")  # the last save
+    (life.run_dir / "STOP").touch()
+    life.go_on("write-20")
+    assert session.wait().status == 0
+    assert_stopped(life.run_dir, "signal SIGTERM", 20)
+    assert status_of(life.run_dir)["restart"] is False and not (life.run_dir / "STOP").exists()
+
+
 def test_stop_signal_can_be_chosen_or_none_and_a_second_ctrl_c_leaves_at_once(
     uninterrupted, launch, sample_data, tmp_path
 ):
@@ -640,6 +652,28 @@ def test_mistake_on_one_rank_is_told_before_the_others_notice_and_ends_all(
     assert status_of(life.run_dir)["status"] == "failed"
     assert_little_is_lost(life.run_dir)
     life.finish(uninterrupted(2))
+
+
+@pytest.mark.parametrize("ranks_of_it", ["one", "all"])
+def test_error_to_mend_is_told_once_whichever_ranks_it_is_of(launch, sample_data, tmp_path, ranks_of_it):
+    life = Life(launch, tmp_path, sample_data, ranks=2)
+    where = {"rank": 1} if ranks_of_it == "one" else {}
+    result = life.start({"at": "forward", "step": 7, "do": "mend", **where}).wait()
+    assert result.status == 1, result
+    assert result.err.count("error: a planted mistake that the user can mend\n") >= 1
+    own = [line for line in result.err.splitlines() if line == "error: a planted mistake that the user can mend"]
+    assert len(own) == 1, result.err
+
+
+def test_hanging_process_that_can_write_no_report_says_so_and_ends(launch, sample_data, tmp_path):
+    life = Life(launch, tmp_path, sample_data, ranks=None)
+    life.run_dir.mkdir()
+    (life.run_dir / "hang").touch()  # where the folder of the reports would be
+    session = life.start({"at": "forward", "step": 7, "do": "sleep"}, words=("--session.hang_timeout", "3s"))
+    result = session.wait()
+    assert result.status == 1, result
+    assert "error: rank 0 made no progress for " in result.err and "cannot report it in" in result.err
+    assert "in sleep_for_ever" in result.err
 
 
 # Folders.

@@ -94,6 +94,22 @@ def test_without_background_the_checkpoint_stands_when_save_returns(tmp_path):
     assert not ours.is_busy and value_of(tmp_path) == 1
 
 
+def test_what_comes_first_is_done_before_the_checkpoint_stands(tmp_path):
+    there = []
+    saving = saver(tmp_path)
+    saving.save(1, tensors(1.0), STATE, first=lambda: there.append(len(checkpoints(tmp_path))))
+    saving.drain()
+    assert there == [0] and len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_before_the_first_save_its_time_is_estimated_by_its_size(tmp_path, background):
+    saving = saver(tmp_path, background=background)
+    saving.prepare(tensors(1.0, size=25_000_000))
+    saving.drain()
+    assert saving.seconds == pytest.approx(3, rel=0.01)  # 100 MB
+
+
 def test_state_of_another_shape_is_saved_too(tmp_path):
     """At step 0 an optimizer has no tensors yet."""
     ours = saver(tmp_path)

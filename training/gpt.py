@@ -143,7 +143,8 @@ def main() -> int:
             plan=plan,
             loss=lambda replica, samples: summed_loss(replica, pairs, samples, config.loss, cluster.device),
             validate=lambda replica, share: validation_scores(replica, held_out, cluster, share),
-            flops_per_token=model.flops_per_token(float(pairs.lengths.mean()), float(scored / pairs.lengths.sum())),
+            flops_per_token=config.loss.readings
+            * model.flops_per_token(float(pairs.lengths.mean()), float(scored / pairs.lengths.sum())),
         )
         return train(config, task, data, cluster, dry_run=dry_run)
 

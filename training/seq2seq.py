@@ -126,7 +126,8 @@ def main() -> int:
             plan=plan_of(config, pairs),
             loss=lambda replica, samples: summed_loss(replica, pairs, samples, config.loss, cluster.device),
             validate=lambda replica, share: validation_scores(replica, held_out, cluster, share),
-            flops_per_token=model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean())),
+            flops_per_token=config.loss.readings
+            * model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean())),
             calls_vary=True,
         )
         return train(config, task, data, cluster, dry_run=dry_run)

@@ -27,12 +27,20 @@ class TranslationLoss(Options):
 
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread evenly over the vocabulary")
     r_drop: float = Field(
-        0.0, ge=0, description="R-Drop: each pair is read twice a step, and differing predictions cost so much; 0: once"
+        0.0,
+        ge=0,
+        description="R-Drop: each pair is read twice a step, which doubles a micro-batch's positions, and differing "
+        "predictions cost so much; 0: once",
     )
+
+    @property
+    def readings(self) -> int:
+        """How often the model reads each pair in a step."""
+        return 2 if self.r_drop else 1
 
     def read(self, samples: np.ndarray) -> np.ndarray:
         """The samples as the model has to read them: with R-Drop twice, one pass behind the other."""
-        return np.tile(samples, 2) if self.r_drop else samples
+        return np.tile(samples, self.readings)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each token; logits [N, V] and labels [N] of what `read` gave, with R-Drop [N / 2] losses."""

@@ -41,7 +41,7 @@ from launch.environment import (
     time_left,
 )
 from launch.processes import children, family_of, kill_all
-from training.engine.account import EXIT_RESUMABLE, read_sessions, read_status, saved_steps
+from training.engine.account import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
 SUMMARY = "session.json"
 
@@ -169,7 +169,8 @@ class Disk:
 
     def tidy(self) -> None:
         """Removes what a training that was killed left unfinished, and checkpoints that were set aside as damaged."""
-        for pattern in (".*.partial", ".*.replaced", "removing-*", "invalid-*"):
+        end_killed_saves(self.run_dir)
+        for pattern in ("removing-*", "invalid-*"):
             for path in (self.run_dir / "checkpoints").glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import socket
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.files import write_atomically, writing_to
+from data_prep.files import recover, write_atomically, writing_to
 from launch.console import format_duration
 from launch.environment import job_id
 
@@ -56,6 +57,19 @@ def saved_steps(run_dir: str | Path) -> dict[int, Path]:
     folders = sorted(Path(run_dir, "checkpoints").glob("step-*"))
     steps = {folder: folder.name.removeprefix("step-") for folder in folders}
     return {int(step): folder for folder, step in steps.items() if step.isdigit()}
+
+
+def end_killed_saves(run_dir: Path) -> None:
+    """Brings back a checkpoint that was being replaced when a kill came, and removes unfinished ones.
+
+    To be called by whoever holds the run folder.
+    """
+    for path in Path(run_dir, "checkpoints").glob(".step-*"):
+        name, _, state = path.name[1:].rpartition(".")
+        if state == "replaced":
+            recover(path.with_name(name))
+        elif state == "partial":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Sessions:

@@ -104,6 +104,13 @@ class Checkpoint:
         """The small values: gradient scaler, best score and its step, what the record needs to go on."""
         return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a run that is never stopped has it, too; one that only a stop made goes with the next."""
+        with suppress(OSError, ValueError):  # damaged: as good as any
+            return self.state().get("due", True)
+        return True
+
     def model_state(self) -> dict[str, Tensor]:
         """The model's tensors by parameter name, on the CPU."""
         return load_file(self.folder / "model.safetensors")
@@ -226,7 +233,7 @@ def best(run_dir: str | Path, count: int) -> list[Checkpoint]:
     for checkpoint in checkpoints(run_dir):
         with suppress(OSError, ValueError):  # damaged: it is no candidate
             accuracy = checkpoint.state().get("accuracy")
-            if accuracy is not None:
+            if accuracy is not None and checkpoint.is_due:
                 scored.append((-accuracy, checkpoint.step, checkpoint))
     return [checkpoint for _, _, checkpoint in sorted(scored, key=lambda each: each[:2])[:count]]
 
@@ -270,9 +277,10 @@ def publish(
     """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the `keep_best` best.
 
     tensors: what goes into which file, in host memory. state: what `Checkpoint.state` gives back; its "accuracy", if
-    the model was validated at this step, says what is best. about: goes into the manifest. An older checkpoint is
-    removed only after the new one was read back from the disk and found valid. Raises UserError when the disk is full
-    or not writable, OSError when it fails otherwise; the older checkpoints then stand untouched.
+    the model was validated at this step, says what is best, and its "due" is false where only a stop asked for it: so
+    that an interrupted run ends with the checkpoints of an uninterrupted one. about: goes into the manifest. An older
+    checkpoint is removed only after the new one was read back from the disk and found valid. Raises UserError when the
+    disk is full or not writable, OSError when it fails otherwise; the older checkpoints then stand untouched.
     """
     final = Path(run_dir, "checkpoints", f"step-{step:010d}")
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
@@ -330,7 +338,9 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
 
 def _retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -> None:
     best_ones = best(run_dir, keep_best)
-    surplus = [checkpoint for checkpoint in checkpoints(run_dir)[:-keep] if checkpoint not in best_ones]
+    found = checkpoints(run_dir)
+    kept = [checkpoint for checkpoint in found if checkpoint == found[-1] or checkpoint.is_due][-keep:]
+    surplus = [checkpoint for checkpoint in found if checkpoint not in kept and checkpoint not in best_ones]
     if surplus:
         # What the disk holds counts, not what the system still has in memory.
         for path in newest.folder.iterdir():

@@ -7,6 +7,7 @@ any rank want to stop?" never waits for queued work of the GPU.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import threading
 import time
@@ -34,6 +35,9 @@ COLLECTIVE_TIMEOUT_S = 600.0
 
 # How long torchrun may take to answer its ranks, which it does in milliseconds. Torch gives up after twice that.
 _LAUNCHER_ANSWERS_S = 10.0
+
+# How long a rank that ends with an error asks whether another has told it.
+_ERROR_PATIENCE_S = 5.0
 
 # Without torchrun, how often a rank that waits for others looks whether to go on waiting.
 _LOOK_EVERY_S = 0.25
@@ -69,6 +73,7 @@ class Cluster:
         self.launcher = watching_launcher()
         self.device = self._own_device()
         self._control: dist.ProcessGroup | None = None
+        self._store: dist.Store | None = None
 
     @property
     def rank(self) -> int:
@@ -91,7 +96,8 @@ class Cluster:
             raise UserError(
                 f"{self.ranks.local_world_size} processes on this node but {present} GPUs: start {present} on it "
                 f"(torchrun --nproc-per-node={present}, deepspeed --num_gpus {present}, "
-                f"srun --ntasks-per-node={present}); each process needs a GPU of its own"
+                f"srun --ntasks-per-node={present}); each process needs a GPU of its own",
+                speaks=self.ranks.local_rank == 0,
             )
         return torch.device("cuda", self.ranks.local_rank % seen)  # srun may show each task its own only
 
@@ -116,6 +122,7 @@ class Cluster:
         else:
             store = self._first_ranks_store()
         store.set_timeout(self._timeout)
+        self._store = store
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._timeout)
 
     def _first_ranks_store(self) -> dist.Store:
@@ -170,9 +177,24 @@ class Cluster:
         # After an error the peers may be gone: leave without waiting, the launcher takes them down.
         if kind is None:
             dist.barrier(self._control)
-        dist.destroy_process_group()
+        if isinstance(error, UserError) and error.speaks is None:
+            error.speaks = self._tells_first(str(error))
+        # NCCL first brings to an end what is queued, which after an error of this rank alone never comes.
+        if self.device.type != "cuda" or kind is None or isinstance(error, UserError):
+            dist.destroy_process_group()
         if error is not None and means_lost_peer(error):
             raise peer_error(error) from error
+
+    def _tells_first(self, message: str) -> bool:
+        """Whether no other rank has told this yet: some errors are one rank's alone, others those of all."""
+        if self._store is None:
+            return self.is_first
+        name = hashlib.sha256(message.encode()).hexdigest()
+        try:
+            self._store.set_timeout(datetime.timedelta(seconds=_ERROR_PATIENCE_S))
+            return self._store.add(f"told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", 1) == 1
+        except RuntimeError:  # the store has gone with whoever kept it
+            return True
 
     def on_first(self, work: Callable[[], T]) -> T | None:
         """Runs `work` on the first rank while the others wait; they get None.
@@ -186,9 +208,10 @@ class Cluster:
                 result = work()
             except UserError as raised:
                 error = raised
+                error.speaks = True
         (failed,) = self.maximum([error is not None])
         if failed:
-            raise error or UserError("the first rank stopped with an error")
+            raise error or UserError("the first rank stopped with an error", speaks=False)
         return result
 
     def share(self, items: Sequence[T]) -> Sequence[T]:

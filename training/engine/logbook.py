@@ -60,6 +60,10 @@ class Logbook:
         """A line of the record, which wandb follows."""
         self._record.write(kind, step, **values)
 
+    def sync(self) -> None:
+        """Brings the record to the disk."""
+        self._record.sync()
+
     def came_to(self, step: int) -> None:
         """Notes a sign of life of the session: the step that it has come to."""
         self._sessions.update(step)

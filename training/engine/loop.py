@@ -46,8 +46,9 @@ SKIPPED_STEPS_LIMIT = 5
 def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_run: bool = False) -> int:
     """Trains to the end, or to the next stop; returns the process's exit status (0 finished, 75 resumable).
 
-    Raises UserError when the run folder holds another run or is in use, when the number of ranks does not fit, when no
-    checkpoint can be written, or when gradients stay not finite; status.json then says `failed`.
+    Raises UserError when the run folder holds another run or is in use, or when the number of ranks does not fit, and
+    status.json is left as it was; when no checkpoint can be written, or when gradients stay not finite, and status.json
+    then says `failed`.
     """
     _check_world_size(config, cluster)
     precision = choose_precision(config.precision, cluster.device)
@@ -271,10 +272,9 @@ class _Run:
             except Stopped as raised:
                 stopped = raised
             if self.saved_step != self.step:
-                self._save()
+                self._save(due=False)
             self.cluster.on_first(self._finish_saving)
-        self.stop.clear()
-        return self._end(stopped)
+        return self._end(stopped, rests=self.stop.clear())
 
     def _open_books(self) -> None:
         config, cluster = self.config, self.cluster
@@ -324,7 +324,7 @@ class _Run:
             due = done or self.step % self.config.checkpoint.every_steps == 0
             # A checkpoint of this step from a stop within the validation does not know how that went: it is made anew.
             if is_best or (due and (validated or self.saved_step != self.step)):
-                self._save()
+                self._save(due=True)
 
     def _report(self) -> None:
         """Closes the window: writes its line, and notes what the progress line says about it.
@@ -374,7 +374,8 @@ class _Run:
             batches = in_rounds(batches, self.cluster.world_size)
         return self.stop.share(batches, lambda: self.watchdog.beat(f"validation after step {self.step}"))
 
-    def _save(self) -> None:
+    def _save(self, *, due: bool) -> None:
+        """due: whether an uninterrupted run saves here, too."""
         window_losses, tensors = self.window.losses(self.cluster), self.engine.tensors()
         if self.saver is not None and self.logbook is not None:
             state = {
@@ -384,8 +385,9 @@ class _Run:
                 "validated_step": self.validated_step,
                 "window_losses": window_losses,
                 "wandb_id": self.wandb_id,
+                "due": due,
             }
-            self.saver.save(self.step, tensors, state)
+            self.saver.save(self.step, tensors, state, first=self.logbook.sync)
             self.logbook.came_to(self.step)
         self.saved_step = self.step
 
@@ -394,8 +396,8 @@ class _Run:
         self.saver.drain()
         self.saver.check()
 
-    def _end(self, stop: Stopped | None) -> int:
-        """Writes down how the session ended. stop: None if all steps are done."""
+    def _end(self, stop: Stopped | None, *, rests: bool) -> int:
+        """Writes down how the session ended. stop: None if all steps are done. rests: whether somebody wants that."""
         # A save that failed is known to one rank; all must leave with the same status.
         error = self.saver.error if self.saver is not None else None
         (unsaved,) = self.cluster.maximum([error is not None])
@@ -403,7 +405,7 @@ class _Run:
             self._close("finished", "all steps done", restart=False)
             return 0
         reason = stop.reason if stop else "the last save, which failed"
-        self._close("resumable", f"{reason} ({error})" if error else reason, restart=not (stop and stop.by_user))
+        self._close("resumable", f"{reason} ({error})" if error else reason, restart=not rests)
         where = f"the last checkpoint ({error})" if error else "there"
         stopped = f"stopped by {reason} at step {self.step:,} of {self.task.plan.steps:,}"
         say(f"{stopped}; the same command continues from {where}")

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TextIO
 from data_prep.files import write_atomically, writing_to
 from launch.config import differing_keys
 from launch.console import TryLaterError, UserError, say
+from training.engine.account import end_killed_saves
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.tracking import METRICS
 
@@ -68,6 +69,7 @@ class RunFolder:
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            end_killed_saves(self.run_dir)
             latest = newest_valid(self.run_dir)
             if latest is not None:
                 _check_same_run(latest, about, may_change)

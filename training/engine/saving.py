@@ -105,6 +105,7 @@ class Saver:
 
     def prepare(self, tensors: Mapping[str, Tensors]) -> None:
         """Makes the buffers for such tensors, in the background: the first touch of memory is what costs most."""
+        self._estimate_s = write_s(tensors)
         if not self._options.background:
             return
         self._buffers = {
@@ -115,8 +116,17 @@ class Saver:
         buffers = [buffer for part in self._buffers.values() for buffer in part.values()]
         self._run(lambda: [buffer.zero_() for buffer in buffers])
 
-    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-        """Takes the state of `step` and sees to its publication; returns as soon as training may change the tensors."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        first: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Takes the state of `step` and sees to its publication; returns as soon as training may change the tensors.
+
+        first: what has to be on the disk before the checkpoint is, brought there in the background.
+        """
         began = time.monotonic()
         self.drain()
         self._estimate_s = write_s(tensors)
@@ -125,6 +135,7 @@ class Saver:
         def work() -> None:
             if copied is not None:
                 copied.synchronize()
+            first()
             self._publish(step, buffers, state, began)
 
         self._run(work)

@@ -52,14 +52,11 @@ class SessionOptions(Options):
 
 
 class Stopped(Exception):
-    """All ranks have agreed to stop; raised on each of them at the same place.
+    """All ranks have agreed to stop; raised on each of them at the same place."""
 
-    by_user: whether somebody wanted the run to rest, so that no launcher should start it again by itself.
-    """
-
-    def __init__(self, reason: str, *, by_user: bool):
+    def __init__(self, reason: str):
         super().__init__(reason)
-        self.reason, self.by_user = reason, by_user
+        self.reason = reason
 
 
 class StopFlag:
@@ -108,7 +105,7 @@ class StopFlag:
         self._last_time, self._last_call = now, self._calls
         self._slowest_step_s = max(slowest_s, 0.9 * self._slowest_step_s)  # a first, slow step is forgotten in time
         if asked:
-            raise Stopped(self._words(int(asked)), by_user=asked in (_FILE, signal.SIGINT))
+            raise Stopped(self._words(int(asked)))
 
     def _own_reason(self, now: float) -> int:
         if self._asked or not self._cluster.is_first:
@@ -146,10 +143,17 @@ class StopFlag:
             return None
         return max(1.0, self._deadline - time.monotonic() - self._margin_s - self.reserve_s())
 
-    def clear(self) -> None:
-        """Removes the STOP file, so that the next session does not stop at once."""
-        if self._cluster.is_first:
+    def clear(self) -> bool:
+        """Whether somebody wants the run to rest, so that no launcher should start it again by itself.
+
+        By the STOP file or an interrupt on any rank, also one that came when the session was ending for another reason.
+        The file is removed, so that the next session does not stop at once. To be called by all ranks.
+        """
+        wanted = self._interrupted
+        if self._cluster.is_first and self._file.exists():
             self._file.unlink(missing_ok=True)
+            wanted = True
+        return any(self._cluster.maximum([wanted]))
 
 
 def _deadline(options: SessionOptions) -> tuple[float, str | None]:

@@ -6,6 +6,7 @@ no step ever stands twice. After any number of stops and kills it reads as if th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -70,8 +71,16 @@ class Record:
         self._file.truncate(end)  # half a line is none
         warn(f"{self._path} cannot be written ({reason}); its lines wait until it can")
 
+    def sync(self) -> None:
+        """Brings what was written to the disk, so that a checkpoint that is there has its record, too."""
+        with contextlib.suppress(OSError, ValueError):  # no disk for it, or closed meanwhile: training goes on
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Ends the record."""
+        if self._waiting:
+            self._flush()
+            self._waiting = b""
         self._file.close()
 
 

@@ -31,6 +31,9 @@ from training.engine.session import StopFlag
 _LOOK_EVERY_S = 0.5
 _REPORTS_S = 3.0
 
+# How long all of that may take before the process is ended without it.
+_REPORT_PATIENCE_S = 30.0
+
 # Without a launcher to end it, a rank that does not move is given less time.
 _ORPHAN_TIMEOUT_S = 60.0
 
@@ -73,13 +76,28 @@ class Watchdog:
                 self._stop.launcher_is_gone()
                 timeout_s = min(timeout_s, _ORPHAN_TIMEOUT_S)
             # If a library holds Python's lock for ever, this thread stands still as well; faulthandler's does not.
-            faulthandler.dump_traceback_later(timeout_s + 10)
+            # It ends the process, too: the run folder may be what hangs, and then no report can be written.
+            faulthandler.dump_traceback_later(timeout_s + _REPORT_PATIENCE_S, exit=True)
             silent_s = time.monotonic() - self._since
             if silent_s > timeout_s:
                 self._end(silent_s)
 
     def _end(self, silent_s: float) -> None:
-        """Reports, waits for the other ranks' reports, says who hangs, and ends the process."""
+        """Says who hangs, and ends the process whatever happens."""
+        try:
+            self._report(silent_s)
+        except Exception as error:  # a full disk, above all
+            say_as_any_rank(
+                f"error: rank {self._rank} made no progress for {format_duration(silent_s)} (session.hang_timeout) "
+                f"since it began with {self._doing!r}, and cannot report it in {self._folder}: {error}"
+            )
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _report(self, silent_s: float) -> None:
+        """Leaves a report, waits for those of the other ranks, and says who hangs."""
         report = {
             "rank": self._rank,
             "host": socket.gethostname(),
@@ -104,8 +122,6 @@ class Watchdog:
                 write_status(self._run_dir, "failed", message, restart=True)
         else:
             time.sleep(1)  # the launcher ends all when the first has gone; that one should be the one with the message
-        sys.stderr.flush()
-        os._exit(1)
 
     def _reports(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._folder.glob("rank-*.json"))]
