@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from data_prep.conversations import open_conversations
+from data_prep.prepared import FORMAT as PAIRS
 from launch.console import UserError
 from tests.base_models import make_tiny_qwen2
 from tests.conftest import REAL_TATOEBA, Launch, launching
@@ -192,6 +193,11 @@ def test_two_runs_are_compared_on_the_same_questions(launch: Launch, run_dir: Pa
     path.unlink()
     with pytest.raises(UserError, match=f"{twin} has no answers called test-2answers-12tokens: .* make them with"):
         compare(names)
+    translator = tmp_path / "translator"
+    translator.mkdir()
+    (translator / "data.json").write_text(json.dumps({"format": PAIRS}))
+    with pytest.raises(UserError, match=f"{run_dir} answers questions and {translator} translates: only runs of one"):
+        compare([str(translator), str(run_dir)])
     with pytest.raises(UserError, match=f"{run_dir} has no answers called test; there is test-2answers-12tokens"):
         compare([str(run_dir), str(run_dir)])
 

@@ -24,6 +24,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF
 
 from data_prep.conversations import FORMAT as CONVERSATIONS
+from data_prep.prepared import FORMAT as PAIRS
 from data_prep.splits import PARTS
 from launch.console import UserError, run_main, say
 from training.evaluation.answers.comparison import compare_answer_runs, open_answers, print_comparison
@@ -72,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     arguments = parser.parse_args(argv)
     names = arguments.first, arguments.second
-    if any(_answers_questions(_parts_of(name)[0]) for name in names):
+    forms = [_form_of_data(_parts_of(name)[0]) for name in names]
+    if CONVERSATIONS in forms and PAIRS in forms:
+        raise UserError(
+            f"{names[forms.index(CONVERSATIONS)]} answers questions and {names[forms.index(PAIRS)]} translates: only "
+            "runs of one kind can be compared"
+        )
+    if CONVERSATIONS in forms:
         runs = [open_answers(name, *_parts_of(name)) for name in names]
         print_comparison(*runs, compare_answer_runs(*runs))
         return 0
@@ -82,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _answers_questions(run_dir: Path) -> bool:
-    """Whether this is a run with adapters, which `training.evaluation.answers` evaluates."""
+def _form_of_data(run_dir: Path) -> str | None:
+    """What a run was trained on: CONVERSATIONS or PAIRS; None where nothing tells it."""
     try:
-        return json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["format"] == CONVERSATIONS
+        return json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def _parts_of(name: str) -> tuple[Path, str]:
