@@ -21,7 +21,6 @@ from data_prep.disc_law_records import (
     HUB_NAME,
     LICENCE,
     TASK_NAMES,
-    TASKS,
     LawFile,
     LawRecord,
     as_published,
@@ -84,7 +83,7 @@ class DiscLaw(Corpus):
         return read_record(line, file.published)
 
     def is_short(self, record: LawRecord) -> bool:
-        return TASKS[TASK_NAMES.index(record.task)].free_text and super().is_short(record)
+        return record.layout.free_text and super().is_short(record)
 
     def asked(self, record: LawRecord) -> list[Message]:
         statutes, question = question_of(record, self.options.reference)
@@ -93,9 +92,8 @@ class DiscLaw(Corpus):
     def shortened(self, record: LawRecord, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
         if self.options.too_long == "drop":
             return None
-        task = TASKS[TASK_NAMES.index(record.task)]
         statutes, question = question_of(record, self.options.reference)
-        cut = shortened(task, statutes, question, record.answer, lambda text: count([user(text)]), room)
+        cut = shortened(record.layout, statutes, question, record.answer, lambda text: count([user(text)]), room)
         return None if cut is None else [user(cut)]
 
 

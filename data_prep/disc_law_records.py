@@ -203,8 +203,13 @@ class LawRecord(Record):
     reference: tuple[str, ...] = ()
 
     @property
+    def layout(self) -> Task:
+        """How records of its task are laid out."""
+        return TASKS[TASK_NAMES.index(self.task)]
+
+    @property
     def group(self) -> str:
-        task = TASKS[TASK_NAMES.index(self.task)]
+        task = self.layout
         document, question = task.document_and_question(self.question)
         if task.one_part == "question" and task.question:
             return question.removeprefix(task.question) or self.question

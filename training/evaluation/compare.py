@@ -73,14 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     arguments = parser.parse_args(argv)
     names = arguments.first, arguments.second
-    forms = [_form_of_data(_parts_of(name)[0]) for name in names]
+    parts = [_parts_of(name) for name in names]
+    forms = [_form_of_data(run_dir) for run_dir, _ in parts]
     if CONVERSATIONS in forms and PAIRS in forms:
         raise UserError(
             f"{names[forms.index(CONVERSATIONS)]} answers questions and {names[forms.index(PAIRS)]} translates: only "
             "runs of one kind can be compared"
         )
     if CONVERSATIONS in forms:
-        runs = [open_answers(name, *_parts_of(name)) for name in names]
+        runs = [open_answers(name, *each) for name, each in zip(names, parts, strict=True)]
         print_comparison(*runs, compare_answer_runs(*runs))
         return 0
     first, second = (open_evaluation(name) for name in names)
