@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.browser import browser
-from tests.test_report import HOSTILE, Page, Poison, make_session
+from tests.support.browser import browser
+from tests.support.pages import HOSTILE, Page, Poison, make_session
 from training.evaluation.answers.evaluation import AnswerEvaluation
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import (

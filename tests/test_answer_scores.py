@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.disc_law_records import TASK_NAMES
-from tests.conftest import ROOT
+from tests.support.commands import ROOT
 from training.evaluation import bootstrap
 from training.evaluation.answers.evaluation import AnswerEvaluation
 from training.evaluation.answers.losses import ALL_TASKS, compare_losses, loss_by_task

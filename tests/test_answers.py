@@ -14,10 +14,10 @@ import transformers
 from data_prep.conversations import open_conversations
 from data_prep.prepared import FORMAT as PAIRS
 from launch.console import UserError
-from tests.base_models import make_tiny_qwen2
-from tests.conftest import REAL_TATOEBA, Launch, launching
-from tests.legal_records import TASK_NAMES, make_tokenizer, write_source
-from tests.test_training import assert_only_one_line_is_said
+from tests.support.base_models import make_tiny_qwen2
+from tests.support.commands import REAL_TATOEBA, Launch, launching
+from tests.support.legal_records import TASK_NAMES, make_tokenizer, write_source
+from tests.support.runs import assert_only_one_line_is_said
 from training.engine.cluster import Cluster
 from training.evaluation.adapters import TrainedAdapters, open_adapters
 from training.evaluation.answers.__main__ import losses_by_row, questions_of

@@ -13,7 +13,7 @@ from launch.prove import ACCIDENTS
 from tests.bench import joeynmt
 from tests.bench.common import BASE, SEQ2SEQ, config_of
 from tests.bench.peers import tokens_a_sentence
-from tests.conftest import PATIENCE_S, Launch
+from tests.support.commands import PATIENCE_S, Launch
 from training.gpt import Sequences
 from training.gpt import plan_of as gpt_plan
 from training.seq2seq import TwoSides

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.console import UserError
-from tests.conftest import Launch
+from tests.support.commands import Launch
 from training.evaluation import compare, evaluate
 from training.evaluation.bootstrap import p_value
 

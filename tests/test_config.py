@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 
 from launch.config import all_keys, parse, to_yaml
 from launch.console import UserError
-from tests.conftest import ROOT, Launch
+from tests.support.commands import ROOT, Launch
 from training.gpt import GPTConfig
 from training.seq2seq import Seq2SeqConfig
 

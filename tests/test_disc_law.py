@@ -31,9 +31,9 @@ from data_prep.prepared import open_prepared
 from data_prep.splits import PARTS, stratified_split
 from data_prep.text import normalise
 from launch.console import UserError
-from tests.base_models import CHATML
-from tests.conftest import ENVIRONMENT, REAL_TATOEBA, ROOT, Launch
-from tests.legal_records import (
+from tests.support.base_models import CHATML
+from tests.support.commands import ENVIRONMENT, REAL_TATOEBA, ROOT, Launch
+from tests.support.legal_records import (
     PAIR,
     PAIR_QA,
     TRIPLET,

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from launch.console import UserError
-from tests.browser import browser
-from tests.conftest import REAL_TATOEBA, Launch
-from tests.test_report import HOSTILE, Page, brightness
+from tests.support.browser import browser
+from tests.support.commands import REAL_TATOEBA, Launch
+from tests.support.pages import HOSTILE, Page, brightness
 from training.evaluation.disc_law_eval import __main__ as disc_law_eval
 from training.evaluation.disc_law_eval.asking import LawAnswers
 from training.evaluation.disc_law_eval.letters import letters_of

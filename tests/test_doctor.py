@@ -25,8 +25,8 @@ from launch.doctor import machine, run
 from launch.doctor.findings import Alike, Check, Finding, Report, examine, merge
 from launch.doctor.ranks import bus_bandwidth, offset_s
 from launch.environment import Ranks
-from tests.conftest import ROOT, Launch, Result, Started
-from tests.test_launchers import free_port, task
+from tests.support.commands import ROOT, Launch, Result, Started
+from tests.support.ranks import free_port, task
 
 CONFIG = ROOT / "configs/gpt/sample.yaml"
 DOCTOR = "launch.doctor"

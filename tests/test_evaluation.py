@@ -19,9 +19,9 @@ import torch
 from data_prep import tatoeba
 from data_prep.prepared import Prepared, Ragged, list_files, open_prepared, write_part
 from launch.console import UserError
-from tests.browser import browser
+from tests.support.browser import browser
+from tests.support.pages import Page
 from tests.test_attention_maps import make_font
-from tests.test_report import Page
 from training import gpt, seq2seq
 from training.engine.account import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate

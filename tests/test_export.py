@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import warnings
@@ -34,7 +33,8 @@ from data_prep.splits import PARTS
 from data_prep.text import clean
 from data_prep.tokenizers import EOS, PAD, SEP, SOS, SPECIALS
 from launch.console import UserError
-from tests.conftest import REAL_TATOEBA, launching
+from tests.support.commands import REAL_TATOEBA, launching
+from tests.support.exports import content_of, nobody_asked
 from training.evaluation import evaluate, export, hugging_face
 from training.evaluation.decoding import translate
 from training.evaluation.families import GPTDecoder
@@ -277,17 +277,6 @@ def test_all_real_sentences_become_the_ids_that_training_saw(kind, tmp_path):
     assert_same_tokenizer(data, strange_texts(data), tmp_path / "tokenizer")
 
 
-@contextmanager
-def nobody_asked() -> Iterator[dict[str, str]]:
-    """Environment variables with which a look at the Hugging Face Hub comes here; fails if there was one."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        host, port = server.getsockname()
-        yield {"HF_ENDPOINT": f"http://{host}:{port}"}
-        server.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-
-
 def test_the_command_makes_a_folder_that_works_as_its_card_says_without_a_network(run, tmp_path):
     named, folder = shutil.copytree(run, tmp_path / "my-run"), tmp_path / "deep/export"
     with launching(tmp_path) as launch, nobody_asked() as environment:
@@ -387,10 +376,6 @@ def test_a_run_on_words_is_exported_with_its_tokenizer(run, sample_data, tmp_pat
         answer = model.generate(**inputs)[0, prompt:][: len(result.ids)]
         assert tokenizer.decode(answer, skip_special_tokens=True) == trained.target_tokenizer.decode(result.ids)
     assert "drops punctuation" in (tmp_path / "export/README.md").read_text()
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_only_an_earlier_export_that_nobody_changed_is_replaced(run, tmp_path):

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep import disc_law
 from launch.console import UserError
-from tests.base_models import make_tiny_qwen2, make_tokenizer
-from tests.conftest import launching
-from tests.test_export import content_of, nobody_asked
+from tests.support.base_models import make_tiny_qwen2, make_tokenizer
+from tests.support.commands import launching
+from tests.support.exports import content_of, nobody_asked
 from training.evaluation import export, export_adapters
 from training.evaluation.adapter_card import licence_of
 from training.evaluation.adapters import TrainedAdapters, open_adapters

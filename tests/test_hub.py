@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.support.commands import ENVIRONMENT, ROOT
 
 NAME = "someone/tiny-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -19,9 +19,9 @@ from data_prep import conversations, disc_law, instructions
 from data_prep.conversations import Conversations, open_conversations
 from data_prep.splits import PARTS
 from launch.console import UserError
-from tests.base_models import CHATML, make_tiny_qwen2, make_tokenizer
-from tests.conftest import Launch
-from tests.legal_records import sentence
+from tests.support.base_models import CHATML, make_tiny_qwen2, make_tokenizer
+from tests.support.commands import Launch
+from tests.support.legal_records import sentence
 
 Line = dict[str, object] | bytes
 Make = Callable[..., Conversations]

@@ -46,9 +46,9 @@ from launch.kaggle.session import (
     retention,
 )
 from launch.processes import command_line, descendants
-from tests.conftest import ENVIRONMENT, Launch, Started, launching
-from tests.test_faults import RUN, wait_until
-from tests.test_training import assert_same_model, assert_same_record, command_of, config_of
+from tests.support.commands import ENVIRONMENT, Launch, Started, launching
+from tests.support.lives import RUN, wait_until
+from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of
 from training.engine.account import read_sessions, saved_steps
 
 # More than the quota of a rehearsal has room for.
@@ -87,7 +87,7 @@ class Kaggle:
         self.input = folder / "input"
         self._mounts: list[Path] = []
         self.sessions = 0
-        self._words = [str(config), "--script", "tests.faulty_training"]
+        self._words = [str(config), "--script", "tests.support.faulty_training"]
         write_dataset(folder / "dataset", owner="me", slug="relay-files", config=config, data=data)
         self.mount(folder / "dataset", "relay-files")
 
@@ -250,7 +250,7 @@ def test_killed_rank_costs_a_start_and_stop_in_an_interactive_session_saves(kagg
     run_dir = kaggle.working / "run"
 
     session.wait_for_step(run_dir, 5)
-    rank = ["-u", "-m", "tests.faulty_training"]  # as torchrun starts it
+    rank = ["-u", "-m", "tests.support.faulty_training"]  # as torchrun starts it
     ranks = [pid for pid in descendants(session.process.pid) if command_line(pid)[1:4] == rank]
     os.kill(ranks[1], signal.SIGKILL)
     wait_until(session, lambda: len(read_sessions(run_dir)) == 2, "started again")

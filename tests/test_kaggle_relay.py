@@ -18,8 +18,8 @@ from data_prep.files import write_atomically
 from launch.console import UserError
 from launch.kaggle.client import Clock, Kaggle, LostAnswer
 from launch.kaggle.record import Record, Session, hours_between, to_continue, utc, vain_sessions
-from tests.conftest import ROOT, Launch, Result, Started
-from tests.kaggle_stand_in import OWNER, TOKEN
+from tests.support.commands import ROOT, Launch, Result, Started
+from tests.support.kaggle_stand_in import OWNER, TOKEN
 
 KERNELS = f"{OWNER}/relay-tiny-a", f"{OWNER}/relay-tiny-b"
 
@@ -81,7 +81,7 @@ def account(tmp_path: Path, launch: Launch) -> Account:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "prepared/small/meta.json").write_text("{}")
     command = tmp_path / "bin/kaggle"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT / "tests/kaggle_stand_in.py"} "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT / "tests/support/kaggle_stand_in.py"} "$@"\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     found = Account(tmp_path, launch)
     found.set()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -28,26 +27,11 @@ from launch.config import parse
 from launch.console import UserError
 from launch.environment import without_local_rank
 from launch.processes import children, command_line
-from tests.conftest import ENVIRONMENT, ROOT, Launch, Started
-from tests.test_faults import (
-    SECONDS,
-    SLOW,
-    Life,
-    assert_all_gone,
-    assert_stopped,
-    resumed_at,
-    wait_until,
-)
-from tests.test_training import assert_only_one_line_is_said, assert_same_model, assert_same_record, status_of
+from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
+from tests.support.lives import SECONDS, SLOW, Life, assert_all_gone, assert_stopped, resumed_at, wait_until
+from tests.support.ranks import free_port, task
+from tests.support.runs import assert_only_one_line_is_said, assert_same_model, assert_same_record, status_of
 from training.gpt import GPTConfig
-
-
-def free_port() -> int:
-    while True:
-        port = random.randrange(12000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 @pytest.fixture
@@ -64,17 +48,6 @@ def deepspeed(launch: Launch, tmp_path: Path) -> Callable[..., Started]:
         return launch(*words, **{"starter": starter, **how}, environment={**(environment or {}), **hidden})
 
     return start
-
-
-def task(rank: int, tasks: int = 2, **other: str) -> dict[str, str]:
-    """What SLURM tells a task of a step on one node."""
-    return {
-        **{f"SLURM_{name}": str(rank) for name in ("PROCID", "LOCALID")},
-        **{f"SLURM_STEP_{name}": str(tasks) for name in ("NUM_TASKS", "TASKS_PER_NODE")},
-        **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "n1"},
-        "SLURM_GTIDS": ",".join(map(str, range(tasks))),
-        **other,
-    }
 
 
 def launcher_below(command: Started) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.processes import children
-from tests.conftest import PATIENCE_S, ROOT, Launch, Started
+from tests.support.commands import PATIENCE_S, ROOT, Launch, Started
 
 
 def wait_for(started: Started, happened: Callable[[], object]) -> None:

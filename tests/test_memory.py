@@ -16,7 +16,8 @@ import transformers
 
 from tests.bench.common import Arguments, held_bytes, peak_of_tensors
 from tests.bench.qlora import prepare_records
-from tests.conftest import Launch
+from tests.support.base_models import SMALL, WIDE, make_model
+from tests.support.commands import Launch
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.parallel import DataParallel
@@ -26,8 +27,6 @@ from training.models.base_model import QuantisationOptions, load_base_model, rea
 from training.models.memory import Memory, Shape, estimate
 from training.qlora import COMPUTE_TYPES
 
-SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 1024}
-WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "vocab_size": 1024}
 TALKATIVE = {**SMALL, "vocab_size": 8192}
 
 MANY, FEW = Shape(2, 128, 100), Shape(2, 32, 20)
@@ -50,15 +49,6 @@ CASES = {
     "adapters, adamw8bit": (SMALL, FEW, {"rank": 64, "optimizer": "adamw8bit"}),
     "small adapters, adamw8bit, dropout": (SMALL, FEW, {"dropout": 0.1, "optimizer": "adamw8bit"}),
 }
-
-
-def make_model(folder: Path, shape: dict[str, object]) -> Path:
-    """A random Qwen2 of this shape, without tokenizer."""
-    config = transformers.Qwen2Config(
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, **shape}
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def compared(

@@ -12,7 +12,7 @@ import pytest
 from launch import prove
 from launch.console import UserError
 from launch.prove import ACCIDENTS, Training, differences, have_accident
-from tests.conftest import ROOT, Launch
+from tests.support.commands import ROOT, Launch
 from training.engine.checkpoint import checkpoints
 from training.engine.tracking import METRICS
 

@@ -19,10 +19,10 @@ from data_prep.conversations import open_conversations
 from data_prep.files import sha256_of
 from data_prep.splits import PARTS
 from launch.console import UserError
-from tests.base_models import make_tiny_qwen2
-from tests.conftest import ROOT, Launch, launching
-from tests.legal_records import make_tokenizer, write_source
-from tests.test_training import (
+from tests.support.base_models import make_tiny_qwen2
+from tests.support.commands import ROOT, Launch, launching
+from tests.support.legal_records import make_tokenizer, prepare
+from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
     assert_same_record,
@@ -59,16 +59,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return prepare(tmp_path_factory.mktemp("law"), base)
-
-
-def prepare(folder: Path, tokenizer: Path) -> Path:
-    """Legal records of every task, prepared by the real command."""
-    source = write_source(folder / "source", per_task=20)
-    with launching(folder) as launch:
-        words = ("--source", source, "--tokenizer", tokenizer, "--output", folder / "data", "--validation_share", 0.1)
-        result = launch(*words, "--max_length", 300, module="data_prep.disc_law").wait()
-    assert result.status == 0, result
-    return folder / "data"
 
 
 @pytest.fixture(scope="module")

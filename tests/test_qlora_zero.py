@@ -9,11 +9,10 @@ import pytest
 import torch
 import transformers
 
-from tests.base_models import make_tiny_qwen2
-from tests.conftest import Launch, launching
-from tests.legal_records import make_tokenizer
-from tests.test_qlora import prepare
-from tests.test_training import (
+from tests.support.base_models import make_tiny_qwen2
+from tests.support.commands import Launch, launching
+from tests.support.legal_records import make_tokenizer, prepare
+from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
     assert_same_record,
@@ -98,14 +97,14 @@ MEASURED = {
 
 
 def measured(launch: Launch, folder: Path, cases: list[dict[str, object]]) -> list[dict[str, int]]:
-    """What steps take on the first of two ranks: see `tests.zero_memory`."""
-    result = launch(folder, json.dumps(cases), module="tests.zero_memory", ranks=2).wait()
+    """What steps take on the first of two ranks: see `tests.support.zero_memory`."""
+    result = launch(folder, json.dumps(cases), module="tests.support.zero_memory", ranks=2).wait()
     assert result.status == 0, result
     return [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
 
 
 def test_estimate_is_what_a_real_step_of_two_ranks_takes_and_a_base_in_4_bits_is_spread(launch: Launch, tmp_path: Path):
-    from tests.zero_memory import LORA, SHAPE
+    from tests.support.zero_memory import LORA, SHAPE
 
     found = measured(launch, tmp_path, list(MEASURED.values()))
     for case, (name, options) in zip(found, MEASURED.items(), strict=True):

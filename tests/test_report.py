@@ -4,14 +4,14 @@ import json
 import math
 import re
 from dataclasses import fields, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.browser import browser
+from tests.support.browser import browser
+from tests.support.pages import Page, Poison, brightness, make_session
 from training.evaluation.attention_maps import alignment_map, attention_sheet
 from training.evaluation.curves import HEIGHT, WIDTH, Line, curve
 from training.evaluation.report import (
@@ -28,40 +28,9 @@ from training.evaluation.report import (
 )
 from training.evaluation.scores import score_by_length, score_by_seen, score_texts, score_with_all_references
 
-HOSTILE = "</td></pre></svg></style><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & ]]> \x00\u202e"
 SOURCES = ["他是医生。", "他是医生。", "我喜欢读书。", "猫坐在垫子上。", "今天天气很好。", "你好。"] * 5
 REFERENCES = ["He is a doctor.", "He's a doctor.", "I like reading.", "The cat sat.", "It is fine today.", "Hello."] * 5
 TRANSLATIONS = ["He is a doctor.", "He is a doctor.", "I like to read.", "The cat is.", "Fine day.", "Hi."] * 5
-
-
-class Page(HTMLParser):
-    """Collects the tags, attributes and text of a page; void elements aside, tags must nest."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str, Any]:
@@ -88,24 +57,6 @@ def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str,
         "all_references": score_with_all_references(SOURCES, TRANSLATIONS, REFERENCES),
         "by_length": score_by_length([4, 4, 6, 7, 16, 2] * 5, TRANSLATIONS, REFERENCES),
         "by_seen": score_by_seen([True, False] * 15, TRANSLATIONS, REFERENCES),
-    }
-
-
-def make_session(number: int, from_step: int, step: int, reason: str, **more: Any) -> dict[str, Any]:
-    return {
-        "number": number,
-        "host": "node7",
-        "job": "4711",
-        "world_size": 2,
-        "device": "cuda",
-        "started": f"2026-01-0{number}T03:04:05+0000",
-        "from_step": from_step,
-        "step": step,
-        "seen": f"2026-01-0{number}T05:04:05+0000",
-        "ended": f"2026-01-0{number}T05:04:05+0000",
-        "reason": reason,
-        "seconds": 7200.0,
-        **more,
     }
 
 
@@ -169,32 +120,6 @@ def make_report() -> Report:
 @pytest.fixture(scope="module")
 def report() -> Report:
     return make_report()
-
-
-class Poison:
-    """Hostile texts, each with a mark that tells which field it stands in."""
-
-    def __init__(self):
-        self.places: list[str] = []
-
-    def text(self, place: str) -> str:
-        self.places.append(place)
-        return f"{HOSTILE} <{len(self.places) - 1}>"
-
-    def into(self, value: Any, place: str) -> Any:
-        """`value` with a hostile text for every text in it; keys that name fields stay."""
-        if isinstance(value, str):
-            return value if value in ("train", "validation") and place == "metrics.kind" else self.text(place)
-        if isinstance(value, Example):
-            return Example(*(self.text(f"{place}.{field.name}") for field in fields(value)))
-        if isinstance(value, dict):
-            return {key: self.into(item, f"{place}.{key}") for key, item in value.items()}
-        return type(value)(self.into(item, place) for item in value) if isinstance(value, list | tuple) else value
-
-    def missing_in(self, text: str) -> set[str]:
-        """The places whose text is not in `text` as it is."""
-        shown = {int(number) for number in re.findall(re.escape(HOSTILE.replace("\0", "\ufffd")) + r" <(\d+)>", text)}
-        return {place for number, place in enumerate(self.places) if number not in shown}
 
 
 def poisoned(report: Report, poison: Poison) -> Report:
@@ -311,10 +236,6 @@ def test_synthetic_data_gets_a_banner_and_real_data_none(report):
     assert SYNTHETIC not in render(report)
     assert SYNTHETIC in render(replace(report, data=synthetic))
     assert SYNTHETIC in render(replace(report, training_data=synthetic))
-
-
-def brightness(colour: str) -> int:
-    return sum(map(int, re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", colour).groups()))
 
 
 def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk_in_light_and_dark(report, tmp_path):

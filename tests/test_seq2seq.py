@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from launch.console import UserError
-from tests.conftest import ROOT, Launch, launching, prepare
-from tests.test_training import (
+from tests.support.commands import ROOT, Launch, launching, prepare
+from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
     assert_same_record,

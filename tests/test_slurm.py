@@ -1,7 +1,7 @@
 """Submit once, come back to a finished model: the batch scripts on a real SLURM, through everything that ends a job.
 
 Each test ends in the model of a run that nothing happened to, bit for bit, or in the job's end with the reason. All
-trainings are paced (tests/faulty_training.py), so that what happens to them happens in their middle.
+trainings are paced (tests/support/faulty_training.py), so that what happens to them happens in their middle.
 """
 
 from __future__ import annotations
@@ -16,19 +16,11 @@ from typing import Any
 
 import pytest
 
-from launch.config import to_yaml
 from launch.slurm_job import read_events
-from tests.conftest import PATIENCE_S, launching
-from tests.slurm_cluster import ENDED, SlurmCluster
-from tests.test_faults import RUN, SLOW, STEPS, assert_little_is_lost
-from tests.test_training import (
-    assert_same_model,
-    assert_same_record,
-    command_of,
-    config_of,
-    last_checkpoint,
-    status_of,
-)
+from tests.support.commands import PATIENCE_S, launching
+from tests.support.lives import RUN, SLOW, STEPS, assert_little_is_lost
+from tests.support.runs import assert_same_model, assert_same_record, command_of, last_checkpoint, status_of
+from tests.support.slurm_cluster import ENDED, SlurmCluster, write_config
 from training.engine.account import read_sessions
 from training.engine.tracking import read_metrics
 
@@ -55,14 +47,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -
     return run
 
 
-def write_config(folder: Path, data: Path) -> Path:
-    """A config of `RUN` in `folder`/run, in a folder whose name says what trains it."""
-    path = folder / "gpt/run.yaml"
-    path.parent.mkdir()
-    path.write_text(to_yaml(config_of(command_of(folder / "run", data, *RUN))))
-    return path
-
-
 class Submission:
     """A run of two ranks and the job that trains it, in a folder of its own."""
 
@@ -86,7 +70,7 @@ class Submission:
             *("--job-name", self.run_dir.parent.name, "--output", self._log, "--nodes", nodes, "--cpus-per-task", 2),
             *("--time", "30", *options, f"slurm/{launcher}.sbatch", self.config, *words),
             environment={
-                **{"SCRIPT": "tests.faulty_training", "ACCIDENTS": json.dumps(about)},
+                **{"SCRIPT": "tests.support.faulty_training", "ACCIDENTS": json.dumps(about)},
                 **{"PREFLIGHT": "0", "RANKS_PER_NODE": str(2 // nodes)},
                 **(environment or {}),
             },

@@ -17,11 +17,11 @@ import pytest
 
 from launch.slurm_job import read_events
 from launch.slurm_status import row
-from tests.conftest import PATIENCE_S, ROOT, Result, launching
-from tests.debian import program
-from tests.test_faults import RUN, SLOW
-from tests.test_slurm import write_config
-from tests.test_training import assert_same_model, assert_same_record, command_of, status_of
+from tests.support.commands import PATIENCE_S, ROOT, Result, launching
+from tests.support.debian import program
+from tests.support.lives import RUN, SLOW
+from tests.support.runs import assert_same_model, assert_same_record, command_of, status_of
+from tests.support.slurm_cluster import write_config
 from training.engine.account import read_status
 from training.engine.tracking import read_metrics
 
@@ -40,7 +40,7 @@ def submission(cluster, tmp_path: Path) -> Callable[..., Result]:
 
     def run(*words: object, pace: dict[str, Any] = SLOW) -> Result:
         environment = {
-            "SCRIPT": "tests.faulty_training",
+            "SCRIPT": "tests.support.faulty_training",
             "ACCIDENTS": json.dumps({"folder": str(tmp_path), "list": [pace]}),
         }
         return cluster.run(sys.executable, "-m", "launch.slurm", *words, environment=environment)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.base_models import smollm2
-from tests.conftest import PATIENCE_S, REAL_TATOEBA, ROOT, Launch
-from tests.test_training import losses, status_of
+from tests.support.base_models import smollm2
+from tests.support.commands import PATIENCE_S, REAL_TATOEBA, ROOT, Launch
+from tests.support.runs import losses, status_of
 
 RECORDS = REAL_TATOEBA.parents[1] / "disc-law-sft"
 STEPS = 8

@@ -1,6 +1,6 @@
 """On a T4 (sm_75), which Kaggle lends: fp16 with a scaler, no bf16 anywhere, attention that has a kernel there.
 
-The card is imitated by tests/t4_training.py; what its kernels compute is not.
+The card is imitated by tests/support/t4_training.py; what its kernels compute is not.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import tests.test_qlora as qlora
 import tests.test_seq2seq as seq2seq
 from launch.console import UserError
 from launch.kaggle.notebook import checked_options
-from tests.base_models import make_tiny_qwen2
-from tests.conftest import ROOT, Launch, Result
-from tests.legal_records import make_tokenizer
-from tests.t4_training import T4
-from tests.test_training import SHORT_RUN, command_of, last_checkpoint, losses
+from tests.support.base_models import make_tiny_qwen2
+from tests.support.commands import ROOT, Launch, Result
+from tests.support.legal_records import make_tokenizer, prepare
+from tests.support.runs import SHORT_RUN, command_of, last_checkpoint, losses
+from tests.support.t4_training import T4
 from training.engine import precision
 from training.engine.precision import choose_precision
 
@@ -34,7 +34,7 @@ COMMANDS = {
 
 def trained(launch: Launch, script: str, run_dir: Path, data: Path, *words: object) -> Result:
     command = command_of(run_dir, data, *COMMANDS[script], *words)
-    return launch(script, *command, module="tests.t4_training", ranks=2).wait()
+    return launch(script, *command, module="tests.support.t4_training", ranks=2).wait()
 
 
 def assert_trained_in_fp16(result: Result, run_dir: Path) -> None:
@@ -56,7 +56,7 @@ def test_chat_model_that_is_stored_in_bf16_trains_in_fp16_alone(launch: Launch, 
     base = make_tiny_qwen2(tmp_path / "base", tokenizer)
     weights = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    data = qlora.prepare(tmp_path / "law", base)
+    data = prepare(tmp_path / "law", base)
     result = trained(launch, "training.qlora", tmp_path / "run", data, "--base_model", base)
     assert_trained_in_fp16(result, tmp_path / "run")
 

@@ -11,7 +11,7 @@ import torch
 
 from data_prep.prepared import open_prepared
 from launch.console import UserError
-from tests.conftest import Launch, launching
+from tests.support.commands import Launch, launching
 from training.evaluation import decoding, translate
 from training.evaluation.trained import TrainedModel, open_trained
 

@@ -20,11 +20,11 @@ import pytest
 
 from launch.console import UserError
 from launch.processes import children
-from tests.conftest import PATIENCE_S, ROOT, Launch
-from tests.test_faults import RUN, SLOW
-from tests.test_training import command_of, train_lines
-from tests.wandb_server import KEY, Run, WandbServer
-from tests.wandb_training import CONFIG, EXAMPLES, SCORES, SUMMARY, row_of
+from tests.support.commands import PATIENCE_S, ROOT, Launch
+from tests.support.lives import RUN, SLOW
+from tests.support.runs import command_of, train_lines
+from tests.support.wandb_server import KEY, Run, WandbServer
+from tests.support.wandb_training import CONFIG, EXAMPLES, SCORES, SUMMARY, row_of
 from training.engine import wandb_session
 from training.engine.wandb_log import SessionLog, item_key, read_records, session_logs
 from training.engine.wandb_tracker import WandbOptions, WandbTracker, publish_evaluation
@@ -66,11 +66,11 @@ class Runner:
         }
 
     def start(self, mode: str = "offline", **about: Any) -> subprocess.Popen[str]:
-        """A session from step `first` to step `last`; see tests/wandb_training.py."""
+        """A session from step `first` to step `last`; see tests/support/wandb_training.py."""
         about["from"], about["to"] = about.pop("first", 0), about.pop("last", 0)
         about = {"run_dir": str(self.run_dir), "options": {"mode": mode, "project": "lab"}, "end": "finished", **about}
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.wandb_training", json.dumps(about)],
+            [sys.executable, "-m", "tests.support.wandb_training", json.dumps(about)],
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -395,7 +395,7 @@ def test_training_that_is_killed_and_loses_its_server_shows_its_record_once(
     environment = {**runner.environment, "ACCIDENTS": slow}
 
     def start() -> Any:
-        return launch(*command, module="tests.faulty_training", ranks=2, environment=environment)
+        return launch(*command, module="tests.support.faulty_training", ranks=2, environment=environment)
 
     killed = start()
     wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")

@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 
 from launch.console import UserError
-from tests.conftest import Launch, launching
-from tests.test_faults import SLOW, Life, assert_all_gone, assert_stopped, resumed_at
-from tests.test_training import (
+from tests.support.commands import Launch, launching
+from tests.support.lives import SLOW, Life, assert_all_gone, assert_stopped, resumed_at
+from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
     command_of,

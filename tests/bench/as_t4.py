@@ -13,7 +13,7 @@ import sys
 import torch
 
 from launch.console import UserError, run_main
-from tests.t4_training import T4
+from tests.support.t4_training import T4
 from training.engine import precision
 from training.models import base_model
 
@@ -22,7 +22,7 @@ BYTES = 15e9
 
 def main() -> int:
     if not torch.cuda.is_available():
-        raise UserError("there is no GPU to stand in for a T4; tests/t4_training.py is what a CPU can do")
+        raise UserError("there is no GPU to stand in for a T4; tests/support/t4_training.py is what a CPU can do")
     script = importlib.import_module(sys.argv.pop(1))
     torch.cuda.set_per_process_memory_fraction(BYTES / torch.cuda.get_device_properties(0).total_memory)
     precision.gpu_of = base_model.gpu_of = lambda device: T4

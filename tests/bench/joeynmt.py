@@ -18,8 +18,8 @@ import yaml
 
 from data_prep.prepared import Prepared
 from launch.console import UserError, say
-from tests.base_models import CACHE
 from tests.bench.common import ASLEEP, WAYS, environment
+from tests.support.base_models import CACHE
 from training.models.attention_gru import AttentionGRUOptions
 from training.models.gpt import GPTOptions
 

@@ -52,7 +52,6 @@ from data_prep.conversations import Conversations, open_conversations
 from data_prep.disc_law_records import FILES
 from launch.config import parse
 from launch.console import UserError, run_main, say
-from tests.base_models import make_tokenizer
 from tests.bench.common import (
     IGNORED,
     ROOT,
@@ -73,6 +72,7 @@ from tests.bench.common import (
     timed_training,
     workers,
 )
+from tests.support.base_models import make_tokenizer
 from training.engine.cluster import Cluster
 from training.engine.optim import build_optimizer
 from training.engine.parallel import DataParallel

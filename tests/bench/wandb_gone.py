@@ -33,7 +33,7 @@ from tests.bench.common import (
     read_arguments,
     report,
 )
-from tests.wandb_server import KEY, WandbServer
+from tests.support.wandb_server import KEY, WandbServer
 from training.engine.tracking import read_metrics
 
 EVERY = 10  # steps between lines of the record

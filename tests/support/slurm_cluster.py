@@ -22,8 +22,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ENVIRONMENT, PATIENCE_S, ROOT, Result
-from tests.debian import program
+from launch.config import to_yaml
+from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
+from tests.support.debian import program
+from tests.support.lives import RUN
+from tests.test_training import command_of, config_of
 
 # slurm.conf: two nodes that claim more than there is; partitions whose jobs give way to those of `urgent`, some seconds
 # after a warning or at once; and short times for everything that is long in practice. Time limits are looked at every
@@ -272,3 +275,11 @@ def _own_number() -> Iterator[int]:
             yield number
             return
     pytest.fail("a hundred clusters run on this machine")
+
+
+def write_config(folder: Path, data: Path) -> Path:
+    """A config of `RUN` in `folder`/run, in a folder whose name says what trains it."""
+    path = folder / "gpt/run.yaml"
+    path.parent.mkdir()
+    path.write_text(to_yaml(config_of(command_of(folder / "run", data, *RUN))))
+    return path

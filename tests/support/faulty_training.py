@@ -1,7 +1,7 @@
 """`training.gpt`, to which accidents happen at exact places. Used by tests/test_faults.py.
 
     ACCIDENTS='{"folder": "/tmp/x", "list": [{"at": "forward", "step": 20, "rank": 1, "do": "SIGTERM"}]}' \\
-        torchrun --standalone --nproc-per-node=2 -m tests.faulty_training --run_dir ... --data ...
+        torchrun --standalone --nproc-per-node=2 -m tests.support.faulty_training --run_dir ... --data ...
 
 at: plan (the ranks have met, and nothing else has begun; step 0), forward (before a forward pass of the step), batch
 (behind each batch of the validation after the step), validated (behind that validation), or write (when the weights of

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from data_prep.disc_law_records import FILES, TASK_NAMES
-from tests import base_models
-from tests.base_models import CHATML
+from tests.support import base_models
+from tests.support.base_models import CHATML
+from tests.support.commands import launching
 
 PAIR, PAIR_QA, TRIPLET_QA, TRIPLET = (file.stem for file in FILES)
 
@@ -70,3 +71,13 @@ def make_tokenizer(folder: Path, template: str | None = CHATML, **special: str) 
     """A byte-level tokenizer of such records in `folder`: 600 ids, the control tokens of ChatML among them."""
     texts = [str(record(task, number)) for task in TASK_NAMES for number in range(20)]
     return base_models.make_tokenizer(folder, texts, template=template, special={"eos_token": "<|im_end|>", **special})
+
+
+def prepare(folder: Path, tokenizer: Path) -> Path:
+    """Legal records of every task, prepared by the real command."""
+    source = write_source(folder / "source", per_task=20)
+    with launching(folder) as launch:
+        words = ("--source", source, "--tokenizer", tokenizer, "--output", folder / "data", "--validation_share", 0.1)
+        result = launch(*words, "--max_length", 300, module="data_prep.disc_law").wait()
+    assert result.status == 0, result
+    return folder / "data"

@@ -1,6 +1,6 @@
 """Real steps of a QLoRA under ZeRO on two ranks, to measure what they take: see `tests.test_qlora_zero`.
 
-    torchrun --standalone --nproc-per-node=2 -m tests.zero_memory FOLDER '[{"stage": 3}]'
+    torchrun --standalone --nproc-per-node=2 -m tests.support.zero_memory FOLDER '[{"stage": 3}]'
 
 Prints a JSON object a case: the bytes of all tensors at the peak of a step, of the base model's storages on this rank,
 and of the base model whole. What is there between steps is found by asking the garbage collector for tensors, what a
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from tests.bench.common import held_bytes, peak_of_tensors
-from tests.test_memory import make_model
+from tests.support.base_models import make_model
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.precision import choose_precision

@@ -1,6 +1,6 @@
 """A training as wandb sees it: nothing but the lines of a record. A process of its own, so that it can be killed.
 
-    python -m tests.wandb_training '{"run_dir": ..., "options": {...}, "from": 0, "to": 20, ...}'
+    python -m tests.support.wandb_training '{"run_dir": ..., "options": {...}, "from": 0, "to": 20, ...}'
 
 Prints what it measured as its last line, a JSON object.
 """

