@@ -21,14 +21,6 @@ from pathlib import Path
 from launch.console import PeerError, UserError, parse_duration
 from launch.processes import command_line, parent_of
 
-# Idle OpenMP threads spin by default, and as soon as anything else runs on the machine spinning threads starve the
-# working ones (measured: a fivefold slower step). Read once, when torch loads the OpenMP library.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-# About when this process was started, on the clock that no one can set.
-PROCESS_BEGAN = time.monotonic()
-
 # What a Kaggle session with a GPU may take, in seconds, and leave as output, in bytes; the platform tells neither to
 # anybody inside.
 KAGGLE_LIMIT_S = 12 * 3600
@@ -38,6 +30,22 @@ KAGGLE_OUTPUT_BYTES = 20 * 10**9
 # quota (bytes), where they are not Kaggle's: in a rehearsal on another machine.
 KAGGLE_INPUT, KAGGLE_WORKING = "RELAY_KAGGLE_INPUT", "RELAY_KAGGLE_WORKING"
 KAGGLE_LIMIT, KAGGLE_QUOTA = "RELAY_KAGGLE_LIMIT", "RELAY_KAGGLE_QUOTA"
+
+
+_by_srun = False  # whether this process is a task of an srun step
+_loaded = time.monotonic()
+
+
+def arrange_process() -> None:
+    """Sets what the process needs from its launcher before torch is loaded: its rank under srun, its threads."""
+    global _by_srun
+    _by_srun = _adopt_srun_task()
+    # Idle OpenMP threads spin by default, and as soon as anything else runs on the machine spinning threads starve the
+    # working ones (measured: a fivefold slower step). Read once, when torch loads the OpenMP library.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # As torchrun does where processes share a node: all threads for each would be too many, and the bits depend on it.
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")) != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1") if _by_srun else "1")
 
 
 def _adopt_srun_task() -> bool:
@@ -85,13 +93,6 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-_BY_SRUN = _adopt_srun_task()
-
-# As torchrun does where processes share a node: all threads for each would be too many, and the bits depend on it.
-if os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")) != "1":
-    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1") if _BY_SRUN else "1")
-
-
 def without_local_rank(words: Sequence[str]) -> list[str]:
     """A command's words without the `--local_rank=N` that DeepSpeed's launcher puts among the user's own.
 
@@ -113,7 +114,7 @@ class Ranks:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    launched: bool = field(default_factory=lambda: "LOCAL_RANK" in os.environ and not _BY_SRUN)
+    launched: bool = field(default_factory=lambda: "LOCAL_RANK" in os.environ and not _by_srun)
 
 
 def read_ranks() -> Ranks:
@@ -149,7 +150,7 @@ def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:
             "torchrun, deepspeed or srun, or export both"
         )
     name = ""
-    if _BY_SRUN:
+    if _by_srun:
         name = f"{job_id()}.{os.environ['SLURM_STEP_ID']}"
     elif launcher is not None and os.environ.get("CROSS_SIZE") == "1":
         name = str(launcher.lineage[-1])
@@ -158,7 +159,7 @@ def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:
 
 def gpus_of_node() -> int | None:
     """How many GPUs of this node SLURM gave the job, of which a task of srun may see its own only; None elsewhere."""
-    text = os.environ.get("SLURM_GPUS_ON_NODE", "") if _BY_SRUN else ""
+    text = os.environ.get("SLURM_GPUS_ON_NODE", "") if _by_srun else ""
     return int(text) if text.isdigit() else None
 
 
@@ -254,13 +255,24 @@ def _slurm_time_left() -> tuple[float, str] | None:
     return (0.0, "SLURM's time limit") if over else None
 
 
+def process_age_s() -> float:
+    """How long this process runs, on a clock that no one can set."""
+    age_s = _age_s("self")
+    return time.monotonic() - _loaded if age_s is None else age_s
+
+
 def container_age_s() -> float:
     """How long process 1 runs, which is as old as its container; this process's own age where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-        ticks = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]  # field 22: start, after boot
-        return uptime_s - int(ticks) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - PROCESS_BEGAN
+    age_s = _age_s("1")
+    return process_age_s() if age_s is None else age_s
+
+
+def _age_s(process: str) -> float | None:
+    """Seconds since a process was started, as Linux tells it; None elsewhere."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]  # field 22: start, after boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    return None
 
 
 def kaggle_run_type() -> str | None:

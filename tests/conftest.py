@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.commands import REAL_TATOEBA, Launch, launching, prepare
+from tests.support.once import make_shared_folder, once, remove_shared_folder
 
 if TYPE_CHECKING:
     from tests.support.slurm_cluster import SlurmCluster
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the one that starts the workers, or the only one
+        make_shared_folder()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        remove_shared_folder()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,17 +55,24 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 
 @pytest.fixture(scope="session")
-def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sample_data() -> Path:
     """The sample corpus, prepared with the word tokenizer and one vocabulary."""
-    return prepare(tmp_path_factory.mktemp("sample"), "--source", "sample")
+    return once("sample", lambda folder: prepare(folder, "--source", "sample")) / "data"
 
 
 @pytest.fixture(scope="session")
-def real_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_vocabularies() -> Path:
+    """The sample corpus with a vocabulary for each side."""
+    words = ("--source", "sample", "--vocabularies", "separate")
+    return once("two-vocabularies", lambda folder: prepare(folder, *words)) / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
     """The real sentence pairs, prepared likewise; skips where the file is not at hand."""
     if not REAL_TATOEBA.is_file():
         pytest.skip(f"the real Tatoeba file is not at {REAL_TATOEBA} (RELAY_DATA names the folder above it)")
-    return prepare(tmp_path_factory.mktemp("real"), "--source", REAL_TATOEBA)
+    return once("real", lambda folder: prepare(folder, "--source", REAL_TATOEBA)) / "data"
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,11 @@ from pathlib import Path
 import pytest
 
 from launch.environment import KAGGLE_LIMIT_S, time_left
-from tests.support.commands import ENVIRONMENT, ROOT, Started, launching
+from tests.support.commands import ENVIRONMENT, ROOT, Started
 from tests.support.lives import (
     EPOCH,
     LOG_EVERY,
+    RUN,
     SAVE_EVERY,
     SECONDS,
     SLOW,
@@ -42,6 +43,7 @@ from tests.support.runs import (
     assert_same_record,
     content_of,
     last_checkpoint,
+    reference,
     status_of,
     train_lines,
 )
@@ -50,21 +52,10 @@ from training.engine.checkpoint import checkpoints
 from training.engine.tracking import read_metrics
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Callable[[int], Path]:
-    """The run folder of `RUN` on so many ranks (1: a plain process), trained when it is first asked for."""
-    runs: dict[int, Path] = {}
-
-    def run(ranks: int) -> Path:
-        if ranks not in runs:
-            folder = tmp_path_factory.mktemp(f"uninterrupted-{ranks}")
-            with launching(folder) as launch:
-                result = Life(launch, folder, sample_data, ranks if ranks > 1 else None).start().wait()
-            assert result.status == 0, result
-            runs[ranks] = folder / "run"
-        return runs[ranks]
-
-    return run
+@pytest.fixture
+def uninterrupted(sample_data: Path) -> Callable[[int], Path]:
+    """The run folder of `RUN` on so many ranks, trained when it is first asked for."""
+    return lambda ranks: reference(sample_data, *RUN, ranks=ranks)
 
 
 # Kills.

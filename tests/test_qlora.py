@@ -20,8 +20,8 @@ from data_prep.files import sha256_of
 from data_prep.splits import PARTS
 from launch.console import UserError
 from tests.support.base_models import make_tiny_qwen2
-from tests.support.commands import ROOT, Launch, launching
-from tests.support.legal_records import make_tokenizer, prepare
+from tests.support.commands import ROOT, Launch
+from tests.support.legal_records import law_base, law_data, law_tokenizer
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -29,6 +29,7 @@ from tests.support.runs import (
     command_of,
     last_checkpoint,
     losses,
+    reference,
     status_of,
 )
 from training.engine.checkpoint import model_state
@@ -46,36 +47,24 @@ RUN = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "small", pad_token="<|endoftext|>")
+@pytest.fixture
+def tokenizer() -> Path:
+    return law_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    return make_tiny_qwen2(tmp_path_factory.mktemp("base") / "tiny", tokenizer)
+@pytest.fixture
+def base() -> Path:
+    return law_base()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return prepare(tmp_path_factory.mktemp("law"), base)
+@pytest.fixture
+def data() -> Path:
+    return law_data()
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path, base: Path) -> Callable[[int], Path]:
-    runs: dict[int, Path] = {}
-
-    def run(ranks: int) -> Path:
-        if ranks not in runs:
-            folder = tmp_path_factory.mktemp(f"uninterrupted-{ranks}")
-            with launching(folder) as launch:
-                command = command_of(folder / "run", data, "--base_model", base, *RUN)
-                result = launch(*command, module="training.qlora", ranks=ranks if ranks > 1 else None).wait()
-            assert result.status == 0, result
-            runs[ranks] = folder / "run"
-        return runs[ranks]
-
-    return run
+@pytest.fixture
+def uninterrupted(data: Path, base: Path) -> Callable[[int], Path]:
+    return lambda ranks: reference(data, "--base_model", base, *RUN, module="training.qlora", ranks=ranks)
 
 
 def small_config(data: Path, base: Path, **more: object) -> QLoRAConfig:

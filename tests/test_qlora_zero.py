@@ -9,9 +9,8 @@ import pytest
 import torch
 import transformers
 
-from tests.support.base_models import make_tiny_qwen2
-from tests.support.commands import Launch, launching
-from tests.support.legal_records import make_tokenizer, prepare
+from tests.support.commands import Launch
+from tests.support.legal_records import law_base, law_data
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -19,6 +18,7 @@ from tests.support.runs import (
     command_of,
     last_checkpoint,
     losses,
+    reference,
 )
 from training.engine.tracking import read_metrics
 from training.engine.zero import ZeroOptions
@@ -35,26 +35,21 @@ RUN = (
 ZERO = ("--parallel", "deepspeed", "--zero.stage")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def base() -> Path:
     """Wide enough that its weights are spread."""
-    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "small", pad_token="<|endoftext|>")
-    return make_tiny_qwen2(tmp_path_factory.mktemp("base") / "tiny", tokenizer, width=512)
+    return law_base(width=512)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return prepare(tmp_path_factory.mktemp("law"), base)
+@pytest.fixture
+def data() -> Path:
+    return law_data()
 
 
-@pytest.fixture(scope="module")
-def replicated(tmp_path_factory: pytest.TempPathFactory, data: Path, base: Path) -> Path:
+@pytest.fixture
+def replicated(data: Path, base: Path) -> Path:
     """The run without ZeRO."""
-    folder = tmp_path_factory.mktemp("replicated")
-    with launching(folder) as launch:
-        command = command_of(folder / "run", data, "--base_model", base, *RUN)
-        assert launch(*command, module="training.qlora", ranks=2).wait().status == 0
-    return folder / "run"
+    return reference(data, "--base_model", base, *RUN, module="training.qlora", ranks=2)
 
 
 def assert_same_curve(run_dir: Path, other: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.console import UserError
-from tests.support.commands import ROOT, Launch, launching, prepare
+from tests.support.commands import ROOT, Launch
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -19,6 +19,7 @@ from tests.support.runs import (
     command_of,
     last_checkpoint,
     losses,
+    reference,
     status_of,
 )
 from training.engine.checkpoint import checkpoints
@@ -36,26 +37,14 @@ RUN = (
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("separate"), "--source", "sample", "--vocabularies", "separate")
+@pytest.fixture
+def data(two_vocabularies: Path) -> Path:
+    return two_vocabularies
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[[int], Path]:
-    runs: dict[int, Path] = {}
-
-    def run(ranks: int) -> Path:
-        if ranks not in runs:
-            folder = tmp_path_factory.mktemp(f"uninterrupted-{ranks}")
-            with launching(folder) as launch:
-                command = command_of(folder / "run", data, *RUN)
-                result = launch(*command, module="training.seq2seq", ranks=ranks if ranks > 1 else None).wait()
-            assert result.status == 0, result
-            runs[ranks] = folder / "run"
-        return runs[ranks]
-
-    return run
+@pytest.fixture
+def uninterrupted(data: Path) -> Callable[[int], Path]:
+    return lambda ranks: reference(data, *RUN, module="training.seq2seq", ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

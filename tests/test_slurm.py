@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from launch.slurm_job import read_events
-from tests.support.commands import PATIENCE_S, launching
+from tests.support.commands import PATIENCE_S
 from tests.support.lives import RUN, SLOW, STEPS, assert_little_is_lost
-from tests.support.runs import assert_same_model, assert_same_record, command_of, last_checkpoint, status_of
+from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, reference, status_of
 from tests.support.slurm_cluster import ENDED, SlurmCluster, write_config
 from training.engine.account import read_sessions
 from training.engine.tracking import read_metrics
@@ -30,21 +30,10 @@ pytestmark = pytest.mark.timeout(1200)
 DEEPSPEED = ("--parallel", "deepspeed", "--zero.stage", 2)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Callable[..., Path]:
-    """The run folder of `RUN` with these words, by torchrun with two ranks here, trained when it is first asked for."""
-    runs: dict[tuple[object, ...], Path] = {}
-
-    def run(*words: object) -> Path:
-        if words not in runs:
-            folder = tmp_path_factory.mktemp("uninterrupted")
-            with launching(folder) as launch:
-                result = launch(*command_of(folder / "run", sample_data, *RUN, *words), ranks=2).wait()
-            assert result.status == 0, result
-            runs[words] = folder / "run"
-        return runs[words]
-
-    return run
+@pytest.fixture
+def uninterrupted(sample_data: Path) -> Callable[..., Path]:
+    """The run folder of an uninterrupted run on two ranks, with such options."""
+    return lambda *words: reference(sample_data, *RUN, *words, ranks=2)
 
 
 class Submission:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from safetensors.torch import load_file
 
 from data_prep.prepared import open_prepared
 from launch.config import to_yaml
-from tests.support.commands import ROOT, Launch, Result, launching, prepare
+from tests.support.commands import ROOT, Launch, Result, prepare
+from tests.support.lives import Life, resumed_at
+from tests.support.once import once
 from tests.support.runs import (
     MODEL,
     SHORT_RUN,
@@ -37,49 +40,33 @@ from tests.support.runs import (
     last_checkpoint,
     losses,
     plan_of,
+    reference,
     status_of,
     train_lines,
 )
 from training.engine.checkpoint import checkpoints, newest_valid
 from training.engine.tracking import read_metrics
 
-STEPS = 200
-# 642 micro-batches an epoch: it ends in the middle of a step, and the run goes on behind it.
+STEPS = 50
+# 161 micro-batches an epoch: it ends in the middle of a step, and the run goes on behind it.
 WHOLE_RUN = (
     *MODEL,
-    *("--batch.sentences_per_micro_batch", 8, "--batch.tokens_per_micro_batch", 256),
-    *("--batch.micro_batches_per_step", 4, "--optim.epochs", 1.24, "--optim.warmup_steps", 20, "--optim.lr", 3e-3),
-    *("--log.validate_every_steps", 50, "--checkpoint.every_steps", 40),
+    *("--batch.sentences_per_micro_batch", 32, "--batch.tokens_per_micro_batch", 1024),
+    *("--batch.micro_batches_per_step", 4, "--optim.epochs", 1.24, "--optim.warmup_steps", 5, "--optim.lr", 1e-2),
+    *("--log.validate_every_steps", 10, "--checkpoint.every_steps", 8),
 )
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Callable[[int], Path]:
-    """The run folder of `WHOLE_RUN` on so many ranks (1: a plain process), trained when it is first asked for."""
-    runs: dict[int, Path] = {}
-
-    def run(ranks: int) -> Path:
-        if ranks not in runs:
-            folder = tmp_path_factory.mktemp(f"uninterrupted-{ranks}")
-            with launching(folder) as launch:
-                command = command_of(folder / "run", sample_data, *WHOLE_RUN)
-                result = launch(*command, ranks=ranks if ranks > 1 else None).wait()
-            assert result.status == 0, result
-            runs[ranks] = folder / "run"
-        return runs[ranks]
-
-    return run
+@pytest.fixture
+def uninterrupted(sample_data: Path) -> Callable[[int], Path]:
+    """The run folder of `WHOLE_RUN` on so many ranks, trained when it is first asked for."""
+    return lambda ranks: reference(sample_data, *WHOLE_RUN, ranks=ranks)
 
 
-@pytest.fixture(scope="module")
-def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def other_data() -> Path:
     """The sample corpus, split otherwise."""
-    return prepare(tmp_path_factory.mktemp("other"), "--source", "sample", "--seed", 5)
-
-
-@pytest.fixture(scope="module")
-def two_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("separate"), "--source", "sample", "--vocabularies", "separate")
+    return once("other", lambda folder: prepare(folder, "--source", "sample", "--seed", 5)) / "data"
 
 
 # The order of sums is all that the number of ranks changes.
@@ -108,7 +95,7 @@ def test_a_finished_run_is_complete(uninterrupted):
     status = status_of(run_dir)
     assert (status["status"], status["step"], status["steps"]) == ("finished", STEPS, STEPS)
     validations = {line["step"]: line["accuracy"] for line in read_metrics(run_dir) if line["kind"] == "validation"}
-    assert list(validations) == [50, 100, 150, 200]
+    assert list(validations) == [10, 20, 30, 40, 50]
     assert status["best_accuracy"] == max(validations.values()) == validations[status["best_step"]]
     assert [path.name for path in run_dir.rglob(".*")] == [], "temporary files"
 
@@ -123,89 +110,81 @@ def test_same_command_twice_gives_the_same_weights(uninterrupted, launch: Launch
 # What happens to a run, and what it costs.
 
 
-def test_killed_rank_killed_machine_and_flipped_bit_cost_nothing_but_time(
-    uninterrupted, launch: Launch, sample_data, tmp_path
-):
-    run_dir = tmp_path / "run"
-    command = command_of(run_dir, sample_data, *WHOLE_RUN)
+@pytest.fixture
+def life(launch: Launch, tmp_path: Path, sample_data: Path) -> Callable[[int | None], Life]:
+    """A life of `WHOLE_RUN` on so many ranks."""
+    return lambda ranks: Life(launch, tmp_path, sample_data, ranks, run=WHOLE_RUN)
 
-    first = launch(*command, ranks=2)
-    first.wait_for_step(run_dir, 45)
-    os.kill(first.rank(1), signal.SIGKILL)
+
+def test_killed_rank_killed_machine_and_flipped_bit_cost_nothing_but_time(uninterrupted, life):
+    life = life(2)
+    first = life.start({"at": "forward", "step": 12, "rank": 1, "do": "SIGKILL"}, real=True)
     assert first.wait().status != 0
 
-    second = launch(*command, ranks=2)
-    second.wait_for_step(run_dir, 105)
+    second = life.start({"at": "forward", "step": 27, "do": "hold"}, real=True)
+    life.wait_at(second, "forward-27")
+    assert resumed_at(second) == 10  # the best so far
     second.kill_all()
-    assert "resuming at step" in second.printed()
-    assert len(checkpoints(run_dir)) >= 2
-    damaged = checkpoints(run_dir)[-1]
+    assert len(checkpoints(life.run_dir)) >= 2
+    damaged = checkpoints(life.run_dir)[-1]
     damage(damaged)
 
-    third = launch(*command, ranks=2).wait()
-    assert third.status == 0, third
+    third = life.finish(uninterrupted(2))
     assert f"checkpoint {damaged.folder} is damaged" in third.err
-    assert_same_model(run_dir, uninterrupted(2))
-    assert_same_record(run_dir, uninterrupted(2))
 
 
-def test_four_killed_ranks_resume_to_the_same_weights(uninterrupted, launch: Launch, sample_data, tmp_path):
+def test_four_killed_ranks_resume_to_the_same_weights(uninterrupted, life):
     """Four, since from three ranks on the order of DDP's sums can change in the middle of a process's life."""
-    run_dir = tmp_path / "run"
-    command = command_of(run_dir, sample_data, *WHOLE_RUN)
-    first = launch(*command, ranks=4)
-    first.wait_for_step(run_dir, 60)
+    life = life(4)
+    first = life.start({"at": "forward", "step": 19, "rank": 3, "do": "hold"})
+    life.wait_at(first, "forward-19", rank=3)
     first.kill_all()
-    second = launch(*command, ranks=4).wait()
-    assert second.status == 0, second
-    assert "resuming at step" in second.out
-    assert_same_model(run_dir, uninterrupted(4))
-    assert_same_record(run_dir, uninterrupted(4))
+    assert "resuming at step" in life.finish(uninterrupted(4)).out
 
 
-def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_continues(
-    uninterrupted, launch: Launch, sample_data, tmp_path
-):
-    run_dir = tmp_path / "run"
-    command = command_of(run_dir, sample_data, *WHOLE_RUN)
-
-    first = launch(*command, ranks=2)
-    first.wait_for_step(run_dir, 30)
+def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_continues(uninterrupted, life):
+    life = life(2)
+    first = life.start({"at": "forward", "step": 12, "rank": 0, "do": "hold"}, real=True)
+    life.wait_at(first, "forward-12")
     os.kill(first.rank(1), signal.SIGTERM)
+    life.go_on("forward-12")
     result = first.wait()
     assert result.status == 0, result
-    assert_stopped(run_dir, result, "signal SIGTERM")
+    assert_stopped(life.run_dir, result, "signal SIGTERM")
 
     # Another person's session: how often to save and to report may change at any time.
-    second = launch(*command, "--checkpoint.every_steps", 7, "--log.every_steps", 2, "--checkpoint.keep", 3, ranks=2)
-    second.wait_for_step(run_dir, 90)
+    words = ("--checkpoint.every_steps", 7, "--log.every_steps", 2, "--checkpoint.keep", 3)
+    second = life.start({"at": "forward", "step": 30, "rank": 0, "do": "hold"}, words=words, real=True)
+    life.wait_at(second, "forward-30")
     second.process.terminate()
+    life.go_on("forward-30")
     result = second.wait()
-    assert_stopped(run_dir, result, "signal SIGTERM")
+    assert_stopped(life.run_dir, result, "signal SIGTERM")
 
-    third = launch(*command, ranks=2).wait()
+    third = life.start().wait()
     assert third.status == 0, third
-    assert_same_model(run_dir, uninterrupted(2))
+    assert_same_model(life.run_dir, uninterrupted(2))
 
 
 def assert_stopped(run_dir: Path, result: Result, reason: str) -> None:
     """A stop on request: the step it came to is saved, and status.json says how to go on."""
     status = status_of(run_dir)
     assert (status["status"], status["reason"], status["steps"]) == ("resumable", reason, STEPS), result
-    assert f"stopped by {reason} at step {status['step']} of 200; the same command continues" in result.out
+    assert f"stopped by {reason} at step {status['step']} of {STEPS}; the same command continues" in result.out
     assert last_checkpoint(run_dir).step == status["step"]
     assert status["step"] - 2 < train_lines(run_dir)[-1]["step"] <= status["step"]
     assert result.error_lines == []
 
 
 def test_stopped_plain_process_exits_75_refuses_another_run_and_goes_on_with_two_ranks(
-    uninterrupted, launch: Launch, sample_data, other_data, tmp_path
+    uninterrupted, launch: Launch, life, sample_data, other_data
 ):
-    run_dir = tmp_path / "run"
-    command = command_of(run_dir, sample_data, *WHOLE_RUN)
-    first = launch(*command)
-    first.wait_for_step(run_dir, 60)
+    life = life(None)
+    run_dir, command = life.run_dir, life.command
+    first = life.start({"at": "forward", "step": 15, "do": "hold"})
+    life.wait_at(first, "forward-15")
     (run_dir / "STOP").touch()
+    life.go_on("forward-15")
     result = first.wait()
     assert result.status == 75, result
     assert_stopped(run_dir, result, f"the file {run_dir / 'STOP'}")
@@ -214,7 +193,7 @@ def test_stopped_plain_process_exits_75_refuses_another_run_and_goes_on_with_two
     before = content_of(run_dir)
     changed = launch(*command, "--seed", 4, "--optim.lr", 1e-3, "--model.layers", 3, "--loss.label_smoothing", 0.1)
     other = launch(*command, "--data", other_data)
-    parts = ["seed: 1234 -> 4", "optim.lr: 0.003 -> 0.001", "model.layers: 2 -> 3", "loss.label_smoothing: 0.0 -> 0.1"]
+    parts = ["seed: 1234 -> 4", "optim.lr: 0.01 -> 0.001", "model.layers: 2 -> 3", "loss.label_smoothing: 0.0 -> 0.1"]
     assert_only_one_line_is_said(changed.wait(), "another definition", *parts, "nothing was changed")
     assert_only_one_line_is_said(other.wait(), "was trained on other data than --data", "nothing was changed")
     assert content_of(run_dir) == before
@@ -229,9 +208,9 @@ def status_of_step(content: dict[str, bytes | None], run_dir: Path) -> int:
     return json.loads(content[str(run_dir / "status.json")] or b"")["step"]
 
 
-def test_finished_run_says_so_and_changes_nothing(uninterrupted, launch: Launch, sample_data):
+def test_finished_run_says_so_and_changes_nothing(uninterrupted, launch: Launch, sample_data, tmp_path):
     """Even if the process was killed right behind its last checkpoint, before it could write that it has finished."""
-    run_dir = uninterrupted(2)
+    run_dir = shutil.copytree(uninterrupted(2), tmp_path / "run")
     before = content_of(run_dir)
     status = run_dir / "status.json"
     status.write_text(status.read_text(encoding="utf-8").replace('"finished"', '"running"'), encoding="utf-8")
@@ -244,11 +223,11 @@ def test_finished_run_says_so_and_changes_nothing(uninterrupted, launch: Launch,
 def test_fp16_keeps_its_scaler_and_resumes_to_the_same_weights(launch: Launch, sample_data, tmp_path):
     options = (*SHORT_RUN, "--precision", "fp16", "--optim.epochs", 0.4, "--checkpoint.every_steps", 10)
     whole = launch(*command_of(tmp_path / "whole", sample_data, *options))
-    command = command_of(tmp_path / "run", sample_data, *options)
-    first = launch(*command)
-    first.wait_for_step(tmp_path / "run", 15)
+    life = Life(launch, tmp_path, sample_data, None, run=options)
+    first = life.start({"at": "forward", "step": 17, "do": "hold"})
+    life.wait_at(first, "forward-17")
     first.kill_all()
-    assert launch(*command).wait().status == 0
+    assert life.start().wait().status == 0
     assert whole.wait().status == 0
     scaler = last_checkpoint(tmp_path / "run").state()["scaler"]
     assert scaler["_growth_tracker"] >= 30, "it counts the steps since the start or the last overflow"
@@ -326,12 +305,12 @@ def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: L
     for part in (
         to_yaml(config_of(command)),
         "5,130 samples",
-        f"{plan.lengths.sum():,} tokens an epoch in 642 micro-batches",
+        f"{plan.lengths.sum():,} tokens an epoch in 161 micro-batches",
         f"{plan.padding_share():.1%} padding",
         "a step: 1 ranks x 4 micro-batches",
-        f"200 steps in {plan.epoch(200):.2f} epochs",
+        f"50 steps in {plan.epoch(50):.2f} epochs",
         "nothing was written",
-        "a checkpoint every 40 steps is one every",
+        "a checkpoint every 8 steps is one every",
         "a kill costs half of that and a start;",
         "would lose least; a start takes",
     ):

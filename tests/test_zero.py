@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from launch.console import UserError
-from tests.support.commands import Launch, launching
-from tests.support.lives import SLOW, Life, assert_all_gone, assert_stopped, resumed_at
+from tests.support.commands import Launch
+from tests.support.lives import RUN, SLOW, Life, assert_all_gone, assert_stopped, resumed_at
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -21,6 +21,7 @@ from tests.support.runs import (
     damage,
     last_checkpoint,
     losses,
+    reference,
     status_of,
 )
 from training.engine.batch_plan import in_rounds
@@ -36,20 +37,15 @@ def zero(stage: int, offload: str = "none") -> tuple[object, ...]:
     return ("--parallel", "deepspeed", "--zero.stage", stage, "--zero.offload", offload)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> Callable[..., Path]:
-    """The run folder of an uninterrupted run on two ranks, with such options, trained when it is first asked for."""
-    runs: dict[tuple[object, ...], Path] = {}
+@pytest.fixture
+def whole(sample_data: Path) -> Callable[..., Path]:
+    """The run folder of an uninterrupted run on two ranks, with such options."""
 
     def run(*words: object) -> Path:
-        if words not in runs:
-            folder = tmp_path_factory.mktemp("whole")
-            with launching(folder) as launch:
-                result = Life(launch, folder, sample_data, ranks=2).start(words=(*LONGER, *words)).wait()
-            assert result.status == 0, result
-            assert "Warning" not in result.err and "[WARNING]" not in result.out, result
-            runs[words] = folder / "run"
-        return runs[words]
+        run_dir = reference(sample_data, *RUN, *LONGER, *words, ranks=2)
+        said = [(run_dir.parent / "output-0" / name).read_text() for name in ("out", "err")]
+        assert "Warning" not in said[1] and "[WARNING]" not in said[0], said
+        return run_dir
 
     return run
 

@@ -1,3 +1,5 @@
 """The training scripts, each readable from top to bottom, and what they share."""
 
-import launch.environment  # noqa: F401 (before torch: OpenMP reads its settings when torch loads it)
+from launch.environment import arrange_process
+
+arrange_process()  # before torch, which reads OpenMP's settings when it is loaded

@@ -32,11 +32,11 @@ from data_prep.files import write_atomically, writing_to
 from launch.config import command_line, script_of
 from launch.console import Terminated, TryLaterError, UserError, format_duration, run_main, say, warn
 from launch.environment import (
-    PROCESS_BEGAN,
     kaggle_input,
     kaggle_output_bytes,
     kaggle_run_type,
     kaggle_working,
+    process_age_s,
     ranks_without_gpus,
     time_left,
 )
@@ -341,7 +341,7 @@ class Session:
             "step": self._step(),
             "from_step": self._first_step,
             "steps": status.get("steps"),
-            "seconds": round(time.monotonic() - PROCESS_BEGAN, 1),
+            "seconds": round(process_age_s(), 1),
             "training_seconds": round(sum(each["seconds"] for each in sessions), 1),
             "margin_seconds": round(self.margin, 1),
             "output_bytes": bytes_below(self.working),

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from launch.processes import children, family_of, kill_all
+from tests.support.once import shared_folder
+from tests.support.zygote import Forked, can_fork, kind_of
 from training.engine.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,22 +47,18 @@ class Result:
 
 
 class Started:
-    """A running command with all of its processes."""
+    """A running command with all of its processes.
 
-    def __init__(self, words: list[str], folder: Path, environment: Mapping[str, str] | None = None):
+    process: a `Popen`, or what the zygote forked, which is used the same way.
+    """
+
+    def __init__(self, folder: Path, start: Callable[[BinaryIO, BinaryIO, str], subprocess.Popen[bytes] | Forked]):
         self._out, self._err = folder / "out", folder / "err"
-        # Every process that comes of the command inherits this, and can be found by it when its parent is gone.
-        self._mark = f"RELAY_TEST={folder}"
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                words,
-                cwd=ROOT,
-                env={**ENVIRONMENT, **(environment or {}), "RELAY_TEST": str(folder)},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            self.process = start(out, err, str(folder))
+        # Every process that comes of a command inherits this, and can be found by it when its parent is gone. What is
+        # forked shows its zygote's variables instead, and is found by its session.
+        self._mark = f"RELAY_TEST={folder}".encode()
 
     def printed(self) -> str:
         """Everything so far, for a failing test's message."""
@@ -89,7 +88,9 @@ class Started:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with suppress(OSError):  # gone meanwhile, or another user's
-                    if self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                    marked = self._mark in (entry / "environ").read_bytes().split(b"\0")
+                    if state != "Z" and (marked or int(session) == self.process.pid):
                         found.append(int(entry.name))
         return found
 
@@ -111,7 +112,8 @@ def launching(folder: Path) -> Iterator[Launch]:
     """Gives `launch(*words, module="training.gpt", ranks=None)`: `python -m module words`, or torchrun with `ranks`.
 
     environment: variables beside the usual ones. torchrun: more of its own options. starter: what stands before
-    the module's name instead. What still runs at the end of the block is killed.
+    the module's name instead. real: a start from nothing, by the real torchrun if there are ranks; otherwise processes
+    are forked where that makes no difference. What still runs at the end of the block is killed.
     """
     started: list[Started] = []
 
@@ -122,6 +124,7 @@ def launching(folder: Path) -> Iterator[Launch]:
         environment: Mapping[str, str] | None = None,
         torchrun: Sequence[str] = (),
         starter: Sequence[str] | None = None,
+        real: bool = False,
     ) -> Started:
         command = [sys.executable, "-m"]
         if ranks is not None:
@@ -129,9 +132,27 @@ def launching(folder: Path) -> Iterator[Launch]:
             command = [str(program), "--standalone", f"--nproc-per-node={ranks}", *torchrun, "-m"]
         if starter is not None:
             command = list(starter)
+        texts = [str(word) for word in words]
+        fork = not real and not torchrun and starter is None and can_fork(module, environment or {})
+
+        def start(out: BinaryIO, err: BinaryIO, mark: str) -> subprocess.Popen[bytes] | Forked:
+            env = {**ENVIRONMENT, **(environment or {}), "RELAY_TEST": mark}
+            if fork:
+                request = {"module": module, "words": texts, "ranks": ranks, "env": env, "folder": str(ROOT)}
+                return Forked(shared_folder(), kind_of(module, texts), request, out, err)
+            return subprocess.Popen(
+                [*command, module, *texts],
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
         output = folder / f"output-{len(started)}"
         output.mkdir()
-        started.append(Started([*command, module, *map(str, words)], output, environment))
+        started.append(Started(output, start))
         return started[-1]
 
     try:

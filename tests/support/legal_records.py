@@ -8,8 +8,9 @@ from pathlib import Path
 
 from data_prep.disc_law_records import FILES, TASK_NAMES
 from tests.support import base_models
-from tests.support.base_models import CHATML
+from tests.support.base_models import CHATML, make_tiny_qwen2
 from tests.support.commands import launching
+from tests.support.once import once
 
 PAIR, PAIR_QA, TRIPLET_QA, TRIPLET = (file.stem for file in FILES)
 
@@ -81,3 +82,20 @@ def prepare(folder: Path, tokenizer: Path) -> Path:
         result = launch(*words, "--max_length", 300, module="data_prep.disc_law").wait()
     assert result.status == 0, result
     return folder / "data"
+
+
+def law_tokenizer() -> Path:
+    """A tokenizer for legal records, whose padding token is none of the conversation's."""
+    return once("law-tokenizer", lambda folder: make_tokenizer(folder / "small", pad_token="<|endoftext|>")) / "small"
+
+
+def law_base(width: int = 64) -> Path:
+    """A tiny random chat model with that tokenizer."""
+    tokenizer = law_tokenizer()
+    return once(f"law-base-{width}", lambda folder: make_tiny_qwen2(folder / "tiny", tokenizer, width=width)) / "tiny"
+
+
+def law_data() -> Path:
+    """Legal records of every task, prepared for that model."""
+    base = law_base()
+    return once("law-data", lambda folder: prepare(folder, base)) / "data"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,18 @@ SECONDS = 60
 class Life:
     """One run from its first session to its last; `start` begins the next one, with its accidents."""
 
-    def __init__(self, launch: Launch, folder: Path, data: Path, ranks: int | None, run_dir: Path | None = None):
+    def __init__(
+        self,
+        launch: Launch,
+        folder: Path,
+        data: Path,
+        ranks: int | None,
+        run_dir: Path | None = None,
+        run: Sequence[object] = RUN,
+    ):
         self._launch, self._folder, self.ranks = launch, folder, ranks
         self.run_dir = run_dir or folder / "run"
-        self.command = command_of(self.run_dir, data, *RUN)
+        self.command = command_of(self.run_dir, data, *run)
         self._sessions = 0
         self.places = folder
 
@@ -60,6 +68,7 @@ class Life:
         environment: dict[str, str] | None = None,
         torchrun: tuple[str, ...] = (),
         ranks: int | None = None,
+        real: bool = False,
     ) -> Started:
         self._sessions += 1
         self.places = self._folder / f"places-{self._sessions}"
@@ -72,6 +81,7 @@ class Life:
             ranks=self.ranks if ranks is None else ranks or None,
             environment={**(environment or {}), "ACCIDENTS": json.dumps(about)},
             torchrun=torchrun,
+            real=real,
         )
 
     def wait_at(self, started: Started, place: str, rank: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from itertools import pairwise
@@ -10,7 +11,8 @@ from typing import Any
 
 from data_prep.prepared import open_prepared
 from launch.config import parse
-from tests.support.commands import Result
+from tests.support.commands import Result, launching
+from tests.support.once import once
 from training.engine.account import read_status
 from training.engine.batch_plan import BatchPlan
 from training.engine.checkpoint import Checkpoint, checkpoints
@@ -105,3 +107,16 @@ def damage(checkpoint: Checkpoint) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def reference(data: Path, *words: object, module: str = "training.gpt", ranks: int = 1) -> Path:
+    """The folder of an uninterrupted run on so many ranks (1: a plain process), which nobody may change."""
+
+    def train(folder: Path) -> None:
+        with launching(folder) as launch:
+            command = command_of(folder / "run", data, *words)
+            result = launch(*command, module=module, ranks=ranks if ranks > 1 else None).wait()
+        assert result.status == 0, result
+
+    name = hashlib.sha256(repr((str(data), *map(str, words), module, ranks)).encode()).hexdigest()[:16]
+    return once(f"run-{name}", train) / "run"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from launch.config import to_yaml
 from launch.console import Progress, UserError, format_duration, say
-from launch.environment import PROCESS_BEGAN
+from launch.environment import process_age_s
 from training.engine.account import EXIT_RESUMABLE, Status, write_status
 from training.engine.batch_plan import MicroBatch, in_rounds
 from training.engine.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster)
         value = float(loss)
         times.append(time.monotonic() - began)
         if step == 0:
-            start_s = time.monotonic() - PROCESS_BEGAN
+            start_s = process_age_s()
     whole = format_duration(times[-1] * task.plan.steps)
     say(f"dry run: loss {value:.4f}; a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}")
     say(_price_of_a_kill(config, engine, times[-1], start_s))
@@ -163,11 +163,14 @@ def _forward_backward(
     step: int,
     beat: Callable[[str], None] = lambda doing: None,
 ) -> Tensor:
+    # On a CPU only its own generator: torch.manual_seed also notes where it was called, for GPUs to come (1 ms a call).
+    set_seed = torch.default_generator.manual_seed if cluster.device.type == "cpu" else torch.manual_seed
+
     def seed(batch: MicroBatch) -> None:
         """Dropout depends on the micro-batch, never on the rank or the session that runs it."""
         beat(f"step {step + 1}, forward pass")
         words = np.random.SeedSequence([config.seed, step, batch.number]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0] >> np.uint64(1)))
+        set_seed(int(words[0] >> np.uint64(1)))
 
     return engine.forward_backward(
         task.plan.share(step, cluster.rank, cluster.world_size),

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from launch.config import Duration, Options
 from launch.console import format_duration, say
-from launch.environment import PROCESS_BEGAN, time_left
+from launch.environment import process_age_s, time_left
 from training.engine.account import STOP_FILE
 from training.engine.cluster import Cluster
 
@@ -161,7 +161,7 @@ def _deadline(options: SessionOptions) -> tuple[float, str | None]:
     now = time.monotonic()
     limits = []
     if options.time_limit is not None:
-        limits.append((PROCESS_BEGAN + options.time_limit, "session.time_limit"))
+        limits.append((now - process_age_s() + options.time_limit, "session.time_limit"))
     surroundings = time_left()
     if surroundings is not None:
         limits.append((now + surroundings[0], surroundings[1]))

@@ -1,0 +1,265 @@
+"""Processes without the seconds that imports take: forked from one that has everything imported already.
+
+What is forked is a process of its own, with its own session, signals, files and ranks; all that it lacks is the start
+of an interpreter. A zygote has one thread, no process group and no GPU, which it checks before every fork; signal
+handlers, umask, faulthandler, argv and environment are a new process's. Tests of what happens in a start (imports,
+threads, memory, launchers, what hangs or is orphaned) start for real: `real=True` of `launch`.
+
+One zygote of a kind serves all workers of a test run, started when first asked and gone when pytest is. Its children
+have one hash seed: a result that depends on it would show only in real starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# What each kind has imported; torch's optimizers import torch._dynamo when the first is made. Nothing that a command
+# promises not to import belongs here, such as wandb.
+_TORCH = ["torch", "torch.distributed", "torch._dynamo", "training.gpt"]
+_TRANSFORMERS = ["transformers", "peft", "bitsandbytes", "training.qlora"]
+KINDS = {
+    "plain": [
+        *(*_TORCH, "training.seq2seq", "training.evaluation.evaluate", "data_prep.tatoeba"),
+        *("datasets", "sacrebleu", "sklearn.model_selection", "sentencepiece", "opencc"),
+    ],
+    "chat": [*_TORCH, *_TRANSFORMERS, "data_prep.disc_law"],
+    "deepspeed": [*_TORCH, *_TRANSFORMERS, "deepspeed"],
+}
+_CHAT = ("qlora", "answers", "adapters", "disc_law", "instructions", "conversations")
+
+# Variables that count while a process runs; all others might have been read when something was imported.
+_READ_LATE = ("ACCIDENTS", "KAGGLE_", "MASTER_", "RELAY_", "SLURM_", "STAGED_", "WANDB_", "RANKS")
+
+# Threads at work in the zygote could hold locks that nobody in a child would ever open.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+
+# How long a launcher waits for its ranks to leave, as torchrun does.
+_PATIENCE_S = 30
+
+
+def can_fork(module: str, environment: Mapping[str, str]) -> bool:
+    """Whether the process would be the same as one that is started anew."""
+    return not module.startswith("tests.bench") and all(name.startswith(_READ_LATE) for name in environment)
+
+
+def kind_of(module: str, words: Sequence[str]) -> str:
+    """The zygote that has imported what the command needs."""
+    if "deepspeed" in words:
+        return "deepspeed"
+    return "chat" if any(name in each for each in (module, *words[:1]) for name in _CHAT) else "plain"
+
+
+class Forked:
+    """A process of a zygote, to be used as a `subprocess.Popen` is."""
+
+    def __init__(self, folder: Path, kind: str, request: dict[str, Any], out: BinaryIO, err: BinaryIO):
+        self._connection = _connect(folder, kind, request["env"])
+        socket.send_fds(self._connection, [json.dumps(request).encode()], [out.fileno(), err.fileno()])
+        self.pid: int = self._answer(None)
+        self.returncode: int | None = None
+
+    def _answer(self, timeout: float | None) -> int:
+        self._connection.settimeout(timeout)
+        said = self._connection.recv(64)
+        assert said, "the zygote has ended: its last words are in the log beside its socket"
+        return int(said)
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end; raises TimeoutExpired."""
+        if self.returncode is None:
+            try:
+                self.returncode = self._answer(timeout)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired("a forked process", timeout or 0) from None
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _connect(folder: Path, kind: str, environment: Mapping[str, str]) -> socket.socket:
+    """A connection to the zygote of this kind, which is started if there is none yet."""
+    address = folder / f"{kind}.socket"
+    with (folder / f"{kind}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not address.exists():
+            controller = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+            words = [sys.executable, "-m", "tests.support.zygote", kind, str(address), str(controller)]
+            around = {name: text for name, text in environment.items() if not name.startswith(_READ_LATE)}
+            with (folder / f"{kind}.log").open("wb") as log:
+                subprocess.Popen(
+                    words,
+                    env=around | _ONE_THREAD,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            while not address.exists():
+                time.sleep(0.02)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(str(address))
+    return connection
+
+
+def _check() -> None:
+    """That a child will be as fresh as a process that was started anew."""
+    threads = [Path(path, "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+    assert len(threads) == 1, f"the zygote has threads: {threads}"
+    torch = sys.modules["torch"]
+    assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGPIPE: signal.SIG_IGN, signal.SIGXFSZ: signal.SIG_IGN}
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        assert signal.getsignal(number) in (usual.get(number, signal.SIG_DFL), None), f"{number} is handled"
+    assert not faulthandler.is_enabled()
+
+
+def _serve(listener: socket.socket, controller: int) -> dict[str, Any]:
+    """Forks what is asked for, and tells each client how its process has ended. Returns in the children only."""
+    poller, children = select.poll(), dict[int, tuple[int, socket.socket]]()
+    poller.register(listener, select.POLLIN)
+    while True:
+        for ready, _ in poller.poll(1000):
+            if ready != listener.fileno():
+                pid, client = children.pop(ready)
+                poller.unregister(ready)
+                os.close(ready)
+                with contextlib.suppress(OSError):  # the client may be gone
+                    client.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+                client.close()
+                continue
+            client, _ = listener.accept()
+            message, files, _, _ = socket.recv_fds(client, 1 << 20, 2)
+            _check()
+            pid = os.fork()
+            if pid == 0:
+                for each in (listener, client, *(other for _, other in children.values())):
+                    each.close()
+                for each in children:
+                    os.close(each)
+                for number, file in zip((1, 2), files, strict=True):
+                    os.dup2(file, number)
+                    os.close(file)
+                return json.loads(message)
+            for file in files:
+                os.close(file)
+            client.send(str(pid).encode())
+            ended = os.pidfd_open(pid)
+            children[ended] = pid, client
+            poller.register(ended, select.POLLIN)
+        try:
+            os.kill(controller, 0)
+        except ProcessLookupError:
+            os._exit(0)
+
+
+def _fork_ranks(count: int) -> None:
+    """Returns in each of `count` ranks; this process becomes their launcher, as torchrun would be."""
+    import torch
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    ranks: set[int] = set()
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            listener.close()
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ |= {name: str(value) for name, value in names.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {"TORCHELASTIC_RUN_ID": str(os.getppid()), "TORCHELASTIC_RESTART_COUNT": "0"}
+            return
+        ranks.add(pid)
+
+    def end_all(number: int) -> None:
+        for pid in ranks:
+            os.kill(pid, number)
+        signal.alarm(_PATIENCE_S)
+
+    status = 0
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal status
+        status = 1
+        end_all(signal.SIGKILL if number == signal.SIGALRM else number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, pass_on)
+    # Last, since it has threads.
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    while ranks:
+        pid, ended = os.wait()
+        ranks.discard(pid)
+        if ended and not status:
+            status = 1
+            end_all(signal.SIGTERM)
+    del store
+    os._exit(status)
+
+
+def _run(request: dict[str, Any]) -> None:
+    """What `python -m module words...` would do in this environment."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["folder"])
+    if request["ranks"] is not None:
+        _fork_ranks(request["ranks"])
+
+    import numpy as np
+
+    from launch.environment import arrange_process
+
+    np.random.seed()
+    arrange_process()
+    sys.argv = [request["module"], *request["words"]]
+    # That the module is imported already, and run again by this name, is as in any `python -m`.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+def main(kind: str, address: str, controller: str) -> None:
+    for module in KINDS[kind]:
+        importlib.import_module(module)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{address}.new")
+    listener.listen(64)
+    Path(f"{address}.new").rename(address)
+    _run(_serve(listener, int(controller)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
