@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# The whole test suite, on a fresh machine too: bash tests/run.sh [pytest arguments]
+# The tests, on a fresh machine too: bash tests/run.sh [--all] [pytest arguments]
+# Without --all every promise is proved once; with it so is what takes long: whole benches, twenty kills, a real chat
+# model, the longest SLURM cases, deliberate faults.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
@@ -7,6 +9,11 @@ source launch/setup.sh
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
-# Three workers (-n 0: none), since some tests mostly wait, for SLURM above all. Each goes through the files in order, so
-# that what a file prepares is mostly prepared once, and takes from another's end when it has nothing left.
-python -m pytest -n 3 --dist worksteal "$@"
+selected=(-m "not whole")
+if [[ "${1:-}" == --all ]]; then
+    selected=()
+    shift
+fi
+# One worker more than cores (-n 0: none), since some tests mostly wait, for SLURM above all. Each goes through the files
+# in order, so that what a file prepares is mostly prepared once, and takes from another's end when it has nothing left.
+python -m pytest -n "$(($(nproc) + 1))" --dist worksteal "${selected[@]}" "$@"

@@ -278,7 +278,7 @@ def test_padding_is_not_counted_as_tokens(launch: Launch, sample_data, tmp_path)
 
 
 def test_memory_beyond_model_and_optimizer_stays_below_a_gigabyte_on_real_data(launch: Launch, real_data, tmp_path):
-    options = ("--optim.epochs", 0.04, "--optim.warmup_steps", 0, "--log.every_steps", 1)
+    options = ("--optim.steps", 3, "--optim.warmup_steps", 0, "--log.every_steps", 1)
     command = command_of(tmp_path / "run", real_data, *options, "--log.validate_every_steps", 2)
     result = launch(ROOT / "configs/gpt/base.yaml", *command).wait()
     assert result.status == 0, result
