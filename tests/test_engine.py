@@ -49,7 +49,8 @@ INPUTS = torch.from_numpy(_dice.normal(size=(SAMPLES, 6))).float()
 LABELS = torch.from_numpy(_dice.integers(0, 5, SAMPLES))
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
+# A process has one such server: where both files are run, it serves test_checkpoint.py, too.
+FORKS.set_forkserver_preload(["tests.test_checkpoint", __name__, "torch._dynamo"])
 
 
 def model_of(dropout: float = 0.3, width: int = 20) -> nn.Module:
