@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from data_prep.prepared import Part, Ragged, open_prepared
 from data_prep.tokenizers import EOS, PAD, SOS
+from training import translation
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.evaluation.families import AttentionGRUDecoder
 from training.models.attention_gru import GRU, AttentionGRU, AttentionGRUOptions, ContextGRU, additive_attention
-from training.seq2seq import LossOptions, TwoSides, predictions, summed_loss
+from training.seq2seq import LossOptions, TwoSides, predictions, summed_loss, validation_scores
 
 SOURCE, TARGET = 23, 19  # vocabularies
 SHAPES = [
@@ -183,6 +185,23 @@ def test_loss_is_over_real_target_tokens_only():
             options = LossOptions(label_smoothing=smoothing, r_drop=r_drop)
             loss = summed_loss(model, pairs, samples, options, torch.device("cpu"))
             assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_is_the_mean_over_real_target_tokens_without_dropout_whatever_the_batches(monkeypatch):
+    model, pairs = tiny(dropout=0.5), pairs_of()
+    loss = right = 0.0
+    for sample in range(len(pairs.lengths)):
+        logits = logits_of(model, pairs, sample)
+        labels = torch.tensor([*pairs.part.target[sample].tolist(), EOS])
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += (logits.argmax(-1) == labels).sum().item()
+    tokens = int(pairs.target_tokens.sum())
+    model.train()
+    for most in (15, 40, 2048):
+        monkeypatch.setattr(translation, "VALIDATION_TOKENS", most)
+        found = validation_scores(model, pairs, SimpleNamespace(device="cpu", share=list, sum=lambda values: values))
+        assert (found.loss, found.accuracy) == (pytest.approx(loss / tokens, rel=1e-5), pytest.approx(right / tokens))
+        assert model.training
 
 
 def test_r_drop_reads_every_pair_under_two_dropout_masks():

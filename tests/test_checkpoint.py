@@ -468,6 +468,28 @@ def test_listing_of_what_is_no_run_or_has_nothing_valid_is_one_clear_error(tmp_p
 # What is promised beside the writing itself.
 
 
+def test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
+    """Or a power cut right behind the rename would leave a name without its content."""
+    on_disk, published = set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def watch_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    def watch_rename(path: Path, to: Path) -> Path:
+        if to.name == folder_of(1):
+            published.append({each.name: each.stat().st_ino in on_disk for each in (path, *path.iterdir())})
+            on_disk.clear()
+        return rename(path, to)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch_rename)
+    folder = save_step(tmp_path, 1).folder
+    assert published == [dict.fromkeys((f".{folder.name}.partial", *FILES), True)]
+    assert folder.parent.stat().st_ino in on_disk, "the new name, too"
+
+
 def test_room_is_checked_before_the_first_byte_is_written(tmp_path, monkeypatch):
     save_step(tmp_path, 1, keep=1)
     written = []

@@ -1,6 +1,7 @@
 """Reading a prepared data set, and the one place that writes files."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,38 @@ def test_published_folder_is_not_replaced_unless_asked_and_survives_a_failed_rep
     assert (final / "file").read_text() == "second"
     assert not recover(final)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_file_or_folder_is_on_the_disk_before_it_has_its_name_and_the_name_behind_it(tmp_path, monkeypatch):
+    events = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+
+    def watch(kind, work):
+        def watched(path, to):
+            events.append((kind, to.name))
+            return work(path, to)
+
+        return watched
+
+    def watch_fsync(descriptor):
+        fsync(descriptor)
+        events.append(("fsync", os.fstat(descriptor).st_ino))
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch("named", rename))
+    monkeypatch.setattr(Path, "replace", watch("named", replace))
+    write_atomically(tmp_path / "file", "text")
+    on_disk = [("fsync", path.stat().st_ino) for path in (tmp_path / "file", tmp_path)]
+    assert events == [on_disk[0], ("named", "file"), on_disk[1]]
+
+    events.clear()
+    with temporary_folder(tmp_path / "folder") as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep/model").write_text("whole")
+        publish_folder(temporary, tmp_path / "folder")
+    paths = (tmp_path / "folder/deep/model", tmp_path / "folder/deep", tmp_path / "folder")
+    inner = [("fsync", path.stat().st_ino) for path in paths]
+    assert events == [*inner, ("named", "folder"), on_disk[1]]
 
 
 def test_sha256_is_that_of_the_content(tmp_path):

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from data_prep.conversations import open_conversations
+from data_prep.conversations import ConversationPart, open_conversations
 from data_prep.files import sha256_of
+from data_prep.prepared import Ragged
 from data_prep.splits import PARTS
 from launch.console import UserError
 from tests.support.base_models import make_tiny_qwen2
@@ -162,6 +163,29 @@ def test_supervised_are_the_answer_and_its_end_in_every_task(data: Path, base: P
             follows = scored[1:] == scored[:-1] + 1
             assert torch.equal(labels[:-1][follows], inputs.flatten()[scored[1:]][follows])
     assert tasks == set(law.meta["tasks"])
+
+
+def test_only_the_answer_and_its_end_are_learned_each_from_what_stands_before_it():
+    rows, prompts, pad, end = [[5, 6, 7, 8, 9, 2], [5, 6, 7, 2], [5, 6, 7, 8, 9, 10, 11, 2]], [3, 3, 2], 0, 2
+    ids = Ragged(np.concatenate(rows).astype(np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    none = [""] * len(rows)
+    answers = Answers(ConversationPart("train", ids, np.array(prompts), none, none, none), pad)
+    inputs, scored, labels = answers.batch(np.arange(3))
+    assert inputs.tolist() == [[5, 6, 7, 8, 9, 2, pad], [5, 6, 7, 2, pad, pad, pad], [5, 6, 7, 8, 9, 10, 11]]
+    learned = [[8, 9, end], [end], [7, 8, 9, 10, 11, end]]
+    assert labels.tolist() == [label for row in learned for label in row]
+    assert scored.tolist() == [2, 3, 4, 9, 15, 16, 17, 18, 19, 20]
+    assert answers.answer_tokens.tolist() == [len(row) for row in learned]
+
+
+def test_adapters_are_in_fp32_whatever_the_base_model_is_in():
+    """A gradient scaler refuses gradients in fp16, and small steps would be rounded away."""
+    about = transformers.Qwen2Config(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    base = transformers.Qwen2ForCausalLM(about).half()
+    trained = [each for each in add_adapters(base, LoraOptions(rank=2)).parameters() if each.requires_grad]
+    assert trained and {each.dtype for each in trained} == {torch.float32}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])

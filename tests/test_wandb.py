@@ -14,6 +14,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,17 @@ def test_what_a_dying_wandb_still_writes_is_not_counted_twice(runner: Runner) ->
     assert path.read_bytes() == sealed
     runner.session(first=30, last=50)
     assert runner.offline_rows() == [row_of(step) for step in steps(50)]
+
+
+def test_step_that_wandb_has_is_not_logged_again_and_none_is_put_before_the_last(tmp_path):
+    """wandb drops what goes back; after a kill and in a file that is not uploaded, steps stand that come again."""
+    logged = []
+    session = wandb_session.Session(WandbOptions(), tmp_path, "abc", None)
+    session._run = SimpleNamespace(log=lambda row, step, commit: logged.append((row["step"], step)))
+    session._arrived, session._held, session._next = 3, frozenset({5}), 7  # 7: the server has renumbered some
+    for step in (2, 3, 4, 5, 6, 9):
+        session.log({"step": step})
+    assert logged == [(4, 7), (6, 8), (9, 9)]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])

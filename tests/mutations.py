@@ -1,0 +1,526 @@
+"""Deliberate faults, and whether the tests notice them: mutation testing, with mutants that would hurt somebody.
+
+    python -m tests.mutations                  all of them, a few seconds each
+    python -m tests.mutations NAME [NAME ...]  some
+
+Each fault is a small edit of one file and breaks one promise. It is made in a copy of the working tree, where the one
+test that must catch it is run: `caught` if that fails, `MISSED` if it passes. First of all, every test must pass in the
+copy as it is. The exit status is 1 if a fault is missed, or does not fit the code any more.
+
+A test cannot show that it is able to fail. This does, for the promises that matter most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.console import UserError, run_main, say
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TESTS_FAILED = 1  # pytest's exit status; others say that it could not collect, or did not understand its command line
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, `old` (which occurs once) becomes `new`, and `test` must fail; paths from the repository's root."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = (
+    # What is learned.
+    Fault(
+        "GPT sees the future",
+        "training/models/gpt.py",
+        "return F.scaled_dot_product_attention(query, key, value, is_causal=True)",
+        "return F.scaled_dot_product_attention(query, key, value)",
+        "tests/test_gpt.py::test_later_tokens_change_nothing_earlier[rotary-layer]",
+    ),
+    Fault(
+        "GPT does not learn to end",
+        "training/gpt.py",
+        "predicts_target = (position >= separator) & (position < end)",
+        "predicts_target = (position >= separator) & (position < end - 1)",
+        "tests/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further[all-False]",
+    ),
+    Fault(
+        "seq2seq attends to padding",
+        "training/models/attention_gru.py",
+        "scores = scores.masked_fill(padding, -torch.inf)",
+        "scores = scores.masked_fill(padding, 0.0)",
+        "tests/test_attention_gru.py::test_a_sentence_gets_the_same_logits_alone_and_beside_longer_ones[{}]",
+    ),
+    Fault(
+        "seq2seq learns padding",
+        "training/seq2seq.py",
+        "np.arange(labels.shape[1]) < target_lengths[:, None]",
+        "np.arange(labels.shape[1]) < labels.shape[1] + 0 * target_lengths[:, None]",
+        "tests/test_attention_gru.py::test_loss_is_over_real_target_tokens_only",
+    ),
+    Fault(
+        "validation with dropout",
+        "training/translation.py",
+        "model.eval()",
+        "model.train()",
+        "tests/test_attention_gru.py"
+        "::test_validation_is_the_mean_over_real_target_tokens_without_dropout_whatever_the_batches",
+    ),
+    Fault(
+        "validation averages over padding",
+        "training/translation.py",
+        "/ int(pairs.target_tokens.sum())",
+        "/ int(pairs.target_tokens.max() * len(pairs.target_tokens))",
+        "tests/test_attention_gru.py"
+        "::test_validation_is_the_mean_over_real_target_tokens_without_dropout_whatever_the_batches",
+    ),
+    Fault(
+        "label smoothing leaves out the label",
+        "training/models/cross_entropy.py",
+        "gradient -= ctx.smoothing / gradient.shape[1]",
+        "gradient -= ctx.smoothing / (gradient.shape[1] - 1)",
+        "tests/test_model_parts.py::test_losses_and_gradients_are_those_of_torch[0.1]",
+    ),
+    Fault(
+        "QLoRA learns the question",
+        "training/qlora.py",
+        "first = self.part.prompt_lengths[samples][:, None] - 1",
+        "first = 0 * self.part.prompt_lengths[samples][:, None]",
+        "tests/test_qlora.py::test_only_the_answer_and_its_end_are_learned_each_from_what_stands_before_it",
+    ),
+    Fault(
+        "QLoRA answers without their end",
+        "data_prep/chat.py",
+        "np.array([*prompt, *answer, self.end_id], dtype=np.int32)",
+        "np.array([*prompt, *answer, self.pad_id], dtype=np.int32)",
+        "tests/test_disc_law.py::test_supervised_tokens_are_the_answer_and_its_end_for_every_task",
+    ),
+    Fault(
+        "padding token is the end token",
+        "data_prep/chat.py",
+        "if candidate is not None and candidate != self.end_id:",
+        "if candidate is not None:",
+        "tests/test_disc_law.py::test_padding_is_never_the_end_token",
+    ),
+    Fault(
+        "adapters in fp16",
+        "training/models/answer_model.py",
+        "return peft.get_peft_model(base, lora_config(options))",
+        "return peft.get_peft_model(base, lora_config(options), autocast_adapter_dtype=False)",
+        "tests/test_qlora.py::test_adapters_are_in_fp32_whatever_the_base_model_is_in",
+    ),
+    # The data.
+    Fault(
+        "grouped split looks at one side only",
+        "data_prep/splits.py",
+        "for side in (english, chinese):",
+        "for side in (english,):",
+        "tests/test_data_prep_splits.py::test_groups_join_rows_through_other_rows",
+    ),
+    Fault(
+        "training rows are validated on",
+        "data_prep/splits.py",
+        "Split(order[test + validation :], ",
+        "Split(order[test:], ",
+        "tests/test_data_prep_splits.py::test_random_split_of_any_size_is_scikit_learns[1234-100]",
+    ),
+    Fault(
+        "every epoch in the same order",
+        "training/engine/batch_plan.py",
+        "np.random.SeedSequence([self.seed, epoch])",
+        "np.random.SeedSequence([self.seed])",
+        "tests/test_batch_plan.py::test_epochs_and_seeds_differ_in_order_and_in_composition",
+    ),
+    Fault(
+        "the plan remembers",
+        "training/engine/batch_plan.py",
+        "random.permutation(self.micro_batches_per_epoch)",
+        "random.permutation(self.micro_batches_per_epoch)[:: 1 - 2 * len(self._epochs)]",
+        "tests/test_batch_plan.py::test_steps_asked_in_any_order_or_of_a_fresh_plan_are_the_same",
+    ),
+    Fault(
+        "ranks share overlapping micro-batches",
+        "training/engine/batch_plan.py",
+        "return self.step(step)[rank::world_size]",
+        "return self.step(step)[: self.micro_batches_per_step // world_size]",
+        "tests/test_batch_plan.py::test_shares_of_all_ranks_add_up_to_the_same_micro_batches[2]",
+    ),
+    # A step.
+    Fault(
+        "mean of means",
+        "training/engine/parallel.py",
+        "share = loss(self._replica, batch) / weight",
+        "share = loss(self._replica, batch) / (len(batches) * len(batch.samples))",
+        "tests/test_engine.py::test_gradient_of_a_step_is_that_of_the_mean_over_all_its_tokens",
+    ),
+    Fault(
+        "dropout depends on the rank",
+        "training/engine/loop.py",
+        "np.random.SeedSequence([config.seed, step, batch.number])",
+        "np.random.SeedSequence([config.seed, step, batch.number // cluster.world_size, cluster.rank])",
+        "tests/test_engine.py::test_micro_batches_and_their_dropout_do_not_depend_on_the_rank_that_runs_them[2]",
+    ),
+    Fault(
+        "clipping before unscaling",
+        "training/engine/parallel.py",
+        "self._scaler.unscale_(self.optimizer)",
+        "self._scaler.get_scale()",
+        "tests/test_engine.py::test_gradient_is_clipped_as_it_is_and_not_as_it_was_scaled",
+    ),
+    Fault(
+        "gradients that are not finite are applied",
+        "training/engine/parallel.py",
+        "self.optimizer.found_inf = bad",
+        "self.optimizer.found_inf = torch.zeros_like(bad)",
+        "tests/test_engine.py::test_gradient_that_is_not_finite_is_skipped_and_counted",
+    ),
+    Fault(
+        "skips of the gradient scaler count as failures",
+        "training/engine/parallel.py",
+        "torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad",
+        "(self.skipped_in_a_row + 1) * bad",
+        "tests/test_engine.py::test_steps_that_the_scaler_skips_in_search_of_its_range_are_not_counted",
+    ),
+    Fault(
+        "DDP regroups its buckets",
+        "training/engine/parallel.py",
+        "find_unused_parameters=fixed_buckets",
+        "find_unused_parameters=False",
+        "tests/test_engine.py::test_four_ranks_add_gradients_up_in_the_same_order_in_a_processs_first_step_as_later",
+    ),
+    Fault(
+        "gradient divided by the number of ranks",
+        "training/engine/parallel.py",
+        "self._backward(share * self._cluster.world_size)",
+        "self._backward(share)",
+        "tests/test_engine.py::test_four_ranks_add_gradients_up_in_the_same_order_in_a_processs_first_step_as_later",
+    ),
+    Fault(
+        "bf16 where it is emulated",
+        "training/engine/precision.py",
+        '"""Whether it computes in bf16, not only emulates it."""\n        return self.capability >= (8, 0)',
+        '"""Whether it computes in bf16, not only emulates it."""\n        return self.capability >= (7, 0)',
+        "tests/test_t4.py::test_bf16_is_refused_where_it_is_emulated",
+    ),
+    # What a checkpoint holds, and what comes back of it.
+    Fault(
+        "optimizer begins anew",
+        "training/engine/checkpoint.py",
+        'optimizer.load_state_dict({"state": state, ',
+        'optimizer.load_state_dict({"state": {}, ',
+        "tests/test_checkpoint.py::test_restored_model_and_optimizer_are_bit_equal_and_train_on_alike",
+    ),
+    Fault(
+        "gradient scaler is not saved",
+        "training/engine/parallel.py",
+        '{"scaler": self._scaler.state_dict() if self._scaler is not None else None}',
+        '{"scaler": None}',
+        "tests/test_engine.py::test_stopped_run_ends_with_every_bit_of_the_uninterrupted_one[fp16]",
+    ),
+    Fault(
+        "moving average begins anew",
+        "training/engine/parallel.py",
+        "self._ema.n_averaged.fill_(checkpoint.step)",
+        "self._ema.n_averaged.fill_(0)",
+        "tests/test_engine.py::test_stopped_run_ends_with_every_bit_of_the_uninterrupted_one[fp32]",
+    ),
+    Fault(
+        "stop without a checkpoint",
+        "training/engine/loop.py",
+        "if self.saved_step != self.step:\n                self._save(due=False)",
+        "if self.saved_step is None:\n                self._save(due=False)",
+        "tests/test_engine.py::test_stopped_run_ends_with_every_bit_of_the_uninterrupted_one[fp32]",
+    ),
+    Fault(
+        "checkpoint changes while it is written",
+        "training/engine/saving.py",
+        "self._buffers[name][key].copy_(tensor, non_blocking=True)",
+        "self._buffers[name][key] = tensor.contiguous()",
+        "tests/test_saving.py::test_what_is_saved_is_the_state_of_the_step_whatever_training_does_meanwhile[True]",
+    ),
+    # A checkpoint is published or it does not exist.
+    Fault(
+        "published before its manifest",
+        "training/engine/checkpoint.py",
+        "write_atomically(folder / MANIFEST, _manifest_text(written))\n"
+        "        publish_folder(folder, final, replace=True)",
+        "publish_folder(folder, final, replace=True)\n"
+        "        write_atomically(final / MANIFEST, _manifest_text(written))",
+        "tests/test_checkpoint.py::test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published",
+    ),
+    Fault(
+        "published before its tensors are on the disk",
+        "data_prep/files.py",
+        "_fsync_file(Path(folder, name))",
+        "Path(folder, name).stat()",
+        "tests/test_checkpoint.py::test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published",
+    ),
+    Fault(
+        "name of what was published is not on the disk",
+        "data_prep/files.py",
+        "    fsync_folder(final.parent)\n    if aside.exists():",
+        "    if aside.exists():",
+        "tests/test_checkpoint.py::test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published",
+    ),
+    Fault(
+        "file has its name before it is on the disk",
+        "data_prep/files.py",
+        "            os.fsync(file.fileno())\n        partial.replace(path)",
+        "        partial.replace(path)",
+        "tests/test_data_prep_prepared.py"
+        "::test_file_or_folder_is_on_the_disk_before_it_has_its_name_and_the_name_behind_it",
+    ),
+    Fault(
+        "content of a checkpoint is not verified",
+        "training/engine/checkpoint.py",
+        'if sha256_of(path) != about["sha256"]:',
+        'if not about["sha256"]:',
+        "tests/test_checkpoint.py::test_single_flipped_bit_is_noticed_and_the_previous_checkpoint_taken[state.json]",
+    ),
+    Fault(
+        "the best checkpoint is removed",
+        "training/engine/checkpoint.py",
+        "if checkpoint not in kept and checkpoint not in best_ones]",
+        "if checkpoint not in kept]",
+        "tests/test_checkpoint.py::test_the_newest_and_the_best_are_kept[10-1]",
+    ),
+    Fault(
+        "older checkpoints are removed unread",
+        "training/engine/checkpoint.py",
+        "problem = newest.verify()",
+        "problem = None",
+        "tests/test_checkpoint.py::test_nothing_is_removed_before_the_new_checkpoint_was_read_back_whole",
+    ),
+    # A run and its sessions.
+    Fault(
+        "changed config is not refused",
+        "training/engine/run_folder.py",
+        "            if latest is not None:\n                _check_same_run(latest, about, may_change)",
+        "            if latest is not None:\n                Checkpoint(latest.folder)",
+        "tests/test_engine.py::test_run_with_another_definition_is_refused_and_what_may_change_is_not",
+    ),
+    Fault(
+        "two runs in one folder",
+        "training/engine/run_folder.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "tests/test_engine.py::test_run_folder_is_held_by_one_run_at_a_time",
+    ),
+    Fault(
+        "record keeps what is done again",
+        "training/engine/tracking.py",
+        'if line["step"] <= last.get(line["kind"], resumed_step)]',
+        'if line["step"] <= self.reached]',
+        "tests/test_engine.py::test_record_is_cut_back_to_the_step_that_a_run_falls_back_to",
+    ),
+    Fault(
+        "record on the disk after its checkpoint",
+        "training/engine/saving.py",
+        "            first()\n            self._publish(step, buffers, state, began)",
+        "            self._publish(step, buffers, state, began)\n            first()",
+        "tests/test_saving.py::test_what_comes_first_is_done_before_the_checkpoint_stands",
+    ),
+    Fault(
+        "each rank stops by itself",
+        "training/engine/session.py",
+        "asked, slowest_s = self._cluster.maximum([self._own_reason(now), step_s])",
+        "asked, slowest_s = self._own_reason(now), self._cluster.maximum([step_s])[0]",
+        "tests/test_engine.py::test_all_ranks_stop_at_the_same_step_though_one_alone_has_a_reason",
+    ),
+    Fault(
+        "no margin before the time limit",
+        "training/engine/session.py",
+        "self.reserve_s() + self._margin_s > self._deadline",
+        "self.reserve_s() > self._deadline",
+        "tests/test_engine.py::test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time[25-0-True]",
+    ),
+    Fault(
+        "wandb gets steps that go back",
+        "training/engine/wandb_session.py",
+        "at = max(step, self._next)",
+        "at = step",
+        "tests/test_wandb.py::test_step_that_wandb_has_is_not_logged_again_and_none_is_put_before_the_last",
+    ),
+    Fault(
+        "SLURM job is judged by an earlier session's status",
+        "launch/slurm_job.py",
+        'wrote = status.get("time") is not None and status["time"] != began["status_time"]',
+        'wrote = status.get("time") is not None',
+        "tests/test_slurm_job.py::test_status_of_an_earlier_session_is_not_taken_for_this_ones",
+    ),
+    Fault(
+        "sessions in vain use up the GPU hours of a week",
+        "launch/kaggle/record.py",
+        'came = (session.step or 0) if session.state == "complete" else 0',
+        "came = session.step or 0",
+        "tests/test_kaggle_relay.py::test_progress_that_cannot_be_continued_does_not_count",
+    ),
+    Fault(
+        "misspelt keys are ignored",
+        "launch/config.py",
+        'extra="forbid"',
+        'extra="ignore"',
+        "tests/test_config.py::test_all_mistakes_are_reported_at_once",
+    ),
+    # What is said about the result.
+    Fault(
+        "cache a position too early",
+        "training/models/gpt.py",
+        "slots = cache.lengths\n",
+        "slots = cache.lengths - 1\n",
+        "tests/test_gpt.py::test_decoding_with_the_cache_equals_the_whole_forward_pass[rotary-layer]",
+    ),
+    Fault(
+        "beam search without length penalty",
+        "training/evaluation/decoding.py",
+        "score = log_probability / length_normaliser(len(ids) + 1, self.length_penalty)",
+        "score = log_probability / length_normaliser(1, self.length_penalty)",
+        "tests/test_decoding.py::test_batches_give_what_a_plain_search_of_each_sentence_finds[gpt-5-3.0]",
+    ),
+    Fault(
+        "finished beams go on",
+        "training/evaluation/decoding.py",
+        "ranked.masked_fill(ending, -torch.inf).topk(",
+        "ranked.topk(",
+        "tests/test_decoding.py::test_batches_give_what_a_plain_search_of_each_sentence_finds[seq2seq-5-3.0]",
+    ),
+    Fault(
+        "BLEU of word tokens",
+        "training/evaluation/scores.py",
+        "bleu = measure(BLEU(), translations, [[reference] for reference in references])",
+        "bleu = measure(BLEU(), normalised, [[reference] for reference in normalised_references])",
+        "tests/test_scores.py::test_text_scores_are_sacrebleus_and_say_how_they_were_computed",
+    ),
+    Fault(
+        "a handful of items proves anything",
+        "training/evaluation/bootstrap.py",
+        "return p if differing is None else max(p, min(1.0, 2.0 ** (1 - differing)))",
+        "return p",
+        "tests/test_answer_scores.py::test_a_handful_of_items_shows_nothing_however_it_turns_out",
+    ),
+    Fault(
+        "a script in a translation runs in the report",
+        "training/evaluation/markup.py",
+        'return html.escape(_UNWRITABLE.sub("\\ufffd", str(value)))',
+        'return _UNWRITABLE.sub("\\ufffd", str(value))',
+        "tests/test_report.py::test_hostile_text_stays_text_in_every_field",
+    ),
+)
+
+
+def misfit(fault: Fault, root: Path = ROOT) -> str | None:
+    """Why the fault cannot be made in the tree at `root`, or its test is not there; None if all is well."""
+    path = root / fault.file
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text.count(fault.old) != 1:
+        return f"the text that it replaces occurs {text.count(fault.old)} times in {fault.file}, not once"
+    try:  # what cannot be imported makes every test fail, and shows nothing
+        ast.parse(text.replace(fault.old, fault.new))
+    except SyntaxError as error:
+        return f"{fault.file} would be no Python ({error})"
+    file, _, name = fault.test.partition("::")
+    if not (root / file).is_file():
+        return f"there is no {file}"
+    functions = ast.parse((root / file).read_text(encoding="utf-8")).body
+    if name.partition("[")[0] not in {each.name for each in functions if isinstance(each, ast.FunctionDef)}:
+        return f"there is no test {fault.test}"
+    return None
+
+
+def copy_tree(target: Path) -> None:
+    """Copies the working tree as git sees it, without what it ignores."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in sorted(set(listed.stdout.decode().split("\0")) - {""}):
+        if (ROOT / name).is_file():  # else it is deleted, but still tracked
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+@contextmanager
+def made(fault: Fault, tree: Path) -> Iterator[None]:
+    """The fault, for a while."""
+    path = tree / fault.file
+    content = path.read_bytes()
+    path.write_bytes(content.decode().replace(fault.old, fault.new).encode())
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
+def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """pytest in the copy."""
+    # Whoever runs this under pytest has variables of its own. Bytecode is known by size and second: an edit could be
+    # taken for what was there before.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHONPATH"))}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-n", "0", *tests]
+    return subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def check_controls(tree: Path, faults: Sequence[Fault]) -> None:
+    """Raises UserError unless the tests of `faults` pass where there is no fault."""
+    tests = list(dict.fromkeys(fault.test for fault in faults))
+    control = run_tests(tree, tests)
+    if control.returncode or "SKIPPED" in control.stdout:
+        raise UserError(f"without a fault, not all of the {len(tests)} tests pass:\n{control.stdout}{control.stderr}")
+
+
+def is_caught(fault: Fault, tree: Path) -> tuple[bool, str]:
+    """Whether the fault's test fails, and what pytest printed."""
+    with made(fault, tree):
+        result = run_tests(tree, [fault.test])
+    return result.returncode == TESTS_FAILED, result.stdout + result.stderr
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of faults (default: all)")
+    names = parser.parse_args(argv).names
+    unknown = set(names) - {fault.name for fault in FAULTS}
+    if unknown:
+        known = "\n".join(fault.name for fault in FAULTS)
+        raise UserError(f"there is no fault called {' or '.join(sorted(unknown))}; there are\n{known}")
+    chosen = [fault for fault in FAULTS if not names or fault.name in names]
+    fitting = [fault for fault in chosen if misfit(fault) is None]
+    for fault in chosen:
+        if fault not in fitting:
+            say(f"does not fit  {fault.name}: {misfit(fault)}")
+    if not fitting:
+        return 1
+    missed = []
+    with tempfile.TemporaryDirectory(prefix="relay-mutations-") as folder:
+        copy_tree(Path(folder))
+        began = time.monotonic()
+        check_controls(Path(folder), fitting)
+        say(f"without a fault all their tests pass ({time.monotonic() - began:.0f} s)")
+        for fault in fitting:
+            began = time.monotonic()
+            caught, printed = is_caught(fault, Path(folder))
+            say(f"{'caught' if caught else 'MISSED'} {time.monotonic() - began:5.1f} s  {fault.name}: {fault.test}")
+            if not caught:
+                missed.append(fault)
+                say("\n".join(f"    {line}" for line in printed.splitlines()[-15:]))
+    say(f"{len(fitting) - len(missed)} of {len(chosen)} faults caught")
+    return 0 if not missed and len(fitting) == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    run_main(main)
