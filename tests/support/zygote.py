@@ -69,6 +69,7 @@ class Forked:
     """A process of a zygote, to be used as a `subprocess.Popen` is."""
 
     def __init__(self, folder: Path, kind: str, request: dict[str, Any], out: BinaryIO, err: BinaryIO):
+        self._log = folder / f"{kind}.log"
         self._connection = _connect(folder, kind, request["env"])
         socket.send_fds(self._connection, [json.dumps(request).encode()], [out.fileno(), err.fileno()])
         self.pid: int = self._answer(None)
@@ -77,7 +78,7 @@ class Forked:
     def _answer(self, timeout: float | None) -> int:
         self._connection.settimeout(timeout)
         said = self._connection.recv(64)
-        assert said, "the zygote has ended: its last words are in the log beside its socket"
+        assert said, f"the zygote has ended: {self._log.read_text()}"
         return int(said)
 
     def poll(self) -> int | None:
@@ -254,6 +255,7 @@ def _run(request: dict[str, Any]) -> None:
 def main(kind: str, address: str, controller: str) -> None:
     for module in KINDS[kind]:
         importlib.import_module(module)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job comes with Ctrl-C ignored
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")
     listener.listen(64)

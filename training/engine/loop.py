@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -58,23 +59,20 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     if dry_run:
         return _dry_run(config, task, engine, cluster)
 
-    run = _Run(config, task, data, cluster, engine)
-    if run.open():
-        run.confirm_finished()
-        say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
-        run.close()
-        return 0
-    try:
-        status = run.session()
-        run.close()
-        return status
-    except KeyboardInterrupt:
-        run.abandon("resumable", "interrupted twice", restart=False)
-        raise
-    except Exception as error:
-        seen = peer_error(error) if means_lost_peer(error) else error
-        run.abandon("failed", str(seen) or type(error).__name__, restart=not isinstance(error, UserError))
-        raise
+    with closing(_Run(config, task, data, cluster, engine)) as run:
+        if run.open():
+            run.confirm_finished()
+            say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
+            return 0
+        try:
+            return run.session()
+        except KeyboardInterrupt:
+            run.abandon("resumable", "interrupted twice", restart=False)
+            raise
+        except Exception as error:
+            seen = peer_error(error) if means_lost_peer(error) else error
+            run.abandon("failed", str(seen) or type(error).__name__, restart=not isinstance(error, UserError))
+            raise
 
 
 def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Precision) -> Parallel:
