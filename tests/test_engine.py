@@ -88,7 +88,7 @@ def engine_of(
 
 
 def forward_backward(engine: DataParallel, step: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-    shares = SimpleNamespace(rank=rank, world_size=ranks)
+    shares = SimpleNamespace(rank=rank, world_size=ranks, device=CPU)
     task = SimpleNamespace(plan=plan(), loss=summed_loss)
     return _forward_backward(SimpleNamespace(seed=11), task, engine, shares, step)
 
