@@ -18,6 +18,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def add_more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="a new folder for the data and both trainings")
 
 
-def main() -> int:
-    arguments = read_arguments("quality", __doc__, add_more)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("quality", __doc__, words, add_more)
     if (keep := arguments.more.keep) is not None:
         if keep.exists():
             raise UserError(f"--keep {keep} is there already: name a new folder")

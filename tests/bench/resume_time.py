@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -38,9 +39,9 @@ STEP = 100_000
 TRAINING = ("--optim.steps", 2 * STEP, "--checkpoint.every_steps", 2, "--log.every_steps", 1)
 
 
-def main() -> int:
-    arguments = read_arguments("resume_time", __doc__)
-    rounds = 2 if arguments.quick else 7
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("resume_time", __doc__, words)
+    rounds = arguments.sized(whole=7, quick=2, smoke=1)
     new: list[float] = []
     resumed: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:

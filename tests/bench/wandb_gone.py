@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -52,9 +53,9 @@ class Run:
     beside_s: float
 
 
-def main() -> int:
-    arguments = read_arguments("wandb_gone", __doc__)
-    rounds, steps = (1, 200) if arguments.quick else (5, 400)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("wandb_gone", __doc__, words)
+    rounds, steps = arguments.sized(whole=(5, 400), quick=(1, 200), smoke=(1, 100))
     without: list[Run] = []
     gone: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
