@@ -106,13 +106,18 @@ NOT_IN_SMOKE = {
 }
 
 
-def check(name: str, printed: str, promised: list[str]) -> None:
+# What takes less than the clock can tell, over so few steps.
+MAY_BE_NOTHING = ("added_share", "added_s")
+
+
+def check(name: str, printed: str, promised: list[str], *, smoke: bool = False) -> None:
     """What a bench has to print, whatever the machine's speed."""
     *table, last = printed.strip().splitlines()
     figures = json.loads(last)
     assert figures["bench"] == name
     for each in promised:
-        assert math.isfinite(figures[each]) and figures[each] > 0, each
+        assert math.isfinite(figures[each]), each
+        assert figures[each] > 0 or (smoke and each in MAY_BE_NOTHING), each
         assert any(each in line for line in table), f"{each} is missing from the table"
     peer = {"gpt_training": "notebook", "seq2seq_training": "tutorial", "qlora": "trainer"}.get(name)
     if peer:
@@ -160,7 +165,8 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.parametrize("name", [name for name in PROMISED if name != "quality"])
 def test_smoke_of_a_bench_ends_with_the_promised_figures(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench(name).main(["--smoke", "--data", "sample"]) == 0
-    check(name, capfd.readouterr().out, [each for each in PROMISED[name] if each not in NOT_IN_SMOKE.get(name, ())])
+    promised = [each for each in PROMISED[name] if each not in NOT_IN_SMOKE.get(name, ())]
+    check(name, capfd.readouterr().out, promised, smoke=True)
 
 
 def bench(name: str) -> Any:

@@ -271,6 +271,11 @@ class Speed:
     memory_mb: float
 
 
+def base_of(arguments: Arguments) -> list[object]:
+    """What trains configs/gpt/base.yaml; with --smoke an eighth of its tokens at a time."""
+    return [BASE, *arguments.sized(whole=(), quick=(), smoke=("--batch.tokens_per_micro_batch", 128))]
+
+
 def config_of(family: str, words: Sequence[object], data: PreparedFolder) -> Any:
     """What `training.<family> words... --data ...` runs with."""
     words = [*map(str, words), "--data", str(data.folder), "--run_dir", "unused"]

@@ -49,6 +49,7 @@ from tests.bench.common import (
     Figure,
     Race,
     Work,
+    base_of,
     checked_difference,
     config_of,
     prepare,
@@ -170,7 +171,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 measure_peak()
                 run_dir = folder / f"base-{number}"
                 how = {"steps": base_steps, "ranks": 2, "threads": 1, "here": arguments.smoke}
-                base = timed_training("gpt", [BASE], as_pieces, run_dir, **how)
+                base = timed_training("gpt", base_of(arguments), as_pieces, run_dir, **how)
                 speeds["base tokens"].append(base.tokens_per_s)
                 speeds["base flops"].append(base.flops_per_s)
                 measure_peak()

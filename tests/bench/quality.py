@@ -9,7 +9,8 @@ It is one process, with one thread or two, whichever is faster here. Validation 
 JoeyNMT's is short, since it translates in each. Both decode with a beam of 5 and a length penalty of 1, and the same
 code scores what came out.
 
-`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes an hour.
+`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes an hour. --smoke is the same as
+--quick here.
 """
 
 from __future__ import annotations

@@ -13,7 +13,16 @@ from pathlib import Path
 from statistics import median
 
 from launch.console import run_main, say
-from tests.bench.common import BASE, BASE_DATA, Figure, prepare, ratio_by_rounds, read_arguments, report, timed_training
+from tests.bench.common import (
+    BASE_DATA,
+    Figure,
+    base_of,
+    prepare,
+    ratio_by_rounds,
+    read_arguments,
+    report,
+    timed_training,
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -28,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for speeds, ranks in ((two, 2), (one, 1)):
                 run_dir = Path(folder, f"run-{number}-{ranks}")
                 how = {"steps": steps, "ranks": ranks, "threads": 2 // ranks, "here": arguments.smoke}
-                speed = timed_training("gpt", [BASE], data, run_dir, **how)
+                speed = timed_training("gpt", base_of(arguments), data, run_dir, **how)
                 speeds.append(speed.tokens_per_s)
             say(f"round {number + 1} of {rounds}: 2 ranks x 1 thread {two[-1]:,.0f} tokens/s, 1 x 2 {one[-1]:,.0f}")
     report(
