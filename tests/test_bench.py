@@ -9,6 +9,7 @@ import math
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ def check(name: str, printed: str, promised: list[str], *, smoke: bool = False) 
         assert min(figures["gpt_same_share"], figures["seq2seq_same_share"]) >= 0.98
 
 
+def bench(name: str) -> Any:
+    """The module. Imported when it is asked for, since some load libraries that take seconds."""
+    return importlib.import_module(f"tests.bench.{name}")
+
+
 @pytest.fixture
 def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Puts back what a bench or a training changes in its process, which usually ends with it; and hides GPUs."""
@@ -156,6 +162,10 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
+    if "transformers" in sys.modules:  # the peers silence it
+        transformers_logging = importlib.import_module("transformers.utils.logging")
+        transformers_logging.set_verbosity_warning()
+        transformers_logging.enable_progress_bar()
     for number, handler in signals.items():
         signal.signal(number, handler)
 
@@ -167,11 +177,6 @@ def test_smoke_of_a_bench_ends_with_the_promised_figures(name: str, capfd: pytes
     assert bench(name).main(["--smoke", "--data", "sample"]) == 0
     promised = [each for each in PROMISED[name] if each not in NOT_IN_SMOKE.get(name, ())]
     check(name, capfd.readouterr().out, promised, smoke=True)
-
-
-def bench(name: str) -> Any:
-    """The module. Imported when it is asked for, since some load libraries that take seconds."""
-    return importlib.import_module(f"tests.bench.{name}")
 
 
 @pytest.mark.whole
