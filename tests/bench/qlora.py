@@ -421,9 +421,12 @@ DEVICES = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").s
 
 
 def ask_process(arguments: Arguments, *words: object, on_cpu: bool = False) -> Any:
-    """What `python -m tests.bench.qlora words...` prints on its last line, as JSON: see `found`."""
-    if arguments.smoke and not (on_cpu and ON_CARD):
-        return found(list(map(str, words)))
+    """What `python -m tests.bench.qlora words...` prints on its last line, as JSON: see `result_of`.
+
+    What needs nothing but a CPU is done in this process: to start another takes longer. With --smoke so is the rest.
+    """
+    if (on_cpu and not ON_CARD) or (arguments.smoke and not on_cpu):
+        return result_of(list(map(str, words)))
     command = [sys.executable, "-m", "tests.bench.qlora", *map(str, words)]
     surroundings = environment(2, **({} if on_cpu else DEVICES))
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
@@ -432,7 +435,7 @@ def ask_process(arguments: Arguments, *words: object, on_cpu: bool = False) -> A
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def found(words: list[str]) -> Any:
+def result_of(words: list[str]) -> Any:
     """Of `check` or `memory SIDE`, then the data's and the model's folder, and `-- CARD_GB` perhaps."""
     what, *side, data, base = words[: words.index("--")] if "--" in words else words
     with warnings.catch_warnings():
@@ -460,7 +463,7 @@ def add_card(parser: argparse.ArgumentParser) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     if words is None and sys.argv[1:2] and sys.argv[1] in ("check", "memory"):
-        print(json.dumps(found(sys.argv[1:])))
+        print(json.dumps(result_of(sys.argv[1:])))
         return 0
     arguments = read_arguments("qlora", __doc__, words, add_card, data=RECORDS, what="folder of DISC-Law-SFT")
     rounds, steps, shape = arguments.sized(
