@@ -151,6 +151,9 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("tests.bench.qlora.ON_CARD", False)
+    # transformers.Trainer loads it where it is installed, and it may abort a process at its end: see run_main.
+    if "deepspeed" not in sys.modules:
+        monkeypatch.setitem(sys.modules, "deepspeed", None)
     # glibc cannot be told to forget it, and this process would never give back what it freed.
     for module in ("training.engine.cluster", "tests.bench.common", "tests.bench.decoding", "tests.bench.save_stall"):
         monkeypatch.setattr(f"{module}.keep_freed_memory", lambda: None)

@@ -205,7 +205,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def measure(arguments: Arguments, folder: Path) -> None:
     # trainer_steps 0: as many as it sorts at a time.
     rounds, steps, trainer_steps, joeynmt_steps = arguments.sized(
-        whole=(3, 40, 0, 8), quick=(1, 12, 4, 4), smoke=(1, 2, 1, 0)
+        whole=(3, 40, 0, 8), quick=(1, 8, 2, 4), smoke=(1, 2, 1, 0)
     )
     say(f"preparing {arguments.about_data}")
     data = prepare(arguments, folder / "data", *BASE_DATA)
