@@ -10,7 +10,8 @@
     python -m tests.bench.wandb_gone        a wandb server that goes away against no wandb
     python -m tests.bench.soak              kills at random moments, counting what is lost
 
-Each takes --quick (under a minute on two idle cores, same figures, noisier) and --data PATH, prints a table for people
+Each takes --quick (about a minute on two idle cores, same figures, noisier) and --data PATH, prints a table for people
 and, as its last line, one JSON object. What is compared takes turns, A B A B, and medians are given, since a machine's
-speed drifts; even so, figures from a busy machine say little.
+speed drifts; even so, figures from a busy machine say little. --smoke takes seconds and shows that a bench runs: two
+steps of everything, in the bench's own process where that is possible, so that its speeds mean nothing.
 """

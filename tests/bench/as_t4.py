@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -20,10 +21,11 @@ from training.models import base_model
 BYTES = 15e9
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise UserError("there is no GPU to stand in for a T4; tests/support/t4_training.py is what a CPU can do")
-    script = importlib.import_module(sys.argv.pop(1))
+    module, *sys.argv[1:] = sys.argv[1:] if words is None else words  # a training reads the command line
+    script = importlib.import_module(module)
     torch.cuda.set_per_process_memory_fraction(BYTES / torch.cuda.get_device_properties(0).total_memory)
     precision.gpu_of = base_model.gpu_of = lambda device: T4
     torch.backends.cuda.enable_flash_sdp(False)

@@ -1,26 +1,29 @@
 """What the benches share: command line, prepared data, child processes, and the report.
 
 Everything measured runs on the CPU, in processes of its own with a stated number of threads, so neither this process's
-settings nor what ran before play into a figure.
+settings nor what ran before play into a figure. With --smoke nothing is measured: the same code runs in this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +54,23 @@ IGNORED = -100
 # An optimizer step of the seed recipes.
 SENTENCES_PER_STEP = 32
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Arguments:
     """The command line of a bench. data: raw file (or folder) of what it trains on, or `sample`. more: what this bench
-    alone has.
+    alone has. smoke: what --quick leaves out is left out here too.
     """
 
     quick: bool
     data: str
     more: argparse.Namespace
+    smoke: bool = False
+
+    def sized(self, *, whole: T, quick: T, smoke: T) -> T:
+        """How much to do: the one of these that was asked for."""
+        return smoke if self.smoke else quick if self.quick else whole
 
     @property
     def about_data(self) -> str:
@@ -75,19 +85,28 @@ class Arguments:
 def read_arguments(
     name: str,
     about: str,
+    words: Sequence[str] | None = None,
     add_more: Callable[[argparse.ArgumentParser], Any] | None = None,
     *,
     data: Path = TATOEBA,
     what: str = "raw Tatoeba file",
 ) -> Arguments:
-    """--quick and --data; without --data `data`, which is `what`, where it lies beside the checkout, else the sample.
+    """--quick, --smoke and --data, from `words`, or from the command line.
 
-    add_more: adds the arguments that this bench alone has.
+    Without --data `data`, which is `what`, where it lies beside the checkout, else the sample. add_more: adds the
+    arguments that this bench alone has.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m tests.bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute; the same figures, noisier")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="about a minute; the same figures, noisier")
+    size.add_argument(
+        "--smoke",
+        action="store_true",
+        help="a few seconds: two steps of everything, in one process where that is possible. It shows that the bench "
+        "runs; its speeds mean nothing",
+    )
     parser.add_argument(
         "--data",
         metavar="PATH",
@@ -96,17 +115,17 @@ def read_arguments(
     )
     if add_more is not None:
         add_more(parser)
-    found = parser.parse_args()
+    found = parser.parse_args(words)
     there = Path(found.data).is_file() if data.suffix else Path(found.data).is_dir()
     if found.data != "sample" and not there:
         raise UserError(f"there is no {what} {found.data}: name one, or --data sample")
-    return Arguments(found.quick, found.data, found)
+    return Arguments(found.quick or found.smoke, found.data, found, found.smoke)
 
 
 def prepare(arguments: Arguments, folder: Path, *options: str) -> Prepared:
     """Prepares the raw data into `folder` by the command that users run. Validation, which no bench needs, is small."""
     words = ["--source", arguments.data, "--output", folder, "--validation_share", 0.01]
-    run_module("data_prep.tatoeba", *words, *options)
+    run_module("data_prep.tatoeba", *words, *options, here=arguments.smoke)
     return open_prepared(folder)
 
 
@@ -126,17 +145,42 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1, **more: str) -> None:
+def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1, here: bool = False, **more: str) -> None:
     """Runs `python -m module words...` from the repository's root, under torchrun when `ranks` > 1.
 
-    more: of its environment. Raises UserError with the end of its output when it fails.
+    here: in this process instead, as one rank with the threads and the environment that it has. more: of its
+    environment. Raises UserError with the end of its output when it fails.
     """
+    if here:
+        return run_here(module, *words)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launcher, module, *map(str, words)]
     ours, pipe = environment(threads, **more), subprocess.PIPE
     done = subprocess.run(command, cwd=ROOT, env=ours, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+
+
+# A process has one command line and one standard output.
+_one_at_a_time = threading.Lock()
+
+
+def run_here(module: str, *words: object) -> None:
+    """`python -m module words...` within this process. Raises UserError when it fails."""
+    main, printed = importlib.import_module(module).main, io.StringIO()
+    with _one_at_a_time:
+        before, sys.argv = sys.argv, [module, *map(str, words)]
+        try:
+            with redirect_stdout(printed):
+                status = main()
+        finally:
+            sys.argv = before
+    if status:
+        raise UserError(f"{module} ended with status {status}:\n{printed.getvalue()[-3000:]}")
+
+
+# A piece of work of a given amount; returns what it came to.
+Work = Callable[[float], float]
 
 
 class Worker:
@@ -170,14 +214,42 @@ class Worker:
         self._process.communicate()
 
 
-def serve(work: Callable[[float], float]) -> None:
+def serve(work: Work) -> None:
     """The other end of `Worker`: one amount a line on standard input, one result a line on standard output."""
     for line in sys.stdin:
         print(work(float(line)), flush=True)
 
 
+class WorkerHere:
+    """A worker that is no process: it does the work when it is to answer."""
+
+    def __init__(self, work: Work):
+        self._work, self._amount = work, 0.0
+
+    def ask(self, amount: float) -> None:
+        self._amount = float(amount)
+
+    def answer(self) -> float:
+        return self._work(self._amount)
+
+    def stop(self) -> None:
+        pass
+
+
+AnyWorker = Worker | WorkerHere
+
+
+def start_worker(
+    arguments: Arguments, module: str, function: str, *words: object, threads: int, **more: str
+) -> AnyWorker:
+    """A worker that does what `function(*words)` of this module returns; with --smoke in this process."""
+    if arguments.smoke:
+        return WorkerHere(getattr(importlib.import_module(module), function)(*map(str, words)))
+    return Worker("tests.bench.worker", module, function, *words, threads=threads, **more)
+
+
 @contextmanager
-def workers(**started: Worker) -> Iterator[dict[str, Worker]]:
+def workers(**started: AnyWorker) -> Iterator[dict[str, AnyWorker]]:
     """The workers by name, stopped at the end whatever happens."""
     try:
         yield started
@@ -199,6 +271,11 @@ class Speed:
     memory_mb: float
 
 
+def base_of(arguments: Arguments) -> list[object]:
+    """What trains configs/gpt/base.yaml; with --smoke an eighth of its tokens at a time."""
+    return [BASE, *arguments.sized(whole=(), quick=(), smoke=("--batch.tokens_per_micro_batch", 128))]
+
+
 def config_of(family: str, words: Sequence[object], data: PreparedFolder) -> Any:
     """What `training.<family> words... --data ...` runs with."""
     words = [*map(str, words), "--data", str(data.folder), "--run_dir", "unused"]
@@ -215,12 +292,13 @@ def timed_training(
     ranks: int,
     threads: int,
     under: str | None = None,
+    here: bool = False,
     **more: str,
 ) -> Speed:
     """Runs `training.<family>` for `steps` steps, as users start it, and reads its speed from the run's own record.
 
-    The first quarter of the steps is warm-up and not counted; nor are validation and saving, after the last step.
-    under: a module that runs the training in an arranged process; more: of the environment.
+    The first quarter of the steps, one at least, is warm-up and not counted; nor are validation and saving, after the
+    last step. under: a module that runs the training in an arranged process; here, more: see `run_module`.
     """
     never = 10**9
     run_module(
@@ -228,9 +306,11 @@ def timed_training(
         f"training.{family}",
         *words,
         *("--data", data.folder, "--run_dir", run_dir, "--optim.steps", steps, "--optim.warmup_steps", 0),
-        *("--log.every_steps", steps // 4, "--log.validate_every_steps", never, "--checkpoint.every_steps", never),
+        *("--log.every_steps", max(1, steps // 4), "--log.validate_every_steps", never),
+        *("--checkpoint.every_steps", never),
         ranks=ranks,
         threads=threads,
+        here=here,
         **more,
     )
     lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
@@ -247,9 +327,7 @@ def timed_training(
     )
 
 
-def serve_usual_loop(
-    model: nn.Module, optim: OptimOptions, tensors: Sequence[Tensor], loss: Callable[..., Tensor]
-) -> None:
+def usual_loop(model: nn.Module, optim: OptimOptions, tensors: Sequence[Tensor], loss: Callable[..., Tensor]) -> Work:
     """A peer that trains in the usual loop: asked for a number of steps, it answers with the sentences a second.
 
     tensors [n, ...]: the whole data set, padded. loss(model, *batch): the mean loss of SENTENCES_PER_STEP rows of them.
@@ -276,7 +354,7 @@ def serve_usual_loop(
             value.item()
         return steps * SENTENCES_PER_STEP / (time.monotonic() - began)
 
-    serve(train)
+    return train
 
 
 class Padded:
@@ -364,8 +442,18 @@ def peak_of_tensors(work: Callable[[], object]) -> int:
 class Race:
     """A seed recipe as Relay trains it, and a peer's usual loop, in turns; `peers`: the peer by the way it is run."""
 
-    def __init__(self, family: str, words: Sequence[object], data: Prepared, folder: Path, peers: dict[str, Worker]):
+    def __init__(
+        self,
+        family: str,
+        words: Sequence[object],
+        data: Prepared,
+        folder: Path,
+        peers: dict[str, AnyWorker],
+        *,
+        here: bool,
+    ):
         self.family, self.words, self.data, self.folder, self.peers = family, words, data, folder, peers
+        self.here = here
         self.speeds: defaultdict[str, list[float]] = defaultdict(list)  # sentences a second, by rounds
         for peer in peers.values():  # the first piece of work also sets things up
             peer.ask(1)
@@ -376,7 +464,7 @@ class Race:
         number = len(self.speeds["relay 2"])
         for ranks in (2, 1):
             run_dir = Path(self.folder, f"seed-{number}-{ranks}")
-            how = {"steps": relay_steps, "ranks": ranks, "threads": 2 // ranks}
+            how = {"steps": relay_steps, "ranks": ranks, "threads": 2 // ranks, "here": self.here}
             speed = timed_training(self.family, self.words, self.data, run_dir, **how)
             self.speeds[f"relay {ranks}"].append(speed.steps_per_s * SENTENCES_PER_STEP)
             for way in list(self.peers)[2 - ranks :: 2]:  # some behind the one, some behind the other
@@ -420,13 +508,16 @@ class Figure:
 def report(bench: str, arguments: Arguments, figures: Sequence[Figure], **more: Any) -> None:
     """Prints the figures as a table, then as one JSON object on the last line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    say(f"\n{bench}: data {arguments.about_data}; {cores} cores, torch {torch.__version__}")
+    smoke = " --smoke: speeds mean nothing" if arguments.smoke else ""
+    say(f"\n{bench}: data {arguments.about_data}; {cores} cores, torch {torch.__version__}{smoke}")
     rows = [(figure.name, show(figure.value), figure.target, figure.meaning) for figure in figures]
     rows.insert(0, ("figure", "value", "target", "meaning"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, value, target, meaning in rows:
         say(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {target:<{widths[2]}}  {meaning}")
     about = {"bench": bench, "quick": arguments.quick, "data": Path(arguments.data).name, "cores": cores}
+    if arguments.smoke:
+        about["smoke"] = True
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     say(json.dumps({**about, **versions, **{figure.name: figure.value for figure in figures}, **more}))
 

@@ -21,7 +21,6 @@ layers, 4 heads; seq2seq: width 128, one layer, one direction; words as tokens);
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -39,7 +38,18 @@ from data_prep.prepared import open_prepared
 from data_prep.tokenizers import EOS, PAD, SEP, SOS
 from launch.console import UserError, run_main, say
 from launch.environment import keep_freed_memory
-from tests.bench.common import Figure, Worker, prepare, ratio_by_rounds, read_arguments, report, serve, workers
+from tests.bench.common import (
+    AnyWorker,
+    Arguments,
+    Figure,
+    Work,
+    prepare,
+    ratio_by_rounds,
+    read_arguments,
+    report,
+    start_worker,
+    workers,
+)
 from training.evaluation.decoding import Decoder, translate
 from training.evaluation.families import FAMILIES
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
@@ -189,8 +199,8 @@ class Sentences:
         return [result.ids for result in translate(self.decoder, sources)]
 
 
-def side(way: str, name: str, folder: str) -> None:
-    """One side, a process of its own: asked for a number of sentences, it answers how many a second it translated."""
+def side(way: str, name: str, folder: str) -> Work:
+    """One side's work: asked for a number of sentences, it answers how many a second it translated."""
     keep_freed_memory()
     sentences = Sentences(name, folder)
     work = {"plainly": sentences.plainly, "tutorial": sentences.tutorial, "batched": sentences.batched}[way]
@@ -201,7 +211,7 @@ def side(way: str, name: str, folder: str) -> None:
         work(chosen)
         return count / (time.monotonic() - began)
 
-    serve(measure)
+    return measure
 
 
 def same_share(sentences: Sentences, count: int) -> float:
@@ -214,15 +224,15 @@ def same_share(sentences: Sentences, count: int) -> float:
     return share
 
 
-def compare(name: str, folder: Path, *, rounds: int, plain_count: int) -> list[Figure]:
+def compare(arguments: Arguments, name: str, folder: Path, *, rounds: int, plain_count: int) -> list[Figure]:
     """All figures of the model `name`, the sides taking turns."""
     sentences = Sentences(name, folder)
     total = len(sentences.sources)
     same = same_share(sentences, plain_count)
     speeds: defaultdict[str, list[float]] = defaultdict(list)
 
-    def start(way: str, threads: int) -> Worker:
-        return Worker("tests.bench.decoding", "side", way, name, folder, threads=threads)
+    def start(way: str, threads: int) -> AnyWorker:
+        return start_worker(arguments, "tests.bench.decoding", "side", way, name, folder, threads=threads)
 
     peers = {f"{way}{threads}": (way, threads) for way in PEERS[name] for threads in (1, 2)}
     with workers(
@@ -270,10 +280,9 @@ def compare(name: str, folder: Path, *, rounds: int, plain_count: int) -> list[F
     ]
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["side"]:
-        return side(*sys.argv[2:])
-    arguments = read_arguments("decoding", __doc__)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("decoding", __doc__, words)
+    rounds, plain_count = arguments.sized(whole=(7, 200), quick=(3, 60), smoke=(1, 2))
     # This process only prepares and checks; what is measured runs in the sides.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
@@ -286,10 +295,11 @@ def main() -> int:
             ]
             for each in making:
                 each.result()
-        amounts = {"rounds": 3, "plain_count": 60} if arguments.quick else {"rounds": 7, "plain_count": 200}
-        figures = compare("gpt", joint, **amounts) + compare("seq2seq", separate, **amounts)
+        figures = []
+        for name, folder in (("gpt", joint), ("seq2seq", separate)):
+            figures += compare(arguments, name, folder, rounds=rounds, plain_count=plain_count)
         if not arguments.quick:
-            figures += compare("base", joint, rounds=3, plain_count=60)
+            figures += compare(arguments, "base", joint, rounds=3, plain_count=60)
         report("decoding", arguments, figures)
     return 0
 

@@ -16,7 +16,7 @@ memory" is no other than the rest, and offload saves nothing.
 - `_loss_difference`: the largest relative one to DDP's training loss, in fp32, over the same 102 (--quick: 8) steps.
 - `_resume_ratio`: from the command to the first step, with the checkpoint that the DDP run left.
 
-A start takes longer than all of the rest: --quick leaves out the resumed runs, and offload.
+A start takes longer than all of the rest: --quick leaves out the resumed runs, and offload; --smoke ZeRO 2 and 3 too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -185,9 +185,9 @@ def train(output: str, held_file: str, *words: str) -> int:
 class Bench:
     """The sides, and what they train."""
 
-    def __init__(self, data: Prepared, folder: Path, *, quick: bool):
+    def __init__(self, data: Prepared, folder: Path, *, rounds: int, steps: int):
         self.folder = folder
-        self.rounds, self.steps = (3, 2) if quick else (10, 10)
+        self.rounds, self.steps = rounds, steps
         self.counted = WARM_UP_STEPS + self.rounds * self.steps
         self.words = [
             *(BASE, "--data", data.folder, "--precision", "fp32", "--batch.tokens_per_micro_batch", TOKENS),
@@ -248,11 +248,13 @@ class Bench:
         return read_metrics(self.folder / side)[-1]["memory_mb"]
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["train"]:
+def main(words: Sequence[str] | None = None) -> int:
+    if words is None and sys.argv[1:2] == ["train"]:
         return train(*sys.argv[2:])
-    arguments = read_arguments("deepspeed", __doc__)
-    sides = [side for side in SIDES if side != "offload" or not arguments.quick]
+    arguments = read_arguments("deepspeed", __doc__, words)
+    rounds, steps, sides = arguments.sized(
+        whole=(10, 10, list(SIDES)), quick=(3, 2, ["ddp", "zero1", "zero2", "zero3"]), smoke=(1, 1, ["ddp", "zero1"])
+    )
     resumed = () if arguments.quick else RESUMED
     step_s: defaultdict[str, list[float]] = defaultdict(list)
     resume_s: defaultdict[str, list[float]] = defaultdict(list)
@@ -260,7 +262,7 @@ def main() -> int:
         folder = Path(temporary)
         say(f"preparing {arguments.about_data}")
         data = prepare(arguments, folder / "data", *BASE_DATA)
-        bench = Bench(data, folder, quick=arguments.quick)
+        bench = Bench(data, folder, rounds=rounds, steps=steps)
         with workers(**{side: bench.start(side, side) for side in sides}) as started:
             for side in sides:
                 bench.steps_of(started, side, WARM_UP_STEPS)

@@ -20,11 +20,12 @@ that the model really does per real token instead: the output layer where tokens
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -47,15 +48,16 @@ from tests.bench.common import (
     WAYS,
     Figure,
     Race,
-    Worker,
+    Work,
+    base_of,
     checked_difference,
     config_of,
     prepare,
     read_arguments,
     report,
-    serve,
-    serve_usual_loop,
+    start_worker,
     timed_training,
+    usual_loop,
     workers,
 )
 from training.gpt import GPTConfig, Sequences, plan_of, summed_loss
@@ -90,15 +92,15 @@ def notebook_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def notebook(folder: str) -> None:
-    """The peer, a process of its own: see `serve_usual_loop`."""
+def notebook(folder: str) -> Work:
+    """The peer's work: see `usual_loop`."""
     data = open_prepared(folder)
     config = config_of("gpt", [SEED], data)
-    serve_usual_loop(new_model(config, data), config.optim, notebook_tensors(data.part("train")), notebook_loss)
+    return usual_loop(new_model(config, data), config.optim, notebook_tensors(data.part("train")), notebook_loss)
 
 
-def peak() -> None:
-    """Asked for a number of seconds, multiplies matrices for so long and answers with the GFLOP/s."""
+def peak() -> Work:
+    """Asked for a number of seconds, it multiplies matrices for so long and answers with the GFLOP/s."""
     a, b, out = (torch.randn(MATRIX_WIDTH, MATRIX_WIDTH) for _ in range(3))
 
     def multiply(seconds: float) -> float:
@@ -108,7 +110,7 @@ def peak() -> None:
             products += 1
         return products * 2 * MATRIX_WIDTH**3 / (time.monotonic() - began) / 1e9
 
-    serve(multiply)
+    return multiply
 
 
 def loss_difference(data: Prepared) -> float:
@@ -126,32 +128,29 @@ def loss_difference(data: Prepared) -> float:
     return checked_difference(ours / pairs.weights(config.loss.source_weight)[samples].sum(), theirs, "notebook")
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["notebook"]:
-        return notebook(sys.argv[2])
-    if sys.argv[1:2] == ["peak"]:
-        return peak()
-    arguments = read_arguments("gpt_training", __doc__)
-    rounds = 1 if arguments.quick else 3
-    relay_steps, notebook_steps, base_steps, peak_s = (60, 6, 12, 0.5) if arguments.quick else (400, 20, 40, 1.0)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("gpt_training", __doc__, words)
+    rounds, relay_steps, notebook_steps, base_steps, peak_s = arguments.sized(
+        whole=(3, 400, 20, 40, 1.0), quick=(1, 60, 6, 12, 0.5), smoke=(1, 2, 2, 2, 0.05)
+    )
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         folder = Path(temporary)
         say(f"preparing {arguments.about_data}")
         with ThreadPoolExecutor(2) as pool:
             making_words = pool.submit(prepare, arguments, folder / "words", "--tokenizer", "word")
             making_pieces = pool.submit(prepare, arguments, folder / "pieces", *BASE_DATA)
-            words, pieces = making_words.result(), making_pieces.result()
-        difference = loss_difference(words)
+            as_words, as_pieces = making_words.result(), making_pieces.result()
+        difference = loss_difference(as_words)
         say(f"the same loss on both sides, difference {difference:.1e}")
 
         ways = [ASLEEP] if arguments.quick else [ASLEEP, SPINNING]
-        module = "tests.bench.gpt_training"
+        start = partial(start_worker, arguments, "tests.bench.gpt_training")
         speeds: defaultdict[str, list[float]] = defaultdict(list)
         with workers(
-            **{way: Worker(module, "notebook", words.folder, **WAYS[way]) for way in ways},
-            first=Worker(module, "peak", threads=1),
-            second=Worker(module, "peak", threads=1),
-            both=Worker(module, "peak", threads=2),
+            **{way: start("notebook", as_words.folder, **WAYS[way]) for way in ways},
+            first=start("peak", threads=1),
+            second=start("peak", threads=1),
+            both=start("peak", threads=2),
         ) as started:
 
             def ask(names: list[str], seconds: float) -> float:
@@ -165,12 +164,14 @@ def main() -> int:
 
             for name in ("first", "second", "both"):  # the first piece of work also sets things up
                 ask([name], 0.1)
-            race = Race("gpt", [SEED], words, folder, {way: started[way] for way in ways})
+            peers = {way: started[way] for way in ways}
+            race = Race("gpt", [SEED], as_words, folder, peers, here=arguments.smoke)
             for number in range(rounds):
                 about = race.run_round(relay_steps, notebook_steps)
                 measure_peak()
                 run_dir = folder / f"base-{number}"
-                base = timed_training("gpt", [BASE], pieces, run_dir, steps=base_steps, ranks=2, threads=1)
+                how = {"steps": base_steps, "ranks": 2, "threads": 1, "here": arguments.smoke}
+                base = timed_training("gpt", base_of(arguments), as_pieces, run_dir, **how)
                 speeds["base tokens"].append(base.tokens_per_s)
                 speeds["base flops"].append(base.flops_per_s)
                 measure_peak()
@@ -179,9 +180,9 @@ def main() -> int:
 
         peak_gflops = median(speeds["peak"])
         tokens, gflops = median(speeds["base tokens"]), median(speeds["base flops"]) / 1e9
-        base_model = new_model(config_of("gpt", [BASE], pieces), pieces)
+        base_model = new_model(config_of("gpt", [BASE], as_pieces), as_pieces)
         parameters = sum(parameter.numel() for parameter in base_model.parameters())
-        plan = plan_of(config_of("gpt", [SEED], words), Sequences(words.part("train"), CONTEXT))
+        plan = plan_of(config_of("gpt", [SEED], as_words), Sequences(as_words.part("train"), CONTEXT))
         report(
             "gpt_training",
             arguments,

@@ -13,6 +13,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,8 +102,8 @@ def add_only(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="TEXT", default="", help="the rows with this in their name, such as 7b")
 
 
-def main() -> int:
-    arguments = read_arguments("gpu", __doc__, add_only)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("gpu", __doc__, words, add_only)
     chosen = [row for row in ROWS if arguments.more.only in row.name]
     if not chosen:
         raise UserError(f"no row has `{arguments.more.only}` in its name; they are " + "; ".join(r.name for r in ROWS))
@@ -121,7 +122,7 @@ def main() -> int:
             conversations = prepare_records(records, folder)
             pairs = {"gpt": joint.result(), "seq2seq": separate.result()}
         for number, row in enumerate(chosen):
-            family, words = row.config.parent.name, row.words
+            family, options = row.config.parent.name, row.words
             if family == "qlora":
                 size = row.config.stem.split("-")[1]
                 if size not in bases:  # one at a time has room
@@ -129,14 +130,14 @@ def main() -> int:
                         shutil.rmtree(other)
                     bases = {size: make_base(folder / size, conversations, SHAPES[size], VOCABULARY)}
                     torch.cuda.empty_cache()
-                words += ["--base_model", bases[size]]
+                options += ["--base_model", bases[size]]
             data, run_dir = pairs.get(family, conversations), folder / f"run-{number}"
-            steps = max(8, row.steps // 4) if arguments.quick else row.steps
+            steps = arguments.sized(whole=row.steps, quick=max(8, row.steps // 4), smoke=2)
             under = "tests.bench.as_t4" if row.as_t4 else None
             speed = timed_training(
-                family, words, data, run_dir, steps=steps, ranks=1, threads=1, under=under, **DEVICES
+                family, options, data, run_dir, steps=steps, ranks=1, threads=1, under=under, **DEVICES
             )
-            asked = config_of(family, words, data).precision
+            asked = config_of(family, options, data).precision
             precision = "fp16" if row.as_t4 else choose_precision(asked, torch.device("cuda")).name
             share = speed.flops_per_s / peaks[precision]
             stall_s = read_sessions(run_dir)[-1]["stall_s"]

@@ -22,12 +22,11 @@ sentences an optimizer step.
 QLoRA against Trainer and peft: tests/bench/qlora.py. A notebook's loop that pads everything to one length:
 gpt_training.py, seq2seq_training.py.
 
-JoeyNMT is installed into an environment of its own: see tests/bench/joeynmt.py.
+JoeyNMT is installed into an environment of its own: see tests/bench/joeynmt.py. --smoke leaves it out.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -56,7 +55,7 @@ from tests.bench.common import (
     Arguments,
     Figure,
     Padded,
-    Worker,
+    Work,
     checked_difference,
     config_of,
     counting_trainer,
@@ -64,7 +63,7 @@ from tests.bench.common import (
     ratio_by_rounds,
     read_arguments,
     report,
-    serve,
+    start_worker,
     timed_training,
     workers,
 )
@@ -118,8 +117,8 @@ def tokens_a_sentence(plan: BatchPlan) -> float:
     return float(plan.lengths.sum()) / len(plan.lengths)
 
 
-def trainer(folder: str, accumulated: str, precision: str) -> None:
-    """The peer, a process of its own: asked for a number of steps, it answers with the sentences a second.
+def trainer(folder: str, accumulated: str, precision: str) -> Work:
+    """The peer's work: asked for a number of steps, it answers with the sentences a second.
 
     Asked for 0, it takes as many as it sorts at a time. It goes through these from the longest sentences to the
     shortest, so that fewer would be no fair part of the data.
@@ -161,7 +160,7 @@ def trainer(folder: str, accumulated: str, precision: str) -> None:
             # Each has one token more here: <eos> is an input, too.
             return int(found.tokens) / (sequences.lengths.mean() + 1) / (time.monotonic() - found.began)
 
-    serve(train)
+    return train
 
 
 def trainer_difference(data: Prepared) -> float:
@@ -196,18 +195,18 @@ def parameters_of(model: nn.Module) -> int:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["trainer"]:
-        return trainer(*sys.argv[2:])
-    arguments = read_arguments("peers", __doc__)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("peers", __doc__, words)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         measure(arguments, Path(temporary))
     return 0
 
 
 def measure(arguments: Arguments, folder: Path) -> None:
-    quick = arguments.quick
-    rounds, steps, peer_steps = (1, 12, 4) if quick else (3, 40, 8)
+    # trainer_steps 0: as many as it sorts at a time.
+    rounds, steps, trainer_steps, joeynmt_steps = arguments.sized(
+        whole=(3, 40, 0, 8), quick=(1, 8, 2, 4), smoke=(1, 2, 1, 0)
+    )
     say(f"preparing {arguments.about_data}")
     data = prepare(arguments, folder / "data", *BASE_DATA)
     two_sided = prepare(arguments, folder / "two-sided", *SEQ2SEQ_DATA)
@@ -225,7 +224,8 @@ def measure(arguments: Arguments, folder: Path) -> None:
         family, *options = words
         of, plan = (data, gpt_batches) if family == "gpt" else (two_sided, gru_batches)
         with tempfile.TemporaryDirectory(dir=folder) as inside:
-            speed = timed_training(str(family), options, of, Path(inside, "run"), steps=steps, ranks=2, threads=1)
+            how = {"steps": steps, "ranks": 2, "threads": 1, "here": arguments.smoke}
+            speed = timed_training(str(family), options, of, Path(inside, "run"), **how)
         return speed.tokens_per_s / tokens_a_sentence(plan)
 
     # Each is called with the batches of a step and one of WAYS, and gives its sentences a second.
@@ -233,8 +233,9 @@ def measure(arguments: Arguments, folder: Path) -> None:
     def trainer_at(precision: str, batches: int, way: str) -> float:
         # The Trainer loads DeepSpeed where it is installed, which then says on standard output that it finds no GPU.
         how = {**WAYS[way], "DS_ACCELERATOR": "cpu"}
-        with workers(it=Worker("tests.bench.peers", "trainer", data.folder, batches, precision, **how)) as started:
-            for amount in (1, 4 if quick else 0):  # the first piece of work also sets things up
+        peer = start_worker(arguments, "tests.bench.peers", "trainer", data.folder, batches, precision, **how)
+        with workers(it=peer) as started:
+            for amount in (1, trainer_steps):  # the first piece of work also sets things up
                 started["it"].ask(amount)
                 speed = started["it"].answer()
         return speed
@@ -243,7 +244,7 @@ def measure(arguments: Arguments, folder: Path) -> None:
         of: Prepared, pairs: Path, name: str, model: joeynmt.Model, plan: BatchPlan, batches: int, way: str
     ) -> float:
         batch = sentences_a_step(plan) // batches, batches
-        speed, parameters[f"joeynmt {name}"] = joeynmt.speed(of, pairs, model, batch, peer_steps, way=way)
+        speed, parameters[f"joeynmt {name}"] = joeynmt.speed(of, pairs, model, batch, joeynmt_steps, way=way)
         return speed
 
     def against_trainer(precision: str, figure: str, target: str) -> Contest:
@@ -252,17 +253,24 @@ def measure(arguments: Arguments, folder: Path) -> None:
             figure, f"gpt as GPT-2 {precision}", words, f"trainer {precision}", partial(trainer_at, precision), target
         )
 
-    races = [against_trainer("fp32", "gpt_vs_trainer", ">= 1.5")]
-    if torch.cpu.get_capabilities().get("amx_bf16"):
-        races.append(against_trainer("bf16", "gpt_vs_trainer_bf16", ""))
-    model = joeynmt.transformer(gpt.model, data)
-    peer_at = partial(joeynmt_at, data, folder / "pairs", "transformer", model, gpt_batches)
-    races.append(Contest("gpt_vs_joeynmt", "gpt", ["gpt", BASE], "joeynmt transformer", peer_at, ">= 1.3"))
-    model = joeynmt.recurrent(gru.model, two_sided)
-    peer_at = partial(joeynmt_at, two_sided, folder / "two-sided-pairs", "gru", model, gru_batches)
-    races.append(Contest("seq2seq_vs_joeynmt", "seq2seq", ["seq2seq", *PLAIN_SEQ2SEQ], "joeynmt gru", peer_at, ""))
+    def against_joeynmt() -> list[Contest]:
+        model = joeynmt.transformer(gpt.model, data)
+        transformer_at = partial(joeynmt_at, data, folder / "pairs", "transformer", model, gpt_batches)
+        model = joeynmt.recurrent(gru.model, two_sided)
+        gru_at = partial(joeynmt_at, two_sided, folder / "two-sided-pairs", "gru", model, gru_batches)
+        plain = ["seq2seq", *PLAIN_SEQ2SEQ]
+        return [
+            Contest("gpt_vs_joeynmt", "gpt", ["gpt", BASE], "joeynmt transformer", transformer_at, ">= 1.3"),
+            Contest("seq2seq_vs_joeynmt", "seq2seq", plain, "joeynmt gru", gru_at, ""),
+        ]
 
-    ways = [(4, ASLEEP)] if quick else [(batches, way) for batches in (4, 1) for way in WAYS]
+    races = [against_trainer("fp32", "gpt_vs_trainer", ">= 1.5")]
+    if not arguments.smoke:
+        if torch.cpu.get_capabilities().get("amx_bf16"):
+            races.append(against_trainer("bf16", "gpt_vs_trainer_bf16", ""))
+        races += against_joeynmt()
+
+    ways = [(4, ASLEEP)] if arguments.quick else [(batches, way) for batches in (4, 1) for way in WAYS]
     best = {}
     for race in races:
         if len(ways) == 1:

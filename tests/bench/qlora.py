@@ -39,7 +39,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -59,7 +61,7 @@ from tests.bench.common import (
     Arguments,
     Figure,
     Padded,
-    Worker,
+    Work,
     counting_trainer,
     environment,
     held_bytes,
@@ -68,7 +70,7 @@ from tests.bench.common import (
     read_arguments,
     report,
     run_module,
-    serve,
+    start_worker,
     timed_training,
     workers,
 )
@@ -90,6 +92,7 @@ RECORDS, TOKENIZER = SHARED / "disc-law-sft", SHARED / "qwen2.5-tokenizer"
 VOCABULARY, SAMPLE_VOCABULARY = 151_936, 32_768
 BATCH = 4
 
+SMOKE_SHAPE = {"hidden_size": 128, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 2}
 QUICK_SHAPE = {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 4}
 CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 2112, "num_hidden_layers": 8, "num_attention_heads": 6}
 SHAPE_OF_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
@@ -131,8 +134,9 @@ def prepare_records(arguments: Arguments, folder: Path) -> Conversations:
         source, tokenizer = Path(arguments.data), TOKENIZER
         if not tokenizer.is_dir():
             raise UserError(f"there is no tokenizer in {tokenizer} (RELAY_DATA names the folder above): --data sample")
-    words = ["--source", source, "--tokenizer", tokenizer, "--output", folder / "data", "--workers", 2]
-    run_module("data_prep.disc_law", *words)
+    workers = 1 if arguments.smoke else 2
+    words = ["--source", source, "--tokenizer", tokenizer, "--output", folder / "data", "--workers", workers]
+    run_module("data_prep.disc_law", *words, here=arguments.smoke)
     return open_conversations(folder / "data")
 
 
@@ -416,8 +420,13 @@ def operations_ratio(config: PretrainedConfig, answers: Answers, padding: float,
 DEVICES = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]} if ON_CARD else {}
 
 
-def ask_process(*words: object, on_cpu: bool = False) -> Any:
-    """What `python -m tests.bench.qlora words...` prints on its last line, as JSON."""
+def ask_process(arguments: Arguments, *words: object, on_cpu: bool = False) -> Any:
+    """What `python -m tests.bench.qlora words...` prints on its last line, as JSON: see `result_of`.
+
+    What needs nothing but a CPU is done in this process: to start another takes longer. With --smoke so is the rest.
+    """
+    if (on_cpu and not ON_CARD) or (arguments.smoke and not on_cpu):
+        return result_of(list(map(str, words)))
     command = [sys.executable, "-m", "tests.bench.qlora", *map(str, words)]
     surroundings = environment(2, **({} if on_cpu else DEVICES))
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
@@ -426,36 +435,44 @@ def ask_process(*words: object, on_cpu: bool = False) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def work(words: list[str]) -> None:
-    """A process of its own: `check`, `memory SIDE` or `speed SIDE`, then the data's and the model's folder."""
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # old names of options, under which most scripts know them
+def result_of(words: list[str]) -> Any:
+    """Of `check` or `memory SIDE`, then the data's and the model's folder, and `-- CARD_GB` perhaps."""
     what, *side, data, base = words[: words.index("--")] if "--" in words else words
-    opened = open_conversations(data)
-    if what == "check":
-        print(json.dumps(check_losses(opened, Path(base))))
-    elif what == "memory":
+    with warnings.catch_warnings():
+        ignore_old_names()
+        if what == "check":
+            return check_losses(open_conversations(data), Path(base))
         card_gb = float(words[-1]) if "--" in words else None
-        print(json.dumps(measure_memory(side[0], opened, Path(base), card_gb)))
-    else:
-        serve(SIDES[side[0]](opened, Path(base)).train)
+        return measure_memory(side[0], open_conversations(data), Path(base), card_gb)
+
+
+def speed(side: str, data: str, base: str) -> Work:
+    """A side's work: asked for a number of steps, it answers with the samples a second."""
+    ignore_old_names()
+    return SIDES[side](open_conversations(data), Path(base)).train
+
+
+def ignore_old_names() -> None:
+    """No warnings of old names of options, under which most scripts know them."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card_gb", type=float, metavar="GB", help="of the GPU, how much the sides may use")
 
 
-def main() -> int:
-    if sys.argv[1:2] and sys.argv[1] in ("check", "memory", "speed"):
-        work(sys.argv[1:])
+def main(words: Sequence[str] | None = None) -> int:
+    if words is None and sys.argv[1:2] and sys.argv[1] in ("check", "memory"):
+        print(json.dumps(result_of(sys.argv[1:])))
         return 0
-    arguments = read_arguments("qlora", __doc__, add_card, data=RECORDS, what="folder of DISC-Law-SFT")
-    rounds, steps = (1, 2) if arguments.quick else (3, 3)
-    small = QUICK_SHAPE if arguments.quick else CPU_SHAPE
-    shape = SHAPE_OF_3B if ON_CARD else small
+    arguments = read_arguments("qlora", __doc__, words, add_card, data=RECORDS, what="folder of DISC-Law-SFT")
+    rounds, steps, shape = arguments.sized(
+        whole=(3, 3, CPU_SHAPE), quick=(1, 2, QUICK_SHAPE), smoke=(1, 1, SMOKE_SHAPE)
+    )
     if ON_CARD:
-        rounds, steps = (1, 10) if arguments.quick else (3, 40)
+        rounds, steps, shape = arguments.sized(
+            whole=(3, 40, SHAPE_OF_3B), quick=(1, 10, SHAPE_OF_3B), smoke=(1, 1, SMOKE_SHAPE)
+        )
     card_gb = arguments.more.card_gb
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         folder = Path(temporary)
@@ -465,16 +482,18 @@ def main() -> int:
         base = make_base(folder / "base", data, shape, vocabulary_size)
         small_base = make_base(folder / "small", data, QUICK_SHAPE, vocabulary_size) if ON_CARD else base
         more = ["--", card_gb] if card_gb else []
-        with ThreadPoolExecutor(1 if ON_CARD else 3) as pool:  # nothing here is timed, but a card is each side's alone
-            checking = pool.submit(ask_process, "check", data.folder, small_base, on_cpu=True)
-            measuring = {side: pool.submit(ask_process, "memory", side, data.folder, base, *more) for side in SIDES}
+        # Nothing here is timed, but a card is each side's alone, and so is a process.
+        with ThreadPoolExecutor(1 if ON_CARD or arguments.smoke else 3) as pool:
+            ask = partial(pool.submit, ask_process, arguments)
+            checking = ask("check", data.folder, small_base, on_cpu=True)
+            measuring = {side: ask("memory", side, data.folder, base, *more) for side in SIDES}
             difference = checking.result()
             say(f"the same loss on both sides, difference {difference:.1e}")
             memory = {side: each.result() for side, each in measuring.items()}
 
         speeds: dict[str, list[float]] = {"relay": [], "trainer": [], "two_ranks": []}
-        words = "tests.bench.qlora", "speed"
-        started = {side: Worker(*words, side, data.folder, base, threads=2, **DEVICES) for side in SIDES}
+        start, how = partial(start_worker, arguments, "tests.bench.qlora", "speed"), {"threads": 2, **DEVICES}
+        started = {side: start(side, data.folder, base, **how) for side in SIDES}
         answers = Answers(data.part("train"), data.meta["tokenizer"]["pad_id"])
         with workers(**started):
             for side in SIDES:  # the first piece of work also sets things up

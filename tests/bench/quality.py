@@ -9,7 +9,8 @@ It is one process, with one thread or two, whichever is faster here. Validation 
 JoeyNMT's is short, since it translates in each. Both decode with a beam of 5 and a length penalty of 1, and the same
 code scores what came out.
 
-`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes an hour.
+`bleu_difference` is Relay's BLEU less JoeyNMT's; p by paired bootstrap. Takes an hour. --smoke is the same as
+--quick here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,8 +97,8 @@ def add_more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="a new folder for the data and both trainings")
 
 
-def main() -> int:
-    arguments = read_arguments("quality", __doc__, add_more)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("quality", __doc__, words, add_more)
     if (keep := arguments.more.keep) is not None:
         if keep.exists():
             raise UserError(f"--keep {keep} is there already: name a new folder")

@@ -14,17 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from data_prep.prepared import Prepared
 from launch.console import UserError, run_main, say
 from launch.processes import family_of, kill_all
 from tests.bench.common import (
-    BASE,
     BASE_DATA,
     ROOT,
     Figure,
+    base_of,
     environment,
     prepare,
     ratio_by_rounds,
@@ -38,21 +38,22 @@ STEP = 100_000
 TRAINING = ("--optim.steps", 2 * STEP, "--checkpoint.every_steps", 2, "--log.every_steps", 1)
 
 
-def main() -> int:
-    arguments = read_arguments("resume_time", __doc__)
-    rounds = 2 if arguments.quick else 7
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("resume_time", __doc__, words)
+    rounds = arguments.sized(whole=7, quick=2, smoke=1)
     new: list[float] = []
     resumed: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
         data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
-        far = run_at_step(data, Path(folder, "far"))
+        training = [*base_of(arguments), *TRAINING, "--data", data.folder]
+        far = run_at_step(training, Path(folder, "far"))
         for number in range(rounds):
             for times, name in ((new, "new"), (resumed, "resumed")):
                 run_dir = Path(folder, f"{name}-{number}")
                 if times is resumed:
                     shutil.copytree(far, run_dir)
-                times.append(seconds_to_first_step(data, run_dir, STEP if times is resumed else 0))
+                times.append(seconds_to_first_step(training, run_dir, STEP if times is resumed else 0))
                 shutil.rmtree(run_dir)
             say(f"round {number + 1} of {rounds}: step 0 {new[-1]:.2f} s, step {STEP:,} {resumed[-1]:.2f} s")
     report(
@@ -67,10 +68,9 @@ def main() -> int:
     return 0
 
 
-def seconds_to_first_step(data: Prepared, run_dir: Path, done: int) -> float:
+def seconds_to_first_step(training: list[object], run_dir: Path, done: int) -> float:
     """From the start of the process until the record holds a step beyond `done`; the run is killed then."""
-    words = [str(BASE), "--data", data.folder, "--run_dir", run_dir, *TRAINING]
-    command = [sys.executable, "-m", "training.gpt", *map(str, words)]
+    command = [sys.executable, "-m", "training.gpt", *map(str, training), "--run_dir", str(run_dir)]
     began = time.monotonic()
     with (run_dir.parent / "output.txt").open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(2), stdout=output, stderr=output)
@@ -96,9 +96,9 @@ def last_step(record: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else -1
 
 
-def run_at_step(data: Prepared, run_dir: Path) -> Path:
+def run_at_step(training: list[object], run_dir: Path) -> Path:
     """A run folder that stands at step 100,000."""
-    seconds_to_first_step(data, run_dir, 3)
+    seconds_to_first_step(training, run_dir, 3)
     early = checkpoints(run_dir)[-1]
     tensors = {"model.safetensors": early.model_state(), "optimizer.safetensors": early.optimizer_state()}
     about = {key: early.manifest[key] for key in ("task", "config", "data", "versions")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Literal
@@ -26,6 +27,7 @@ from training.models.gpt import GPT, GPTOptions
 
 MODEL = GPTOptions(layers=14, heads=12, width=768, context=64)
 QUICK_MODEL = GPTOptions(layers=5, heads=8, width=512, context=64)
+SMOKE_MODEL = GPTOptions(layers=1, heads=2, width=64, context=64)
 VOCABULARY = 8000
 TOKENS = 32  # a step: little, since a save is a matter of the model's size alone
 
@@ -61,12 +63,12 @@ class Training:
         return steps
 
 
-def main() -> int:
-    arguments = read_arguments("save_stall", __doc__)
-    saves = 2 if arguments.quick else 6
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("save_stall", __doc__, words)
+    saves, model = arguments.sized(whole=(6, MODEL), quick=(2, QUICK_MODEL), smoke=(2, SMOKE_MODEL))
     torch.set_num_threads(1)
     keep_freed_memory()
-    training = Training(QUICK_MODEL if arguments.quick else MODEL)
+    training = Training(model)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     alone = median(training.step() for _ in range(5))
     savers, beside = {}, []

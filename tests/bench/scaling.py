@@ -8,16 +8,26 @@ are whole runs of `training.gpt`, started as users start them; their speeds stan
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from launch.console import run_main, say
-from tests.bench.common import BASE, BASE_DATA, Figure, prepare, ratio_by_rounds, read_arguments, report, timed_training
+from tests.bench.common import (
+    BASE_DATA,
+    Figure,
+    base_of,
+    prepare,
+    ratio_by_rounds,
+    read_arguments,
+    report,
+    timed_training,
+)
 
 
-def main() -> int:
-    arguments = read_arguments("scaling", __doc__)
-    rounds, steps = (1, 12) if arguments.quick else (5, 40)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("scaling", __doc__, words)
+    rounds, steps = arguments.sized(whole=(5, 40), quick=(1, 12), smoke=(1, 2))
     one: list[float] = []
     two: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
@@ -26,7 +36,8 @@ def main() -> int:
         for number in range(rounds):
             for speeds, ranks in ((two, 2), (one, 1)):
                 run_dir = Path(folder, f"run-{number}-{ranks}")
-                speed = timed_training("gpt", [BASE], data, run_dir, steps=steps, ranks=ranks, threads=2 // ranks)
+                how = {"steps": steps, "ranks": ranks, "threads": 2 // ranks, "here": arguments.smoke}
+                speed = timed_training("gpt", base_of(arguments), data, run_dir, **how)
                 speeds.append(speed.tokens_per_s)
             say(f"round {number + 1} of {rounds}: 2 ranks x 1 thread {two[-1]:,.0f} tokens/s, 1 x 2 {one[-1]:,.0f}")
     report(

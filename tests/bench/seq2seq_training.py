@@ -20,8 +20,8 @@ Before anything is timed, both must give the same loss for the same 32 sentences
 
 from __future__ import annotations
 
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +40,14 @@ from tests.bench.common import (
     WAYS,
     Figure,
     Race,
-    Worker,
+    Work,
     checked_difference,
     config_of,
     prepare,
     read_arguments,
     report,
-    serve_usual_loop,
+    start_worker,
+    usual_loop,
     workers,
 )
 from training.models.attention_gru import AttentionGRU, Memory, State
@@ -96,11 +97,11 @@ def tutorial_loss(model: AttentionGRU, source: Tensor, inputs: Tensor, labels: T
     return F.cross_entropy(torch.stack(logits, dim=1).flatten(0, 1), labels.flatten(), ignore_index=PAD)
 
 
-def tutorial(folder: str) -> None:
-    """The peer, a process of its own: see `serve_usual_loop`."""
+def tutorial(folder: str) -> Work:
+    """The peer's work: see `usual_loop`."""
     data = open_prepared(folder)
     config = config_of("seq2seq", RECIPE, data)
-    serve_usual_loop(new_model(config, data), config.optim, tutorial_tensors(data.part("train")), tutorial_loss)
+    return usual_loop(new_model(config, data), config.optim, tutorial_tensors(data.part("train")), tutorial_loss)
 
 
 def loss_difference(data: Prepared) -> float:
@@ -118,20 +119,19 @@ def loss_difference(data: Prepared) -> float:
     return checked_difference(ours / pairs.target_tokens[samples].sum(), theirs, "tutorial")
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["tutorial"]:
-        return tutorial(sys.argv[2])
-    arguments = read_arguments("seq2seq_training", __doc__)
-    rounds, relay_steps, tutorial_steps = (1, 24, 3) if arguments.quick else (3, 400, 20)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("seq2seq_training", __doc__, words)
+    rounds, relay_steps, tutorial_steps = arguments.sized(whole=(3, 400, 20), quick=(1, 24, 3), smoke=(1, 2, 2))
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
         data = prepare(arguments, Path(folder, "words"), "--tokenizer", "word", "--vocabularies", "separate")
         difference = loss_difference(data)
         say(f"the same loss on both sides, difference {difference:.1e}")
 
-        module, ways = "tests.bench.seq2seq_training", (ASLEEP, ALONE) if arguments.quick else tuple(WAYS)
-        with workers(**{way: Worker(module, "tutorial", data.folder, **WAYS[way]) for way in ways}) as peers:
-            race = Race("seq2seq", RECIPE, data, Path(folder), peers)
+        ways = (ASLEEP, ALONE) if arguments.quick else tuple(WAYS)
+        tutorial_of = arguments, "tests.bench.seq2seq_training", "tutorial", data.folder
+        with workers(**{way: start_worker(*tutorial_of, **WAYS[way]) for way in ways}) as peers:
+            race = Race("seq2seq", RECIPE, data, Path(folder), peers, here=arguments.smoke)
             for number in range(rounds):
                 say(f"round {number + 1} of {rounds}: {race.run_round(relay_steps, tutorial_steps)}")
 

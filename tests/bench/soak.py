@@ -13,6 +13,7 @@ import argparse
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -30,27 +31,27 @@ TRAINING = (
 
 
 def add_more(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, help="how many (default 200, with --quick 5)")
+    parser.add_argument("--kills", type=int, help="how many (default 200, with --quick 5, with --smoke 1)")
     parser.add_argument("--hours", type=float, help="go on for so long, however many kills that makes")
     parser.add_argument("--random-seed", type=int, default=0, help="of the moments (default %(default)s)")
 
 
-def main() -> int:
-    arguments = read_arguments("soak", __doc__, add_more)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("soak", __doc__, words, add_more)
     more = arguments.more
-    wanted = more.kills or (5 if arguments.quick else 200)
+    wanted = more.kills or arguments.sized(whole=200, quick=5, smoke=1)
     end = time.monotonic() + more.hours * 3600 if more.hours else None
     dice = random.Random(more.random_seed)
     events: list[Event] = []
     lost, runs, began = 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         data = prepare(arguments, Path(folder, "data"))
-        words = (*map(str, TRAINING), "--data", str(data.folder))
-        whole = Training(words, Path(folder, "whole"), STEPS, 2)
+        training = (*map(str, TRAINING), "--data", str(data.folder))
+        whole = Training(training, Path(folder, "whole"), STEPS, 2)
         whole.finish()
         while time.monotonic() < end if end else len(events) < wanted:
             runs += 1
-            broken = Training(words, Path(folder, f"run-{runs}"), STEPS, 2)
+            broken = Training(training, Path(folder, f"run-{runs}"), STEPS, 2)
             new = interrupt(broken, KILLS_PER_RUN if end else min(KILLS_PER_RUN, wanted - len(events)), dice)
             different = differences(whole, broken)
             bad = len(new) if different else sum(event.lost is not None for event in new)

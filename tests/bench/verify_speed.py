@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -21,9 +21,9 @@ from tests.bench.common import Figure, ratio_by_rounds, read_arguments, report
 from training.engine.checkpoint import Checkpoint, publish
 
 
-def main() -> int:
-    arguments = read_arguments("verify_speed", __doc__)
-    parameters, rounds = (20_000_000, 2) if arguments.quick else (100_000_000, 5)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("verify_speed", __doc__, words)
+    parameters, rounds = arguments.sized(whole=(100_000_000, 5), quick=(20_000_000, 2), smoke=(1_000_000, 2))
     tensor = torch.arange(parameters, dtype=torch.float32)
     tensors = {
         "model.safetensors": {"weight": tensor},

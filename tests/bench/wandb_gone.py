@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from data_prep.prepared import Prepared
 from launch.console import UserError, run_main, say
 from launch.processes import family_of
 from tests.bench.common import (
@@ -38,7 +38,7 @@ from training.engine.tracking import read_metrics
 
 EVERY = 10  # steps between lines of the record
 TRAINING = (
-    *("--model.width", 128, "--model.layers", 2, "--model.heads", 4, "--batch.tokens_per_micro_batch", 512),
+    *("--model.width", 128, "--model.layers", 2, "--model.heads", 4),
     *("--optim.warmup_steps", 0, "--log.every_steps", EVERY),
     *("--log.validate_every_steps", 10**9, "--checkpoint.every_steps", 10**9),
 )
@@ -52,18 +52,23 @@ class Run:
     beside_s: float
 
 
-def main() -> int:
-    arguments = read_arguments("wandb_gone", __doc__)
-    rounds, steps = (1, 200) if arguments.quick else (5, 400)
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = read_arguments("wandb_gone", __doc__, words)
+    # With --smoke, too, the server has to go away in the middle: many steps, but small ones.
+    rounds, steps, tokens, batches = arguments.sized(
+        whole=(5, 400, 512, 4), quick=(1, 200, 512, 4), smoke=(1, 200, 64, 1)
+    )
     without: list[Run] = []
     gone: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
         data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
+        batch = "--batch.tokens_per_micro_batch", tokens, "--batch.micro_batches_per_step", batches
+        training = [*TRAINING, "--data", data.folder, *batch]
         for number in range(rounds):
-            without.append(train(data, Path(folder, f"without-{number}"), steps, None))
+            without.append(train(training, Path(folder, f"without-{number}"), steps, None))
             with WandbServer() as server:
-                gone.append(train(data, Path(folder, f"gone-{number}"), steps, server))
+                gone.append(train(training, Path(folder, f"gone-{number}"), steps, server))
             say(f"round {number + 1} of {rounds}: without {without[-1]}, server gone {gone[-1]}")
     step_s = median(run.step_s for run in without)
     added_s = median(run.beside_s for run in gone) - median(run.beside_s for run in without)
@@ -81,9 +86,9 @@ def main() -> int:
     return 0
 
 
-def train(data: Prepared, run_dir: Path, steps: int, server: WandbServer | None) -> Run:
+def train(training: list[object], run_dir: Path, steps: int, server: WandbServer | None) -> Run:
     """A run of which about the last half counts; the server, if any, goes away before it."""
-    words = [*map(str, TRAINING), "--data", str(data.folder), "--run_dir", str(run_dir), "--optim.steps", str(steps)]
+    words = [*map(str, training), "--run_dir", str(run_dir), "--optim.steps", str(steps)]
     own = {}
     if server is not None:
         words += ["--wandb.mode", "online"]
