@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from data_prep.files import temporary_folder
 from data_prep.prepared import open_prepared
 from data_prep.sample_corpus import sample_lines
 from launch.console import UserError
+from tests.support.commands import Result, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,16 +29,14 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "data_prep.tatoeba", *map(str, words)]
 
 
-def prepare(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
-    )
+def prepare(*words: object, **environment: str) -> Result:
+    return run(*words, module="data_prep.tatoeba", environment=environment)
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
+def assert_refused(result: Result, *expected: str) -> None:
     """One line that says what is wrong, no traceback, a failing exit status."""
-    assert result.returncode == 1, result
-    (line,) = result.stderr.strip().splitlines()
+    assert result.status == 1, result
+    (line,) = result.err.strip().splitlines()
     assert line.startswith("error: ")
     for text in expected:
         assert text in line
@@ -228,7 +226,7 @@ def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path):
         (held / "begun").touch()
         assert_refused(prepare("--source", "sample", "--output", output), "another process is writing")
         assert (held / "begun").exists()
-    assert prepare("--source", "sample", "--output", output).returncode == 0
+    assert prepare("--source", "sample", "--output", output).status == 0
     open_prepared(output).verify()
 
 
@@ -237,7 +235,7 @@ def test_same_command_again_does_nothing_and_says_so(tmp_path):
     prepare_here("--source", source, "--output", tmp_path / "x")
     before = (tmp_path / "x/meta.json").stat().st_mtime_ns
     again = prepare("--source", source, "--output", tmp_path / "x", "--overwrite", "false")
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert again.status == 0 and "nothing to do" in again.out
     assert (tmp_path / "x/meta.json").stat().st_mtime_ns == before
 
 
@@ -264,8 +262,8 @@ def test_replacement_killed_between_its_renames_loses_nothing(tmp_path):
     prepare_here("--source", source, "--output", output)
     output.rename(tmp_path / ".x.replaced")  # the state that such a kill leaves
     result = prepare("--source", source, "--output", output)
-    assert result.returncode == 0 and "the previous data set is back" in result.stdout
-    assert "nothing to do" in result.stdout
+    assert result.status == 0 and "the previous data set is back" in result.out
+    assert "nothing to do" in result.out
     open_prepared(output).verify()
 
 
@@ -285,9 +283,9 @@ def test_part_of_a_copy_is_prepared_again_and_damage_is_refused(tmp_path):
 
 def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path):
     result = prepare("--source", "sample", "--output", tmp_path / "x", "--dry-run")
-    assert result.returncode == 0 and "would prepare" in result.stdout
+    assert result.status == 0 and "would prepare" in result.out
     offline = prepare("--source", "download", "--output", tmp_path / "x", "--dry-run", https_proxy="http://127.0.0.1:9")
-    assert offline.returncode == 0 and "would download" in offline.stdout
+    assert offline.status == 0 and "would download" in offline.out
     assert list(tmp_path.iterdir()) == []
 
 

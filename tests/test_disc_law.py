@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -31,8 +32,9 @@ from data_prep.prepared import open_prepared
 from data_prep.splits import PARTS, stratified_split
 from data_prep.text import normalise
 from launch.console import UserError
+from tests.support import commands
 from tests.support.base_models import CHATML
-from tests.support.commands import ENVIRONMENT, REAL_TATOEBA, ROOT, Launch
+from tests.support.commands import REAL_TATOEBA, ROOT, Launch, Result
 from tests.support.legal_records import (
     PAIR,
     PAIR_QA,
@@ -95,16 +97,13 @@ def real_law(tmp_path_factory) -> Conversations:
     return open_conversations(output)
 
 
-def run(*words: object, module: str = "data_prep.disc_law", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *map(str, words)]
-    env = {**ENVIRONMENT, **environment}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+run = partial(commands.run, module="data_prep.disc_law")
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
-    assert result.returncode == 1, result
-    errors = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
-    assert len(errors) == 1 and errors[0].startswith("error: "), result.stderr
+def assert_refused(result: Result, *expected: str) -> None:
+    assert result.status == 1, result
+    errors = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: "), result.err
     for text in expected:
         assert text in errors[0]
 
@@ -655,7 +654,7 @@ def test_same_command_again_does_nothing_other_options_are_named(tmp_path, sourc
     first = make(source, output=output).fingerprint
     words = ["--source", source, "--output", output, "--tokenizer", small]
     again = run(*words, "--workers", 1, "--overwrite", "false")
-    assert again.returncode == 0 and "nothing to do" in again.stdout, again
+    assert again.status == 0 and "nothing to do" in again.out, again
     assert_refused(
         run(*words, "--fraction", 0.5, "--max_length", 512),
         "fraction: 1.0 -> 0.5", "max_length: 1024 -> 512", "--overwrite true",
@@ -770,9 +769,9 @@ def test_no_network_is_answered_soon_with_what_to_do_by_hand(tmp_path, small):
     offline = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     began = time.monotonic()
     words = ["--source", "hub", "--output", tmp_path / "x", "--tokenizer", small]
-    assert_refused(run(*words, **offline), "hf download ShengbinYue/DISC-Law-SFT", "--repo-type dataset")
+    assert_refused(run(*words, environment=offline), "hf download ShengbinYue/DISC-Law-SFT", "--repo-type dataset")
     words = ["--source", tmp_path, "--output", tmp_path / "x", "--tokenizer", "Qwen/Qwen2.5-3B-Instruct"]
-    assert_refused(run(*words, **offline), "hf download Qwen/Qwen2.5-3B-Instruct")
+    assert_refused(run(*words, environment=offline), "hf download Qwen/Qwen2.5-3B-Instruct")
     assert time.monotonic() - began < 60
     assert not (tmp_path / "x").exists()
 
@@ -780,7 +779,7 @@ def test_no_network_is_answered_soon_with_what_to_do_by_hand(tmp_path, small):
 def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, source, small):
     words = ["--source", source, "--output", tmp_path / "x", "--tokenizer", small, "--dry-run"]
     result = run(*words)
-    assert result.returncode == 0 and "would prepare" in result.stdout and "max_length: 1024" in result.stdout
+    assert result.status == 0 and "would prepare" in result.out and "max_length: 1024" in result.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -865,7 +864,7 @@ def test_exports_hold_every_conversation_in_the_form_that_is_read_elsewhere(law,
 def test_export_started_as_people_do_it_and_its_mistakes(law, tmp_path):
     words = [law.folder, "--part", "train", "--format", "sharegpt"]
     done = run(*words, "--output", tmp_path / "x.jsonl", module="data_prep.conversations")
-    assert done.returncode == 0 and len((tmp_path / "x.jsonl").read_bytes().splitlines()) == len(law.part("train"))
+    assert done.status == 0 and len((tmp_path / "x.jsonl").read_bytes().splitlines()) == len(law.part("train"))
     for output, expected in ((tmp_path / "no/x.jsonl", "there is no folder"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=expected):
             conversations.main([str(word) for word in (*words, "--output", output)])

@@ -20,6 +20,7 @@ from data_prep import tatoeba
 from data_prep.prepared import Prepared, Ragged, list_files, open_prepared, write_part
 from launch.console import UserError
 from tests.support.browser import browser
+from tests.support.commands import run
 from tests.support.pages import Page
 from tests.test_attention_maps import make_font
 from training import gpt, seq2seq
@@ -196,11 +197,7 @@ def test_evaluating_again_gives_the_same_bytes(evaluated):
 
 def test_ranks_that_share_the_sentences_write_what_one_process_writes(evaluated, run_copy):
     shutil.rmtree(run_copy / "evaluation", ignore_errors=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    words = [*torchrun, "training.evaluation.evaluate", str(run_copy)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert run(run_copy, module="training.evaluation.evaluate", ranks=2).status == 0
     for name in ("test.json", "test-translations.jsonl"):
         assert (run_copy / "evaluation" / name).read_text() == (evaluated / "evaluation" / name).read_text()
 

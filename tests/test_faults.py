@@ -110,7 +110,7 @@ def test_kills_at_any_moment_lose_no_more_than_since_the_last_checkpoint(uninter
 
 
 def test_ranks_whose_launcher_is_killed_save_and_go_away_by_themselves(uninterrupted, launch, sample_data, tmp_path):
-    life = Life(launch, tmp_path, sample_data, ranks=2)
+    life = Life(launch, tmp_path, sample_data, ranks=2, real=True)
     # When the ranks have met and nothing else has happened.
     session = life.start(SLOW, {"at": "plan", "do": "hold"})
     for rank in range(2):
@@ -501,7 +501,7 @@ def test_kaggle_gives_twelve_hours_from_the_start_of_its_container(monkeypatch):
 def test_hanging_rank_is_named_with_its_stack_and_a_stopped_one_by_its_silence(
     uninterrupted, launch, sample_data, tmp_path
 ):
-    life = Life(launch, tmp_path, sample_data, ranks=2)
+    life = Life(launch, tmp_path, sample_data, ranks=2, real=True)
     patience = ("--session.hang_timeout", "4s")
 
     session = life.start({"at": "forward", "step": 17, "rank": 1, "do": "sleep"}, words=patience)
@@ -530,7 +530,7 @@ def test_hanging_rank_is_named_with_its_stack_and_a_stopped_one_by_its_silence(
 def test_mistake_on_one_rank_is_told_before_the_others_notice_and_ends_all(
     uninterrupted, launch, sample_data, tmp_path
 ):
-    life = Life(launch, tmp_path, sample_data, ranks=2)
+    life = Life(launch, tmp_path, sample_data, ranks=2, real=True)
     session = life.start({"at": "forward", "step": 17, "rank": 1, "do": "raise"})
     session.wait_for_step(life.run_dir, 15)
     began = time.monotonic()
@@ -547,7 +547,7 @@ def test_mistake_on_one_rank_is_told_before_the_others_notice_and_ends_all(
 
 @pytest.mark.parametrize("ranks_of_it", ["one", "all"])
 def test_error_to_mend_is_told_once_whichever_ranks_it_is_of(launch, sample_data, tmp_path, ranks_of_it):
-    life = Life(launch, tmp_path, sample_data, ranks=2)
+    life = Life(launch, tmp_path, sample_data, ranks=2, real=True)
     where = {"rank": 1} if ranks_of_it == "one" else {}
     result = life.start({"at": "forward", "step": 7, "do": "mend", **where}).wait()
     assert result.status == 1, result
@@ -557,7 +557,7 @@ def test_error_to_mend_is_told_once_whichever_ranks_it_is_of(launch, sample_data
 
 
 def test_hanging_process_that_can_write_no_report_says_so_and_ends(launch, sample_data, tmp_path):
-    life = Life(launch, tmp_path, sample_data, ranks=None)
+    life = Life(launch, tmp_path, sample_data, ranks=None, real=True)
     life.run_dir.mkdir()
     (life.run_dir / "hang").touch()  # where the folder of the reports would be
     session = life.start({"at": "forward", "step": 7, "do": "sleep"}, words=("--session.hang_timeout", "3s"))

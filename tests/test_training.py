@@ -111,17 +111,17 @@ def test_same_command_twice_gives_the_same_weights(uninterrupted, launch: Launch
 
 
 @pytest.fixture
-def life(launch: Launch, tmp_path: Path, sample_data: Path) -> Callable[[int | None], Life]:
+def life(launch: Launch, tmp_path: Path, sample_data: Path) -> Callable[..., Life]:
     """A life of `WHOLE_RUN` on so many ranks."""
-    return lambda ranks: Life(launch, tmp_path, sample_data, ranks, run=WHOLE_RUN)
+    return lambda ranks, **how: Life(launch, tmp_path, sample_data, ranks, run=WHOLE_RUN, **how)
 
 
 def test_killed_rank_killed_machine_and_flipped_bit_cost_nothing_but_time(uninterrupted, life):
-    life = life(2)
-    first = life.start({"at": "forward", "step": 12, "rank": 1, "do": "SIGKILL"}, real=True)
+    life = life(2, real=True)
+    first = life.start({"at": "forward", "step": 12, "rank": 1, "do": "SIGKILL"})
     assert first.wait().status != 0
 
-    second = life.start({"at": "forward", "step": 27, "do": "hold"}, real=True)
+    second = life.start({"at": "forward", "step": 27, "do": "hold"})
     life.wait_at(second, "forward-27")
     assert resumed_at(second) == 10  # the best so far
     second.kill_all()
@@ -143,8 +143,8 @@ def test_four_killed_ranks_resume_to_the_same_weights(uninterrupted, life):
 
 
 def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_continues(uninterrupted, life):
-    life = life(2)
-    first = life.start({"at": "forward", "step": 12, "rank": 0, "do": "hold"}, real=True)
+    life = life(2, real=True)
+    first = life.start({"at": "forward", "step": 12, "rank": 0, "do": "hold"})
     life.wait_at(first, "forward-12")
     os.kill(first.rank(1), signal.SIGTERM)
     life.go_on("forward-12")
@@ -154,7 +154,7 @@ def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_contin
 
     # Another person's session: how often to save and to report may change at any time.
     words = ("--checkpoint.every_steps", 7, "--log.every_steps", 2, "--checkpoint.keep", 3)
-    second = life.start({"at": "forward", "step": 30, "rank": 0, "do": "hold"}, words=words, real=True)
+    second = life.start({"at": "forward", "step": 30, "rank": 0, "do": "hold"}, words=words)
     life.wait_at(second, "forward-30")
     second.process.terminate()
     life.go_on("forward-30")

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -164,6 +165,12 @@ def launching(folder: Path) -> Iterator[Launch]:
             for pid in command.living():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+
+def run(*words: object, **how: Any) -> Result:
+    """A command from its start to its end; `how` as in `launching`."""
+    with tempfile.TemporaryDirectory() as folder, launching(Path(folder)) as launch:
+        return launch(*words, **how).wait()
 
 
 def prepare(folder: Path, *words: object) -> Path:

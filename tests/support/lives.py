@@ -54,8 +54,9 @@ class Life:
         ranks: int | None,
         run_dir: Path | None = None,
         run: Sequence[object] = RUN,
+        real: bool = False,
     ):
-        self._launch, self._folder, self.ranks = launch, folder, ranks
+        self._launch, self._folder, self.ranks, self._real = launch, folder, ranks, real
         self.run_dir = run_dir or folder / "run"
         self.command = command_of(self.run_dir, data, *run)
         self._sessions = 0
@@ -68,7 +69,6 @@ class Life:
         environment: dict[str, str] | None = None,
         torchrun: tuple[str, ...] = (),
         ranks: int | None = None,
-        real: bool = False,
     ) -> Started:
         self._sessions += 1
         self.places = self._folder / f"places-{self._sessions}"
@@ -81,7 +81,7 @@ class Life:
             ranks=self.ranks if ranks is None else ranks or None,
             environment={**(environment or {}), "ACCIDENTS": json.dumps(about)},
             torchrun=torchrun,
-            real=real,
+            real=self._real,
         )
 
     def wait_at(self, started: Started, place: str, rank: int = 0) -> None:
