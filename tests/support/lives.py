@@ -28,7 +28,7 @@ STEPS, LOG_EVERY, SAVE_EVERY, VALIDATE_EVERY = 60, 5, 3, 20
 EPOCH = 32  # steps: 128 micro-batches an epoch, four a step
 
 RUN = (
-    *("--model.width", 32, "--model.layers", 2, "--model.heads", 2, "--model.context", 64),
+    *("--model.width", 32, "--model.layers", 1, "--model.heads", 2, "--model.context", 64),
     *("--batch.tokens_per_micro_batch", 784, "--batch.micro_batches_per_step", 4),
     *("--optim.steps", STEPS, "--optim.warmup_steps", 10, "--optim.lr", 3e-3),
     *("--log.every_steps", LOG_EVERY, "--log.validate_every_steps", VALIDATE_EVERY),
