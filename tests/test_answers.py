@@ -16,8 +16,10 @@ from data_prep.prepared import FORMAT as PAIRS
 from launch.console import UserError
 from tests.support.base_models import make_tiny_qwen2
 from tests.support.commands import REAL_TATOEBA, Launch, launching
-from tests.support.legal_records import TASK_NAMES, make_tokenizer, write_source
-from tests.support.runs import assert_only_one_line_is_said
+from tests.support.legal_records import TASK_NAMES, law_data, law_tokenizer
+from tests.support.lives import tell_otherwise
+from tests.support.once import once
+from tests.support.runs import assert_only_one_line_is_said, reference
 from training.engine.cluster import Cluster
 from training.evaluation.adapters import TrainedAdapters, open_adapters
 from training.evaluation.answers.__main__ import losses_by_row, questions_of
@@ -26,29 +28,42 @@ from training.evaluation.compare import main as compare
 from training.qlora import Answers
 
 CPU = torch.device("cpu")
+STEPS = 30
 LAW_EVAL = REAL_TATOEBA.parents[1] / "disc-law-eval"
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has learned something, and the data and base model beside it."""
-    folder = tmp_path_factory.mktemp("law")
-    base = make_tiny_qwen2(
-        folder / "base", make_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"), vocabulary_size=700
+@pytest.fixture
+def base() -> Path:
+    """A tiny model with more words than its tokenizer has, as real ones often are."""
+    tokenizer = law_tokenizer()
+    return once("answers", lambda folder: make_tiny_qwen2(folder / "base", tokenizer, vocabulary_size=700)) / "base"
+
+
+@pytest.fixture
+def trained_run(base: Path) -> Path:
+    """A run in which it has learned something."""
+    words = (
+        *("--base_model", base, "--lora.rank", 16, "--optim.steps", STEPS, "--optim.warmup_steps", 2),
+        *("--batch.tokens_per_micro_batch", 1200, "--batch.micro_batches_per_step", 2, "--optim.lr", 2e-2),
     )
-    source = write_source(folder / "source", per_task=20)
-    with launching(folder) as launch:
-        words = ("--source", source, "--tokenizer", base, "--output", folder / "data", "--max_length", 300)
-        result = launch(*words, "--validation_share", 0.1, module="data_prep.disc_law").wait()
-        assert result.status == 0, result
-        result = launch(
-            *("--run_dir", folder / "run", "--data", folder / "data", "--base_model", base, "--lora.rank", 16),
-            *("--batch.tokens_per_micro_batch", 1200, "--batch.micro_batches_per_step", 2, "--optim.lr", 2e-2),
-            *("--optim.steps", 30, "--optim.warmup_steps", 2),
-            module="training.qlora",
-        ).wait()
-        assert result.status == 0, result
-    return folder / "run"
+    return reference(law_data(), *words, module="training.qlora")
+
+
+@pytest.fixture
+def run_dir(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+@pytest.fixture
+def evaluated_run(trained_run: Path) -> Path:
+    """Another copy, which is evaluated; what was printed is in output-0/out beside it."""
+
+    def evaluate(folder: Path) -> None:
+        with launching(folder) as launch:
+            evaluated(launch, shutil.copytree(trained_run, folder / "run"))
+
+    return once("answers-evaluated", evaluate) / "run"
 
 
 def evaluated(launch: Launch, run_dir: Path, *words: object, ranks: int | None = None) -> tuple[dict, list[dict], str]:
@@ -57,34 +72,37 @@ def evaluated(launch: Launch, run_dir: Path, *words: object, ranks: int | None =
     label = "test-2answers-12tokens" + ("-1ofexam" if "--disc_law_eval" in words else "")
     result = launch(run_dir, *words, module="training.evaluation.answers", ranks=ranks).wait()
     assert result.status == 0, result
+    return *found_in(run_dir, label), result.out
+
+
+def found_in(run_dir: Path, label: str) -> tuple[dict, list[dict]]:
     lines = (run_dir / f"evaluation/{label}-answers.jsonl").read_text("utf-8").splitlines()
-    return (
-        json.loads((run_dir / f"evaluation/{label}.json").read_text("utf-8")),
-        [json.loads(line) for line in lines],
-        result.out,
-    )
+    return json.loads((run_dir / f"evaluation/{label}.json").read_text("utf-8")), [json.loads(line) for line in lines]
 
 
-def test_scores_answers_and_report_are_written_and_ranks_share_the_work(launch: Launch, run_dir: Path):
-    scores, answers, out = evaluated(launch, run_dir)
+def test_scores_answers_and_report_are_written_and_ranks_share_the_work(
+    launch: Launch, run_dir: Path, evaluated_run: Path
+):
+    scores, answers = found_in(evaluated_run, "test-2answers-12tokens")
+    out = (evaluated_run.parent / "output-0/out").read_text("utf-8")
     assert {task["task"] for task in scores["tasks"]} == set(TASK_NAMES)
     total = scores["losses"][-1]
     assert total["after"]["loss"] < total["before"]["loss"] and total["p"] < 0.05
     assert len(answers) == scores["items"] and {"uid", "question", "reference", "before", "after"} <= set(answers[0])
-    data = open_conversations(run_dir.parent / "data")
+    data = open_conversations(law_data())
     assert {row["uid"] for row in answers} >= set(data.meta["questions"])
-    page = (run_dir / "report.html").read_text("utf-8")
+    page = (evaluated_run / "report.html").read_text("utf-8")
     assert "<script" not in page and all(task in page for task in TASK_NAMES)
-    assert "loss, nats per token" in out and str(run_dir / "report.html") in out
+    assert "loss, nats per token" in out and str(evaluated_run / "report.html") in out
     shared, same_answers, _ = evaluated(launch, run_dir, ranks=2)
     assert same_answers == answers
     for one, other in zip(scores["losses"], shared["losses"], strict=True):
         assert one["after"]["loss"] == pytest.approx(other["after"]["loss"], rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def trained(run_dir: Path) -> TrainedAdapters:
-    return open_adapters(run_dir, device=CPU)
+@pytest.fixture
+def trained(trained_run: Path) -> TrainedAdapters:
+    return open_adapters(trained_run, device=CPU)
 
 
 def prompts_of(trained: TrainedAdapters) -> list[list[int]]:
@@ -133,7 +151,7 @@ def test_wrong_folder_of_disc_law_eval_is_refused_before_the_work(launch: Launch
 
 
 def test_before_is_the_base_model_itself_and_after_the_trained_one(trained: TrainedAdapters, run_dir: Path):
-    law = open_conversations(run_dir.parent / "data")
+    law = open_conversations(law_data())
     answers = Answers(law.part("test"), law.meta["tokenizer"]["pad_id"])
     with Cluster() as cluster:
         with trained.adapters(False):
@@ -156,22 +174,17 @@ def test_more_questions_hold_the_fewer_ones():
     assert len(some) == 8 and set(some) <= set(more) and questions_of(tasks, None) == list(range(33))
 
 
-def test_adapters_on_another_model_are_refused(run_dir: Path, tmp_path: Path):
-    other = make_tiny_qwen2(tmp_path / "other", run_dir.parent / "base", seed=5, vocabulary_size=700)
+def test_adapters_on_another_model_are_refused(run_dir: Path, base: Path, tmp_path: Path):
+    other = make_tiny_qwen2(tmp_path / "other", base, seed=5, vocabulary_size=700)
     with pytest.raises(UserError, match=r"not the one that the adapters .* were trained on"):
         open_adapters(run_dir, device=CPU, base_model=str(other))
 
 
-def test_base_model_that_was_moved_is_named(launch: Launch, run_dir: Path, tmp_path: Path):
-    moved = shutil.copytree(run_dir, tmp_path / "run")
-    base = run_dir.parent / "base"
-    hidden = base.rename(base.with_name("hidden"))
-    try:
-        result = launch(moved, module="training.evaluation.answers").wait()
-        assert_only_one_line_is_said(result, "there is no such folder")
-        assert open_adapters(moved, device=CPU, base_model=str(hidden)).step == 30
-    finally:
-        hidden.rename(base)
+def test_base_model_that_was_moved_is_named(launch: Launch, run_dir: Path, base: Path, tmp_path: Path):
+    tell_otherwise(run_dir, base, tmp_path / "gone/base")
+    result = launch(run_dir, module="training.evaluation.answers").wait()
+    assert_only_one_line_is_said(result, str(tmp_path / "gone/base"), "there is no such folder")
+    assert open_adapters(run_dir, device=CPU, base_model=str(base)).step == STEPS
 
 
 def test_translation_commands_name_the_right_one(launch: Launch, run_dir: Path):
@@ -179,8 +192,8 @@ def test_translation_commands_name_the_right_one(launch: Launch, run_dir: Path):
     assert_only_one_line_is_said(result, "training.evaluation.answers")
 
 
-def test_two_runs_are_compared_on_the_same_questions(launch: Launch, run_dir: Path, tmp_path: Path, capsys):
-    evaluated(launch, run_dir)
+def test_two_runs_are_compared_on_the_same_questions(evaluated_run: Path, tmp_path: Path, capsys):
+    run_dir = evaluated_run
     twin = shutil.copytree(run_dir, tmp_path / "twin")
     names = [f"{folder}:test-2answers-12tokens" for folder in (run_dir, twin)]
     assert compare(names) == 0

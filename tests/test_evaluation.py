@@ -5,12 +5,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +20,11 @@ from data_prep.prepared import Prepared, Ragged, list_files, open_prepared, writ
 from launch.console import UserError
 from tests.support.browser import browser
 from tests.support.commands import run
+from tests.support.lives import tell_otherwise
+from tests.support.once import once
 from tests.support.pages import Page
+from tests.support.runs import command_of
 from tests.test_attention_maps import make_font
-from training import gpt, seq2seq
 from training.engine.account import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate
 from training.evaluation.report import EXAMPLES, SYNTHETIC
@@ -35,13 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The sample corpus, in a folder that is a link: taking that away is to lose the data."""
-    folder = tmp_path_factory.mktemp("prepared")
-    assert tatoeba.main(["--source", "sample", "--output", str(folder / "place")]) == 0
-    (folder / "sample").symlink_to(folder / "place", target_is_directory=True)
-    return open_prepared(folder / "sample")
+@pytest.fixture
+def data(sample_data: Path) -> Prepared:
+    return open_prepared(sample_data)
 
 
 def first_pairs(data: Prepared, count: int) -> list[tuple[str, str]]:
@@ -66,38 +63,34 @@ def with_test_part(data: Prepared, folder: Path, pairs: list[tuple[str, str]]) -
     return folder
 
 
-def train(script: ModuleType, run_dir: Path, data: Prepared, **model: object) -> Path:
-    """A run of two hundred steps, in two sessions: enough for translations to end, whatever the seed."""
-    run_dir.mkdir()
-    words = {
-        "run_dir": run_dir,
-        "data": data.folder,
-        **{f"model.{key}": value for key, value in model.items()},
-        **{"optim.epochs": 8, "optim.lr": 5e-3, "optim.warmup_steps": 5, "checkpoint.every_steps": 50},
-        **{"log.every_steps": 5, "log.validate_every_steps": 50, "batch.tokens_per_micro_batch": 1024},
-    }
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", [script.__name__, *(str(word) for key, value in words.items() for word in (f"--{key}", value))]
-        )
+def train(task: str, data: Path, **model: object) -> Path:
+    """A run of a hundred steps, in two sessions: enough for translations to end, whatever the seed."""
+
+    def make(folder: Path) -> None:
+        run_dir = folder / task
+        run_dir.mkdir()
+        options = {
+            **{f"model.{key}": value for key, value in model.items()},
+            **{"optim.epochs": 4, "optim.lr": 8e-3, "optim.warmup_steps": 5, "checkpoint.every_steps": 25},
+            **{"log.every_steps": 5, "log.validate_every_steps": 25, "batch.tokens_per_micro_batch": 1024},
+        }
+        words = command_of(run_dir, data, *(word for key, value in options.items() for word in (f"--{key}", value)))
         (run_dir / "STOP").touch()  # a first session that comes to nothing
-        assert script.main() == EXIT_RESUMABLE
-        assert script.main() == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return run_dir
+        for status in (EXIT_RESUMABLE, 0):
+            result = run(*words, module=f"training.{task}")
+            assert result.status == status, result
+
+    return once(f"evaluation-{task}", make) / task
 
 
-@pytest.fixture(scope="module")
-def trained_run(data, tmp_path_factory) -> Path:
-    return train(gpt, tmp_path_factory.mktemp("runs") / "gpt", data, layers=2, heads=2, width=32, context=40)
+@pytest.fixture
+def trained_run(sample_data) -> Path:
+    return train("gpt", sample_data, layers=2, heads=2, width=32, context=40)
 
 
-@pytest.fixture(scope="module")
-def seq2seq_run(data, tmp_path_factory) -> Path:
-    size = {"layers": 1, "embedding_width": 32, "hidden_width": 32, "max_length": 40}
-    return train(seq2seq, tmp_path_factory.mktemp("runs") / "seq2seq", data, **size)
+@pytest.fixture
+def seq2seq_run(sample_data) -> Path:
+    return train("seq2seq", sample_data, layers=1, embedding_width=32, hidden_width=32, max_length=40)
 
 
 @pytest.fixture(params=["gpt", "seq2seq"])
@@ -106,10 +99,14 @@ def either_run(request) -> Path:
     return request.getfixturevalue({"gpt": "trained_run", "seq2seq": "seq2seq_run"}[request.param])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def evaluated(trained_run) -> Path:
-    assert evaluate.main([str(trained_run)]) == 0
-    return trained_run
+    """A copy of the run, which is evaluated; tests do not write there either."""
+
+    def make(folder: Path) -> None:
+        assert evaluate.main([str(shutil.copytree(trained_run, folder / trained_run.name))]) == 0
+
+    return once("evaluation-evaluated", make) / trained_run.name
 
 
 @pytest.fixture
@@ -188,7 +185,8 @@ def test_token_scores_are_those_of_single_sentences_added_up(evaluated, data):
     assert scores["accuracy"] == pytest.approx(right / count, abs=1e-4)
 
 
-def test_evaluating_again_gives_the_same_bytes(evaluated):
+def test_evaluating_again_gives_the_same_bytes(evaluated, tmp_path):
+    evaluated = shutil.copytree(evaluated, tmp_path / evaluated.name)
     paths = [evaluated / "report.html", *sorted((evaluated / "evaluation").iterdir())]
     before = [path.read_bytes() for path in paths]
     assert evaluate.main([str(evaluated)]) == 0
@@ -268,28 +266,24 @@ def test_pairs_that_are_too_long_for_the_model_are_counted(either_run, data, tmp
 def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq2seq_run, data, tmp_path, launch):
     empty = with_test_part(data, tmp_path / "empty", [])
     long = with_test_part(data, tmp_path / "long", [("我" * 200, "a"), ("我", "a " * 200)])
-    place = data.folder.resolve()
-    data.folder.unlink()  # the link that the runs' config names
-    try:
-        for run in (trained_run, seq2seq_run):
-            untrained = shutil.copytree(run, tmp_path / run.name)
-            shutil.rmtree(untrained / "checkpoints")
-            (untrained / "checkpoints").mkdir()
-            answers = {
-                (untrained,): f"{untrained} has no valid checkpoint: train first",
-                (run,): f"trained on the data in {data.folder}, and there is no such folder here: name where it is now",
-                (run, "--beam_size", 0): "the beam size must be 1 (greedy) or more, got 0",
-                (run, "--data", empty): f"the test part of {empty} is empty: choose another --part",
-                (run, "--data", long): f"none of the 2 pairs in the test part of {long} fits the model",
-            }
-            commands = {words: launch(*words, module="training.evaluation.evaluate") for words in answers}
-            for words, command in commands.items():
-                result = command.wait()
-                assert result.status == 1 and "Traceback" not in result.err, result
-                assert len(result.error_lines) == 1 and answers[words] in result.error_lines[0]
-            assert not (run / "evaluation/test-on-long.json").exists()
-    finally:
-        data.folder.symlink_to(place, target_is_directory=True)
+    for run_dir in (trained_run, seq2seq_run):
+        moved, untrained = (shutil.copytree(run_dir, tmp_path / f"{name}-{run_dir.name}") for name in ("moved", "un"))
+        tell_otherwise(moved, data.folder, tmp_path / "gone")
+        shutil.rmtree(untrained / "checkpoints")
+        (untrained / "checkpoints").mkdir()
+        answers = {
+            (untrained,): f"{untrained} has no valid checkpoint: train first",
+            (moved,): f"trained on the data in {tmp_path}/gone, and there is no such folder here: name where it is now",
+            (moved, "--beam_size", 0): "the beam size must be 1 (greedy) or more, got 0",
+            (moved, "--data", empty): f"the test part of {empty} is empty: choose another --part",
+            (moved, "--data", long): f"none of the 2 pairs in the test part of {long} fits the model",
+        }
+        commands = {words: launch(*words, module="training.evaluation.evaluate") for words in answers}
+        for words, command in commands.items():
+            result = command.wait()
+            assert result.status == 1 and "Traceback" not in result.err, result
+            assert len(result.error_lines) == 1 and answers[words] in result.error_lines[0]
+        assert not (moved / "evaluation/test-on-long.json").exists()
 
 
 def test_a_sentence_on_the_command_line_is_translated_without_the_data(run_copy, data, capsys):

@@ -11,10 +11,9 @@ import transformers
 
 from tests.support.commands import Launch
 from tests.support.legal_records import law_base, law_data
+from tests.support.lives import Life
 from tests.support.runs import (
     assert_only_one_line_is_said,
-    assert_same_model,
-    assert_same_record,
     command_of,
     last_checkpoint,
     losses,
@@ -29,8 +28,8 @@ from training.models.memory import Shape, estimate
 RUN = (
     *("--lora.rank", 4, "--lora.alpha", 8, "--lora.dropout", 0.2, "--memory.logits_tokens", 50),
     *("--batch.tokens_per_micro_batch", 400, "--batch.micro_batches_per_step", 4),
-    *("--optim.steps", 12, "--optim.warmup_steps", 4, "--optim.lr", 1e-3, "--log.every_steps", 1),
-    *("--log.validate_every_steps", 6, "--checkpoint.every_steps", 4),
+    *("--optim.steps", 8, "--optim.warmup_steps", 3, "--optim.lr", 1e-3, "--log.every_steps", 1),
+    *("--log.validate_every_steps", 4, "--checkpoint.every_steps", 3),
 )
 ZERO = ("--parallel", "deepspeed", "--zero.stage")
 
@@ -61,23 +60,17 @@ def assert_same_curve(run_dir: Path, other: Path) -> None:
     assert len(held_out[0]) == 2 and held_out[0] == pytest.approx(held_out[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.whole), 3])
 def test_run_killed_under_zero_is_the_uninterrupted_one_and_has_the_curve_of_ddp(
     stage: int, replicated: Path, launch: Launch, data: Path, base: Path, tmp_path: Path
 ):
-    folders = [tmp_path / name for name in ("whole", "killed")]
-    for folder in folders:
-        command = command_of(folder, data, "--base_model", base, *RUN, *ZERO, stage)
-        if folder is folders[1]:
-            session = launch(*command, module="training.qlora", ranks=2)
-            session.wait_for_step(folder, 7)
-            session.kill_all()
-        result = launch(*command, module="training.qlora", ranks=2).wait()
-        assert result.status == 0, result
-    assert_same_model(folders[1], folders[0])
-    assert_same_record(folders[1], folders[0])
-    assert_same_curve(folders[0], replicated)
-    weights = last_checkpoint(folders[0]).model_state()
+    run = ("--base_model", base, *RUN, *ZERO, stage)
+    whole = reference(data, *run, module="training.qlora", ranks=2)
+    life = Life(launch, tmp_path, data, ranks=2, run=run, module="training.qlora")
+    life.kill_at(6)
+    life.finish(whole)
+    assert_same_curve(whole, replicated)
+    weights = last_checkpoint(whole).model_state()
     assert weights.keys() == last_checkpoint(replicated).model_state().keys()
     assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in weights.items())
 

@@ -12,27 +12,27 @@ import pytest
 
 from tests.support.base_models import smollm2
 from tests.support.commands import PATIENCE_S, REAL_TATOEBA, ROOT, Launch
+from tests.support.lives import Life
 from tests.support.runs import losses, status_of
 
 RECORDS = REAL_TATOEBA.parents[1] / "disc-law-sft"
 STEPS = 8
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.skipif(not RECORDS.is_dir(), reason=f"the legal records are not at {RECORDS}")
 def test_real_chat_model_killed_twice_learns_to_answer_legal_questions(launch: Launch, tmp_path: Path):
-    base, data, run_dir = smollm2(), tmp_path / "data", tmp_path / "run"
+    base, data = smollm2(), tmp_path / "data"
     words = ("--source", RECORDS, "--tokenizer", base, "--output", data, "--max_length", 448, "--too_long", "drop")
     assert launch(*words, "--validation_share", 0.03, module="data_prep.disc_law").wait().status == 0
-    command = (
-        *(ROOT / "configs/qlora/smollm2-cpu.yaml", "--run_dir", run_dir, "--data", data, "--base_model", base),
-        *("--optim.steps", STEPS, "--checkpoint.every_steps", 2, "--log.validate_every_steps", STEPS),
-    )
-    for step in (3, 6):
-        session = launch(*command, module="training.qlora", ranks=2)
-        session.wait_for_step(run_dir, step)
-        session.kill_all()
-    result = launch(*command, module="training.qlora", ranks=2).wait()
+    config = ROOT / "configs/qlora/smollm2-cpu.yaml"
+    words = ("--optim.steps", STEPS, "--checkpoint.every_steps", 2, "--log.validate_every_steps", STEPS)
+    run = (config, "--base_model", base, *words)
+    life = Life(launch, tmp_path, data, ranks=2, run=run, module="training.qlora")
+    for step in (4, 7):
+        life.kill_at(step)
+    result, run_dir = life.start().wait(), life.run_dir
     assert result.status == 0 and status_of(run_dir)["status"] == "finished", result
     assert len(json.loads((run_dir / "sessions.json").read_text("utf-8"))) == 3 and len(losses(run_dir)) == STEPS
     words = ("--answers_per_task", 1, "--max_new_tokens", 16)

@@ -11,7 +11,8 @@ import torch
 
 from data_prep.prepared import open_prepared
 from launch.console import UserError
-from tests.support.commands import Launch, launching
+from tests.support.commands import Launch
+from tests.support.runs import reference
 from training.evaluation import decoding, translate
 from training.evaluation.trained import TrainedModel, open_trained
 
@@ -36,13 +37,8 @@ SAVED = ("--checkpoint.every_steps", 10, "--log.validate_every_steps", 10, "--ch
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def run(request, sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    with launching(folder) as launch:
-        words = ("--run_dir", folder / "run", "--data", sample_data, *SHAPES[request.param], *COMMON, *SAVED)
-        result = launch(*words, module=f"training.{request.param}").wait()
-    assert result.status == 0, result
-    return folder / "run"
+def run(request, sample_data: Path) -> Path:
+    return reference(sample_data, *SHAPES[request.param], *COMMON, *SAVED, module=f"training.{request.param}")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from launch.console import UserError
 from tests.support.commands import Launch
-from tests.support.lives import RUN, SLOW, Life, assert_all_gone, assert_stopped, resumed_at
+from tests.support.lives import RUN, Life, assert_all_gone, assert_stopped, resumed_at
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -29,8 +29,8 @@ from training.engine.checkpoint import checkpoints, newest_valid
 from training.engine.tracking import read_metrics
 from training.engine.zero import ZeroOptions, state_bytes
 
-STEPS = 100
-LONGER = ("--optim.steps", STEPS, "--log.every_steps", 1)
+STEPS = 24
+OWN = ("--optim.steps", STEPS, "--optim.warmup_steps", 3, "--log.every_steps", 1, "--log.validate_every_steps", 8)
 
 
 def zero(stage: int, offload: str = "none") -> tuple[object, ...]:
@@ -42,7 +42,7 @@ def whole(sample_data: Path) -> Callable[..., Path]:
     """The run folder of an uninterrupted run on two ranks, with such options."""
 
     def run(*words: object) -> Path:
-        run_dir = reference(sample_data, *RUN, *LONGER, *words, ranks=2)
+        run_dir = reference(sample_data, *RUN, *OWN, *words, ranks=2)
         said = [(run_dir.parent / "output-0" / name).read_text() for name in ("out", "err")]
         assert "Warning" not in said[1] and "[WARNING]" not in said[0], said
         return run_dir
@@ -53,7 +53,12 @@ def whole(sample_data: Path) -> Callable[..., Path]:
 # The curve.
 
 
-@pytest.mark.parametrize("words", [zero(1), zero(2), zero(3), zero(3, "all")], ids=str)
+# The other stages' curves are also measured where a run goes on with another stage.
+@pytest.mark.parametrize(
+    "words",
+    [*(pytest.param(zero(stage), marks=pytest.mark.whole) for stage in (1, 2)), zero(3), zero(3, "all")],
+    ids=str,
+)
 def test_loss_curve_is_that_of_ddp_at_every_step(whole, words):
     expected, found = losses(whole()), losses(whole(*words))
     assert len(expected) == STEPS and expected[-1] < 0.9 * expected[0]
@@ -71,34 +76,31 @@ def test_every_rank_counts_for_its_share_of_the_state():
 # Accidents. More of them, at more places, are in test_faults.py: the loop that they meet is the same.
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.whole), 3])
 def test_killed_stopped_and_damaged_run_ends_with_the_uninterrupted_ones_bits(
     whole, launch: Launch, sample_data, tmp_path, stage
 ):
-    life, words = Life(launch, tmp_path, sample_data, ranks=2), (*LONGER, *zero(stage))
+    life, words = Life(launch, tmp_path, sample_data, ranks=2), (*OWN, *zero(stage))
 
     # In the middle of a save, which so remains unpublished.
-    session = life.start({"at": "write", "step": 24, "do": "SIGKILL"}, words=words)
+    session = life.start({"at": "write", "step": 9, "do": "SIGKILL"}, words=words)
     assert session.wait().status != 0
     assert_all_gone(session)
     assert [each.verify() for each in checkpoints(life.run_dir)].count(None) == len(checkpoints(life.run_dir))
 
     # All at once, from outside.
-    session = life.start(SLOW, words=words)
-    session.wait_for_step(life.run_dir, 40)
-    session.kill_all()
-    assert resumed_at(session) == 21
+    assert resumed_at(life.kill_at(14, words=words)) == 8  # where it was validated
 
     # A polite stop by one rank's signal, at once.
-    session = life.start({"at": "forward", "step": 70, "rank": 1, "do": "SIGTERM"}, words=words)
+    session = life.start({"at": "forward", "step": 19, "rank": 1, "do": "SIGTERM"}, words=words)
     assert session.wait().status == 0
-    assert_stopped(life.run_dir, "signal SIGTERM", step=70)
+    assert_stopped(life.run_dir, "signal SIGTERM", step=19)
     damage(last_checkpoint(life.run_dir))
 
     session = life.start(words=words)
     result = session.wait()
     assert result.status == 0, result
-    assert "step-0000000070 is damaged" in result.err and resumed_at(session) == 69
+    assert "step-0000000019 is damaged" in result.err and resumed_at(session) == 18
     uninterrupted = whole(*zero(stage))
     assert_same_model(life.run_dir, uninterrupted)
     assert losses(life.run_dir) == losses(uninterrupted)
@@ -106,33 +108,33 @@ def test_killed_stopped_and_damaged_run_ends_with_the_uninterrupted_ones_bits(
 
 def test_run_goes_on_with_another_stage_other_ranks_and_without_deepspeed(whole, launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=2)
-    for step, ranks, words in ((20, 2, zero(3)), (40, 0, zero(1, "optimizer")), (60, 4, ()), (80, 2, zero(2))):
+    for step, ranks, words in ((5, 2, zero(3)), (10, 0, zero(1, "optimizer")), (15, 4, ()), (20, 2, zero(2))):
         stop = {"at": "forward", "step": step, "rank": 0, "do": "SIGTERM"}
-        assert life.start(stop, words=(*LONGER, *words), ranks=ranks).wait().status in (0, 75)
+        assert life.start(stop, words=(*OWN, *words), ranks=ranks).wait().status in (0, 75)
         assert_stopped(life.run_dir, "signal SIGTERM", step=step)
-    assert life.start(words=(*LONGER, *zero(3, "all"))).wait().status == 0
+    assert life.start(words=(*OWN, *zero(3, "all"))).wait().status == 0
     assert losses(life.run_dir) == pytest.approx(losses(whole()), rel=1e-4)
 
 
 def test_fp16_keeps_its_scaler_and_resumes_to_the_same_bits(launch: Launch, sample_data, tmp_path):
-    words = (*zero(2), "--precision", "fp16", "--optim.steps", 30, "--log.every_steps", 1)
+    words = (*zero(2), "--precision", "fp16", "--optim.steps", 12, "--log.every_steps", 1)
     folders = [tmp_path / name for name in ("whole", "run", "ddp")]
     for folder in folders:
         folder.mkdir()
     whole, life, ddp = (Life(launch, folder, sample_data, ranks=2) for folder in folders)
     assert whole.start(words=words).wait().status == 0
     assert ddp.start(words=(*words, "--parallel", "ddp")).wait().status == 0
-    session = life.start({"at": "write", "step": 18, "do": "SIGKILL"}, words=words)
+    session = life.start({"at": "write", "step": 9, "do": "SIGKILL"}, words=words)
     assert session.wait().status != 0
     assert life.start(words=words).wait().status == 0
     assert_same_model(life.run_dir, whole.run_dir)
     scalers = [last_checkpoint(each.run_dir).state()["scaler"] for each in (whole, life, ddp)]
     assert scalers[0] == scalers[1] == scalers[2]
-    assert scalers[0]["_growth_tracker"] == 30, "it counts the steps since the start or the last overflow"
+    assert scalers[0]["_growth_tracker"] == 12, "it counts the steps since the start or the last overflow"
     assert losses(whole.run_dir) == pytest.approx(losses(ddp.run_dir), rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.whole), 3])
 def test_gradients_that_stay_not_finite_end_the_run_with_weights_that_are(launch, sample_data, tmp_path, stage):
     life = Life(launch, tmp_path, sample_data, ranks=2)
     wrong = ("--optim.lr", 1e30, "--optim.warmup_steps", 0, "--checkpoint.every_steps", 1)

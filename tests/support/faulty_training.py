@@ -1,7 +1,7 @@
-"""`training.gpt`, to which accidents happen at exact places. Used by tests/test_faults.py.
+"""`training.gpt`, to which accidents happen at exact places, or the training that the first word names.
 
     ACCIDENTS='{"folder": "/tmp/x", "list": [{"at": "forward", "step": 20, "rank": 1, "do": "SIGTERM"}]}' \\
-        torchrun --standalone --nproc-per-node=2 -m tests.support.faulty_training --run_dir ... --data ...
+        torchrun --standalone --nproc-per-node=2 -m tests.support.faulty_training [training.qlora] --run_dir ...
 
 at: plan (the ranks have met, and nothing else has begun; step 0), forward (before a forward pass of the step), batch
 (behind each batch of the validation after the step), validated (behind that validation), or write (when the weights of
@@ -12,6 +12,7 @@ step, rank: where; without, at each. do: what, see `happen`. always: at every su
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -20,8 +21,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 import training.gpt as gpt
 from launch.console import UserError, run_main
@@ -89,18 +88,20 @@ def reach(place: str, step: int) -> None:
 class _Traps:
     """Puts `reach` in front of the product's functions; what they do stays theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, training: Any) -> None:
         self.step = 0
-        self._plan_of, self._share, self._loss = gpt.plan_of, BatchPlan.share, gpt.summed_loss
-        self._scores, self._save_file = gpt.validation_scores, checkpoint.save_file
+        self._training, self._loss_name = training, "losses_of" if hasattr(training, "losses_of") else "summed_loss"
+        self._plan_of, self._share, self._loss = training.plan_of, BatchPlan.share, getattr(training, self._loss_name)
+        self._scores, self._save_file = training.validation_scores, checkpoint.save_file
 
     def set(self) -> None:
         def share(plan: BatchPlan, step: int, rank: int, world_size: int) -> Any:
             self.step = step + 1
             return self._share(plan, step, rank, world_size)
 
-        BatchPlan.share, gpt.plan_of = share, self.plan_of
-        gpt.summed_loss, gpt.validation_scores, checkpoint.save_file = self.loss, self.scores, self.save_file
+        BatchPlan.share, self._training.plan_of, checkpoint.save_file = share, self.plan_of, self.save_file
+        setattr(self._training, self._loss_name, self.loss)
+        self._training.validation_scores = self.scores
 
     def plan_of(self, *arguments: Any) -> Any:
         reach("plan", 0)
@@ -110,13 +111,15 @@ class _Traps:
         reach("forward", self.step)
         return self._loss(*arguments)
 
-    def scores(self, model: nn.Module, sequences: Any, cluster: Any, share: Any) -> Any:
+    def scores(self, *arguments: Any) -> Any:
+        *before, share = arguments
+
         def shared(batches: Any) -> Iterator[Any]:
             for batch in share(batches):
                 yield batch
                 reach("batch", self.step)
 
-        result = self._scores(model, sequences, cluster, shared)
+        result = self._scores(*before, shared)
         reach("validated", self.step)
         return result
 
@@ -128,6 +131,9 @@ class _Traps:
 
 
 if __name__ == "__main__":
-    _Traps().set()
-    sys.argv[0] = gpt.__file__
-    run_main(gpt.main)
+    named = sys.argv[1:2] if sys.argv[1:2] and sys.argv[1].startswith("training.") else []
+    del sys.argv[1 : 1 + len(named)]
+    training = importlib.import_module(*named or ["training.gpt"])
+    _Traps(training).set()
+    sys.argv[0] = training.__file__
+    run_main(training.main)

@@ -55,8 +55,9 @@ class Life:
         run_dir: Path | None = None,
         run: Sequence[object] = RUN,
         real: bool = False,
+        module: str = "training.gpt",
     ):
-        self._launch, self._folder, self.ranks, self._real = launch, folder, ranks, real
+        self._launch, self._folder, self.ranks, self._real, self._module = launch, folder, ranks, real, module
         self.run_dir = run_dir or folder / "run"
         self.command = command_of(self.run_dir, data, *run)
         self._sessions = 0
@@ -74,10 +75,12 @@ class Life:
         self.places = self._folder / f"places-{self._sessions}"
         self.places.mkdir()
         about = {"folder": str(self.places), "list": accidents}
+        named = (self._module,) if accidents and self._module != "training.gpt" else ()
         return self._launch(
+            *named,
             *self.command,
             *words,
-            module="tests.support.faulty_training" if accidents else "training.gpt",
+            module="tests.support.faulty_training" if accidents else self._module,
             ranks=self.ranks if ranks is None else ranks or None,
             environment={**(environment or {}), "ACCIDENTS": json.dumps(about)},
             torchrun=torchrun,
@@ -87,6 +90,13 @@ class Life:
     def wait_at(self, started: Started, place: str, rank: int = 0) -> None:
         """Waits until the rank is held at the place."""
         wait_until(started, lambda: (self.places / f"at-{place}-{rank}").exists(), f"at {place}")
+
+    def kill_at(self, step: int, **how: Any) -> Started:
+        """A session that is killed from outside, all of it at once, while the first rank is held before the step."""
+        session = self.start({"at": "forward", "step": step, "rank": 0, "do": "hold"}, **how)
+        self.wait_at(session, f"forward-{step}")
+        session.kill_all()
+        return session
 
     def go_on(self, place: str) -> None:
         (self.places / f"go-{place}").touch()
@@ -128,6 +138,16 @@ def assert_stopped(run_dir: Path, reason: str, step: int | None = None) -> int:
     session = read_sessions(run_dir)[-1]
     assert (session["reason"], session["step"]) == (reason, status["step"])
     return status["step"]
+
+
+def tell_otherwise(run_dir: Path, told: object, instead: object) -> None:
+    """As if the run's config had named another path: its checkpoints stay valid."""
+    for each in checkpoints(run_dir):
+        path = each.folder / checkpoint.MANIFEST
+        text = path.read_text("utf-8")
+        assert json.dumps(str(told)) in text
+        path.write_text(checkpoint._manifest_text(json.loads(text.replace(str(told), str(instead)))), "utf-8")
+    assert [each.verify() for each in checkpoints(run_dir)] == [None] * len(checkpoints(run_dir))
 
 
 def resumed_at(started: Started) -> int:
