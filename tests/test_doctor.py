@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from launch.console import UserError
-from launch.doctor import machine, run
+from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Alike, Check, Finding, Report, examine, merge
 from launch.doctor.ranks import bus_bandwidth, offset_s
 from launch.environment import Ranks
@@ -85,6 +85,7 @@ def test_healthy_run_passes_and_a_run_that_is_there_is_not_touched(launch: Launc
         environment |= {
             "WANDB_API_KEY": "0" * 40,
             "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "OMP_NUM_THREADS": str(os.cpu_count()),
         }
         before = {name: snapshot(folder) for name, folder in (("run", run_dir), ("data", sample_data))}
         result = launch(*words, module=DOCTOR, ranks=2, environment=environment).wait()
@@ -94,6 +95,7 @@ def test_healthy_run_passes_and_a_run_that_is_there_is_not_touched(launch: Launc
         assert "ok" in [level for level, _ in lines_of(result)[subject]], (subject, result.out)
     assert_said(result, "ok", "launcher", "torchrun")
     assert_said(result, "ok", "wandb", "server answers")
+    assert_said(result, "warning", "threads", "2 rank(s)", "hinder each other", "OMP_NUM_THREADS=")
     assert "1 node(s), 2 rank(s): 0 error(s)" in result.out
 
     (text,) = [text for _, text in lines_of(result)["collectives"]]
@@ -109,19 +111,13 @@ def test_all_faults_are_told_at_once_and_the_status_is_1(launch: Launch, tmp_pat
     with socket.socket() as nobody:  # bound and deaf
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        environment = {
-            "WANDB_API_KEY": "0" * 40,
-            "WANDB_BASE_URL": url,
-            "OMP_NUM_THREADS": str(os.cpu_count()),
-            **home(tmp_path),
-        }
+        environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url}
         result = launch(CONFIG, *words, module=DOCTOR, ranks=2, environment=environment).wait()
     assert result.status == 1, result
     assert_said(result, "error", "config", "optim.lrr", "nearest: optim.lr")
     assert_said(result, "error", "data", f"no prepared data set {tmp_path / 'none'}", "data_prep.tatoeba")
     assert_said(result, "error", "disk", f"{tmp_path / 'file'} is a file", "--run_dir")
     assert_said(result, "warning", "wandb", f"{url} does not answer", "offline")
-    assert_said(result, "warning", "threads", "2 rank(s)", "hinder each other", "OMP_NUM_THREADS=")
     assert_said(result, "ok", "versions")
     assert "3 error(s)" in result.out
 
@@ -269,6 +265,15 @@ def test_bandwidth_and_clock_arithmetic():
     ours = [(100.0, 100.5), (101.0, 101.002)]
     theirs = [(105.3, 105.6), (106.0, 106.002)]
     assert offset_s(ours, theirs) == (pytest.approx(5.0), pytest.approx(0.002))
+
+
+def test_threads_of_a_nodes_ranks_are_added_up():
+    cores = frozenset({0, 1})
+    every = [(2, cores), (1, cores), (1, cores), (1, cores), (1, frozenset({2}))]
+    cluster: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: every)
+    found = ranks.threads(cluster, ["a", "a", "b", "b", "b"])
+    assert [each.level for each in found] == ["warning", "ok"]
+    assert "2 rank(s)" in found[0].text and "OMP_NUM_THREADS=1" in found[0].text and "[a]" in found[0].text
 
 
 @pytest.mark.parametrize(

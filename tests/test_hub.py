@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, ROOT
+from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
 
 NAME = "someone/tiny-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,10 +28,25 @@ FILES = {
     "tokenizer.json": b"{}",
     "pytorch_model.bin": b"not wanted",
 }
-SCRIPT = f"""
-from training.models.base_model import find_base_model
+# It forks when everything is imported: the model's name, and how many processes look for it at once.
+SCRIPT = """
+import os, sys, time
 from launch.console import run_main
-run_main(lambda: print(find_base_model({NAME!r}, None)))
+from training.models.base_model import find_base_model
+name, processes = sys.argv[1], int(sys.argv[2])
+others = []
+while len(others) < processes - 1 and (not others or others[-1]):
+    others.append(os.fork())
+def main():
+    began = time.monotonic()
+    try:
+        print(find_base_model(name, None), flush=True)
+    except BaseException:
+        print("failed after", time.monotonic() - began)
+        raise
+    if all(others):
+        assert all(os.waitpid(other, 0)[1] == 0 for other in others)
+run_main(main)
 """
 
 
@@ -86,58 +102,56 @@ def hub() -> Iterator[Hub]:
     hub.server.server_close()
 
 
-def start(home: Path, address: str, *, offline: bool = False) -> subprocess.Popen[str]:
+def start(
+    home: Path,
+    address: str,
+    *,
+    name: str = NAME,
+    processes: int = 1,
+    offline: bool = False,
+) -> Result:
+    """What they print, a folder each, and how they end."""
     proxies = {f"{scheme}_proxy": "" for scheme in ("http", "https", "HTTP", "HTTPS")}
     environment = {**ENVIRONMENT, **proxies, "HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
     environment["HF_HUB_OFFLINE"] = "1" if offline else "0"
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", SCRIPT, name, str(processes)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_three_processes_fetch_every_file_once_and_then_need_no_network(hub: Hub, tmp_path: Path):
-    processes = [start(tmp_path, hub.address) for _ in range(3)]
-    said = [process.communicate() for process in processes]
-    assert all(process.returncode == 0 for process in processes), said
-    (folder,) = {Path(out.splitlines()[-1]) for out, _ in said}
+def test_three_processes_fetch_every_file_once_need_no_network_then_and_complete_what_is_missing(
+    hub: Hub, tmp_path: Path
+):
+    first = start(tmp_path, hub.address, processes=3)
+    assert first.status == 0, first
+    names = re.findall(rf"{tmp_path}\S*?{COMMIT}", first.out)  # among progress bars
+    assert len(names) == 3, first
+    (folder,) = {Path(name) for name in names}
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert all((folder / path.name).read_bytes() == FILES[path.name] for path in folder.iterdir())
     assert hub.asked == Counter({"config.json": 1, "model.safetensors": 1, "tokenizer.json": 1})
     again = start(tmp_path, "http://127.0.0.1:9", offline=True)
-    out, err = again.communicate()
-    assert out.strip() == str(folder) and again.returncode == 0, err
+    assert again.status == 0 and again.out.strip() == str(folder), again
 
-
-def test_half_of_a_model_in_the_cache_is_completed(hub: Hub, tmp_path: Path):
-    assert start(tmp_path, hub.address).wait() == 0
+    # Half of a model in the cache.
     (weights,) = tmp_path.glob("hub/models--*/snapshots/*/model.safetensors")
     weights.resolve().unlink()
     weights.unlink()
     offline = start(tmp_path, hub.address, offline=True)
-    _, err = offline.communicate()
-    assert offline.returncode == 1 and err.startswith("error: ") and f"hf download {NAME}" in err
+    assert offline.status == 1 and offline.err.startswith("error: ") and f"hf download {NAME}" in offline.err, offline
     online = start(tmp_path, hub.address)
-    assert (
-        Path(online.communicate()[0].splitlines()[-1], "model.safetensors").read_bytes() == FILES["model.safetensors"]
-    )
+    assert Path(online.out.splitlines()[-1], "model.safetensors").read_bytes() == FILES["model.safetensors"], online
     assert hub.asked["model.safetensors"] == 2
 
 
 def test_hub_that_cannot_be_reached_is_named_within_seconds(tmp_path: Path):
-    process = start(tmp_path, "http://127.0.0.1:9")
-    _, err = process.communicate(timeout=60)
-    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-    assert process.returncode == 1 and "127.0.0.1 cannot be reached" in line and f"hf download {NAME}" in line
+    result = start(tmp_path, "http://127.0.0.1:9")
+    (line,) = result.error_lines
+    assert float(result.out.partition("failed after ")[2]) < 60
+    assert result.status == 1 and "127.0.0.1 cannot be reached" in line and f"hf download {NAME}" in line
 
 
-def test_name_that_the_hub_does_not_know_is_said(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", SCRIPT.replace(NAME, "someone/no-such-model"))
-    process = start(tmp_path, hub.address)
-    _, err = process.communicate()
-    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-    assert process.returncode == 1 and "someone/no-such-model could not be fetched" in line
+def test_name_that_the_hub_does_not_know_is_said(hub: Hub, tmp_path: Path):
+    result = start(tmp_path, hub.address, name="someone/no-such-model")
+    (line,) = result.error_lines
+    assert result.status == 1 and "someone/no-such-model could not be fetched" in line

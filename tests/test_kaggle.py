@@ -15,7 +15,7 @@ import sysconfig
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ from launch.kaggle.session import (
     retention,
 )
 from launch.processes import command_line, descendants
-from tests.support.commands import ENVIRONMENT, Launch, Started, launching
-from tests.support.lives import RUN, wait_until
-from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of
+from tests.support.commands import ENVIRONMENT, Launch, Started
+from tests.support.lives import RUN, STEPS, wait_until
+from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
 from training.engine.account import read_sessions, saved_steps
 
 # More than the quota of a rehearsal has room for.
@@ -68,15 +68,10 @@ def config(sample_data: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path, sample_data)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, sample_data: Path) -> tuple[Path, float]:
-    """The folder of the same run, trained by two ranks in one go; and how long it took beside training, in seconds."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    began = time.monotonic()
-    with launching(folder) as launch:
-        result = launch(*command_of(folder / "run", sample_data, *RUN), ranks=2).wait()
-    assert result.status == 0, result
-    return folder / "run", time.monotonic() - began - read_sessions(folder / "run")[0]["seconds"]
+@pytest.fixture
+def uninterrupted(sample_data: Path) -> Path:
+    """The folder of the same run, trained by two ranks in one go."""
+    return reference(sample_data, *RUN, ranks=2)
 
 
 class Kaggle:
@@ -108,10 +103,22 @@ class Kaggle:
         for place in set(self._mounts):
             subprocess.run(["umount", str(place)], check=True)
 
-    def start(self, *, pause_s: float = 0, limit_s: float, quota: int = 10**9, run_type: str = "Batch") -> Started:
-        """Begins a session in a fresh container. pause_s: before each of two forward passes of a step."""
+    def start(
+        self,
+        *,
+        holds: Sequence[int] = (),
+        pause_s: float = 0,
+        limit_s: float,
+        quota: int = 10**9,
+        run_type: str = "Batch",
+    ) -> Started:
+        """Begins a session in a fresh container.
+
+        holds: steps at which the first rank waits, the others with it. pause_s: before each of two forward passes of a
+        step behind these.
+        """
         self.sessions += 1
-        place = self._folder / f"session-{self.sessions}"
+        self._place = place = self._folder / f"session-{self.sessions}"
         self.working, self.notebook = place / "working", place / "kernel/relay.ipynb"
         self.working.mkdir(parents=True)
         (place / "tmp").mkdir()
@@ -125,7 +132,11 @@ class Kaggle:
             dataset="me/relay-files",
             previous=previous,
         )
-        accident = {"at": "forward", "do": "pause", "seconds": pause_s, "always": True}
+        accidents: list[dict[str, Any]] = [{"at": "forward", "step": step, "rank": 0, "do": "hold"} for step in holds]
+        if pause_s:
+            slow = range(max(holds, default=0) + 1, STEPS + 1)
+            pause = {"at": "forward", "do": "pause", "seconds": pause_s, "always": True}
+            accidents += [{**pause, "step": step} for step in slow]
         environment = {
             KAGGLE_INPUT: str(self.input),
             KAGGLE_WORKING: str(self.working),
@@ -134,7 +145,7 @@ class Kaggle:
             "KAGGLE_KERNEL_RUN_TYPE": run_type,
             "RANKS": "2",
             "TMPDIR": str(place / "tmp"),
-            "ACCIDENTS": json.dumps({"folder": str(place), "list": [accident] if pause_s else []}),
+            "ACCIDENTS": json.dumps({"folder": str(place), "list": accidents}),
         }
         execute = Path(sysconfig.get_path("scripts"), "jupyter-execute")
         return self._launch(
@@ -144,6 +155,13 @@ class Kaggle:
             starter=[str(execute)],
             environment=environment,
         )
+
+    def wait_at(self, session: Started, step: int) -> None:
+        """Waits until the session's first rank is held at the step."""
+        wait_until(session, (self._place / f"at-forward-{step}-0").exists, f"held at step {step}")
+
+    def go_on(self, step: int) -> None:
+        (self._place / f"go-forward-{step}").touch()
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.working / "session.json").read_text())
@@ -191,13 +209,23 @@ class Peak:
 # Whole runs.
 
 
-@pytest.mark.timeout(1200)
-def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_below_the_quota(uninterrupted, kaggle):
-    whole, start_s = uninterrupted
+def quota_of_four_checkpoints(whole: Path) -> tuple[int, int]:
+    """The size of a checkpoint, and a quota with room for four, where the config wants six at once."""
     checkpoint_bytes = max(map(bytes_below, saved_steps(whole).values()))
     others = bytes_below(whole) - bytes_below(whole / "checkpoints")
-    # Room for four checkpoints, where the config wants six at once. Nobody knows before the first one.
-    quota = int((4.4 * checkpoint_bytes + 1.1 * others) / 0.95)
+    return checkpoint_bytes, int((4.4 * checkpoint_bytes + 1.1 * others) / 0.95)
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(1200)
+def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_below_the_quota(
+    launch, sample_data, tmp_path, kaggle
+):
+    whole, began = tmp_path / "whole", time.monotonic()
+    assert launch(*command_of(whole, sample_data, *RUN), ranks=2, real=True).wait().status == 0
+    start_s = time.monotonic() - began - read_sessions(whole)[0]["seconds"]
+    # Nobody knows the size of a checkpoint before the first one.
+    checkpoint_bytes, quota = quota_of_four_checkpoints(whole)
     # Long enough to start twice; and so slow that two sessions never do it.
     limit_s = 6 * start_s + 20
     lost_s, steps = [], [0]
@@ -232,45 +260,60 @@ def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_belo
     assert share >= 0.97
 
 
-def test_session_that_is_cut_off_leaves_what_the_next_one_goes_on_from(uninterrupted, kaggle):
-    session = kaggle.start(pause_s=0.1, limit_s=KAGGLE_LIMIT_S)
-    session.wait_for_step(kaggle.working / "run", 25)
-    session.kill_all()
-    assert not (kaggle.working / "session.json").exists()
-    newest = max(saved_steps(kaggle.working / "run"))
-    kaggle.commit()
-    result = kaggle.start(limit_s=KAGGLE_LIMIT_S).wait()
-    assert result.status == 0 and kaggle.summary()["from_step"] == newest > 0, result
-    assert_same_model(kaggle.working / "run", uninterrupted[0])
-    assert_same_record(kaggle.working / "run", uninterrupted[0])
-
-
-def test_killed_rank_costs_a_start_and_stop_in_an_interactive_session_saves(kaggle):
-    session = kaggle.start(pause_s=0.2, limit_s=3600, run_type="Interactive")
+@pytest.mark.timeout(1200)
+def test_run_survives_a_killed_rank_a_stop_by_hand_and_a_session_that_is_cut_off(uninterrupted, kaggle):
+    # A rank that is killed costs a start.
+    checkpoint_bytes, quota = quota_of_four_checkpoints(uninterrupted)
+    limits = {"limit_s": KAGGLE_LIMIT_S, "quota": quota}
+    session = kaggle.start(holds=(8, 20), pause_s=0.25, run_type="Interactive", **limits)
     run_dir = kaggle.working / "run"
-
-    session.wait_for_step(run_dir, 5)
+    kaggle.wait_at(session, 8)
     rank = ["-u", "-m", "tests.support.faulty_training"]  # as torchrun starts it
     ranks = [pid for pid in descendants(session.process.pid) if command_line(pid)[1:4] == rank]
+    trainings = len(read_sessions(run_dir))  # 2 if it was first started again to keep fewer checkpoints
     os.kill(ranks[1], signal.SIGKILL)
-    wait_until(session, lambda: len(read_sessions(run_dir)) == 2, "started again")
-    session.wait_for_step(run_dir, 10)
+    kaggle.go_on(8)
+    kaggle.wait_at(session, 20)
+    assert len(read_sessions(run_dir)) == trainings + 1, "started again"
 
+    # Whoever stops an interactive session keeps what it has done.
     (kernel,) = [pid for pid in descendants(session.process.pid) if "ipykernel_launcher" in command_line(pid)]
     os.kill(kernel, signal.SIGINT)
+    kaggle.go_on(20)
     result = session.wait()
     assert result.status == 0, result
     summary = kaggle.summary()
     assert (summary["status"], summary["reason"]) == ("resumable", "signal SIGINT"), kaggle.printed()
     assert not summary["restart"], "whoever stops a session by hand wants it to rest"
-    assert max(saved_steps(run_dir)) == summary["step"] >= 10
+    assert max(saved_steps(run_dir)) == summary["step"] >= 20
     assert "save a version" in kaggle.printed()
+    kaggle.commit()
+
+    # A session that is cut off leaves what the next one goes on from.
+    holding = summary["step"] + 8
+    assert holding < STEPS, "the signal took too long"
+    session = kaggle.start(holds=(holding,), **limits)
+    kaggle.wait_at(session, holding)
+    session.kill_all()
+    assert not (kaggle.working / "session.json").exists()
+    newest = max(saved_steps(kaggle.working / "run"))
+    assert newest > summary["step"]
+    kaggle.commit()
+
+    started = kaggle.start(**limits)
+    with Peak(lambda: kaggle.working) as peak:
+        result = started.wait()
+    assert result.status == 0 and kaggle.summary()["from_step"] == newest, result
+    assert checkpoint_bytes < peak.bytes <= quota
+    assert kaggle.summary()["output_bytes"] <= bytes_below(kaggle.working) <= quota
+    assert_same_model(kaggle.working / "run", uninterrupted)
+    assert_same_record(kaggle.working / "run", uninterrupted)
 
 
 def test_another_run_of_the_same_name_among_the_inputs_is_refused_and_told(
     uninterrupted, launch, config, sample_data, tmp_path
 ):
-    shutil.copytree(uninterrupted[0], tmp_path / "input/notebooks/me/relay/run")
+    shutil.copytree(uninterrupted, tmp_path / "input/notebooks/me/relay/run")
     environment = {KAGGLE_INPUT: str(tmp_path / "input"), KAGGLE_WORKING: str(tmp_path / "working")}
     result = launch("session", config, "--seed", 7, module="launch.kaggle", environment=environment).wait()
     assert result.status == 1, result

@@ -28,10 +28,26 @@ from launch.console import UserError
 from launch.environment import without_local_rank
 from launch.processes import children, command_line
 from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
-from tests.support.lives import SECONDS, SLOW, Life, assert_all_gone, assert_stopped, resumed_at, wait_until
+from tests.support.lives import RUN, SECONDS, SLOW, STEPS, Life, assert_all_gone, assert_stopped, resumed_at, wait_until
 from tests.support.ranks import free_port, task
-from tests.support.runs import assert_only_one_line_is_said, assert_same_model, assert_same_record, status_of
+from tests.support.runs import (
+    assert_only_one_line_is_said,
+    assert_same_model,
+    assert_same_record,
+    reference,
+    status_of,
+)
 from training.gpt import GPTConfig
+
+
+def hold_at(step: int) -> dict[str, Any]:
+    """The first rank waits there, the others with it; meanwhile something happens to them."""
+    return {"at": "forward", "step": step, "rank": 0, "do": "hold"}
+
+
+def slow_behind(step: int) -> list[dict[str, Any]]:
+    """Steps that take long enough for what happened to the launcher to get through to the ranks."""
+    return [{**SLOW, "seconds": 0.25, "step": each} for each in range(step + 1, STEPS)]
 
 
 @pytest.fixture
@@ -56,19 +72,19 @@ def launcher_below(command: Started) -> list[int]:
 
 
 def test_run_handed_from_launcher_to_launcher_is_the_one_of_torchrun_alone(launch, deepspeed, sample_data, tmp_path):
-    for name in ("whole", "deepspeed", "srun"):
+    for name in ("deepspeed", "srun", "torchrun"):
         (tmp_path / name).mkdir()
-    whole = Life(launch, tmp_path / "whole", sample_data, ranks=2)
     run_dir = tmp_path / "run"
     by_deepspeed = Life(deepspeed, tmp_path / "deepspeed", sample_data, None, run_dir)
     by_script = Life(partial(deepspeed, starter=("bash", "launch/deepspeed.sh")), tmp_path, sample_data, None, run_dir)
     by_srun = Life(launch, tmp_path / "srun", sample_data, None, run_dir)
-    assert whole.start().wait().status == 0
+    by_torchrun = Life(launch, tmp_path / "torchrun", sample_data, 2, run_dir)
 
     # Ctrl-C at a terminal reaches both processes of the launcher and all ranks; and to these it sends SIGTERM, too.
-    session = by_deepspeed.start(SLOW)
-    session.wait_for_step(run_dir, 5)
+    session = by_deepspeed.start(hold_at(5))
+    by_deepspeed.wait_at(session, "forward-5")
     os.killpg(session.process.pid, signal.SIGINT)
+    by_deepspeed.go_on("forward-5")
     session.wait()
     assert_all_gone(session)
     reason = status_of(run_dir)["reason"]
@@ -76,32 +92,35 @@ def test_run_handed_from_launcher_to_launcher_is_the_one_of_torchrun_alone(launc
     step = assert_stopped(run_dir, reason)
 
     # A rank of srun comes early, and waits for the first one for as long as another session takes.
-    early = by_srun.start(SLOW, environment=task(1))
+    early = by_srun.start(hold_at(35), environment=task(1))
 
     # SIGTERM to the script, which by then is the `deepspeed` command. That one passes nothing on.
-    session = by_script.start(SLOW)
-    session.wait_for_step(run_dir, 20)
+    session = by_script.start(hold_at(20), *slow_behind(20))
+    by_script.wait_at(session, "forward-20")
     session.process.terminate()
     assert session.wait().status == -signal.SIGTERM
+    by_script.go_on("forward-20")
     assert_all_gone(session)
     assert resumed_at(session) == step
     step = assert_stopped(run_dir, "the end of the launcher")
 
     # SIGTERM to every task, as from a scheduler. srun passes their statuses on.
-    first = by_srun.start(SLOW, environment=task(0))
-    first.wait_for_step(run_dir, 35)
+    first = by_srun.start(hold_at(35), environment=task(0))
+    by_srun.wait_at(first, "forward-35")
     for each in (first, early):
         each.process.terminate()
+    by_srun.go_on("forward-35")
     assert [each.wait().status for each in (first, early)] == [75, 75], first.printed() + early.printed()
     assert early.printed() == "", "the first rank speaks for all"
     assert resumed_at(first) == step
     step = assert_stopped(run_dir, "signal SIGTERM")
 
-    session = by_deepspeed.start()
+    session = by_torchrun.start()
     assert session.wait().status == 0, session.printed()
     assert resumed_at(session) == step
-    assert_same_model(run_dir, whole.run_dir)
-    assert_same_record(run_dir, whole.run_dir)
+    whole = reference(sample_data, *RUN, ranks=2)
+    assert_same_model(run_dir, whole)
+    assert_same_record(run_dir, whole)
 
 
 def test_deepspeeds_ranks_do_not_outlive_its_launcher_nor_the_command_that_started_that(

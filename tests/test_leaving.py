@@ -73,7 +73,7 @@ def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch,
     short = ("--optim.steps", 3, "--optim.warmup_steps", 0)
     assert launch("--run_dir", run_dir, "--data", sample_data, *model, *short).wait().status == 0
     module = "training.evaluation.evaluate"
-    first = launch(run_dir, module=module, ranks=2)
+    first = launch(run_dir, module=module, ranks=2, real=True)
     wait_for(first, lambda: len(ranks := children(first.process.pid)) == 2 and all(map(works, ranks)))
     os.kill(first.rank(1), signal.SIGTERM)
     result = first.wait()

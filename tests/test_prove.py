@@ -44,13 +44,14 @@ def test_proof_ends_with_equal_sums_and_leaves_nothing_behind(launch: Launch, sa
     assert set(Path("runs").glob("*")) == before
 
 
-def test_every_difference_between_two_runs_is_found(sample_data, tmp_path):
+def test_every_difference_between_two_runs_is_found(launch: Launch, sample_data, tmp_path):
     one, same, other = (
         training(tmp_path / name, sample_data, *words)
         for name, words in (("one", ()), ("same", ()), ("other", ("--model.dropout", 0.2)))
     )
     for each in (one, same, other):
-        each.finish()
+        module, *options = each.words
+        assert launch(*options, "--run_dir", each.run_dir, module=module, ranks=2).wait().status == 0
     assert differences(one, same) == []
     found = differences(one, other)
     assert {"model.safetensors", "optimizer.safetensors"} <= set(found)

@@ -1,12 +1,13 @@
 """Submit once, come back to a finished model: the batch scripts on a real SLURM, through everything that ends a job.
 
-Each test ends in the model of a run that nothing happened to, bit for bit, or in the job's end with the reason. All
-trainings are paced (tests/support/faulty_training.py), so that what happens to them happens in their middle.
+Each test ends in the model of a run that nothing happened to, bit for bit, or in the job's end with the reason. What
+happens to a training happens while it is held at a step (tests/support/faulty_training.py), or while it is paced.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -22,12 +23,16 @@ from tests.support.lives import RUN, SLOW, STEPS, assert_little_is_lost
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, reference, status_of
 from tests.support.slurm_cluster import ENDED, SlurmCluster, write_config
 from training.engine.account import read_sessions
-from training.engine.tracking import read_metrics
 
 # Minutes of waiting, in which the machine can do other things: these come first.
 pytestmark = pytest.mark.timeout(1200)
 
 DEEPSPEED = ("--parallel", "deepspeed", "--zero.stage", 2)
+
+
+def hold_at(step: int) -> dict[str, Any]:
+    """The first rank waits there; the others, which need it for the step, with it."""
+    return {"at": "forward", "step": step, "rank": 0, "do": "hold"}
 
 
 @pytest.fixture
@@ -77,8 +82,20 @@ class Submission:
                 pytest.fail(f"{state} before {what}:\n{self.log()}")
             time.sleep(0.1)
 
-    def wait_for_step(self, step: int) -> None:
-        self.wait_until(lambda: any(line["step"] >= step for line in read_metrics(self.run_dir)), f"step {step}")
+    def wait_at(self, step: int, rank: int = 0) -> None:
+        """Waits until the rank is held at the step."""
+        held = self.run_dir.parent / f"at-forward-{step}-{rank}"
+        self.wait_until(held.exists, f"held at step {step}")
+
+    def go_on(self, step: int) -> None:
+        (self.run_dir.parent / f"go-forward-{step}").touch()
+
+    def wait_until_told(self, number: str, launcher: str = "torchrun") -> None:
+        """Waits until a signal to the job is on its way from the launcher to both ranks."""
+        if launcher == "torchrun":
+            self.wait_until(lambda: self.log().count(f"closing signal {number}") >= 2, f"told {number}")
+        else:
+            self.wait_until(lambda: re.search(r"STEP \S+ ON \S+ CANCELLED AT", self.log()), "cancelled")
 
     def assert_rests(self, job: int) -> None:
         """It does not come back, which would take seconds."""
@@ -109,6 +126,7 @@ def submission(cluster: SlurmCluster, sample_data: Path, tmp_path: Path) -> Subm
     return Submission(cluster, tmp_path, sample_data)
 
 
+@pytest.mark.whole
 def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission, cluster, uninterrupted):
     # SLURM looks every 30 s: the signal comes 10 to 40 s before the end.
     limit = ("--time", "1", "--signal", "B:USR1@10")
@@ -121,42 +139,56 @@ def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission,
 
 
 def test_signal_to_the_batch_shell_saves_and_requeues_on_two_nodes(submission, cluster, uninterrupted):
-    job = submission.submit(nodes=2)
-    submission.wait_for_step(15)
+    job = submission.submit(nodes=2, accidents=(hold_at(15),))
+    submission.wait_at(15)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
+    submission.wait_until_told("SIGUSR1")
+    submission.go_on(15)
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
     assert submission.ends() == [("again", "signal SIGUSR1"), ("finished", "all steps done")]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submission, cluster, uninterrupted, launcher):
     words = DEEPSPEED if launcher == "deepspeed" else ()
     hang = {"at": "forward", "step": 20, "rank": 1, "do": "hold"}
     job = submission.submit("--time", "1", "--signal", "B:USR1@1", launcher=launcher, accidents=(hang,), words=words)
-    submission.wait_until((submission.run_dir.parent / "at-forward-20-1").exists, "hanging")
+    submission.wait_at(20, rank=1)
     # The first one, unless a slow machine took so long to start that its limit came before step 20.
     hanging = len(read_sessions(submission.run_dir))
     submission.wait_until(lambda: cluster.state(job) == "PENDING", "queued again")
-    (submission.run_dir.parent / "go-forward-20").touch()
+    submission.go_on(20)
     submission.assert_finished_like(uninterrupted(*words))
     assert submission.ends()[hanging - 1][0] == "again"
     assert read_sessions(submission.run_dir)[hanging]["from_step"] == 18
 
 
-def test_cancelled_job_saves_and_rests_until_it_is_submitted_again(submission, cluster, uninterrupted):
-    job = submission.submit()
-    submission.wait_for_step(15)
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.whole), "deepspeed"])
+def test_cancelled_job_whose_port_was_taken_saves_and_rests_until_it_is_submitted_again(
+    submission, cluster, uninterrupted, launcher
+):
+    words = DEEPSPEED if launcher == "deepspeed" else ()
+    before = cluster.submit("--hold", "--wrap", "true")
+    # Another program has the port that follows from the job's number: it is passed over.
+    with socket.create_server(("", 12000 + 101 * (before + 1) % 20000)):
+        job = submission.submit(launcher=launcher, accidents=(hold_at(15),), words=words)
+        assert job == before + 1
+        submission.wait_at(15)
     cluster.ask("scancel", job)
+    submission.wait_until_told("SIGTERM", launcher)
+    submission.go_on(15)
     assert cluster.wait_for(job) == "CANCELLED"
     assert status_of(submission.run_dir)["reason"] == "signal SIGTERM"
     assert last_checkpoint(submission.run_dir).step == status_of(submission.run_dir)["step"]
     submission.assert_rests(job)
-    submission.submit()
-    submission.assert_finished_like(uninterrupted())
+    submission.submit(launcher=launcher, pause_s=0, words=words)
+    submission.assert_finished_like(uninterrupted(*words))
     submission.assert_nothing_lost()
 
 
+@pytest.mark.whole
 def test_job_that_is_cancelled_while_it_judges_a_crash_does_not_come_back_to_life(submission, cluster, tmp_path):
     slow = "import sys, time\nif 'launch.slurm_job' in sys.orig_argv and 'end' in sys.orig_argv: time.sleep(5)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
@@ -170,6 +202,7 @@ def test_job_that_is_cancelled_while_it_judges_a_crash_does_not_come_back_to_lif
     assert [outcome for outcome, _ in submission.ends()] == ["again", "taken"]
 
 
+@pytest.mark.whole
 def test_mistake_of_the_user_is_told_and_not_tried_again(submission, cluster, uninterrupted):
     submission.submit(pause_s=0)
     submission.assert_finished_like(uninterrupted())
@@ -182,25 +215,30 @@ def test_mistake_of_the_user_is_told_and_not_tried_again(submission, cluster, un
     assert_same_model(submission.run_dir, uninterrupted())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("launcher", "partition"), [("torchrun", "main"), ("deepspeed", "abrupt")])
 def test_preempted_job_saves_gives_way_and_comes_back_on_two_nodes(
     submission, cluster, uninterrupted, launcher, partition
 ):
     words = DEEPSPEED if launcher == "deepspeed" else ()
-    job = submission.submit("--partition", partition, launcher=launcher, nodes=2, words=words)
-    submission.wait_for_step(15)
+    job = submission.submit("--partition", partition, launcher=launcher, nodes=2, accidents=(hold_at(15),), words=words)
+    submission.wait_at(15)
     urgent = cluster.submit(*("-p", "urgent", "-N", 2, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"))
+    submission.wait_until_told("SIGTERM", launcher)
+    submission.go_on(15)
     assert cluster.wait_for(urgent) == "COMPLETED"
     submission.assert_finished_like(uninterrupted(*words))
     submission.assert_nothing_lost()
     assert int(cluster.about(job, "Restarts")) == 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("node", [0, 1])
 def test_dead_node_costs_no_more_than_a_checkpoint_interval(submission, cluster, uninterrupted, node):
-    job = submission.submit(nodes=2)
-    submission.wait_for_step(20)
+    job = submission.submit(nodes=2, accidents=(hold_at(20),))
+    submission.wait_at(20)
     cluster.kill_node(cluster.nodes[node])
+    submission.go_on(20)
     cluster.wait_for(job, "PENDING", "COMPLETING")
     newest = assert_little_is_lost(submission.run_dir)
     cluster.start_node(cluster.nodes[node])
@@ -208,6 +246,7 @@ def test_dead_node_costs_no_more_than_a_checkpoint_interval(submission, cluster,
     assert [session["from_step"] for session in read_sessions(submission.run_dir)] == [0, newest]
 
 
+@pytest.mark.whole
 def test_job_that_always_crashes_stops_after_three_sessions_and_says_why(submission, cluster):
     crash = {"at": "forward", "step": 8, "rank": 1, "do": "raise"}
     job = submission.submit(accidents=(crash,), pause_s=0)
@@ -218,10 +257,3 @@ def test_job_that_always_crashes_stops_after_three_sessions_and_says_why(submiss
     assert "3 sessions in a row came no further than step 6" in reason
     assert reason in submission.log()
     assert "a planted mistake" in submission.log()
-
-
-def test_port_that_another_program_has_taken_is_passed_over(submission, cluster, uninterrupted):
-    before = cluster.submit("--hold", "--wrap", "true")
-    with socket.create_server(("", 12000 + 101 * (before + 1) % 20000)):
-        assert submission.submit(launcher="deepspeed", pause_s=0, words=DEEPSPEED) == before + 1
-        submission.assert_finished_like(uninterrupted(*DEEPSPEED))

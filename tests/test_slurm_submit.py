@@ -9,21 +9,22 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch import slurm
+from launch.console import UserError
 from launch.slurm_job import read_events
 from launch.slurm_status import row
-from tests.support.commands import PATIENCE_S, ROOT, Result, launching
+from tests.support.commands import PATIENCE_S, ROOT, Result
 from tests.support.debian import program
 from tests.support.lives import RUN, SLOW
-from tests.support.runs import assert_same_model, assert_same_record, command_of, status_of
+from tests.support.runs import assert_same_model, assert_same_record, reference, status_of
 from tests.support.slurm_cluster import write_config
 from training.engine.account import read_status
-from training.engine.tracking import read_metrics
 
 SCRIPTS = ("slurm/torchrun.sbatch", "slurm/deepspeed.sbatch")
 
@@ -36,14 +37,14 @@ def config(sample_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def submission(cluster, tmp_path: Path) -> Callable[..., Result]:
-    """Runs `python -m launch.slurm`; what it submits is paced, so that it can be caught."""
+    """Runs `python -m launch.slurm`; what it submits has these accidents."""
 
-    def run(*words: object, pace: dict[str, Any] = SLOW) -> Result:
+    def run(*words: object, accidents: Sequence[dict[str, Any]] = ()) -> Result:
         environment = {
             "SCRIPT": "tests.support.faulty_training",
-            "ACCIDENTS": json.dumps({"folder": str(tmp_path), "list": [pace]}),
+            "ACCIDENTS": json.dumps({"folder": str(tmp_path), "list": accidents}),
         }
-        return cluster.run(sys.executable, "-m", "launch.slurm", *words, environment=environment)
+        return cluster.relay(*words, environment=environment)
 
     return run
 
@@ -55,8 +56,9 @@ def wait_until(happened: Callable[[], object], what: str) -> None:
         time.sleep(0.2)
 
 
-def has_come_to(run_dir: Path, step: int) -> Callable[[], bool]:
-    return lambda: any(line["step"] >= step for line in read_metrics(run_dir))
+def hold_at(step: int) -> dict[str, Any]:
+    """The first rank waits there for the file go-forward-`step` in the test's folder."""
+    return {"at": "forward", "step": step, "rank": 0, "do": "hold"}
 
 
 def submitted(result: Result) -> list[int]:
@@ -95,7 +97,9 @@ def test_script_outside_relays_folder_says_so(cluster, tmp_path):
 # Submitting.
 
 
-def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, tmp_path):
+def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, cluster, tmp_path, monkeypatch):
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.environment[name])
     for words, parts in (
         (("--time", "0:10", "--nodes", "0"), ("--nodes must be at least 1", "--time must be at least a minute")),
         (("--time", "tomorrow"), ("'tomorrow' is no duration",)),
@@ -108,10 +112,13 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
         (("--time", "5", "--nodes", "4"), ("SLURM does not take the job",)),
         (("--time", "5", "--data", tmp_path / "none"), ("the dry run failed", "nothing was submitted")),
     ):
-        result = submission(config, *words)
-        assert result.status == 1, result
-        (line,) = [each for each in result.err.splitlines() if each.startswith("error: ")]
-        assert all(part in line for part in parts), line
+        with pytest.raises(UserError) as raised:
+            slurm.main([str(word) for word in (config, *words)])
+        assert all(part in str(raised.value) for part in parts), raised.value
+    result = submission(config, "--time", "0:10", "--nodes", "0")
+    assert result.status == 1, result
+    (line,) = result.error_lines
+    assert "--nodes must be at least 1" in line and "--time must be at least a minute" in line
     assert "there is no config file" in submission(tmp_path / "none.yaml", "--time", "5").err
     assert not (tmp_path / "run").exists()
 
@@ -142,19 +149,24 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
     assert "--parallel deepspeed\n" in by_deepspeed and "torch.distributed.run" not in by_deepspeed
 
 
+@pytest.mark.whole
 def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_do(
     submission, config, cluster, sample_data
 ):
     run_dir = config.parents[1] / "run"
     result = submission(
-        config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--chain", 3, "--no-preflight"
+        *(config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--chain", 3, "--no-preflight"),
+        accidents=(SLOW, hold_at(5)),
     )
     jobs = submitted(result)
     assert "2 ranks on 1 node(s)" in result.out and "a chain of 3" in result.out
     assert "60 of 60 steps to go" in result.out and "1 job(s) expected" in result.out
     assert f"tail -F {run_dir}/slurm-{jobs[0]}.log" in result.out
-    wait_until(has_come_to(run_dir, 5), "at step 5")
+    wait_until((config.parents[1] / "at-forward-5-0").exists, "held at step 5")
     cluster.ask("scancel", "--signal=USR1", "--batch", jobs[0])
+    log = run_dir / f"slurm-{jobs[0]}.log"
+    wait_until(lambda: log.read_text().count("closing signal SIGUSR1") >= 2, "told to stop")
+    (config.parents[1] / "go-forward-5").touch()
     assert [cluster.wait_for(job) for job in jobs] == ["FAILED", "COMPLETED", "COMPLETED"]
     assert cluster.about(jobs[0], "ExitCode") == "75:0"
     assert "The next job of its chain goes on" in (run_dir / f"slurm-{jobs[0]}.log").read_text()
@@ -162,9 +174,7 @@ def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_d
     outcomes = [(event["job"], event["outcome"]) for event in read_events(run_dir) if event["event"] == "ended"]
     assert outcomes == [(str(jobs[0]), "again"), (str(jobs[1]), "finished")]
 
-    with launching(config.parents[1]) as launch:
-        whole = config.parents[1] / "whole"
-        assert launch(*command_of(whole, sample_data, *RUN), ranks=2).wait().status == 0
+    whole = reference(sample_data, *RUN, ranks=2)
     assert_same_model(run_dir, whole)
     assert_same_record(run_dir, whole)
     assert row(run_dir, [])[1:4] == ("finished", "60 of 60", "2")
@@ -173,11 +183,11 @@ def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_d
 def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config, cluster, tmp_path):
     run_dir = tmp_path / "run"
     words = (config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--no-preflight")
-    (job,) = submitted(submission(*words, pace={**SLOW, "seconds": 0.3}))
+    (job,) = submitted(submission(*words, accidents=(SLOW, hold_at(10))))
     assert submission("status", tmp_path / "gpt").status == 1
     again = submission(*words)
     assert again.status == 1 and f"job {job} (" in again.err and "launch.slurm stop" in again.err
-    wait_until(has_come_to(run_dir, 10), "at step 10")
+    wait_until((tmp_path / "at-forward-10-0").exists, "held at step 10")
 
     def status() -> str:
         result = submission("status", tmp_path)
@@ -190,6 +200,7 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     ), seen
     stopping = submission("stop", run_dir)
     assert stopping.status == 0 and "saves at its next step" in stopping.out
+    (tmp_path / "go-forward-10").touch()
     assert cluster.wait_for(job) == "FAILED"
     assert cluster.about(job, "ExitCode") == "75:0"
     assert status_of(run_dir)["status"] == "resumable"
@@ -215,14 +226,9 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     # What is damaged, or missing, is no reason to say nothing.
     (run_dir / "status.json").write_text('{"x": 1}')
     assert "not begun" in status()
-    alone = cluster.run(sys.executable, "-m", "launch.slurm", "status", tmp_path, environment={"PATH": "/nowhere"})
+    alone = cluster.relay("status", tmp_path, environment={"PATH": "/nowhere"})
     assert alone.status == 0 and "there is no squeue" in alone.err and "not begun" in alone.out
-    assert (
-        cluster.run(
-            sys.executable, "-m", "launch.slurm", "stop", run_dir, environment={"SLURM_CONF": str(tmp_path / "none")}
-        ).status
-        == 1
-    )
+    assert cluster.relay("stop", run_dir, environment={"SLURM_CONF": str(tmp_path / "none")}).status == 1
 
 
 def test_submission_is_not_bent_by_variables_of_this_shell_nor_by_an_old_stop_file(cluster, config, tmp_path):
@@ -231,12 +237,13 @@ def test_submission_is_not_bent_by_variables_of_this_shell_nor_by_an_old_stop_fi
     (run_dir / "STOP").touch()
     around = {"SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "7", "SBATCH_TIMELIMIT": "7", "SLURM_JOB_ID": "1"}
     words = (config, "--time", "5", "--cpus-per-rank", 1, "--no-preflight", "--no-dry-run", "--sbatch=--mem=500M")
-    result = cluster.run(sys.executable, "-m", "launch.slurm", *words, environment=around)
+    words += ("--optim.steps", 12)
+    result = cluster.relay(*words, environment=around)
     (job,) = submitted(result)
     assert cluster.about(job, "TimeLimit") == "00:05:00"
     assert cluster.wait_for(job) == "COMPLETED", (run_dir / f"slurm-{job}.log").read_text()
     assert status_of(run_dir)["status"] == "finished"
-    again = cluster.run(sys.executable, "-m", "launch.slurm", *words)
+    again = cluster.relay(*words)
     assert again.status == 0 and f"{run_dir} is finished" in again.out and "submitted" not in again.out
 
 
@@ -275,7 +282,7 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     disk = tmp_path / "disk"
     environment = {"STAGE_TO": str(disk), "PREFLIGHT": "0"}
     options = ("--chdir", folder, "--output", tmp_path / "log", "--nodes", 2, "--cpus-per-task", 1)
-    job = cluster.submit(*options, folder / SCRIPTS[0], config, environment=environment)
+    job = cluster.submit(*options, folder / SCRIPTS[0], config, "--optim.steps", 12, environment=environment)
     assert cluster.wait_for(job) == "COMPLETED", (tmp_path / "log").read_text()
     staged = disk / f"relay-{job}"
     read = seen.read_text().split()

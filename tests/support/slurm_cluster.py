@@ -26,7 +26,9 @@ from launch.config import to_yaml
 from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
 from tests.support.debian import program
 from tests.support.lives import RUN
-from tests.test_training import command_of, config_of
+from tests.support.once import shared_folder
+from tests.support.runs import command_of, config_of
+from tests.support.zygote import Forked
 
 # slurm.conf: two nodes that claim more than there is; partitions whose jobs give way to those of `urgent`, some seconds
 # after a warning or at once; and short times for everything that is long in practice. Time limits are looked at every
@@ -176,6 +178,20 @@ class SlurmCluster:
         around = {**self.environment, **(environment or {})}
         done = subprocess.run([*map(str, words)], cwd=ROOT, env=around, capture_output=True, text=True)
         return Result(done.returncode, done.stdout, done.stderr)
+
+    def relay(self, *words: object, environment: Mapping[str, str] | None = None) -> Result:
+        """`python -m launch.slurm words`, to its end."""
+        around = {**self.environment, **(environment or {})}
+        request = {"module": "launch.slurm", "words": [*map(str, words)], "ranks": None, "env": around}
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            # None of these variables counts in a start: PATH, SLURM's own, and what the jobs get.
+            forked = Forked(shared_folder(), "plain", {**request, "folder": str(ROOT)}, out, err)
+            try:
+                status = forked.wait(PATIENCE_S)
+            finally:
+                forked.kill()
+            texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+        return Result(status, *texts)
 
     def ask(self, *words: object) -> str:
         """What a command of SLURM prints; an error of it fails the test."""
