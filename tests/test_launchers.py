@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -127,11 +128,12 @@ def test_deepspeeds_ranks_do_not_outlive_its_launcher_nor_the_command_that_start
     deepspeed, sample_data, tmp_path
 ):
     life = Life(deepspeed, tmp_path, sample_data, None)
-    session = life.start(SLOW)
-    session.wait_for_step(life.run_dir, 5)
+    session = life.start(hold_at(5), *slow_behind(5))
+    life.wait_at(session, "forward-5")
     (launcher,) = launcher_below(session)
     os.kill(launcher, signal.SIGKILL)
     session.wait()
+    life.go_on("forward-5")
     assert_all_gone(session)
     assert_stopped(life.run_dir, "the end of the launcher")
     shutil.rmtree(life.run_dir)
@@ -154,12 +156,19 @@ def test_deepspeeds_ranks_do_not_outlive_its_launcher_nor_the_command_that_start
     assert not life.run_dir.exists()
 
 
+def nothing_pends(pid: int) -> bool:
+    """Whether the process has taken all signals that were sent to it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return re.findall(r"^S(?:ig|hd)Pnd:\s*(\w+)$", status, flags=re.M) == ["0" * 16] * 2
+
+
 def test_second_ctrl_c_leaves_at_once_though_the_launcher_sends_sigterm_after_the_first(launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, None)
     session = life.start({"at": "forward", "step": 8, "do": "hold"})
     life.wait_at(session, "forward-8")
     for number in (signal.SIGINT, signal.SIGTERM):
         session.process.send_signal(number)
+        wait_until(session, lambda: nothing_pends(session.process.pid), "told")
         time.sleep(0.5)
         assert session.process.poll() is None
     session.process.send_signal(signal.SIGINT)

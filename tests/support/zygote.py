@@ -11,9 +11,11 @@ have one hash seed: a result that depends on it would show only in real starts.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -23,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -249,12 +252,23 @@ def _run(request: dict[str, Any]) -> None:
     sys.argv = [request["module"], *request["words"]]
     # That the module is imported already, and run again by this name, is as in any `python -m`.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        # The end of an interpreter but for taking apart all modules, which would copy the zygote's whole memory.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)
 
 
 def main(kind: str, address: str, controller: str) -> None:
     for module in KINDS[kind]:
         importlib.import_module(module)
+    gc.freeze()  # garbage collection in a child shall not touch, and so copy, what is here
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job comes with Ctrl-C ignored
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")
