@@ -23,11 +23,10 @@ from launch.console import UserError
 from launch.processes import children
 from tests.support.commands import PATIENCE_S, ROOT, Launch, Started
 from tests.support.lives import RUN, Life, assert_all_gone
-from tests.support.once import shared_folder
 from tests.support.runs import train_lines
 from tests.support.wandb_server import KEY, Run, WandbServer
 from tests.support.wandb_training import CONFIG, EXAMPLES, SCORES, SUMMARY, row_of
-from tests.support.zygote import Forked, kind_of
+from tests.support.zygote import Forked, fork
 from training.engine import wandb_session
 from training.engine.wandb_log import SessionLog, item_key, read_records, session_logs
 from training.engine.wandb_tracker import WandbOptions, WandbTracker, publish_evaluation
@@ -85,8 +84,7 @@ class Runner:
         def start(out: BinaryIO, err: BinaryIO, mark: str) -> subprocess.Popen[bytes] | Forked:
             env = {**self.environment, "RELAY_TEST": mark}
             if not real:
-                request = {"module": module, "words": words, "ranks": None, "env": env, "folder": str(ROOT)}
-                return Forked(shared_folder(), kind_of(module, words), request, out, out)
+                return fork(module, words, env, out, out, ranks=None)
             command = [sys.executable, "-m", module, *words]
             return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from launch.processes import children, family_of, kill_all
-from tests.support.once import shared_folder
-from tests.support.zygote import Forked, can_fork, kind_of
+from tests.support.zygote import ROOT, Forked, can_fork, fork
 from training.engine.tracking import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
 
 REAL_TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
 
@@ -127,24 +123,23 @@ def launching(folder: Path) -> Iterator[Launch]:
         starter: Sequence[str] | None = None,
         real: bool = False,
     ) -> Started:
-        command = [sys.executable, "-m"]
-        if ranks is not None:
-            program = Path(sysconfig.get_path("scripts"), "torchrun")
-            command = [str(program), "--standalone", f"--nproc-per-node={ranks}", *torchrun, "-m"]
-        if starter is not None:
-            command = list(starter)
         texts = [str(word) for word in words]
-        fork = not real and not torchrun and starter is None and can_fork(module, environment or {})
+        forks = starter is None and can_fork(module, environment or {})
+        if ranks is not None and (real or torchrun or not forks):
+            # The real launcher, whose ranks start from nothing. It may itself be forked: the ranks are what counts.
+            texts = ["--standalone", f"--nproc-per-node={ranks}", *torchrun, "-m", module, *texts]
+            module, ranks = "torch.distributed.run", None
+        elif real:
+            forks = False
 
         def start(out: BinaryIO, err: BinaryIO, mark: str) -> subprocess.Popen[bytes] | Forked:
-            env = {**ENVIRONMENT, **(environment or {}), "RELAY_TEST": mark}
-            if fork:
-                request = {"module": module, "words": texts, "ranks": ranks, "env": env, "folder": str(ROOT)}
-                return Forked(shared_folder(), kind_of(module, texts), request, out, err)
+            around = {**ENVIRONMENT, **(environment or {}), "RELAY_TEST": mark}
+            if forks:
+                return fork(module, texts, around, out, err, ranks)
             return subprocess.Popen(
-                [*command, module, *texts],
+                [*(starter or [sys.executable, "-m"]), module, *texts],
                 cwd=ROOT,
-                env=env,
+                env=around,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

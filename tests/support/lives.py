@@ -70,6 +70,7 @@ class Life:
         environment: dict[str, str] | None = None,
         torchrun: tuple[str, ...] = (),
         ranks: int | None = None,
+        real: bool | None = None,
     ) -> Started:
         self._sessions += 1
         self.places = self._folder / f"places-{self._sessions}"
@@ -84,7 +85,7 @@ class Life:
             ranks=self.ranks if ranks is None else ranks or None,
             environment={**(environment or {}), "ACCIDENTS": json.dumps(about)},
             torchrun=torchrun,
-            real=self._real,
+            real=self._real if real is None else real,
         )
 
     def wait_at(self, started: Started, place: str, rank: int = 0) -> None:
@@ -102,8 +103,8 @@ class Life:
         (self.places / f"go-{place}").touch()
 
     def finish(self, uninterrupted: Path, *accidents: dict[str, Any]) -> Result:
-        """The last session, and what all this is about."""
-        result = self.start(*accidents).wait()
+        """The last session, and what all this is about. How it starts makes no difference any more."""
+        result = self.start(*accidents, real=False).wait()
         assert result.status == 0, result
         assert_same_model(self.run_dir, uninterrupted)
         assert_same_record(self.run_dir, uninterrupted)

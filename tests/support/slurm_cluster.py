@@ -26,9 +26,8 @@ from launch.config import to_yaml
 from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
 from tests.support.debian import program
 from tests.support.lives import RUN
-from tests.support.once import shared_folder
 from tests.support.runs import command_of, config_of
-from tests.support.zygote import Forked
+from tests.support.zygote import fork
 
 # slurm.conf: two nodes that claim more than there is; partitions whose jobs give way to those of `urgent`, some seconds
 # after a warning or at once; and short times for everything that is long in practice. Time limits are looked at every
@@ -182,10 +181,9 @@ class SlurmCluster:
     def relay(self, *words: object, environment: Mapping[str, str] | None = None) -> Result:
         """`python -m launch.slurm words`, to its end."""
         around = {**self.environment, **(environment or {})}
-        request = {"module": "launch.slurm", "words": [*map(str, words)], "ranks": None, "env": around}
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             # None of these variables counts in a start: PATH, SLURM's own, and what the jobs get.
-            forked = Forked(shared_folder(), "plain", {**request, "folder": str(ROOT)}, out, err)
+            forked = fork("launch.slurm", [*map(str, words)], around, out, err, ranks=None)
             try:
                 status = forked.wait(PATIENCE_S)
             finally:

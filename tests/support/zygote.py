@@ -32,6 +32,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tests.support.once import shared_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
 # What each kind has imported; torch's optimizers import torch._dynamo when the first is made. Nothing that a command
 # promises not to import belongs here, such as wandb.
 _TORCH = ["torch", "torch.distributed", "torch._dynamo", "training.gpt"]
@@ -61,7 +65,15 @@ def can_fork(module: str, environment: Mapping[str, str]) -> bool:
     return not module.startswith("tests.bench") and all(name.startswith(_READ_LATE) for name in environment)
 
 
-def kind_of(module: str, words: Sequence[str]) -> str:
+def fork(
+    module: str, words: Sequence[str], environment: Mapping[str, str], out: BinaryIO, err: BinaryIO, ranks: int | None
+) -> Forked:
+    """`python -m module words`, or so many ranks of it with their launcher; out, err: where they print."""
+    request = {"module": module, "words": list(words), "ranks": ranks, "env": dict(environment), "folder": str(ROOT)}
+    return Forked(shared_folder(), _kind_of(module, words), request, out, err)
+
+
+def _kind_of(module: str, words: Sequence[str]) -> str:
     """The zygote that has imported what the command needs."""
     if "deepspeed" in words:
         return "deepspeed"
@@ -252,17 +264,22 @@ def _run(request: dict[str, Any]) -> None:
     sys.argv = [request["module"], *request["words"]]
     # That the module is imported already, and run again by this name, is as in any `python -m`.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+    status: object = 0
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise
-        # The end of an interpreter but for taking apart all modules, which would copy the zygote's whole memory.
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code)
+        status = end.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if not isinstance(status, int):
+        raise SystemExit(status)
+    # The end of an interpreter but for taking apart all modules, which would copy the zygote's whole memory.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(kind: str, address: str, controller: str) -> None:
