@@ -69,7 +69,9 @@ class Account:
     def start(self, *words: str, **environment: str) -> Started:
         options = ["--run_dir", str(self.run_dir), "--data", str(self.folder / "prepared/small")]
         command = ["relay", "configs/gpt/sample.yaml", *options, "--every", "0.1", *words]
-        return self.launch(*command, module="launch.kaggle", environment={**self.environment, **environment})
+        return self.launch(
+            *command, module="launch.kaggle", environment={**self.environment, **environment}, real=False
+        )
 
     def relay(self, *words: str, **environment: str) -> Result:
         return self.start(*words, **environment).wait()

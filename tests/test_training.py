@@ -117,7 +117,7 @@ def life(launch: Launch, tmp_path: Path, sample_data: Path) -> Callable[..., Lif
 
 
 def test_killed_rank_killed_machine_and_flipped_bit_cost_nothing_but_time(uninterrupted, life):
-    life = life(2, real=True)
+    life = life(2)
     first = life.start({"at": "forward", "step": 12, "rank": 1, "do": "SIGKILL"})
     assert first.wait().status != 0
 
@@ -143,7 +143,7 @@ def test_four_killed_ranks_resume_to_the_same_weights(uninterrupted, life):
 
 
 def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_continues(uninterrupted, life):
-    life = life(2, real=True)
+    life = life(2)
     first = life.start({"at": "forward", "step": 12, "rank": 0, "do": "hold"})
     life.wait_at(first, "forward-12")
     os.kill(first.rank(1), signal.SIGTERM)
@@ -154,7 +154,7 @@ def test_signal_to_one_rank_or_to_torchrun_stops_all_and_the_same_command_contin
 
     # Another person's session: how often to save and to report may change at any time.
     words = ("--checkpoint.every_steps", 7, "--log.every_steps", 2, "--checkpoint.keep", 3)
-    second = life.start({"at": "forward", "step": 30, "rank": 0, "do": "hold"}, words=words)
+    second = life.start({"at": "forward", "step": 30, "rank": 0, "do": "hold"}, words=words, real=True)
     life.wait_at(second, "forward-30")
     second.process.terminate()
     life.go_on("forward-30")

@@ -108,9 +108,9 @@ Launch = Callable[..., Started]
 def launching(folder: Path) -> Iterator[Launch]:
     """Gives `launch(*words, module="training.gpt", ranks=None)`: `python -m module words`, or torchrun with `ranks`.
 
-    environment: variables beside the usual ones. torchrun: more of its own options. starter: what stands before
-    the module's name instead. real: a start from nothing, by the real torchrun if there are ranks; otherwise processes
-    are forked where that makes no difference. What still runs at the end of the block is killed.
+    environment: variables beside the usual ones. torchrun: more of its own options. starter: what stands before the
+    module's name instead. real: whether ranks and plain processes start from nothing, ranks below the real torchrun;
+    without it, they are forked where that makes no difference. What still runs at the end of the block is killed.
     """
     started: list[Started] = []
 
@@ -121,10 +121,10 @@ def launching(folder: Path) -> Iterator[Launch]:
         environment: Mapping[str, str] | None = None,
         torchrun: Sequence[str] = (),
         starter: Sequence[str] | None = None,
-        real: bool = False,
+        real: bool | None = None,
     ) -> Started:
         texts = [str(word) for word in words]
-        forks = starter is None and can_fork(module, environment or {})
+        forks = starter is None and (real is False or can_fork(module, environment or {}))
         if ranks is not None and (real or torchrun or not forks):
             # The real launcher, whose ranks start from nothing. It may itself be forked: the ranks are what counts.
             texts = ["--standalone", f"--nproc-per-node={ranks}", *torchrun, "-m", module, *texts]

@@ -54,7 +54,7 @@ class Life:
         ranks: int | None,
         run_dir: Path | None = None,
         run: Sequence[object] = RUN,
-        real: bool = False,
+        real: bool | None = None,
         module: str = "training.gpt",
     ):
         self._launch, self._folder, self.ranks, self._real, self._module = launch, folder, ranks, real, module

@@ -75,7 +75,7 @@ def fork(
 
 def _kind_of(module: str, words: Sequence[str]) -> str:
     """The zygote that has imported what the command needs."""
-    if "deepspeed" in words:
+    if "deepspeed" in words or "zero" in module:
         return "deepspeed"
     return "chat" if any(name in each for each in (module, *words[:1]) for name in _CHAT) else "plain"
 
