@@ -38,13 +38,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for SLURM comes first on one worker, and what takes minutes first on the others.
+def takes_long(item: pytest.Item) -> bool:
+    """What has a time limit of its own, the benches among it; and real launchers, notebooks and copies of the tree."""
+    slow = ("test_launchers", "test_prove", "test_kaggle", "test_mutations")
+    return item.get_closest_marker("timeout") is not None or item.path.stem in slow
 
-    That is what has a time limit of its own. Begun last, it would leave the other workers idle.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for SLURM comes first on one worker, and what takes long first on the others.
+
+    Begun last, it would leave the other workers idle.
     """
     slurm = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
-    long = [item for item in items if item not in slurm and item.get_closest_marker("timeout") is not None]
+    long = [item for item in items if item not in slurm and takes_long(item)]
     rest = [item for item in items if item not in slurm and item not in long]
     # Each worker is dealt as many tests, those that stand together.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
