@@ -44,6 +44,7 @@ def takes_long(item: pytest.Item) -> bool:
     return item.get_closest_marker("timeout") is not None or item.path.stem in slow
 
 
+@pytest.hookimpl(trylast=True)  # behind the choice of tests by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits for SLURM comes first on one worker, and what takes long first on the others.
 
