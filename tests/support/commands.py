@@ -17,16 +17,13 @@ from typing import Any, BinaryIO
 import pytest
 
 from launch.processes import children, family_of, kill_all
-from tests.support.zygote import ROOT, Forked, can_fork, fork
+from tests.support.zygote import ENVIRONMENT, ROOT, Forked, can_fork, fork
 from training.engine.tracking import read_metrics
 
 REAL_TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
 
 # Long enough for a machine that has ten times as much to do as cores. Nothing waits this long unless it hangs.
 PATIENCE_S = 1800
-
-# The tests run on the CPU everywhere, one thread per process, since several processes run at once.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ from tests.support.once import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# The tests run on the CPU everywhere, one thread per process, since several processes run at once.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
 # What each kind has imported; torch's optimizers import torch._dynamo when the first is made. Nothing that a command
 # promises not to import belongs here, such as wandb.
 _TORCH = ["torch", "torch.distributed", "torch._dynamo", "training.gpt"]
@@ -52,9 +55,6 @@ _CHAT = ("qlora", "answers", "adapters", "disc_law", "instructions", "conversati
 
 # Variables that count while a process runs; all others might have been read when something was imported.
 _READ_LATE = ("ACCIDENTS", "KAGGLE_", "MASTER_", "RELAY_", "SLURM_", "STAGED_", "WANDB_", "RANKS")
-
-# Threads at work in the zygote could hold locks that nobody in a child would ever open.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 # How long a launcher waits for its ranks to leave, as torchrun does.
 _PATIENCE_S = 30
@@ -85,7 +85,7 @@ class Forked:
 
     def __init__(self, folder: Path, kind: str, request: dict[str, Any], out: BinaryIO, err: BinaryIO):
         self._log = folder / f"{kind}.log"
-        self._connection = _connect(folder, kind, request["env"])
+        self._connection = _connect(folder, kind)
         socket.send_fds(self._connection, [json.dumps(request).encode()], [out.fileno(), err.fileno()])
         self.pid: int = self._answer(None)
         self.returncode: int | None = None
@@ -124,7 +124,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _connect(folder: Path, kind: str, environment: Mapping[str, str]) -> socket.socket:
+def _connect(folder: Path, kind: str) -> socket.socket:
     """A connection to the zygote of this kind, which is started if there is none yet."""
     address = folder / f"{kind}.socket"
     with (folder / f"{kind}.lock").open("w") as lock:
@@ -132,17 +132,19 @@ def _connect(folder: Path, kind: str, environment: Mapping[str, str]) -> socket.
         if not address.exists():
             controller = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
             words = [sys.executable, "-m", "tests.support.zygote", kind, str(address), str(controller)]
-            around = {name: text for name, text in environment.items() if not name.startswith(_READ_LATE)}
+            # Arrow's memory pool has a thread, which could hold a lock that nobody in a child would ever open.
+            environment = {**ENVIRONMENT, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
             with (folder / f"{kind}.log").open("wb") as log:
-                subprocess.Popen(
+                zygote = subprocess.Popen(
                     words,
-                    env=around | _ONE_THREAD,
+                    env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                 )
             while not address.exists():
+                assert zygote.poll() is None, (folder / f"{kind}.log").read_text()
                 time.sleep(0.02)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(str(address))
