@@ -222,7 +222,8 @@ def _fork_ranks(count: int) -> None:
 
     def end_all(number: int) -> None:
         for pid in ranks:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # just waited for, and not struck off the list yet
+                os.kill(pid, number)
         signal.alarm(_PATIENCE_S)
 
     status = 0
