@@ -183,6 +183,7 @@ class SlurmCluster:
         around = {**self.environment, **(environment or {})}
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             # None of these variables counts in a start: PATH, SLURM's own, and what the jobs get.
+            # Not by `commands.run`: what carries its mark ends with it, and jobs would inherit that.
             forked = fork("launch.slurm", [*map(str, words)], around, out, err, ranks=None)
             try:
                 status = forked.wait(PATIENCE_S)
