@@ -108,6 +108,7 @@ _told_to_leave = False
 
 
 def _run(main: Callable[[], int | None]) -> int:
+    global _told_to_leave
     try:
         return main() or 0
     except (UserError, PeerError):
@@ -118,6 +119,8 @@ def _run(main: Callable[[], int | None]) -> int:
         if _told_to_leave:
             raise Terminated from error
         raise
+    finally:
+        _told_to_leave = True  # how it ends is known; the launcher may tell us to leave because another rank has left
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

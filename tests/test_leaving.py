@@ -67,6 +67,20 @@ def test_a_program_that_was_told_to_leave_says_just_that(meanwhile: str, tmp_pat
     assert "stopped by signal SIGTERM" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_program_that_has_ended_is_not_disturbed_by_a_launcher_that_ends_the_other_ranks(tmp_path: Path):
+    script = (
+        "import atexit, os, signal\n"
+        "from launch.console import UserError, run_main\n"
+        "def main():\n"
+        "    atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "    raise UserError('what is wrong')\n"
+        "run_main(main)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "error: what is wrong\n")
+
+
 def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch, sample_data, tmp_path):
     run_dir = tmp_path / "run"
     model = ("--model.width", 32, "--model.layers", 1, "--model.heads", 2, "--model.context", 64)
