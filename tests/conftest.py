@@ -46,7 +46,7 @@ def takes_long(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)  # behind the choice of tests by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for SLURM comes first on one worker, and what takes long first on the others.
+    """What waits for SLURM comes first on half of the workers, and what takes long first on the others.
 
     Begun last, it would leave the other workers idle.
     """
@@ -55,8 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rest = [item for item in items if item not in slurm and item not in long]
     # Each worker is dealt as many tests, those that stand together.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    share, others = len(items) // workers, max(1, workers - 1)
-    first = [slurm, *(long[len(long) * n // others : len(long) * (n + 1) // others] for n in range(others))]
+    waiting = max(1, workers // 2)
+    others = max(1, workers - waiting)
+    first = [
+        *(slurm[n::waiting] for n in range(waiting)),
+        *(long[len(long) * n // others : len(long) * (n + 1) // others] for n in range(others)),
+    ]
+    share = len(items) // workers
     items.clear()
     for worker, begin in enumerate(first):
         filling = max(0, share - len(begin)) if worker < len(first) - 1 else len(rest)
@@ -114,11 +119,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     if shutil.which("mount") is None:
-        pytest.skip("there is no `mount` command to make a small disk with")
+        pytest.skip("there is no `mount` command to make a small disk with (apt install mount)")
     words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     mounted = subprocess.run(words, capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"a small disk needs the right to mount: {mounted.stderr.strip()}")
+        pytest.skip(f"a small disk needs the right to mount, which root has: {mounted.stderr.strip()}")
     try:
         yield disk
     finally:

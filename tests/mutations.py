@@ -1,6 +1,6 @@
 """Deliberate faults, and whether the tests notice them: mutation testing, with mutants that would hurt somebody.
 
-    python -m tests.mutations                  all of them, a few seconds each
+    python -m tests.mutations                  all of them, a second or two each
     python -m tests.mutations NAME [NAME ...]  some
 
 Each fault is a small edit of one file and breaks one promise. It is made in a copy of the working tree, where the one
@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from pathlib import Path
 from launch.console import UserError, run_main, say
 
 ROOT = Path(__file__).resolve().parents[1]
+
+OWN_PACKAGES = ("data_prep", "launch", "tests", "training")
 
 TESTS_FAILED = 1  # pytest's exit status; others say that it could not collect, or did not understand its command line
 
@@ -457,37 +462,73 @@ def copy_tree(target: Path) -> None:
 def made(fault: Fault, tree: Path) -> Iterator[None]:
     """The fault, for a while."""
     path = tree / fault.file
-    content = path.read_bytes()
+    content, times = path.read_bytes(), path.stat()
     path.write_bytes(content.decode().replace(fault.old, fault.new).encode())
     try:
         yield
     finally:
         path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """pytest in the copy."""
-    # Whoever runs this under pytest has variables of its own. Bytecode is known by size and second: an edit could be
-    # taken for what was there before.
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHONPATH"))}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", "-n", "0", *tests]
-    return subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
+def import_libraries() -> None:
+    """What the tests need and no fault touches: imported once, by the process that runs of pytest are forked from."""
+    for library in ("pytest", "torch", "torch._dynamo", "transformers", "peft", "bitsandbytes"):
+        importlib.import_module(library)
+
+
+def run_tests(tree: Path, tests: Sequence[str], *, keep_bytecode: bool) -> tuple[int, str]:
+    """pytest in the copy, as a process of its own: its exit status, and what it printed.
+
+    Bytecode is known by size and second, so an edited file's must not be kept: it could be taken for the file's own.
+    """
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:
+            for number in (1, 2):
+                os.dup2(output.fileno(), number)
+            status = 3
+            try:
+                sys.dont_write_bytecode = not keep_bytecode
+                status = _run_pytest(tree, tests)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        _, ended = os.waitpid(pid, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(ended), output.read().decode("utf-8", "replace")
+
+
+def _run_pytest(tree: Path, tests: Sequence[str]) -> int:
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN_PACKAGES]:
+        del sys.modules[name]  # the copy's are to be imported
+    os.chdir(tree)
+    sys.path[0] = str(tree)
+    # Whoever runs this under pytest has variables of its own.
+    for name in [name for name in os.environ if name.startswith(("PYTEST_", "PYTHONPATH"))]:
+        del os.environ[name]
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if sys.dont_write_bytecode:
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return int(importlib.import_module("pytest").main(["-p", "no:cacheprovider", "-x", "-q", "-n", "0", *tests]))
 
 
 def check_controls(tree: Path, faults: Sequence[Fault]) -> None:
     """Raises UserError unless the tests of `faults` pass where there is no fault."""
     tests = list(dict.fromkeys(fault.test for fault in faults))
-    control = run_tests(tree, tests)
-    if control.returncode or "SKIPPED" in control.stdout:
-        raise UserError(f"without a fault, not all of the {len(tests)} tests pass:\n{control.stdout}{control.stderr}")
+    status, printed = run_tests(tree, tests, keep_bytecode=True)
+    if status or " skipped" in printed:
+        raise UserError(f"without a fault, not all of the {len(tests)} tests pass:\n{printed}")
 
 
 def is_caught(fault: Fault, tree: Path) -> tuple[bool, str]:
     """Whether the fault's test fails, and what pytest printed."""
     with made(fault, tree):
-        result = run_tests(tree, [fault.test])
-    return result.returncode == TESTS_FAILED, result.stdout + result.stderr
+        status, printed = run_tests(tree, [fault.test], keep_bytecode=False)
+    return status == TESTS_FAILED, printed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -505,6 +546,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"does not fit  {fault.name}: {misfit(fault)}")
     if not fitting:
         return 1
+    import_libraries()
     missed = []
     with tempfile.TemporaryDirectory(prefix="relay-mutations-") as folder:
         copy_tree(Path(folder))

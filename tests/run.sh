@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
-workers=$(($(env -u OMP_NUM_THREADS nproc) + 1))  # it would take that variable for the number of cores
+workers=$(($(env -u OMP_NUM_THREADS nproc) + 2))  # it would take that variable for the number of cores
 # One thread per process: tests start several at once. No test may look for a hub.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 ruff check .
@@ -15,6 +15,7 @@ if [[ "${1:-}" == --all ]]; then
     selected=()
     shift
 fi
-# One worker more than cores (-n 0: none), since some tests mostly wait, for SLURM above all. Each goes through the files
-# in order, so that what a file prepares is mostly prepared once, and takes from another's end when it has nothing left.
+# Two workers more than cores (-n 0: none), since some tests mostly wait, for SLURM above all. Each goes through the
+# files in order, so that what a file prepares is mostly prepared once, and takes from another's end when it has nothing
+# left.
 python -m pytest -n "$workers" --dist worksteal "${selected[@]}" "$@"

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import count, product
@@ -420,14 +421,20 @@ def test_read_only_disk_is_one_clear_error_and_the_old_checkpoint_stands(small_d
     assert_refused_without_a_trace(run_dir, "is on a read-only file system")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder_is_one_clear_error_and_the_old_checkpoint_stands(tmp_path):
-    save_step(tmp_path, 1)
-    (tmp_path / "checkpoints").chmod(0o555)
-    try:
-        assert_refused_without_a_trace(tmp_path, "no permission to write")
-    finally:
-        (tmp_path / "checkpoints").chmod(0o755)
+def test_read_only_folder_is_one_clear_error_and_the_old_checkpoint_stands():
+    user, nobody = os.geteuid(), 65534
+    with tempfile.TemporaryDirectory() as folder:  # root's own temporary folders are closed to others
+        run_dir = Path(folder)
+        if user == 0:  # who may write everywhere
+            os.chown(folder, nobody, nobody)
+            os.seteuid(nobody)
+        try:
+            save_step(run_dir, 1)
+            (run_dir / "checkpoints").chmod(0o555)
+            assert_refused_without_a_trace(run_dir, "no permission to write")
+        finally:
+            (run_dir / "checkpoints").chmod(0o755)
+            os.seteuid(user)
 
 
 def test_manifest_is_json_that_people_can_read(tmp_path):

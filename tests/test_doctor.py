@@ -126,7 +126,7 @@ def rename_host() -> list[str]:
     """What starts a command under another host name; skips where that is not allowed."""
     starter = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
     if shutil.which("unshare") is None or subprocess.run([*starter, "node", "true"], capture_output=True).returncode:
-        pytest.skip("two nodes on one machine need the right to change the host name (unshare --uts)")
+        pytest.skip("two nodes on one machine need a name each: `unshare --uts` (root; in Docker: run --privileged)")
     return starter
 
 

@@ -263,7 +263,7 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     folder, seen = tmp_path / "relay", tmp_path / "seen"
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
-        pytest.skip("this folder is no git checkout, from which a copy could be made")
+        pytest.skip("this folder is no git checkout, from which a copy could be made (git clone it)")
     for name in tracked.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)

@@ -27,7 +27,7 @@ from tests.bench.common import (
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("scaling", __doc__, words)
-    rounds, steps = arguments.sized(whole=(5, 40), quick=(1, 12), smoke=(1, 2))
+    rounds, steps = arguments.sized(whole=(5, 40), quick=(1, 6), smoke=(1, 2))
     one: list[float] = []
     two: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:

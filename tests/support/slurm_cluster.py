@@ -265,7 +265,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     if os.getuid() != 0:
         pytest.skip("a SLURM of two nodes on one machine takes root")
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
-        pytest.skip("two nodes on one machine need a name each, which takes the right to `unshare --uts`")
+        pytest.skip("two nodes on one machine need a name each: `unshare --uts` (in Docker: run --privileged)")
     with _own_number() as number:
         cluster = SlurmCluster(folder, number)
         try:
