@@ -264,6 +264,7 @@ def test_disc_law_eval_is_shown_by_exam_and_kind_with_the_test():
     )
 
 
+@pytest.mark.whole
 def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk(report, tmp_path):
     wide = replace(
         report.questions[0], task="t" * 60, question="q" * 3000, reference="x" * 150, before="y" * 900, after="我" * 150

@@ -569,6 +569,7 @@ def test_open_questions_not_as_released_are_refused(small: Path, records: str | 
 _COLUMNS = "[...document.querySelectorAll('#open-1 dl > div')].map(e => Math.round(e.getBoundingClientRect().left))"
 
 
+@pytest.mark.whole
 def test_answers_stand_side_by_side_on_a_desk_and_stacked_on_a_phone(tmp_path: Path):
     with browser() as reader:
         for name, text in (("plain", "短"), ("long", "我" * 800 + "x" * 3000), ("hostile", HOSTILE)):

@@ -225,9 +225,13 @@ def test_the_report_tells_of_the_run_and_of_those_beside_it(task, trained_run, s
     ):
         assert expected in page, expected
     assert "stranger" not in page and page.count("reference") >= EXAMPLES + 15
+
+
+@pytest.mark.whole
+def test_a_reader_sees_a_real_report_on_a_phone_and_a_desk(evaluated):
     with browser() as reader:
         for width in (360, 1200):
-            seen = reader.open(report, width=width)
+            seen = reader.open(evaluated / "report.html", width=width)
             assert seen.complaints == seen.fetched == seen.outside == [] and seen.page_width <= width
 
 

@@ -33,7 +33,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_proof_ends_with_equal_sums_and_leaves_nothing_behind(launch: Launch, sample_data):
     before = set(Path("runs").glob("*"))
-    words = (*SMALL, "--data", sample_data, "--steps", 80, "--kills", 2, "--processes", 2)
+    words = (*SMALL, "--data", sample_data, "--steps", 40, "--kills", 2, "--processes", 2)
     result = launch(CONFIG, *words, module="launch.prove").wait()
     assert result.status == 0, result
     assert "the same, bit for bit: 2 accidents" in result.out

@@ -238,6 +238,7 @@ def test_synthetic_data_gets_a_banner_and_real_data_none(report):
     assert SYNTHETIC in render(replace(report, training_data=synthetic))
 
 
+@pytest.mark.whole
 def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk_in_light_and_dark(report, tmp_path):
     long = replace(
         report, name="n" * 500, versions={"v" * 300: "w" * 3000}, examples=[Example("我" * 300, "x" * 3000, "y" * 3000)]

@@ -263,7 +263,9 @@ def test_online_kill_loses_no_row_and_doubles_none(runner: Runner, server: Wandb
     assert rows_of(server.runs[runner.run_id]) == [row_of(step) for step in steps(arrived + 40)]
 
 
-@pytest.mark.parametrize("upload", ["by itself", "by hand", "not possible"])
+@pytest.mark.parametrize(
+    "upload", ["by itself", *(pytest.param(way, marks=pytest.mark.whole) for way in ("by hand", "not possible"))]
+)
 def test_online_after_offline_is_one_run_in_order(runner: Runner, server: WandbServer, upload: str) -> None:
     runner.session("auto", last=10, end="resumable")
     runner.session("offline", first=10, last=20, end="resumable")
@@ -365,7 +367,7 @@ def test_config_git_state_system_metrics_and_best_scores_are_there_offline(runne
     check_what_wandb_collects(runner, runner.sync(server))
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("mode", [pytest.param("offline", marks=pytest.mark.whole), "online"])
 def test_evaluation_is_in_the_same_run(runner: Runner, server: WandbServer, mode: str) -> None:
     runner.session(mode, last=10, end="resumable")
     runner.session(mode, evaluate="test")
@@ -397,6 +399,15 @@ def test_missing_wandb_is_said_before_the_training_and_only_a_warning_after_it(
     assert "pip install wandb" in capsys.readouterr().err
 
 
+def test_training_gives_wandb_its_record(runner: Runner, launch: Launch, sample_data: Path) -> None:
+    words = ("--optim.steps", 12, "--log.every_steps", 1, "--wandb.mode", "offline", "--wandb.project", "lab")
+    command = command_of(runner.run_dir, sample_data, *RUN, *words)
+    assert launch(*command, ranks=2, environment=runner.environment, real=False).wait().status == 0
+    shown = [(row["step"], row["train/loss"]) for row in runner.offline_rows() if "train/loss" in row]
+    assert shown == [(line["step"], line["loss"]) for line in train_lines(runner.run_dir)] and len(shown) == 12
+
+
+@pytest.mark.whole
 def test_training_that_is_killed_and_loses_its_server_shows_its_record_once(
     runner: Runner, server: WandbServer, launch: Launch, sample_data: Path, tmp_path: Path
 ) -> None:
