@@ -15,22 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from launch.console import UserError
 from launch.processes import children
-from tests.support.commands import PATIENCE_S, ROOT, Launch
-from tests.support.lives import RUN, SLOW
+from tests.support.commands import PATIENCE_S, ROOT, Launch, Started
+from tests.support.lives import RUN, Life, assert_all_gone
 from tests.support.runs import command_of, train_lines
 from tests.support.wandb_server import KEY, Run, WandbServer
 from tests.support.wandb_training import CONFIG, EXAMPLES, SCORES, SUMMARY, row_of
+from tests.support.zygote import Forked, fork
 from training.engine import wandb_session
 from training.engine.wandb_log import SessionLog, item_key, read_records, session_logs
 from training.engine.wandb_tracker import WandbOptions, WandbTracker, publish_evaluation
 
 REFUSING = "http://127.0.0.1:9"  # nothing listens there
+
+# For tests of what wandb gets in the end. Those of how long anyone waits for it have the product's own limits.
+PATIENT = {f"{name}_LIMIT_S": 600.0 for name in ("INIT", "FINISH", "CLOSE", "PUBLISH")}
 
 
 def steps(last: int) -> list[int]:
@@ -51,6 +55,7 @@ class Runner:
         (self.run_dir / "report.html").write_text("<h1>report</h1>", encoding="utf-8")
         self.home = folder / "home"
         self.home.mkdir()
+        self.sessions: list[Started] = []
         outside = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
         self.environment = {
             **outside,
@@ -66,27 +71,47 @@ class Runner:
             "WANDB__STATS_COREWEAVE_METADATA_BASE_URL": REFUSING,
         }
 
-    def start(self, mode: str = "offline", **about: Any) -> subprocess.Popen[str]:
-        """A session from step `first` to step `last`; see tests/support/wandb_training.py."""
+    def start(self, mode: str = "offline", real: bool = False, patient: bool = True, **about: Any) -> Started:
+        """A session from step `first` to step `last`; see tests/support/wandb_training.py.
+
+        It is forked, unless `real`, with all of these variables: they are wandb's, which no zygote has imported.
+        """
+        about["limits"] = {**(PATIENT if patient else {}), **about.pop("limits", {})}
         about["from"], about["to"] = about.pop("first", 0), about.pop("last", 0)
         about = {"run_dir": str(self.run_dir), "options": {"mode": mode, "project": "lab"}, "end": "finished", **about}
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.support.wandb_training", json.dumps(about)],
-            cwd=ROOT,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        module, words = "tests.support.wandb_training", [json.dumps(about)]
 
-    def end(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        def start(out: BinaryIO, err: BinaryIO, mark: str) -> subprocess.Popen[bytes] | Forked:
+            env = {**self.environment, "RELAY_TEST": mark}
+            if not real:
+                return fork(module, words, env, out, out, ranks=None)
+            command = [sys.executable, "-m", module, *words]
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+
+        folder = self.home.parent / f"session-{len(self.sessions)}"
+        folder.mkdir()
+        self.sessions.append(Started(folder, start))
+        return self.sessions[-1]
+
+    def end(self, session: Started) -> dict[str, Any]:
         """Waits for its end: what it measured, what it `printed`, and when it `ended`."""
-        printed, _ = process.communicate(timeout=PATIENCE_S)
+        result = session.wait()
         ended = time.monotonic()
-        assert process.returncode or printed.splitlines()[-1].startswith("{"), printed
-        measured = json.loads(printed.splitlines()[-1]) if process.returncode == 0 else {}
-        return {"status": process.returncode, "ended": ended, **measured, "printed": printed}
+        if result.status:
+            assert_all_gone(session)
+        assert result.status or result.out.splitlines()[-1].startswith("{"), result
+        measured = json.loads(result.out.splitlines()[-1]) if result.status == 0 else {}
+        return {"status": result.status, "ended": ended, **measured, "printed": result.out}
+
+    def go_on(self) -> None:
+        """Lets a session go on that holds."""
+        (self.run_dir / "go").touch()
+
+    def kill(self, session: Started) -> None:
+        """SIGKILL; wandb's own process has ended behind it, too, and writes no more."""
+        session.process.kill()
+        session.wait()
+        assert_all_gone(session)
 
     def session(self, mode: str = "offline", **about: Any) -> dict[str, Any]:
         """A session that ends by itself."""
@@ -123,8 +148,12 @@ class Runner:
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    runner = Runner(tmp_path)
+    yield runner
+    for session in runner.sessions:
+        if session.process.poll() is None:
+            session.kill_all()
 
 
 @pytest.fixture
@@ -146,7 +175,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def test_disabled_imports_no_wandb(runner: Runner) -> None:
-    result = runner.session("disabled", last=20)
+    result = runner.session("disabled", last=20, real=True)
     assert not result["wandb"] and result["run_id"] is None
     assert [path.name for path in runner.run_dir.iterdir()] == ["report.html"]
 
@@ -172,10 +201,9 @@ def test_one_run_over_many_sessions_offline(runner: Runner, server: WandbServer)
 
 def test_kill_loses_no_row_and_doubles_none(runner: Runner, server: WandbServer) -> None:
     runner.end(runner.start(last=40, end="kill"))  # before wandb had begun
-    killed = runner.start(last=4000, pause=0.05, limits={"FLUSH_EVERY_S": 0.3})
+    killed = runner.start(last=20, end="hang", limits={"FLUSH_EVERY_S": 0.3})
     wait_for(lambda: any(log.steps for log in runner.logs()), "rows in a file")
-    killed.kill()
-    killed.communicate()
+    runner.kill(killed)
     log = runner.logs()[-1]
     assert log.steps and not log.ended
     os.truncate(log.path, log.whole - 5)  # torn, as a power cut leaves it
@@ -205,13 +233,13 @@ def test_file_counts_up_to_its_first_damage(runner: Runner) -> None:
 
 
 def test_what_a_dying_wandb_still_writes_is_not_counted_twice(runner: Runner) -> None:
-    killed = runner.start(last=4000, pause=0.05, limits={"FLUSH_EVERY_S": 0.3})
+    killed = runner.start(last=20, end="hang", limits={"FLUSH_EVERY_S": 0.3})
     wait_for(lambda: any(log.steps for log in runner.logs()), "rows in a file")
-    wandb_core = children(killed.pid)
+    wandb_core = children(killed.process.pid)
     for pid in wandb_core:
         os.kill(pid, signal.SIGSTOP)  # a machine so busy that it has not yet noticed its parent's end
-    killed.kill()
-    killed.wait(PATIENCE_S)
+    killed.process.kill()
+    killed.wait()
     path = runner.logs()[-1].path
     runner.session(first=5, last=30, end="resumable")
     sealed = path.read_bytes()
@@ -254,13 +282,11 @@ def test_online_over_lost_connections_every_row_arrives_once(runner: Runner, ser
 
 
 def test_online_kill_loses_no_row_and_doubles_none(runner: Runner, server: WandbServer) -> None:
-    killed = runner.start("auto", last=500, pause=0.02)
+    killed = runner.start("auto", last=60, end="hang")
     wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")
-    killed.kill()
-    killed.communicate()
-    arrived = len(server.runs[runner.run_id].history)
-    runner.session("auto", first=5, last=arrived + 40)
-    assert rows_of(server.runs[runner.run_id]) == [row_of(step) for step in steps(arrived + 40)]
+    runner.kill(killed)
+    runner.session("auto", first=5, last=80)
+    assert rows_of(server.runs[runner.run_id]) == [row_of(step) for step in steps(80)]
 
 
 @pytest.mark.parametrize(
@@ -279,16 +305,14 @@ def test_online_after_offline_is_one_run_in_order(runner: Runner, server: WandbS
 
 
 def test_online_death_then_offline_loses_no_row(runner: Runner, server: WandbServer) -> None:
-    killed = runner.start("auto", last=500, pause=0.02)
+    killed = runner.start("auto", last=60, end="hang")
     wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")
-    killed.kill()
-    killed.communicate()
-    last = len(server.runs[runner.run_id].history) + 10
-    runner.session("offline", last=last, end="resumable")  # cannot know which rows arrived: sends all
-    runner.session("auto", first=last, last=last + 50)
+    runner.kill(killed)
+    runner.session("offline", last=70, end="resumable")  # cannot know which rows arrived: sends all
+    runner.session("auto", first=70, last=120)
     found = [row["step"] for row in server.runs[runner.run_id].history]
-    assert set(found) == {*steps(last + 50)}
-    assert found[-50:] == [*range(last + 1, last + 51)]
+    assert set(found) == {*steps(120)}
+    assert found[-50:] == [*range(71, 121)]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +325,7 @@ def test_without_server_or_key_it_is_offline_within_seconds_and_says_why(
     runner.environment["WANDB_MODE"] = "disabled"  # the options decide, not the shell
     if not key:
         del runner.environment["WANDB_API_KEY"]
-    result = runner.session(mode, last=20)
+    result = runner.session(mode, last=20, patient=False)
     (line,) = lines_said(result)
     assert reason in line and f"wandb sync {runner.run_dir}/wandb/offline-run-*" in line
     assert line.startswith("warning: ") == (mode == "online")
@@ -310,9 +334,10 @@ def test_without_server_or_key_it_is_offline_within_seconds_and_says_why(
 
 
 def test_server_dies_mid_run_training_does_not_notice_and_close_is_bounded(runner: Runner, server: WandbServer) -> None:
-    process = runner.start("online", last=120, pause=0.03, limits={"FINISH_LIMIT_S": 2})
+    process = runner.start("online", last=120, pause=0.03, hold=60, patient=False, limits={"FINISH_LIMIT_S": 2})
     wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")
     server.die()
+    runner.go_on()
     result = runner.end(process)
     assert result["status"] == 0
     assert result["add"] < 1e-3  # seconds; a step of a training takes at least a hundred times as long
@@ -325,9 +350,10 @@ def test_server_dies_mid_run_training_does_not_notice_and_close_is_bounded(runne
 
 def test_server_dies_mid_run_and_comes_back_every_row_arrives(runner: Runner, server: WandbServer) -> None:
     runner.environment["WANDB__FILE_STREAM_RETRY_MAX"] = "1"  # as if the server were away for longer than wandb likes
-    process = runner.start("online", last=80, pause=0.05)
+    process = runner.start("online", last=80, pause=0.05, hold=40)
     wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")
     server.die()
+    runner.go_on()
     time.sleep(2.5)
     server.come_back()
     assert runner.end(process)["status"] == 0
@@ -336,7 +362,7 @@ def test_server_dies_mid_run_and_comes_back_every_row_arrives(runner: Runner, se
 
 def test_server_that_never_answers_does_not_hold_up_the_end(runner: Runner, server: WandbServer) -> None:
     server.silent = True
-    result = runner.session("online", last=20, limits={"CLOSE_LIMIT_S": 3})
+    result = runner.session("online", last=20, patient=False, limits={"CLOSE_LIMIT_S": 3})
     # The process's exit, too, waits for nothing. (How long it takes to start depends on the machine's other work.)
     assert result["close"] < 5 and result["ended"] - result["closed"] < 5
     assert "was left" in result["printed"]
@@ -411,30 +437,32 @@ def test_training_gives_wandb_its_record(runner: Runner, launch: Launch, sample_
 def test_training_that_is_killed_and_loses_its_server_shows_its_record_once(
     runner: Runner, server: WandbServer, launch: Launch, sample_data: Path, tmp_path: Path
 ) -> None:
-    run_dir, last = tmp_path / "training", 200
+    last = 90
     words = ("--optim.steps", last, "--log.every_steps", 1, "--wandb.mode", "online", "--wandb.project", "lab")
-    command = command_of(run_dir, sample_data, *RUN, *words)
-    slow = json.dumps({"folder": str(tmp_path), "list": [SLOW]})
-    environment = {**runner.environment, "ACCIDENTS": slow}
+    life = Life(launch, tmp_path, sample_data, ranks=2, run_dir=tmp_path / "training", run=(*RUN, *words))
 
-    def start() -> Any:
-        return launch(*command, module="tests.support.faulty_training", ranks=2, environment=environment)
+    def hold(step: int) -> Started:
+        at = {"at": "forward", "step": step, "rank": 0, "do": "hold"}
+        session = life.start(at, environment=runner.environment)
+        life.wait_at(session, f"forward-{step}")
+        return session
 
-    killed = start()
+    killed = hold(30)
     wait_for(lambda: any(len(run.history) > 10 for run in server.runs.values()), "rows on the server")
     killed.kill_all()
     ((run_id, run),) = server.runs.items()
     arrived = len(run.history)
-    deserted = start()
+    deserted = hold(60)
     wait_for(lambda: len(run.history) > arrived + 10, "rows of the second session on the server")
     server.die()
+    life.go_on("forward-60")
     result = deserted.wait()
     assert result.status == 0 and "did not take the last rows in time" in result.err
     assert len(run.history) < last
     server.come_back()
-    result = start().wait()
+    result = life.start(environment=runner.environment).wait()
     assert result.status == 0 and "is finished" in result.out
     assert list(server.runs) == [run_id]
     found = [(row["step"], row["train/loss"]) for row in run.history]
-    assert found == [(line["step"], line["loss"]) for line in train_lines(run_dir)]
+    assert found == [(line["step"], line["loss"]) for line in train_lines(life.run_dir)]
     assert len(found) == last

@@ -43,10 +43,11 @@ def row_of(step: int) -> dict[str, Any]:
 
 
 def main(about: dict[str, Any]) -> None:
-    """`from`: step of the checkpoint; `to`: last step; `end`: status, or "kill"; `pause`: seconds between lines.
+    """`from`: step of the checkpoint; `to`: last step; `end`: status, "kill" or "hang"; `pause`: seconds between lines.
 
-    `interrupt`: the last line is not reached; `interrupted`: nor was it in the session before. `limits`: constants of
-    the tracker to be shorter than they are. `evaluate`: an evaluation of this part instead of a training.
+    `interrupt`: the last line is not reached; `interrupted`: nor was it in the session before. `hold`: the step before
+    which it waits for a file `go` in the run folder. `limits`: constants of the tracker to be other than they are.
+    `evaluate`: an evaluation of this part instead of a training.
     """
     for name, seconds in about.get("limits", {}).items():
         setattr(wandb_session if hasattr(wandb_session, name) else wandb_tracker, name, seconds)
@@ -69,12 +70,16 @@ def main(about: dict[str, Any]) -> None:
     print("begun", flush=True)
     adds = []
     for line in fresh:
+        while line["step"] == about.get("hold") and not (run_dir / "go").exists():
+            time.sleep(0.01)
         began = time.perf_counter()
         tracker.add(line)
         adds.append(time.perf_counter() - began)
         time.sleep(about.get("pause", 0.0))
     if about["end"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    while about["end"] == "hang":  # until it is killed
+        time.sleep(3600)
     began = time.monotonic()
     tracker.close(about["end"], "because", SUMMARY if about["end"] == "finished" else {})
     closed = time.monotonic()  # the same clock in all processes
