@@ -14,11 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data_prep.chat import Message, user
-from data_prep.corpus import ConversationOptions, Corpus
 from data_prep.disc_law_records import (
     FILES,
-    HUB_NAME,
     LICENCE,
     TASK_NAMES,
     LawFile,
@@ -29,15 +26,18 @@ from data_prep.disc_law_records import (
     read_record,
     shortened,
 )
-from data_prep.making_conversations import prepare
-from launch.config import parse
-from launch.console import run_main
+from data_prep.prepare_conversations import prepare
+from data_prep.records import ConversationOptions, Corpus
+from training.data.conversations import DISC_LAW_SFT
+from training.base.console import run_main
+from training.base.options import parse
+from training.data.chat import Message, user
 
 
 class DiscLawOptions(ConversationOptions):
     """The keys of `python -m data_prep.disc_law`."""
 
-    source: str = Field(description=f"the folder with the files of DISC-Law-SFT, or hub ({HUB_NAME})")
+    source: str = Field(description=f"the folder with the files of DISC-Law-SFT, or hub ({DISC_LAW_SFT})")
     revision: str = Field("main", description="commit or branch on the hub; the files' SHA-256 are checked in any case")
     reference: bool = Field(True, description="put the statutes before a question that does not hold them already")
     exam: bool = Field(
@@ -74,7 +74,7 @@ class DiscLaw(Corpus):
         present = [file.stem for file in self.files]
         return {
             "kind": "hub" if from_hub else "folder",
-            "place": f"{HUB_NAME}@{self.options.revision}" if from_hub else self.options.source,
+            "place": f"{DISC_LAW_SFT}@{self.options.revision}" if from_hub else self.options.source,
             "missing": [file.name for file in FILES if file.stem not in present],
             "licence": LICENCE,
         }

@@ -14,14 +14,14 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from data_prep.chat import user
-from data_prep.corpus import Malformed, Record, SourceFile, checked_text, json_object, kind_of, written_text
-from data_prep.files import sha256_of
-from data_prep.hub import fetch_snapshot
-from launch.console import UserError, warn
+from data_prep.records import Malformed, Record, SourceFile, checked_text, json_object, kind_of, written_text
+from training.base.console import UserError, warn
+from training.base.files import sha256_of
+from training.base.hub import fetch_snapshot
+from training.data.chat import user
+from training.data.conversations import DISC_LAW_SFT
 
-HUB_NAME = "ShengbinYue/DISC-Law-SFT"
-HUB_PAGE = f"https://huggingface.co/datasets/{HUB_NAME}"
+HUB_PAGE = f"https://huggingface.co/datasets/{DISC_LAW_SFT}"
 LICENCE = f"DISC-Law-SFT, Apache-2.0 ({HUB_PAGE})"
 
 
@@ -188,7 +188,7 @@ def find_files(source: str, revision: str) -> list[LawFile]:
 def fetch(revision: str) -> Path:
     """The folder with the four files in the hub's cache on this machine, fetched if need be."""
     return fetch_snapshot(
-        HUB_NAME,
+        DISC_LAW_SFT,
         revision=revision,
         patterns=[published.name for published in FILES],
         is_complete=lambda folder: all((folder / published.name).is_file() for published in FILES),

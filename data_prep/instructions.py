@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from data_prep.chat import Message, user
-from data_prep.corpus import (
+from data_prep.prepare_conversations import prepare
+from data_prep.records import (
     ConversationOptions,
     Corpus,
     Malformed,
@@ -31,10 +31,10 @@ from data_prep.corpus import (
     kind_of,
     written_text,
 )
-from data_prep.files import sha256_of
-from data_prep.making_conversations import prepare
-from launch.config import parse
-from launch.console import UserError, run_main
+from training.base.console import UserError, run_main
+from training.base.files import sha256_of
+from training.base.options import parse
+from training.data.chat import Message, user
 
 # Layouts of turns: the key of the list, and in each turn those of who speaks and of what is said.
 TURNS = (

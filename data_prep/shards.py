@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from data_prep.files import open_atomically, write_atomically
-from launch.console import UserError, say
+from training.base.console import UserError, say
+from training.base.files import open_atomically, write_atomically
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")

@@ -18,10 +18,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.files import open_atomically, sha256_of, writing_to
 from data_prep.sample_corpus import sample_lines
-from data_prep.text import HAN, clean
-from launch.console import Progress, UserError, say, warn
+from training.base.console import UserError, say, warn
+from training.base.files import open_atomically, sha256_of, writing_to
+from training.base.progress import Progress
+from training.data.text import HAN, clean
 
 DOWNLOAD_URL = "https://www.manythings.org/anki/cmn-eng.zip"
 DOWNLOAD_NAME = "cmn-eng.zip"  # in the folder of downloads

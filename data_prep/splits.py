@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.text import normalise
-from launch.console import Progress, UserError
+from training.base.console import UserError
+from training.base.progress import Progress
+from training.data.prepared import PARTS
+from training.data.text import normalise
 
 TEST_SHARE = 0.1
-PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_prep.files import publish_folder, temporary_folder, write_atomically, writing_to
-from data_prep.outputs import already, bring_back, existing_output, output_folder, refuse_to_replace, resolved
-from data_prep.prepared import FORMAT, META, Prepared, Ragged, list_files, open_prepared, write_part
+from data_prep.preparing import already, bring_back, existing_output, output_folder, refuse_to_replace, resolved
 from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, Pairs, Source, licence_of, open_source, read_pairs
-from data_prep.splits import PARTS, Split, grouped_split, leakage, random_split, side_of
-from data_prep.text import simplify
-from data_prep.tokenizers import KINDS, UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
-from launch.config import Options, differing_keys, parse
-from launch.console import Progress, format_duration, run_main, say, warn
+from data_prep.splits import Split, grouped_split, leakage, random_split, side_of
+from training.base.console import run_main, say, warn
+from training.base.durations import format_duration
+from training.base.files import publish_folder, temporary_folder, write_atomically, writing_to
+from training.base.options import Options, differing_keys, parse
+from training.base.progress import Progress
+from training.data.prepared import FORMAT, META, PARTS, Prepared, Ragged, list_files, open_prepared, write_part
+from training.data.text import simplify
+from training.data.tokenizers import KINDS, UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
 
 PROG = "python -m data_prep.tatoeba"
 FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run on much less

@@ -28,12 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.config import command_line, script_of
-from launch.console import UserError, format_duration, run_main, say
-from launch.processes import children, family_of, is_alive, kill_all
-from training.engine.account import read_sessions, read_status
+from launch.scripts import script_of
+from training.base.console import UserError, run_main, say
+from training.base.durations import format_duration
+from training.base.options import command_line
+from training.base.processes import children, family_of, is_alive, kill_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.tracking import read_metrics
+from training.engine.metrics import read_metrics
+from training.engine.status import read_sessions, read_status
 
 Accident = Literal["rank killed", "all killed", "launcher killed", "killed while saving", "rank told to stop"]
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
-from launch.config import parse
-from launch.console import UserError
+from training.base.console import UserError
+from training.base.options import parse
 from training.engine.task import RunOptions
+
+
+def script_of(config: Path) -> str:
+    """The module that trains by a config file: `training.NAME` for configs/NAME/..."""
+    return f"training.{config.resolve().parent.name}"
 
 
 def read_options(script: str, words: Sequence[str]) -> RunOptions:

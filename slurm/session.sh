@@ -65,7 +65,7 @@ judge() {
     local more=()
     if $taken; then more=(--taken); fi
     verdict=0
-    "${container[@]}" python -m launch.slurm_job end "$run_dir" --status "$status" \
+    "${container[@]}" python -m launch.slurm.job end "$run_dir" --status "$status" \
         --failure-limit "${FAILURE_LIMIT:-3}" "${more[@]}" || verdict=$?
 }
 
@@ -83,11 +83,11 @@ requeue() {
 # session CONFIG [--key value ...]
 session() {
     local about nothing_to_do=0
-    about=$("${container[@]}" python -m launch.slurm_job run "$@")
+    about=$("${container[@]}" python -m launch.slurm.job run "$@")
     { read -r script; read -r run_dir; read -r data; } <<< "$about"
     script=${SCRIPT:-$script}
 
-    "${container[@]}" python -m launch.slurm_job begin "$run_dir" || nothing_to_do=$?
+    "${container[@]}" python -m launch.slurm.job begin "$run_dir" || nothing_to_do=$?
     if [ $nothing_to_do = 3 ]; then exit 0; elif [ $nothing_to_do != 0 ]; then exit 1; fi
 
     # What the user has to mend first is written here by whoever finds it.

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.prepared import open_prepared
-from launch.console import UserError
 from launch.prove import ACCIDENTS
 from tests.bench import joeynmt
 from tests.bench.common import BASE, SEQ2SEQ, config_of
 from tests.bench.peers import tokens_a_sentence
 from tests.support.commands import PATIENCE_S, Launch
+from training.base.console import UserError
+from training.data.prepared import open_prepared
 from training.gpt import Sequences
 from training.gpt import plan_of as gpt_plan
 from training.seq2seq import TwoSides

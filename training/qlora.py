@@ -18,16 +18,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data_prep.conversations import ConversationPart, Conversations, open_conversations
-from launch.config import Options, parse
-from launch.console import UserError, run_main, say, warn
-from launch.environment import staged
+from training.base.console import UserError, run_main, say, warn
+from training.base.environment import staged
+from training.base.options import Options, parse
+from training.data.conversations import ConversationPart, Conversations, open_conversations
 from training.engine.batch_plan import BatchPlan, batches_by_length, sorted_by_length
 from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import RunOptions, Share, Task, Validation
-from training.models.answer_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
+from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
     find_base_model,
@@ -41,7 +41,7 @@ from training.models.base_model import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from training.models.memory import Memory
+    from training.models.memory_estimate import Memory
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("transformers", "peft", "bitsandbytes")
@@ -189,7 +189,7 @@ def memory_of(
     ranks: int,
 ) -> Memory:
     """What a process will need, from the model's config and the largest micro-batch of the plan."""
-    from training.models.memory import Shape, estimate
+    from training.models.memory_estimate import Shape, estimate
 
     order = sorted_by_length(plan.lengths)
     batches = np.split(order, plan.cuts[1:-1])
@@ -269,7 +269,7 @@ def check_tokenizer(data: Conversations, folder: Path, vocabulary_size: int) -> 
             f"{vocabulary_size:,}: prepare the data with --tokenizer {folder}"
         )
     if (folder / "tokenizer_config.json").is_file():
-        from data_prep.chat import load_chat_tokenizer
+        from training.data.chat import load_chat_tokenizer
 
         own = load_chat_tokenizer(str(folder)).sha256
         if own != data.identity["tokenizer"]:

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from data_prep.prepared import Part, open_prepared
-from data_prep.tokenizers import EOS, PAD, SOS
-from launch.config import parse
-from launch.console import run_main
-from launch.environment import staged
+from training.base.console import run_main
+from training.base.environment import staged
+from training.base.options import parse
+from training.data.prepared import Part, open_prepared
+from training.data.tokenizers import EOS, PAD, SOS
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from data_prep.prepared import Part
-from launch.config import Options
-from launch.console import UserError, say
+from training.base.console import UserError, say
+from training.base.options import Options
+from training.data.prepared import Part
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.task import Share, Validation

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from launch.config import command_line, script_of
-from launch.console import PeerError, UserError, run_main, say_as_any_rank, tell_launcher
 from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Check, Finding, Report, examine, first_words, merge, print_report, rank_name
-from launch.environment import Launcher, Ranks, read_ranks, without_local_rank
+from launch.scripts import script_of
+from training.base.console import PeerError, UserError, run_main, say_as_any_rank, tell_launcher
+from training.base.environment import Launcher, Ranks, read_ranks, without_local_rank
+from training.base.options import command_line
 from training.engine.cluster import Cluster
 
 # torchrun ends all ranks as soon as one has failed, and the first one is to speak before: the others leave after it.

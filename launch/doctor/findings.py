@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.console import PeerError, UserError, say
-from launch.environment import Ranks
+from training.base.console import PeerError, UserError, say
+from training.base.environment import Ranks
 
 Level = Literal["ok", "warning", "error"]
 

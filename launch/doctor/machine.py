@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from launch.console import format_duration
 from launch.doctor.findings import Alike, Finding, Level
-from launch.environment import Launcher, Ranks, gpus_of_node, job_id, time_left
+from training.base.durations import format_duration
+from training.base.environment import Launcher, Ranks, gpus_of_node, job_id, time_left
 from training.engine.precision import PrecisionName, choose_precision
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
-from data_prep.conversations import open_conversations
-from data_prep.files import write_atomically, writing_to
-from data_prep.prepared import open_prepared
-from launch.config import Options, parse
-from launch.console import UserError
 from launch.doctor.findings import Alike, Finding, Level
-from launch.environment import staged
 from launch.scripts import read_options
+from training.base.console import UserError
+from training.base.environment import staged
+from training.base.files import write_atomically, writing_to
+from training.base.options import Options, parse
+from training.data.conversations import open_conversations
+from training.data.prepared import open_prepared
 from training.engine.precision import PrecisionName
 
 _FREE_BYTES: dict[Level, float] = {"error": 0.5e9, "warning": 5e9}
@@ -165,7 +165,7 @@ def wandb(mode: str) -> Iterator[Finding]:
         return
     if find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install wandb, or go without it by --wandb.mode disabled")
-    from training.engine.wandb_session import why_offline
+    from training.engine.wandb.visit import why_offline
 
     with tempfile.TemporaryDirectory() as own:  # for what it would leave in the home folder
         os.environ |= {"WANDB_CACHE_DIR": own, "WANDB_DATA_DIR": own, "WANDB_ERROR_REPORTING": "false"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from launch.console import UserError, run_main
+from training.base.console import UserError, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.console import UserError, format_duration, warn
+from training.base.console import UserError, warn
+from training.base.durations import format_duration
 
 State = Literal["queued", "running", "complete", "error", "cancelled"]
 ACTIVE: tuple[State, ...] = ("queued", "running")

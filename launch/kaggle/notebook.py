@@ -23,10 +23,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from data_prep.files import open_atomically, sha256_of, write_atomically, writing_to
-from launch.config import command_line, script_of
-from launch.console import UserError, run_main, say
-from launch.environment import KAGGLE_INPUT, KAGGLE_WORKING
+from launch.scripts import script_of
+from training.base.console import UserError, run_main, say
+from training.base.environment import KAGGLE_INPUT, KAGGLE_WORKING
+from training.base.files import open_atomically, sha256_of, write_atomically, writing_to
+from training.base.options import command_line
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions

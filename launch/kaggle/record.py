@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_atomically
-from launch.console import UserError
 from launch.kaggle.client import State
+from training.base.console import UserError
+from training.base.files import write_atomically
 
 RECORD = "kaggle.json"
 
@@ -27,7 +27,7 @@ class Session:
 
     previous: the kernels whose output it was given. seen: when it was last known to be active. step: the newest
     checkpoint in its output, which the next session can continue from; None where there is none. status, reason,
-    restart: what it said of itself, see `training.engine.account`. log: the file that its log was fetched to. told:
+    restart: what it said of itself, see `training.engine.status`. log: the file that its log was fetched to. told:
     what it means for the run was said to the user. Times are UTC.
     """
 

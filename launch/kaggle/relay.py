@@ -24,9 +24,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import writing_to
-from launch.config import command_line, raw_values, script_of
-from launch.console import TryLaterError, UserError, format_duration, parse_duration, say, warn
 from launch.kaggle import notebook
 from launch.kaggle.client import ACTIVE, Clock, Kaggle, LostAnswer, NoFreeSession, Quota, QuotaUsedUp
 from launch.kaggle.record import (
@@ -41,7 +38,12 @@ from launch.kaggle.record import (
     vain_sessions,
 )
 from launch.kaggle.session import SUMMARY
-from training.engine.account import EXIT_RESUMABLE, read_status, saved_steps
+from launch.scripts import script_of
+from training.base.console import TryLaterError, UserError, say, warn
+from training.base.durations import format_duration, parse_duration
+from training.base.files import writing_to
+from training.base.options import command_line, raw_values
+from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 try:
     import fcntl

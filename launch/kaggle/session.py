@@ -28,10 +28,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_prep.files import write_atomically, writing_to
-from launch.config import command_line, script_of
-from launch.console import Terminated, TryLaterError, UserError, format_duration, run_main, say, warn
-from launch.environment import (
+from launch.scripts import script_of
+from training.base.console import Terminated, TryLaterError, UserError, run_main, say, warn
+from training.base.durations import format_duration
+from training.base.environment import (
     kaggle_input,
     kaggle_output_bytes,
     kaggle_run_type,
@@ -40,8 +40,10 @@ from launch.environment import (
     ranks_without_gpus,
     time_left,
 )
-from launch.processes import children, family_of, kill_all
-from training.engine.account import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
+from training.base.files import write_atomically, writing_to
+from training.base.options import command_line
+from training.base.processes import children, family_of, kill_all
+from training.engine.status import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
 SUMMARY = "session.json"
 

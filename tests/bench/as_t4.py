@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from launch.console import UserError, run_main
 from tests.support.t4_training import T4
+from training.base.console import UserError, run_main
 from training.engine import precision
 from training.models import base_model
 

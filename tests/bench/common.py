@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from data_prep.prepared import Prepared, PreparedFolder, open_prepared
-from launch.config import parse
-from launch.console import UserError, say
-from launch.environment import keep_freed_memory
+from training.base.console import UserError, say
+from training.base.environment import keep_freed_memory
+from training.base.options import parse
+from training.data.prepared import Prepared, PreparedFolder, open_prepared
+from training.engine.metrics import read_metrics
 from training.engine.optim import OptimOptions, build_optimizer
-from training.engine.tracking import read_metrics
-from training.evaluation.families import FAMILIES
+from training.evaluation.translations.decoders import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data"))

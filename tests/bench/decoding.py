@@ -11,8 +11,8 @@ only for translations of usual length, and random weights know none.
   length, so that a sentence costs there what it costs on the other side.
 - The tutorial's way, for the seq2seq: the same, but the decoder always takes as many steps as in training, 45, and what
   is behind `<eos>` is dropped.
-- Relay: `training.evaluation.decoding.translate` on all of them, two processes of one thread with half of the sentences
-  each, as `training.evaluation.evaluate` shares them under torchrun. Beside it, one process of two threads.
+- Relay: `translate` of training/evaluation/translations/decoding.py on all of them, two processes of one thread with
+  half of the sentences each, as `training.evaluation.evaluate` shares them under torchrun. Beside it, one process of two threads.
 
 `gpt_ratio`, `seq2seq_ratio` and `seq2seq_tutorial_ratio` are those of the seed recipes' models (GPT: width 64, 4
 layers, 4 heads; seq2seq: width 128, one layer, one direction; words as tokens); without --quick a larger GPT (width
@@ -34,10 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.prepared import open_prepared
-from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.console import UserError, run_main, say
-from launch.environment import keep_freed_memory
 from tests.bench.common import (
     AnyWorker,
     Arguments,
@@ -50,8 +46,12 @@ from tests.bench.common import (
     start_worker,
     workers,
 )
-from training.evaluation.decoding import Decoder, translate
-from training.evaluation.families import FAMILIES
+from training.base.console import UserError, run_main, say
+from training.base.environment import keep_freed_memory
+from training.data.prepared import open_prepared
+from training.data.tokenizers import EOS, PAD, SEP, SOS
+from training.evaluation.translations.decoders import FAMILIES
+from training.evaluation.translations.decoding import Decoder, translate
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.models.gpt import GPT, GPTOptions
 

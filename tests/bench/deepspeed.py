@@ -38,8 +38,6 @@ import torch
 from torch import Tensor
 
 import training.gpt as gpt
-from data_prep.prepared import Prepared
-from launch.console import UserError, run_main, say
 from tests.bench.common import (
     BASE,
     BASE_DATA,
@@ -51,10 +49,12 @@ from tests.bench.common import (
     report,
     workers,
 )
+from training.base.console import UserError, run_main, say
+from training.data.prepared import Prepared
 from training.engine import loop
 from training.engine.cluster import Cluster
+from training.engine.metrics import read_metrics
 from training.engine.parallel import Parallel
-from training.engine.tracking import read_metrics
 
 RANKS = 2
 WARM_UP_STEPS = 2

@@ -34,9 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_prep.prepared import Part, Prepared, open_prepared
-from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.console import run_main, say
 from tests.bench.common import (
     ASLEEP,
     BASE,
@@ -60,6 +57,9 @@ from tests.bench.common import (
     usual_loop,
     workers,
 )
+from training.base.console import run_main, say
+from training.data.prepared import Part, Prepared, open_prepared
+from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.gpt import GPTConfig, Sequences, plan_of, summed_loss
 from training.models.gpt import GPT
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from launch.console import UserError, run_main, say
 from tests.bench.common import (
     BASE,
     BASE_DATA,
@@ -35,8 +34,9 @@ from tests.bench.common import (
     timed_training,
 )
 from tests.bench.qlora import DEVICES, RECORDS, SHAPE_OF_3B, VOCABULARY, make_base, prepare_records
-from training.engine.account import read_sessions
+from training.base.console import UserError, run_main, say
 from training.engine.precision import choose_precision
+from training.engine.status import read_sessions
 
 SHAPE_OF_7B = {
     "hidden_size": 3584,

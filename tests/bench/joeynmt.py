@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import yaml
 
-from data_prep.prepared import Prepared
-from launch.console import UserError, say
 from tests.bench.common import ASLEEP, WAYS, environment
 from tests.support.base_models import CACHE
+from training.base.console import UserError, say
+from training.data.prepared import Prepared
 from training.models.attention_gru import AttentionGRUOptions
 from training.models.gpt import GPTOptions
 

@@ -40,9 +40,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from data_prep.prepared import Prepared, open_prepared
-from data_prep.tokenizers import EOS, PAD, SEP, SOS
-from launch.console import run_main, say
 from tests.bench import joeynmt
 from tests.bench.common import (
     ASLEEP,
@@ -69,8 +66,11 @@ from tests.bench.common import (
 )
 from tests.bench.gpt_training import new_model
 from tests.bench.seq2seq_training import new_model as new_seq2seq
+from training.base.console import run_main, say
+from training.data.prepared import Prepared, open_prepared
+from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.engine.batch_plan import BatchPlan
-from training.evaluation import hugging_face
+from training.evaluation.exports import hugging_face
 from training.gpt import GPTConfig, Sequences, summed_loss
 from training.gpt import plan_of as gpt_plan
 from training.seq2seq import TwoSides

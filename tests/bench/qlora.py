@@ -23,8 +23,8 @@ products with weights that either side does for a sample are counted too, for th
 the shape of Qwen2.5-3B (`operations_ratio_3b`); they say nothing about the speed at which they are done.
 
 With a GPU: a random model of Qwen2.5-3B's true shape, in bf16, or fp16 below sm_80, micro-batches of up to 4,096
-tokens, and --card_gb of the card. On either, `estimate_gb` is what training/models/memory.py says that Relay needs, and
-`measured_gb` what it needed.
+tokens, and --card_gb of the card. On either, `estimate_gb` is what training/models/memory_estimate.py says that Relay
+needs, and `measured_gb` what it needed.
 """
 
 from __future__ import annotations
@@ -50,10 +50,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.conversations import Conversations, open_conversations
 from data_prep.disc_law_records import FILES
-from launch.config import parse
-from launch.console import UserError, run_main, say
 from tests.bench.common import (
     IGNORED,
     ROOT,
@@ -75,14 +72,17 @@ from tests.bench.common import (
     workers,
 )
 from tests.support.base_models import make_tokenizer
+from training.base.console import UserError, run_main, say
+from training.base.options import parse
+from training.data.conversations import Conversations, open_conversations
 from training.engine.cluster import Cluster
+from training.engine.metrics import memory_mb
 from training.engine.optim import build_optimizer
 from training.engine.parallel import DataParallel
 from training.engine.precision import choose_precision
-from training.engine.tracking import memory_mb
-from training.models.answer_model import lora_config
+from training.models.adapted_model import lora_config
 from training.models.base_model import linear_layers, on_meta, read_config
-from training.models.memory import Shape, estimate
+from training.models.memory_estimate import Shape, estimate
 from training.qlora import COMPUTE_TYPES, Answers, QLoRAConfig, build_model, losses_of, plan_of
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Relay:
             self.train_on([samples], float(self.answers.answer_tokens[samples].sum()))
 
     def estimate(self, base: Path, samples: np.ndarray) -> float:
-        """What training/models/memory.py says that this takes, in bytes."""
+        """What training/models/memory_estimate.py says that this takes, in bytes."""
         lengths, tokens = self.answers.lengths[samples], self.answers.answer_tokens[samples]
         return estimate(
             read_config(base, self.config.quantisation),
@@ -535,7 +535,9 @@ def main(words: Sequence[str] | None = None) -> int:
             Figure("operations_ratio", ratios[0], "products with weights a sample, Trainer / Relay, this model"),
             Figure("operations_ratio_3b", ratios[1], "likewise with the shape of Qwen2.5-3B"),
             Figure("loss_difference", difference, "relative, same records and weights", "<= 1e-5"),
-            Figure("estimate_gb", ours["estimate"] / 1e9, "what Relay would need by training/models/memory.py"),
+            Figure(
+                "estimate_gb", ours["estimate"] / 1e9, "what Relay would need by training/models/memory_estimate.py"
+            ),
             Figure("measured_gb", ours["peak"] / 1e9, "what it needed"),
             Figure("estimate_error", ours["estimate"] / ours["peak"] - 1, "estimated / measured - 1", "within 0.1"),
         ]

@@ -25,8 +25,6 @@ from pathlib import Path
 
 from sacrebleu.metrics import BLEU
 
-from data_prep.prepared import Prepared, open_prepared
-from launch.console import UserError, run_main, say
 from tests.bench import joeynmt
 from tests.bench.common import (
     ASLEEP,
@@ -41,8 +39,10 @@ from tests.bench.common import (
     report,
     run_module,
 )
+from training.base.console import UserError, run_main, say
+from training.data.prepared import Prepared, open_prepared
 from training.evaluation.bootstrap import paired
-from training.evaluation.scores import score_of, sentence_counts
+from training.evaluation.translations.scores import score_of, sentence_counts
 from training.models.gpt import GPTOptions
 
 # Steps and warm-up of --quick: enough to see that everything runs.

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from launch.console import UserError, run_main, say
-from launch.processes import family_of, kill_all
 from tests.bench.common import (
     BASE_DATA,
     ROOT,
@@ -31,8 +29,10 @@ from tests.bench.common import (
     read_arguments,
     report,
 )
+from training.base.console import UserError, run_main, say
+from training.base.processes import family_of, kill_all
 from training.engine.checkpoint import checkpoints, publish
-from training.engine.tracking import METRICS, read_metrics
+from training.engine.metrics import METRICS, read_metrics
 
 STEP = 100_000
 TRAINING = ("--optim.steps", 2 * STEP, "--checkpoint.every_steps", 2, "--log.every_steps", 1)

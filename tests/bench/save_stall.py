@@ -1,7 +1,7 @@
 """What a save costs a training: written in the background against waiting for the disk, for 100 M parameters.
 
 One process with one thread trains a GPT of about 100 M parameters (1.3 GB of weights and AdamW moments; a fifth of that
-with --quick) and saves it by `training.engine.saving.Saver`, in turns with `checkpoint.background` and without; each
+with --quick) and saves it by `training.engine.saver.Saver`, in turns with `checkpoint.background` and without; each
 save is brought to its end before the next begins, so none waits for another. The stall is the time until training may
 go on. With a core to spare the background costs nothing else; by how much it slowed the steps beside it is told too.
 """
@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from launch.console import run_main, say
-from launch.environment import keep_freed_memory
 from tests.bench.common import Figure, read_arguments, report
+from training.base.console import run_main, say
+from training.base.environment import keep_freed_memory
 from training.engine.checkpoint import tensors_of
-from training.engine.saving import CheckpointOptions, Saver
+from training.engine.saver import CheckpointOptions, Saver
 from training.models.gpt import GPT, GPTOptions
 
 MODEL = GPTOptions(layers=14, heads=12, width=768, context=64)

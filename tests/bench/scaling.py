@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from launch.console import run_main, say
 from tests.bench.common import (
     BASE_DATA,
     Figure,
@@ -23,6 +22,7 @@ from tests.bench.common import (
     report,
     timed_training,
 )
+from training.base.console import run_main, say
 
 
 def main(words: Sequence[str] | None = None) -> int:

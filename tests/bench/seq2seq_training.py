@@ -29,9 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.prepared import Part, Prepared, open_prepared
-from data_prep.tokenizers import EOS, PAD, SOS
-from launch.console import run_main, say
 from tests.bench.common import (
     ALONE,
     ASLEEP,
@@ -50,6 +47,9 @@ from tests.bench.common import (
     usual_loop,
     workers,
 )
+from training.base.console import run_main, say
+from training.data.prepared import Part, Prepared, open_prepared
+from training.data.tokenizers import EOS, PAD, SOS
 from training.models.attention_gru import AttentionGRU, Memory, State
 from training.seq2seq import Seq2SeqConfig, TwoSides, plan_of, summed_loss
 

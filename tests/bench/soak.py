@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from launch.console import format_duration, run_main, say
 from launch.prove import Event, Training, differences, interrupt
 from tests.bench.common import Figure, prepare, read_arguments, report
+from training.base.console import run_main, say
+from training.base.durations import format_duration
 
 STEPS = 150
 KILLS_PER_RUN = 10

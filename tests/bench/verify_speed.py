@@ -15,9 +15,9 @@ from statistics import median
 
 import torch
 
-from data_prep.files import drop_from_cache
-from launch.console import UserError, run_main
 from tests.bench.common import Figure, ratio_by_rounds, read_arguments, report
+from training.base.console import UserError, run_main
+from training.base.files import drop_from_cache
 from training.engine.checkpoint import Checkpoint, publish
 
 

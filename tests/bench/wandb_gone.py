@@ -21,8 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from launch.console import UserError, run_main, say
-from launch.processes import family_of
 from tests.bench.common import (
     BASE_DATA,
     ROOT,
@@ -34,7 +32,9 @@ from tests.bench.common import (
     report,
 )
 from tests.support.wandb_server import KEY, WandbServer
-from training.engine.tracking import read_metrics
+from training.base.console import UserError, run_main, say
+from training.base.processes import family_of
+from training.engine.metrics import read_metrics
 
 EVERY = 10  # steps between lines of the record
 TRAINING = (

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from launch.console import run_main
 from tests.bench.common import serve
+from training.base.console import run_main
 
 
 def main() -> None:

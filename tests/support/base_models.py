@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.console import UserError, run_main, say
+from training.base.console import UserError, run_main, say
 
 # Shapes of models without a tokenizer.
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 1024}

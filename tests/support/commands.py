@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from launch.processes import children, family_of, kill_all
 from tests.support.zygote import ENVIRONMENT, ROOT, Forked, can_fork, fork
-from training.engine.tracking import read_metrics
+from training.base.processes import children, family_of, kill_all
+from training.engine.metrics import read_metrics
 
 REAL_TATOEBA = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "tatoeba/cmn.txt"
 

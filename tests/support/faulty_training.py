@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import training.gpt as gpt
-from launch.console import UserError, run_main
+from training.base.console import UserError, run_main
 from training.engine import checkpoint
 from training.engine.batch_plan import BatchPlan
 

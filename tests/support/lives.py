@@ -20,8 +20,8 @@ from tests.support.runs import (
     train_lines,
 )
 from training.engine import checkpoint
-from training.engine.account import read_sessions
 from training.engine.checkpoint import checkpoints
+from training.engine.status import read_sessions
 
 STEPS, LOG_EVERY, SAVE_EVERY, VALIDATE_EVERY = 60, 5, 3, 20
 

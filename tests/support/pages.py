@@ -7,7 +7,7 @@ from dataclasses import fields
 from html.parser import HTMLParser
 from typing import Any
 
-from training.evaluation.report import Example
+from training.evaluation.translations.report import Example
 
 HOSTILE = "</td></pre></svg></style><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & ]]> \x00\u202e"
 

@@ -9,14 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepared import open_prepared
-from launch.config import parse
 from tests.support.commands import Result, launching
 from tests.support.once import once
-from training.engine.account import read_status
+from training.base.options import parse
+from training.data.prepared import open_prepared
 from training.engine.batch_plan import BatchPlan
 from training.engine.checkpoint import Checkpoint, checkpoints
-from training.engine.tracking import read_metrics
+from training.engine.metrics import read_metrics
+from training.engine.status import read_status
 from training.gpt import GPTConfig, Sequences
 from training.gpt import plan_of as gpt_plan
 

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import to_yaml
 from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
 from tests.support.debian import program
 from tests.support.lives import RUN
 from tests.support.runs import command_of, config_of
 from tests.support.zygote import fork
+from training.base.options import to_yaml
 
 # slurm.conf: two nodes that claim more than there is; partitions whose jobs give way to those of `urgent`, some seconds
 # after a warning or at once; and short times for everything that is long in practice. Time limits are looked at every

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.console import run_main, say
+from training.base.console import run_main, say
 from training.engine import precision
 from training.models import base_model
 

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.engine import wandb_session, wandb_tracker
-from training.engine.wandb_tracker import WandbOptions, WandbTracker, publish_evaluation
+from training.engine.wandb import tracker as wandb_tracker
+from training.engine.wandb import visit as wandb_session
+from training.engine.wandb.tracker import WandbOptions, WandbTracker, publish_evaluation
 
 CONFIG = {"optim": {"lr": 1e-3, "epochs": 2}, "seed": 7}
 VALIDATE_EVERY = 5

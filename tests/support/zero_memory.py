@@ -1,4 +1,4 @@
-"""Real steps of a QLoRA under ZeRO on two ranks, to measure what they take: see `tests.test_qlora_zero`.
+"""Real steps of a QLoRA under ZeRO on two ranks, to measure what they take: see `tests.training.test_qlora_zero`.
 
     torchrun --standalone --nproc-per-node=2 -m tests.support.zero_memory FOLDER '[{"stage": 3}]'
 
@@ -22,9 +22,9 @@ from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.precision import choose_precision
 from training.engine.zero import Zero, ZeroOptions
-from training.models.answer_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
+from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import QuantisationOptions, load_base_model
-from training.models.memory import Shape
+from training.models.memory_estimate import Shape
 from training.qlora import COMPUTE_TYPES
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 1024}

@@ -260,7 +260,7 @@ def _run(request: dict[str, Any]) -> None:
 
     import numpy as np
 
-    from launch.environment import arrange_process
+    from training.base.environment import arrange_process
 
     np.random.seed()
     arrange_process()

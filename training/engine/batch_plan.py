@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field, model_validator
 
-from launch.config import Options
-from launch.console import UserError
+from training.base.console import UserError
+from training.base.options import Options
 
 
 class BatchOptions(Options):

@@ -9,7 +9,7 @@ the folder; no pointer file can lie about it. Loading runs no code: tensors are 
       model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  manifest.json
 
 `python -m training.engine.checkpoint runs/NAME` lists the checkpoints of a run and verifies every byte of them. When
-and how a running training saves is the business of `training.engine.saving`.
+and how a running training saves is the business of `training.engine.saver`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_prep.files import (
+from training.base.console import UserError, run_main, say, warn
+from training.base.files import (
     check_room,
     drop_from_cache,
     publish_folder,
@@ -44,8 +45,7 @@ from data_prep.files import (
     write_atomically,
     writing_to,
 )
-from launch.console import UserError, run_main, say, warn
-from training.engine.account import saved_steps
+from training.engine.status import saved_steps
 
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"

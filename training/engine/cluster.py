@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.console import PeerError, UserError
-from launch.environment import (
+from training.base.console import PeerError, UserError
+from training.base.environment import (
     Ranks,
     gpus_of_node,
     keep_freed_memory,

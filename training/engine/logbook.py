@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from launch.console import format_duration, say, warn
-from training.engine.account import Sessions, Status, write_status
-from training.engine.saving import Saver
-from training.engine.tracking import Record
-from training.engine.wandb_tracker import WandbOptions, WandbTracker
+from training.base.console import say, warn
+from training.base.durations import format_duration
+from training.engine.metrics import Record
+from training.engine.saver import Saver
+from training.engine.status import Sessions, Status, write_status
+from training.engine.wandb.tracker import WandbOptions, WandbTracker
 
 
 class Logbook:

@@ -20,23 +20,25 @@ import torch
 import yaml
 from torch import Tensor
 
-from launch.config import to_yaml
-from launch.console import Progress, UserError, format_duration, say
-from launch.environment import process_age_s
-from training.engine.account import EXIT_RESUMABLE, Status, write_status
+from training.base.console import UserError, say
+from training.base.durations import format_duration
+from training.base.environment import process_age_s
+from training.base.options import to_yaml
+from training.base.progress import Progress
 from training.engine.batch_plan import MicroBatch, in_rounds
 from training.engine.checkpoint import Checkpoint
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.logbook import Logbook
+from training.engine.metrics import Window, memory_mb, read_metrics
 from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
-from training.engine.saving import Saver, price_of_a_kill, write_s
-from training.engine.session import StopFlag, Stopped
+from training.engine.saver import Saver, price_of_a_kill, write_s
+from training.engine.status import EXIT_RESUMABLE, Status, write_status
+from training.engine.stopping import StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
-from training.engine.tracking import Window, memory_mb, read_metrics
-from training.engine.wandb_tracker import send_the_rest
+from training.engine.wandb.tracker import send_the_rest
 from training.engine.watchdog import Watchdog
 from training.engine.zero import Zero, state_bytes
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from launch.config import Options
-from launch.console import UserError
+from training.base.console import UserError
+from training.base.options import Options
 
 
 class OptimOptions(Options):

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from launch.console import UserError
+from training.base.console import UserError
 
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 

@@ -3,7 +3,7 @@
 runs/NAME/
   config.yaml  data.json  tokenizer/   what the run is
   checkpoints/                         see training.engine.checkpoint
-  metrics.jsonl                        see training.engine.tracking
+  metrics.jsonl                        see training.engine.metrics
   sessions.json                        every session: when, where, from which step to which, why it ended
   status.json                          running, finished, resumable or failed, and why
   lock                                 held by the running session
@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from data_prep.files import write_atomically, writing_to
-from launch.config import differing_keys
-from launch.console import TryLaterError, UserError, say
-from training.engine.account import end_killed_saves
+from training.base.console import TryLaterError, UserError, say
+from training.base.files import write_atomically, writing_to
+from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
-from training.engine.tracking import METRICS
+from training.engine.metrics import METRICS
+from training.engine.status import end_killed_saves
 
 try:
     import fcntl

@@ -11,13 +11,13 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from launch.config import Options
+from training.base.options import Options
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.optim import OptimOptions
 from training.engine.precision import PrecisionName
-from training.engine.saving import CheckpointOptions
-from training.engine.session import SessionOptions
-from training.engine.wandb_tracker import WandbOptions
+from training.engine.saver import CheckpointOptions
+from training.engine.stopping import SessionOptions
+from training.engine.wandb.tracker import WandbOptions
 from training.engine.zero import ZeroOptions, conflict
 
 

@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.console import format_duration, say_as_any_rank, tell_launcher
-from training.engine.account import write_status
+from training.base.console import say_as_any_rank, tell_launcher
+from training.base.durations import format_duration
 from training.engine.cluster import Cluster
-from training.engine.session import StopFlag
+from training.engine.status import write_status
+from training.engine.stopping import StopFlag
 
 # How often the thread looks; and how long it waits for the reports of the others, which look as often.
 _LOOK_EVERY_S = 0.5

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from launch.config import Options
-from launch.console import UserError
+from training.base.console import UserError
+from training.base.options import Options
 from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions

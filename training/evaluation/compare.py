@@ -23,14 +23,14 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from data_prep.conversations import FORMAT as CONVERSATIONS
-from data_prep.prepared import FORMAT as PAIRS
-from data_prep.splits import PARTS
-from launch.console import UserError, run_main, say
+from training.base.console import UserError, run_main, say
+from training.data.conversations import FORMAT as CONVERSATIONS
+from training.data.prepared import FORMAT as PAIRS
+from training.data.prepared import PARTS
 from training.evaluation.answers.comparison import compare_answer_runs, open_answers, print_comparison
 from training.evaluation.bootstrap import LEVEL, Paired, paired
-from training.evaluation.scores import score_of, sentence_counts, signature_of
 from training.evaluation.setting import Setting
+from training.evaluation.translations.scores import score_of, sentence_counts, signature_of
 
 
 @dataclass(frozen=True)

@@ -21,29 +21,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_atomically, writing_to
-from data_prep.prepared import Part, Prepared, open_prepared
-from data_prep.splits import PARTS
-from data_prep.tokenizers import UNK
-from launch.console import UserError, run_main, say
-from launch.environment import without_local_rank
-from training.engine.account import read_sessions
+from training.base.console import UserError, run_main, say
+from training.base.environment import without_local_rank
+from training.base.files import write_atomically, writing_to
+from training.data.prepared import PARTS, Part, Prepared, open_prepared
+from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
-from training.engine.tracking import read_metrics
-from training.engine.wandb_tracker import publish_evaluation
-from training.evaluation.attention_maps import Sheet, chinese_font
-from training.evaluation.decoding import Translation, translate
-from training.evaluation.report import SYNTHETIC, Example, Report, example_rows, ranked_rows, render, runs_beside
-from training.evaluation.scores import (
+from training.engine.metrics import read_metrics
+from training.engine.status import read_sessions
+from training.engine.wandb.tracker import publish_evaluation
+from training.evaluation.setting import Search, Setting, add_options, search_of
+from training.evaluation.translations.attention_maps import Sheet, chinese_font
+from training.evaluation.translations.decoding import Translation, translate
+from training.evaluation.translations.report import (
+    SYNTHETIC,
+    Example,
+    Report,
+    example_rows,
+    ranked_rows,
+    render,
+    runs_beside,
+)
+from training.evaluation.translations.scores import (
     score_by_length,
     score_by_seen,
     score_texts,
     score_with_all_references,
     with_interval,
 )
-from training.evaluation.seen import seen_rows, training_part
-from training.evaluation.setting import Search, Setting, add_options, search_of
-from training.evaluation.trained import TrainedModel, open_trained
+from training.evaluation.translations.seen import seen_rows, training_part
+from training.evaluation.translations.trained import TrainedModel, open_trained
 
 SHEETS = 3  # sentences with attention maps
 SHEET_TOKENS = 32  # longer ones make a sheet that nobody can take in

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from data_prep.files import check_room
-from launch.console import UserError, run_main, say
-from training.evaluation.export_folder import (
+from training.base.console import UserError, run_main, say
+from training.base.files import check_room
+from training.evaluation.exports.folder import (
     add_output_options,
     needing,
     origin,
@@ -34,7 +34,7 @@ from training.evaluation.export_folder import (
     unpublished,
 )
 from training.evaluation.setting import Setting, add_model_options
-from training.evaluation.trained import TrainedModel, open_trained
+from training.evaluation.translations.trained import TrainedModel, open_trained
 from training.models.gpt import GPT
 
 # Config, tokenizer and card; a tokenizer of 100,000 pieces takes about half of it.
@@ -78,7 +78,7 @@ def export(trained: TrainedModel, output: Path) -> tuple[dict[str, Any], float]:
         )
     with needing("transformers", "tokenizers"):
         # Here, because nothing else needs them, and transformers is slow to import.
-        from training.evaluation import hugging_face
+        from training.evaluation.exports import hugging_face
     hugging_face.transformers.utils.logging.disable_progress_bar()
     model = hugging_face.model_of(trained.model)
     with unpublished(output) as folder:

@@ -31,16 +31,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.chat import load_chat_tokenizer
-from data_prep.conversations import open_conversations
-from data_prep.files import check_room
-from launch.console import UserError, run_main, say, warn
-from training.engine.account import read_sessions
+from training.base.console import UserError, run_main, say, warn
+from training.base.files import check_room
+from training.data.chat import load_chat_tokenizer
+from training.data.conversations import open_conversations
 from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
-from training.evaluation.adapter_card import card, merged_rows
-from training.evaluation.adapters import TrainedAdapters, open_adapters
-from training.evaluation.export_folder import (
+from training.engine.status import read_sessions
+from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
+from training.evaluation.exports.adapter_card import card, merged_rows
+from training.evaluation.exports.folder import (
     add_output_options,
     needing,
     origin,
@@ -49,7 +49,7 @@ from training.evaluation.export_folder import (
     task_of,
     unpublished,
 )
-from training.evaluation.merging import (
+from training.evaluation.exports.merging import (
     Difference,
     compute_in_fp32,
     difference,

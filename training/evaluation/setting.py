@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.splits import PARTS
-from launch.console import UserError
-from training.evaluation.decoding import check_search
+from training.base.console import UserError
+from training.data.prepared import PARTS
+from training.evaluation.translations.decoding import check_search
 
 LENGTH_PENALTY = 1.0
 

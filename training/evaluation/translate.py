@@ -21,14 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.files import open_atomically, writing_to
-from data_prep.text import HAN
-from data_prep.tokenizers import UNK
-from launch.console import UserError, run_main, say, warn
+from training.base.console import UserError, run_main, say, warn
+from training.base.files import open_atomically, writing_to
+from training.data.text import HAN
+from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
-from training.evaluation.decoding import translate
 from training.evaluation.setting import Search, add_options, search_of
-from training.evaluation.trained import TrainedModel, open_trained
+from training.evaluation.translations.decoding import translate
+from training.evaluation.translations.trained import TrainedModel, open_trained
 
 # Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
 LINES_PER_BLOCK = 4096

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from launch.config import Options
+from training.base.options import Options
 from training.models.dropout import Dropout
 
 

@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from data_prep.hub import fetch_snapshot
-from launch.config import Options
-from launch.console import UserError
+from training.base.console import UserError
+from training.base.hub import fetch_snapshot
+from training.base.options import Options
 from training.engine.precision import gpu_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from launch.config import Options
+from training.base.options import Options
 from training.models.dropout import Dropout
 
 

@@ -26,29 +26,30 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from data_prep.conversations import ConversationPart, Conversations, open_conversations, question_of
-from data_prep.files import write_atomically, writing_to
-from data_prep.splits import PARTS
-from launch.console import Progress, UserError, run_main, say
-from launch.environment import without_local_rank
-from training.engine.account import read_sessions
+from training.base.console import UserError, run_main, say
+from training.base.environment import without_local_rank
+from training.base.files import write_atomically, writing_to
+from training.base.progress import Progress
+from training.data.conversations import ConversationPart, Conversations, open_conversations, question_of
+from training.data.prepared import PARTS
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
+from training.engine.metrics import read_metrics
 from training.engine.precision import PrecisionName
-from training.engine.tracking import read_metrics
-from training.engine.wandb_tracker import publish_evaluation
-from training.evaluation.adapters import TrainedAdapters, open_adapters
+from training.engine.status import read_sessions
+from training.engine.wandb.tracker import publish_evaluation
 from training.evaluation.answers.comparison import ENDING
 from training.evaluation.answers.evaluation import AnswerEvaluation
-from training.evaluation.answers.generation import Generated, answers_to
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, about_overlap, render
 from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers
 from training.evaluation.answers.sharing import shared_out
+from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
+from training.evaluation.chat_model.generation import Generated, answers_to
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
 from training.evaluation.disc_law_eval.overlap import overlapping
-from training.evaluation.report import example_rows
 from training.evaluation.setting import Setting, add_model_options
+from training.evaluation.translations.report import example_rows
 from training.qlora import LIBRARIES, Answers, losses_of
 
 # Positions of a batch of losses; a single conversation may be longer.

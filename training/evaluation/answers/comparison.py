@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.console import UserError, say
+from training.base.console import UserError, say
 from training.evaluation.answers.scores import AnswerComparison, compare_tasks, score_answers
 
 ENDING = "-answers.jsonl"  # behind the label, of the file

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.evaluation import story
 from training.evaluation.bootstrap import LEVEL
 from training.evaluation.disc_law_eval.overlap import OVERLAP
-from training.evaluation.markup import escaped, facts, isolated, wide_table
-from training.evaluation.page import banner, config, page
-from training.evaluation.report import EXAMPLES_SEED
+from training.evaluation.report import training_history as story
+from training.evaluation.report.markup import escaped, facts, isolated, wide_table
+from training.evaluation.report.page import banner, config, page
+from training.evaluation.translations.report import EXAMPLES_SEED
 
 SYNTHETIC = "made-up sample data: these scores say nothing about real legal questions"
 DATA_NOT_SHOWN = {"files", "lengths", "questions", "tasks", "versions"}  # of meta.json

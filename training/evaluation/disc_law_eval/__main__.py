@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.console import run_main, say
+from training.base.console import run_main, say
 from training.evaluation.disc_law_eval.scoring import score_file
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.chat import user
-from launch.console import warn
+from training.base.console import warn
+from training.data.chat import user
 from training.engine.cluster import Cluster
-from training.evaluation.adapters import TrainedAdapters
-from training.evaluation.answers.generation import answers_to
 from training.evaluation.answers.report import law_eval_table
+from training.evaluation.chat_model.adapters import TrainedAdapters
+from training.evaluation.chat_model.generation import answers_to
 from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import compare_sides, write_results
-from training.evaluation.markup import escaped
+from training.evaluation.report.markup import escaped
 
 # A model that was shown four answers of a letter or two needs no more; one that explains is read from its beginning.
 MAX_LETTER_TOKENS = 64

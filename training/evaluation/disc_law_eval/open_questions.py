@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.console import UserError
-from training.evaluation.markup import isolated
-from training.evaluation.page import page
+from training.base.console import UserError
+from training.evaluation.report.markup import isolated
+from training.evaluation.report.page import page
 
 PAGE = "disc-law-eval-open.html"  # what `render`'s page is called in a run folder
 

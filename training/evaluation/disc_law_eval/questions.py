@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.console import UserError
+from training.base.console import UserError
 
 LETTERS = "ABCD"
 SHOTS = 4

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import write_atomically
-from launch.console import UserError
+from training.base.console import UserError
+from training.base.files import write_atomically
 from training.evaluation.bootstrap import interval_of, paired, resample, rounded
 from training.evaluation.disc_law_eval.letters import letters_of
 from training.evaluation.disc_law_eval.questions import KINDS, LETTERS, Question, gold_of, read_table
@@ -159,8 +159,8 @@ def write_results(folder: Path, questions: Sequence[Question], answers: Sequence
     """Writes answers in the form of the released ones: single/NAME_results.csv and multi/NAME_results.csv in `folder`.
 
     Each file is written whole or not at all; returns them all. `score --objective` reads them, if all questions of an
-    exam are among `questions`, in their order. Raises OSError (see `data_prep.files.writing_to`), and ValueError unless
-    there is one answer per question.
+    exam are among `questions`, in their order. Raises OSError (see `training.base.files.writing_to`), and ValueError
+    unless there is one answer per question.
     """
     if len(questions) != len(answers):
         raise ValueError(f"{len(answers)} answers to {len(questions)} questions")

@@ -1,0 +1,249 @@
+"""A corpus of questions and answers becomes prepared conversations: split, meta.json and report.
+
+Promises, whatever the command: the output is complete or absent. A preparation that was killed goes on where it was
+when the same command is started again; a finished one is found done; with other options, or after the source was
+edited, it refuses to touch what is there and says what differs. Rows are split before anything is left out by
+`--fraction`, so that sets of different fractions never train on each other's test rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.conversation_rows import (
+    MadePart,
+    Records,
+    Work,
+    assemble,
+    choose_questions,
+    read_records,
+    set_work,
+    tokenise,
+)
+from data_prep.preparing import already, bring_back, existing_output, output_folder, refuse_to_replace, resolved
+from data_prep.records import ConversationOptions, Corpus
+from data_prep.shards import Workers, shard_folder
+from data_prep.splits import stratified_split
+from training.base.console import UserError, say
+from training.base.durations import format_duration
+from training.base.files import publish_folder, temporary_folder, write_atomically, writing_to
+from training.base.options import differing_keys
+from training.data.chat import ChatTokenizer, load_chat_tokenizer
+from training.data.conversations import FORMAT, Conversations, open_conversations
+from training.data.prepared import META, PARTS, list_files
+
+ROWS_PER_SHARD = 1000  # what a kill costs each worker at most; a second or two
+LISTED_MALFORMED = 100
+MAX_TASKS = 100  # each has a question of its own in the report, and a row in its tables
+
+
+def prepare(
+    options: ConversationOptions,
+    dry_run: bool,
+    find: Callable[[], Corpus],
+    *,
+    known: Corpus | None = None,
+    example: str,
+) -> int:
+    """What a command does once its options are read; its exit status. Raises UserError for what the user can mend.
+
+    find: opens the source. known: what it will find, where that is known before it is fetched. example: of a name.
+    """
+    began = time.monotonic()
+    output = output_folder(options.output, example=f"prepared/{example}")
+    if not dry_run:
+        bring_back(output)
+    existing = existing_output(output, options.overwrite, open_conversations, example=example)
+    tokenizer = load_chat_tokenizer(options.tokenizer)
+    if known is not None:  # so that there may be no reason to ask the network
+        if existing and not _differences(existing, options, known, tokenizer):
+            return already(existing)
+        if dry_run:
+            say(f"would fetch {known.about()['place']} and prepare {output} with:\n{resolved(options)}")
+            return 0
+    corpus = find()
+    differences = _differences(existing, options, corpus, tokenizer) if existing else []
+    if existing and not differences:
+        return already(existing)
+    if differences and not options.overwrite:
+        refuse_to_replace(output, differences)
+    for file in corpus.files:
+        say(str(file))
+    if dry_run:
+        say(f"would prepare {output} with:\n{resolved(options)}")
+        return 0
+    with (
+        Workers(options.workers, set_work, Work(tokenizer, corpus, options.max_length)) as workers,
+        writing_to(output),
+        temporary_folder(output) as temporary,
+    ):
+        meta = build(temporary, output, options, corpus, tokenizer, workers)
+        publish_folder(temporary, output, replace=output.exists())
+    _report(output, meta, corpus, time.monotonic() - began)
+    return 0
+
+
+def _source_sha256(corpus: Corpus) -> str:
+    return hashlib.sha256(json.dumps([(file.stem, file.sha256) for file in corpus.files]).encode()).hexdigest()
+
+
+def _differences(
+    existing: Conversations, options: ConversationOptions, corpus: Corpus, tokenizer: ChatTokenizer
+) -> list[str]:
+    """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
+    lines = differing_keys(existing.meta["options"], options.defining())
+    before = {file["name"]: file["sha256"][:12] for file in existing.meta["source"]["files"]}
+    if existing.meta["source"]["sha256"] != _source_sha256(corpus):
+        now = {file.path.name: file.sha256[:12] for file in corpus.files}
+        lines.append(f"the source's content: {'; '.join(differing_keys(before, now)) or 'the names of its files'}")
+    then = existing.meta["tokenizer"]
+    if then["sha256"] != tokenizer.sha256:
+        lines.append(f"tokenizer: {then['name']} {then['sha256'][:12]} -> {tokenizer.name} {tokenizer.sha256[:12]}")
+    return lines
+
+
+def build(
+    folder: Path,
+    output: Path,
+    options: ConversationOptions,
+    corpus: Corpus,
+    tokenizer: ChatTokenizer,
+    workers: Workers,
+) -> dict[str, Any]:
+    """Fills the empty `folder` with the prepared conversations and returns its meta.json, which is written last."""
+    content = {
+        "format": FORMAT,
+        "options": options.defining(),
+        "source": _source_sha256(corpus),
+        "tokenizer": tokenizer.sha256,
+    }
+    with shard_folder(output, {**content, "rows_per_shard": ROWS_PER_SHARD, "versions": _versions()}) as shards:
+        records = read_records(workers, corpus)
+        _check_malformed(records, options, corpus)
+        if len(records.tasks) > MAX_TASKS:
+            raise UserError(
+                f"the records are of {len(records.tasks):,} tasks (such as {', '.join(records.tasks[:3])}), more than "
+                f"{MAX_TASKS}: --tasks file takes the names of the files instead"
+            )
+        split = stratified_split(records.task, records.group, options.validation_share, options.seed)
+        questions = choose_questions(records, split)
+        split = split.with_first(questions, records.group)
+        chosen = {part: split.first_share(part, options.fraction, records.group) for part in PARTS}
+        paths = tokenise(workers, shards, records, chosen, ROWS_PER_SHARD)
+        workers.close()  # what follows is the disk's work, and maps the parts into memory
+        parts = {part: assemble(folder / part, paths[part], records.tasks) for part in PARTS}
+    empty = [part for part, made in parts.items() if not len(made.task)]
+    if empty:
+        raise UserError(
+            f"nothing is left for {' and '.join(empty)} once records of more than {options.max_length:,} tokens "
+            "are dropped: pass a larger --max_length, or more records"
+        )
+    tokenizer.save(folder / "tokenizer")
+    identity = {**content, "parts": {part: made.sha256 for part, made in parts.items()}}
+    counts = {
+        task: {
+            **{name: records.counts[name, task] for name in ("records", "duplicates", "too_short", "left_out")},
+            **{name: sum(made.counts[name, task] for made in parts.values()) for name in ("truncated", "too_long")},
+            **{part: int(np.sum(made.task == number)) for part, made in parts.items()},
+        }
+        for number, task in enumerate(records.tasks)
+    }
+    totals = {name: sum(count[name] for count in counts.values()) for name in next(iter(counts.values()))}
+    about = corpus.about()
+    meta = {
+        "format": FORMAT,
+        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "options": options.defining(),
+        "source": {
+            "kind": about.pop("kind"),
+            "place": about.pop("place"),
+            "sha256": _source_sha256(corpus),
+            "files": [file.about() for file in corpus.files],
+            **about,
+        },
+        "counts": {
+            "lines": records.lines,
+            "blank": records.blank,
+            "malformed": len(records.malformed),
+            "malformed_listed": records.malformed[:LISTED_MALFORMED],
+            **totals,
+            "tasks": counts,
+        },
+        "tasks": [task for number, task in enumerate(records.tasks) if number in records.task],
+        "rows": {part: len(made.task) for part, made in parts.items()},
+        "questions": [records.uid[row] for row in questions],
+        "tokenizer": tokenizer.about(),
+        "lengths": _lengths(list(parts.values()), records.tasks),
+        "files": list_files(folder),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    write_atomically(folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    return meta
+
+
+def _check_malformed(records: Records, options: ConversationOptions, corpus: Corpus) -> None:
+    found = records.lines - records.blank
+    if found == 0:
+        raise UserError(f"the files of --source {options.source} hold blank lines only")
+    if len(records.malformed) > options.max_malformed_share * found:
+        reason, count = Counter(str(entry["reason"]) for entry in records.malformed).most_common(1)[0]
+        first = records.malformed[0]
+        raise UserError(
+            f"{len(records.malformed):,} of {found:,} lines are no {corpus.record_name}, more than "
+            f"--max_malformed_share {options.max_malformed_share} (mostly: {reason}, {count:,}; the first is "
+            f"{first['file']} line {first['line']}: {first['reason']}); {corpus.advice}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    names = ("datasets", "pyarrow", "numpy", "transformers", "tokenizers", "OpenCC")
+    return {name: version(name) for name in names}
+
+
+def _lengths(parts: Sequence[MadePart], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Tokens of prompt and answer, and of the answer with its end token, by task; and of all."""
+    task, tokens, answers = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("task", "tokens", "answer_tokens")
+    )
+    rows = {name: task == number for number, name in enumerate(tasks) if number in task}
+    rows["all"] = np.ones(len(task), dtype=bool)
+    return {
+        name: {"rows": int(own.sum()), "tokens": _statistics(tokens[own]), "answer": _statistics(answers[own])}
+        for name, own in rows.items()
+    }
+
+
+def _statistics(lengths: np.ndarray) -> dict[str, float]:
+    median, p95 = (float(value) for value in np.percentile(lengths, (50, 95)))
+    return {"median": median, "p95": p95, "max": int(lengths.max()), "total": int(lengths.sum())}
+
+
+def _report(output: Path, meta: dict[str, Any], corpus: Corpus, seconds: float) -> None:
+    counts = meta["counts"]
+    say(f"prepared {output} in {format_duration(seconds)}")
+    say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
+    say(
+        f"  left out  {counts['duplicates']:,} duplicates, {counts['too_short']:,} answers of nothing, "
+        f"{counts['too_long']:,} too long, {counts['malformed']:,} malformed lines (meta.json lists them)"
+        + (f", {counts['left_out']:,} of {', '.join(corpus.left_out)}" if counts["left_out"] else "")
+    )
+    say(f"  {'tokens':<36}{'rows':>9}{'prompt and answer':>26}{'answer':>26}{'truncated':>11}{'too long':>10}")
+    say(f"  {'':<36}{'':>9}{'median    p95    max':>26}{'median    p95    max':>26}")
+    for task, about in meta["lengths"].items():
+        spans = "".join(
+            f"{about[of]['median']:>13,.0f}{about[of]['p95']:>7,.0f}{about[of]['max']:>6,}"
+            for of in ("tokens", "answer")
+        )
+        of_task = counts["tasks"].get(task, counts)
+        say(f"  {task:<36}{about['rows']:>9,}{spans}{of_task['truncated']:>11,}{of_task['too_long']:>10,}")
+    say(f"  identity  {meta['fingerprint'][:16]}")

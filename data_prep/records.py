@@ -1,0 +1,179 @@
+"""A corpus of questions and answers in files of JSON lines, whatever their layout: options, files, records.
+
+A `Corpus` is what is particular to one command: its files, how a line of them is read, and what is asked of the model.
+What cannot be read as a record is `Malformed`, with the reason, and never skipped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from data_prep.shards import cores
+from training.base.options import Options
+from training.data.chat import Message
+
+
+class ConversationOptions(Options):
+    """The keys that every command has; it describes `source` and adds its own."""
+
+    source: str
+    output: Path = Field(description="the folder to make, as in prepared/NAME")
+    tokenizer: str = Field(
+        "Qwen/Qwen2.5-3B-Instruct", description="folder or hub name of the base model, for its tokenizer and template"
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="share of every part and task to keep; smaller are in larger")
+    min_answer_characters: int = Field(1, ge=1, description="drop records with shorter answers")
+    max_length: int = Field(1024, ge=64, description="tokens of prompt and answer, at most")
+    validation_share: float = Field(0.01, gt=0, lt=0.5, description="validation's share of what is not test (10 %)")
+    max_malformed_share: float = Field(
+        0.01, ge=0, le=1, description="refuse a source with more lines that are no record than this share"
+    )
+    seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
+    workers: int = Field(cores(), ge=1, description="processes that read and tokenise; by default one per core")
+    overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
+
+    def defining(self) -> dict[str, object]:
+        """The options that the prepared content depends on; source and tokenizer are compared by theirs."""
+        others = {"source", "revision", "output", "tokenizer", "max_malformed_share", "workers", "overwrite"}
+        return {key: getattr(self, key) for key in sorted(type(self).model_fields.keys() - others)}
+
+
+class Malformed(Exception):
+    """A line that is no record; the message says why."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of records, one JSON object a line."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+    @property
+    def stem(self) -> str:
+        """What its records' ids begin with."""
+        return self.path.stem
+
+    def about(self) -> dict[str, object]:
+        """What meta.json says of it."""
+        return {"name": self.path.name, "bytes": self.bytes, "sha256": self.sha256}
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.bytes:,} bytes"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One well-formed line, texts trimmed."""
+
+    id: str | None  # as in the file: unique neither there nor across files
+    task: str
+    turns: tuple[Message, ...]  # all that stands before the answer; the last is of the user
+    answer: str
+
+    @property
+    def question(self) -> str:
+        """What the user asks first."""
+        return next(turn["content"] for turn in self.turns if turn["role"] == "user")
+
+    @property
+    def group(self) -> str:
+        """Records with equal ones, punctuation and blanks aside, are in one part."""
+        return self.question
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every text, with what a message to the user calls it."""
+        for number, turn in enumerate(self.turns, 1):
+            yield f"turn {number} ({turn['role']})", turn["content"]
+        yield "the answer", self.answer
+
+
+class Corpus(ABC):
+    """The records of one command. Every worker has a copy.
+
+    task_order: tasks as they stand in tables; others follow by name. left_out: tasks that are read and not prepared.
+    """
+
+    record_name: ClassVar[str]  # for messages: "57 lines are no ..."
+    advice: ClassVar[str]  # what to do about those lines
+    task_order: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, options: ConversationOptions, files: Sequence[SourceFile], *, left_out: Sequence[str] = ()):
+        self.options = options
+        self.files = tuple(files)
+        self.left_out = tuple(left_out)
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What meta.json says of the source: kind, place and licence at least."""
+
+    @abstractmethod
+    def read(self, line: bytes, file: SourceFile) -> Record:
+        """The record that `line` of `file` holds. Raises Malformed."""
+
+    def is_short(self, record: Record) -> bool:
+        """Whether the answer is too short to learn from."""
+        return len(record.answer) < self.options.min_answer_characters
+
+    def asked(self, record: Record) -> list[Message]:
+        """What the model is told before it answers."""
+        return list(record.turns)
+
+    def shortened(self, record: Record, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
+        """The same, cut so that `count` of it is at most `room`; None where that may not be done."""
+        return None
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """The object that a line holds. Raises Malformed."""
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8 (byte {error.start + 1}); of GBK, `iconv -f GB18030 -t UTF-8` makes it") from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise Malformed(f"{kind_of(values)}, not an object")
+    return values
+
+
+def checked_text(key: str, value: object) -> str:
+    """`value`, which stands under `key`. Raises Malformed unless it is text."""
+    if not isinstance(value, str):
+        raise Malformed(f"{key} is {kind_of(value)}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed(f"{key} holds half a surrogate pair, which is no character") from None
+    return value
+
+
+def written_text(key: str, value: object) -> str:
+    """The same, trimmed. Raises Malformed if there is nothing in it, too."""
+    text = checked_text(key, value).strip()
+    if not text:
+        raise Malformed(f"{key} is empty")
+    return text
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls it, in words."""
+    names: dict[type, str] = {type(None): "null", bool: "true or false", dict: "an object", list: "a list", str: "text"}
+    return names.get(type(value), "a number")
+
+
+def unique_id(file: SourceFile, name: str | None, line: int, taken: set[str]) -> str:
+    """An id that no record before has: the file, the id there, and the line where that does not tell it apart."""
+    uid = f"{file.stem}:{name}" if name is not None else f"{file.stem}:null@{line}"
+    while uid in taken:
+        uid = f"{uid}@{line}"
+    taken.add(uid)
+    return uid

@@ -1,0 +1,233 @@
+"""What the batch scripts in slurm/ ask before and after a session: which run is it, and does its job go on?
+
+    python -m launch.slurm.job run CONFIG [--key value ...]    prints script, run folder and data, a line each
+    python -m launch.slurm.job begin RUN_DIR                   status 0: train; 3: there is nothing left to do
+    python -m launch.slurm.job end RUN_DIR --status N [--taken] [--failure-limit N]
+
+`end` answers by its exit status: 0 finished, 75 another session is needed, 76 resumable but not by itself, 1 failed.
+What became of every job stands in `runs/NAME/slurm.jsonl`, a line per event.
+
+Nothing here imports torch: on a node whose file system is slow that takes a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.scripts import script_of
+from training.base.console import UserError, run_main, say
+from training.base.environment import job_id, time_left
+from training.base.options import raw_values
+from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
+
+JOBS = "slurm.jsonl"
+EXIT_NOTHING_TO_DO = 3
+EXIT_RESTING = 76
+
+# finished: all steps done. again: another session. resting: the user stopped it. failed: no session more would help.
+# taken: SLURM itself ended the job, and decides whether it comes back.
+Outcome = Literal["finished", "again", "resting", "failed", "taken"]
+_FINAL: tuple[Outcome, ...] = ("finished", "resting", "failed")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of the job, and why."""
+
+    outcome: Outcome
+    reason: str
+
+
+# The record of a run's jobs.
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events, oldest first; a line that a crash cut off is left out."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in (run_dir / JOBS).read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and {"event", "job"} <= event.keys():
+                    found.append(event)
+    return found
+
+
+def note(run_dir: Path, event: Literal["submitted", "began", "ended"], job: str, **more: Any) -> None:
+    """Adds an event. Appended, since a job may be submitted while another one ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    about = {"event": event, "job": job, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
+    with (run_dir / JOBS).open("ab+") as file:
+        cut_off = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * cut_off + json.dumps(about).encode() + b"\n")
+
+
+def last_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max(saved_steps(run_dir), default=0)
+
+
+# Before and after a session.
+
+
+def begin(run_dir: Path, job: str) -> Verdict | None:
+    """Notes that the job begins a session; or returns why there is nothing left for it to do.
+
+    That is so for the jobs of a chain behind the one that came to an end of the run: finished, failed for good, or
+    stopped by the user. A job that was submitted after that end trains.
+    """
+    events = read_events(run_dir)
+    ends = [index for index, event in enumerate(events) if event["event"] == "ended" and event["outcome"] in _FINAL]
+    if ends:
+        submitted = [i for i, event in enumerate(events) if event["event"] == "submitted" and event["job"] == job]
+        if submitted and submitted[0] < ends[-1]:
+            end = events[ends[-1]]
+            return Verdict(end["outcome"], f"job {end['job']} ended it: {end['reason']}")
+    status = read_status(run_dir) or {}
+    note(run_dir, "began", job, step=last_step(run_dir), status_time=status.get("time"))
+    return None
+
+
+def _began(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The beginning of the session that is judged: the step and the status that it found."""
+    return next((event for event in reversed(events) if event["event"] == "began"), {"step": 0, "status_time": None})
+
+
+def judge(
+    run_dir: Path, *, exit_status: int, taken: bool = False, to_mend: str | None = None, failure_limit: int = 3
+) -> Verdict:
+    """What the session that has just ended means for its job.
+
+    exit_status: of the step; for words only, status.json is the truth. taken: SLURM ends the job and decides what
+    becomes of it. to_mend: an error that the user has to mend. failure_limit: after so many sessions in a row that
+    brought no checkpoint of a later step, the run has failed.
+    """
+    if to_mend is not None:
+        return Verdict("failed", to_mend)
+    events = read_events(run_dir)
+    began = _began(events)
+    status = read_status(run_dir) or {}
+    wrote = status.get("time") is not None and status["time"] != began["status_time"]
+    if wrote and status["status"] == "finished":
+        return Verdict("finished", status["reason"])
+    if wrote and not status["restart"]:
+        return Verdict("resting" if status["status"] == "resumable" else "failed", status["reason"])
+    if taken:
+        return Verdict("taken", "SLURM ended the job")
+    if not wrote:
+        reason = f"it ended with status {exit_status} before it came to train"
+    elif status["status"] == "running":
+        reason = f"it ended with status {exit_status} and could not say why"
+    else:
+        reason = status["reason"]
+    step = last_step(run_dir)
+    vain = 1 + _vain_sessions(events) if step <= began["step"] else 0
+    if vain >= failure_limit:
+        return Verdict("failed", f"{vain} sessions in a row came no further than step {step:,}; the last: {reason}")
+    return Verdict("again", reason)
+
+
+def _vain_sessions(events: Sequence[dict[str, Any]]) -> int:
+    """How many sessions have ended in a row without a checkpoint of a later step, until the last that had one."""
+    count = 0
+    for event in reversed(events):
+        if event["event"] == "ended":
+            if event["outcome"] in _FINAL or event["step"] > event["from_step"]:
+                break
+            count += event["outcome"] == "again"
+    return count
+
+
+def end(run_dir: Path, job: str, **what_happened: Any) -> int:
+    """Judges (see `judge`), notes it and says it; returns the exit status that tells the batch script."""
+    verdict = judge(run_dir, **what_happened)
+    from_step, step = _began(read_events(run_dir))["step"], last_step(run_dir)
+    note(run_dir, "ended", job, outcome=verdict.outcome, reason=verdict.reason, from_step=from_step, step=step)
+    where = f"{run_dir}, step {step:,}"
+    if verdict.outcome == "finished":
+        say(f"{where}: finished")
+        return 0
+    if verdict.outcome in ("resting", "failed"):
+        say(f"{where}: {verdict.reason}; not continued by itself: submit it again when it shall go on")
+        return EXIT_RESTING if verdict.outcome == "resting" else 1
+    if verdict.outcome == "taken":
+        say(f"{where}: {verdict.reason}, and alone decides whether it is queued again")
+        return EXIT_RESTING
+    say(f"{where}: {verdict.reason}; another session is needed")
+    return EXIT_RESUMABLE
+
+
+def _time_is_over() -> bool:
+    """Whether SLURM ended the job because of its limit, after which SLURM itself never queues it again."""
+    left = time_left()
+    return left is not None and left[0] <= 0
+
+
+def _error_to_mend() -> str | None:
+    """What a process of this session said that the user has to mend, see `tell_launcher`."""
+    path = Path(os.environ.get("RELAY_ERROR_FILE", ""))
+    if not path.is_file():
+        return None
+    said = path.read_text(encoding="utf-8", errors="replace")
+    path.unlink()
+    return said
+
+
+def _print_run(words: Sequence[str]) -> int:
+    """The training script, the run's folder and its data, as the batch scripts need them before it runs."""
+    if not words or words[0].startswith("--"):
+        raise UserError("name a config file: sbatch slurm/torchrun.sbatch configs/gpt/base.yaml [--key value ...]")
+    values = raw_values(words)
+    missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
+    if missing:
+        raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
+    say(script_of(Path(words[0])))
+    say(values["run_dir"])
+    say(values["data"])
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("run", add_help=False)
+    for name in ("begin", "end"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("run_dir", type=Path)
+        if name == "end":
+            verb.add_argument("--status", type=int, required=True)
+            verb.add_argument("--taken", action="store_true")
+            verb.add_argument("--failure-limit", type=int, default=3)
+    arguments, words = parser.parse_known_args(argv)
+    if arguments.verb == "run":
+        return _print_run(words)
+    job = job_id()
+    if job is None:
+        raise UserError("there is no SLURM_JOB_ID: this is for the batch scripts in slurm/")
+    if arguments.verb == "begin":
+        over = begin(arguments.run_dir, job)
+        if over is not None:
+            say(f"{arguments.run_dir} is {over.outcome}: {over.reason}; nothing to do")
+        return EXIT_NOTHING_TO_DO if over is not None else 0
+    return end(
+        arguments.run_dir,
+        job,
+        exit_status=arguments.status,
+        taken=arguments.taken and not _time_is_over(),
+        to_mend=_error_to_mend(),
+        failure_limit=arguments.failure_limit,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,164 @@
+"""How runs stand, in their folders and in SLURM's queue; and how one is stopped.
+
+Everything is read from the runs' own files, and SLURM is asked about their jobs. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch.slurm.job import JOBS, read_events
+from training.base.console import UserError, say, warn
+from training.base.durations import format_duration
+from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
+
+# So much of the end of metrics.jsonl holds its last line of training for certain.
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in SLURM's queue. reason: why it waits, or where it runs."""
+
+    number: str
+    state: str
+    reason: str
+
+
+def queue() -> list[Queued]:
+    """All of the user's jobs that wait or run. Raises UserError where SLURM does not answer."""
+    words = ["squeue", "--me", "--noheader", "--format", "%A|%T|%R"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    except FileNotFoundError:
+        raise UserError("there is no squeue on this machine: run this on the cluster's login node") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise UserError(f"SLURM does not answer ({said}): try again in a minute") from None
+    return [Queued(*line.split("|", 2)) for line in done.stdout.splitlines()]
+
+
+def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
+    """Those of the queue that are the run's."""
+    numbers = {event["job"] for event in read_events(run_dir)}
+    return [job for job in queued if job.number in numbers]
+
+
+def stop(argv: Sequence[str]) -> int:
+    """`stop RUN_DIR`: a running session saves and ends, and waiting jobs are taken out of the queue."""
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm stop")
+    parser.add_argument("run_dir", type=Path)
+    run_dir = parser.parse_args(argv).run_dir
+    if not (run_dir / JOBS).exists():
+        raise UserError(f"{run_dir} has no jobs on record ({JOBS}); a file {run_dir}/{STOP_FILE} stops any session")
+    jobs = jobs_of(run_dir, queue())
+    if not jobs:
+        say(f"{run_dir} has no job in the queue")
+        return 0
+    waiting = [job.number for job in jobs if job.state == "PENDING"]
+    if waiting:
+        subprocess.run(["scancel", *waiting], check=True)
+        say(f"taken out of the queue: job {', '.join(waiting)}")
+    if len(waiting) < len(jobs):
+        (run_dir / STOP_FILE).touch()
+        say(f"{run_dir} saves at its next step, and rests then; the command that submitted it continues it")
+    return 0
+
+
+def print_status(argv: Sequence[str]) -> int:
+    """`status [FOLDER]`: a line for every run below it."""
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm status")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    folder = parser.parse_args(argv).folder
+    runs = sorted({path.parent for name in ("status.json", JOBS) for path in folder.rglob(name)})
+    if not runs:
+        raise UserError(f"there is no run below {folder}")
+    queued: list[Queued] = []
+    try:
+        queued = queue()
+    except UserError as error:
+        warn(f"no jobs are shown: {error}")
+    rows = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job")]
+    rows += [row(run_dir, jobs_of(run_dir, queued)) for run_dir in runs]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for each in rows:
+        say("  ".join(text.ljust(width) for text, width in zip(each, widths, strict=True)).rstrip())
+    return 0
+
+
+def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
+    """What `status` says about a run, column by column. jobs: the run's own, in the queue."""
+    status, sessions = read_status(run_dir) or {}, read_sessions(run_dir)
+    last = _last_train_line(run_dir)
+    state = _state(run_dir, status, jobs)
+    step, steps = max(status.get("step", 0), last.get("step", 0)), status.get("steps")
+    step_s = _step_s(sessions, last)
+    end = ""
+    if step_s is not None and steps is not None and state != "finished":
+        left_s = (steps - step) * step_s
+        end = time.strftime("%m-%d %H:%M", time.localtime(time.time() + left_s)) if state == "running" else ""
+        end = end or f"{format_duration(left_s)} to go"
+    return (
+        str(run_dir),
+        state,
+        f"{step:,} of {steps:,}" if steps is not None else "",
+        str(len(sessions)),
+        f"{step_s:.3g}" if step_s is not None else "",
+        f"{last['tokens_per_s']:,.0f}" if "tokens_per_s" in last else "",
+        end,
+        ", ".join(f"{job.number} {job.state.lower()} {job.reason}" for job in jobs),
+    )
+
+
+def _step_s(sessions: Sequence[dict[str, Any]], last: dict[str, Any]) -> float | None:
+    """Seconds a step takes: in the session that is under way, by the last line of its record; else in the last one."""
+    if sessions and sessions[-1]["ended"] is None and last.get("step", 0) > sessions[-1]["from_step"]:
+        began = datetime.strptime(sessions[-1]["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        return max(0.0, last["time"] - began) / (last["step"] - sessions[-1]["from_step"])
+    return next((found for session in reversed(sessions) if (found := pace_s(session))), None)
+
+
+def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str:
+    if not status:
+        return ("starting" if any(job.state == "RUNNING" for job in jobs) else "waiting") if jobs else "not begun"
+    if status["status"] == "failed":
+        return f"failed: {status['reason'][:60]}"
+    if status["status"] != "running":
+        return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
+    # It may have been killed before it could write anything else.
+    return "running" if _is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
+
+
+def _is_held(run_dir: Path) -> bool:
+    """Whether a session holds the run folder now; true where file locks cannot tell."""
+    try:
+        import fcntl
+
+        with (run_dir / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (OSError, ImportError):
+        return True
+    return False
+
+
+def _last_train_line(run_dir: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        file.seek(-min(_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        for line in reversed(file.read().splitlines()):
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if found["kind"] == "train":
+                    return found
+    return {}

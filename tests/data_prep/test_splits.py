@@ -1,0 +1,128 @@
+"""Which row goes where: the usual split to the row, the grouped one without a leak, and the leaks told in numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.model_selection import train_test_split
+
+from data_prep import tatoeba
+from data_prep.splits import connected_groups, grouped_split, random_split
+from tests.support.commands import REAL_TATOEBA
+from training.data.prepared import PARTS, Prepared, open_prepared
+from training.data.text import normalise
+
+
+
+def prepared(folder: Path, *words: str) -> Prepared:
+    assert tatoeba.main(["--source", str(REAL_TATOEBA), "--output", str(folder), *words]) == 0
+    return open_prepared(folder)
+
+
+@pytest.fixture(scope="module")
+def random(tmp_path_factory) -> Prepared:
+    if not REAL_TATOEBA.exists():
+        pytest.skip(f"the real Tatoeba file is not at {REAL_TATOEBA} (RELAY_DATA names the folder above it)")
+    return prepared(tmp_path_factory.mktemp("random") / "x")
+
+
+@pytest.fixture(scope="module")
+def grouped(random, tmp_path_factory) -> Prepared:
+    return prepared(tmp_path_factory.mktemp("grouped") / "x", "--split", "grouped", "--simplify", "true")
+
+
+def sentences(data: Prepared, *parts: str) -> tuple[list[str], list[str]]:
+    opened = [data.part(name) for name in parts]
+    return [t for part in opened for t in part.source_texts], [t for part in opened for t in part.target_texts]
+
+
+def test_random_split_of_the_real_file_is_scikit_learns_to_the_row(random):
+    lines = REAL_TATOEBA.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == random.meta["counts"]["pairs"] == 28_447
+    train, test = train_test_split(np.arange(len(lines)), test_size=0.1, shuffle=True, random_state=1234)
+    assert (len(train), len(test)) == (25_602, 2_845)
+    np.testing.assert_array_equal(random.part("test").rows, test)
+    np.testing.assert_array_equal(np.concatenate([random.part("validation").rows, random.part("train").rows]), train)
+    for name in PARTS:
+        part = random.part(name)
+        assert list(part.target_texts) == [lines[row].split("\t")[0] for row in part.rows]
+
+
+@pytest.mark.parametrize("count", [10, 11, 100, 28_447, 32_028])
+@pytest.mark.parametrize("seed", [0, 1234])
+def test_random_split_of_any_size_is_scikit_learns(count, seed):
+    train, test = train_test_split(np.arange(count), test_size=0.1, shuffle=True, random_state=seed)
+    split = random_split(count, 0.05, seed)
+    np.testing.assert_array_equal(split.test, test)
+    np.testing.assert_array_equal(np.concatenate([split.validation, split.train]), train)
+
+
+def test_validation_share_does_not_move_a_test_row():
+    np.testing.assert_array_equal(random_split(500, 0.05, 7).test, random_split(500, 0.2, 7).test)
+
+
+def test_random_splits_leak_is_stated_in_numbers_and_words(random):
+    leak = random.meta["leakage"]["test"]
+    assert leak["exact"] == {
+        "chinese": 501,
+        "english": 247,
+        "either": 670,
+        "either_share": pytest.approx(0.2355, abs=1e-4),
+    }
+    assert "670 (23.6%)" in leak["words"]
+    seen_zh, seen_en = map(set, sentences(random, "train", "validation"))
+    chinese, english = sentences(random, "test")
+    assert sum(zh in seen_zh or en in seen_en for zh, en in zip(chinese, english, strict=True)) == 670
+    seen_zh, seen_en = {normalise(text) for text in seen_zh}, {normalise(text) for text in seen_en}
+    same = sum(normalise(zh) in seen_zh or normalise(en) in seen_en for zh, en in zip(chinese, english, strict=True))
+    assert same == leak["normalised"]["either"] >= 670
+
+
+def test_grouped_split_of_the_real_file_has_no_sentence_on_two_sides(grouped):
+    for side in range(2):
+        seen: dict[str, str] = {}
+        for name in PARTS:
+            for text in sentences(grouped, name)[side]:
+                assert seen.setdefault(normalise(text), name) == name, text
+    for part in ("test", "validation"):
+        assert grouped.meta["leakage"][part]["normalised"]["either"] == 0
+        assert grouped.meta["leakage"][part]["exact"]["either"] == 0
+
+
+def test_grouped_split_of_the_real_file_uses_every_row_once_and_gives_test_a_tenth(grouped):
+    rows = np.concatenate([grouped.part(name).rows for name in PARTS])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(28_447))
+    assert grouped.meta["rows"] == {name: len(grouped.part(name)) for name in PARTS}
+    assert len(grouped.part("test")) == 2_845
+    assert len(grouped.part("validation")) == 1_281
+
+
+def test_grouped_test_sentences_are_as_long_as_the_others(grouped):
+    means = [grouped.meta["lengths"][name]["target"]["mean"] for name in PARTS]
+    assert max(means) - min(means) < 0.3
+
+
+def test_simplify_leaves_no_traditional_character(random, grouped):
+    assert "".join(sentences(random, "test")[0]).count("們") > 0
+    assert "".join(text for name in PARTS for text in sentences(grouped, name)[0]).count("們") == 0
+
+
+def test_groups_join_rows_through_other_rows():
+    english = ["a", "a", "b", "c", "d"]
+    chinese = ["1", "2", "2", "3", "4"]
+    assert connected_groups(english, chinese).tolist() == [0, 0, 0, 1, 2]
+
+
+def test_same_sentence_is_recognised_in_any_dress():
+    assert normalise("他們 去了，北京！") == normalise("他们去了北京。")
+    assert normalise("ＡＢＣ　Café's") == normalise("abc cafés")
+    assert normalise("他们") != normalise("她们")
+    assert normalise("?!") == "?!" != normalise("...")
+
+
+def test_grouped_split_depends_on_the_seed_only():
+    texts = [str(number // 2) for number in range(300)]
+    first, again, other = (grouped_split(texts, texts, 0.1, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.test, again.test)
+    assert set(first.test) != set(other.test)
+    assert first.groups == 150 and first.largest_group == 2

@@ -1,0 +1,345 @@
+"""The command `python -m data_prep.tatoeba`, run as people run it: bad inputs, bad disks, kills, second runs."""
+
+import gzip
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from data_prep import sources, tatoeba
+from data_prep.sample_corpus import sample_lines
+from tests.support.commands import ROOT, Result, run
+from training.base.console import UserError
+from training.base.files import temporary_folder
+from training.data.prepared import open_prepared
+
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "data_prep.tatoeba", *map(str, words)]
+
+
+def prepare(*words: object, **environment: str) -> Result:
+    return run(*words, module="data_prep.tatoeba", environment=environment)
+
+
+def assert_refused(result: Result, *expected: str) -> None:
+    """One line that says what is wrong, no traceback, a failing exit status."""
+    assert result.status == 1, result
+    (line,) = result.err.strip().splitlines()
+    assert line.startswith("error: ")
+    for text in expected:
+        assert text in line
+
+
+def prepare_here(*words: object) -> None:
+    """The same in this process, where only its result matters: starting Python takes longer than preparing."""
+    assert tatoeba.main([str(word) for word in words]) == 0
+
+
+def small_corpus(path: Path, count: int = 400) -> Path:
+    path.write_text("".join(line + "\n" for line in sample_lines()[:count]), encoding="utf-8")
+    return path
+
+
+def spreadsheet() -> bytes:
+    """As Excel writes it, as far as its zip file tells what it is."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as opened:
+        opened.writestr("[Content_Types].xml", "<Types/>")
+    return content.getvalue()
+
+
+CORPUS = "\n".join(sample_lines()[:200])
+BAD_SOURCES = {
+    "empty": (b"", "is empty"),
+    "heading": (b"English\tChinese\n", "holds a heading only"),
+    "blank_lines": (b"\n\n \n", "blank lines only"),
+    "one_column": ("\n".join(line.split("\t")[0] for line in CORPUS.split("\n")).encode(), "one column, no TAB"),
+    "gbk": (CORPUS.encode("gb18030"), "iconv -f GB18030 -t UTF-8"),
+    "utf16": (CORPUS.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+    "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 2)"),
+    "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "is it another language's file?"),
+    "swapped": ("嗨。\tHi.\n跑。\tRun.\n".encode(), "swap the columns: `awk"),
+    "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "put English first on these lines"),
+    "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas (CSV), save it with tabs"),
+    "compressed": (gzip.compress(CORPUS.encode()), "unpack it with `gunzip -k"),
+    "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as text separated by tabs"),
+    "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "put a tab between the languages; `paste "),
+    "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: write English, a tab"),
+    "old_mac": (CORPUS.replace("\n", "\r").encode(), "its lines end as on an old Mac: `tr"),
+    "latin1": (b"caf\xe9\tna\xefve\n", "not UTF-8 text (line 1); save it as UTF-8 (`iconv -f"),
+    "cut_short": (CORPUS.encode() + "\nHi.\t嗨".encode()[:-1], "(line 201); it ends in the middle of a character"),
+    "numbered": (b"1\tHi.\t\xe5\x97\xa8\n2\tRun.\t\xe8\xb7\x91\n", "`cut -f 2,3` takes those two"),
+    "chinese_twice": ("嗨。\t嗨。\n跑。\t跑。\n".encode(), "in the first column, too, where English is expected"),
+    "damaged_zip": (b"PK\x05\x06" + bytes(18) + b"PK", "one text file of sentence pairs, found 0"),
+    "four_columns": (b"1\tHi.\t2\t\xe5\x97\xa8\n", "4 columns"),
+    "too_few": ("Hi.\t嗨。\nRun.\t跑。\n".encode(), "too few for this split"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_source_is_one_clear_line_and_leaves_nothing_behind(name, tmp_path):
+    content, expected = BAD_SOURCES[name]
+    source = tmp_path / "cmn.txt"
+    source.write_bytes(content)
+    (tmp_path / "prepared").mkdir()
+    assert_refused(prepare("--source", source, "--output", tmp_path / "prepared/x"), expected)
+    assert list((tmp_path / "prepared").iterdir()) == []
+
+
+def test_missing_source_and_folder_as_source_say_what_to_pass(tmp_path):
+    missing = prepare("--source", tmp_path / "nothing.txt", "--output", tmp_path / "x")
+    assert_refused(missing, "there is no file", "--source download", "--source sample")
+    assert_refused(prepare("--source", tmp_path, "--output", tmp_path / "x"), "is a folder", "cmn.txt")
+
+
+def test_more_malformed_lines_than_the_threshold_are_refused_fewer_are_listed(tmp_path):
+    source = small_corpus(tmp_path / "cmn.txt")
+    with source.open("a", encoding="utf-8") as file:
+        file.write("\n   \nno tab here\nno Chinese\t \nthree\tcolumns\tand\tmore\n")
+    assert_refused(
+        prepare("--source", source, "--output", tmp_path / "x", "--max_malformed_share", 0.005),
+        "3 of 403 lines are not", "--max_malformed_share 0.005", "line 403",
+    )  # fmt: skip
+    prepare_here("--source", source, "--output", tmp_path / "x")
+    counts = json.loads((tmp_path / "x/meta.json").read_text())["counts"]
+    assert (counts["lines"], counts["pairs"], counts["blank"], counts["malformed"]) == (405, 400, 2, 3)
+    assert [entry["line"] for entry in counts["malformed_listed"]] == [403, 404, 405]
+
+
+def test_bom_crlf_and_odd_blanks_are_cleaned_and_two_columns_are_enough(tmp_path):
+    lines = [f"Line {number}.\t\u200b第\u3000{number}\u3000行。\u200b" for number in range(100)]
+    source = tmp_path / "cmn.txt"
+    source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert tatoeba.main(["--source", str(source), "--output", str(tmp_path / "x")]) == 0
+    part = open_prepared(tmp_path / "x").part("train")
+    assert part.target_texts[0] == f"Line {part.rows[0]}."
+    assert part.source_texts[0] == f"第 {part.rows[0]} 行。"
+
+
+@pytest.mark.parametrize("heading", ["English\tChinese", "en\tzh\tattribution", "英文\t中文"])
+def test_a_heading_is_no_pair(heading: str, tmp_path: Path):
+    source = small_corpus(tmp_path / "mine.tsv", count=80)
+    source.write_text(f"{heading}\n{source.read_text(encoding='utf-8')}", encoding="utf-8")
+    prepare_here("--source", source, "--output", tmp_path / "x")
+    counts = json.loads((tmp_path / "x/meta.json").read_text())["counts"]
+    assert counts["pairs"] == 80
+    assert [(line["line"], line["reason"]) for line in counts["malformed_listed"]] == [(1, "a heading")]
+
+
+DOUBTFUL = {
+    "heading": ("en_text\tzh_text\n" + CORPUS, "only the first pair has no Chinese ('en_text', 'zh_text')"),
+    "quotes": ("\n".join('"{}"\t"{}"'.format(*line.split("\t")[:2]) for line in CORPUS.split("\n")), "are in quotes"),
+    "duplicates": ("\n".join([CORPUS] * 2), "200 of 400 pairs repeat an earlier one"),
+    "few": (CORPUS, "200 pairs are few: with less than about 3,000"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_pairs_that_will_disappoint_are_prepared_with_a_warning(name: str, tmp_path: Path, capsys):
+    text, expected = DOUBTFUL[name]
+    (tmp_path / "mine.tsv").write_text(text, encoding="utf-8")
+    prepare_here("--source", tmp_path / "mine.tsv", "--output", tmp_path / "x")
+    assert expected in capsys.readouterr().err
+
+
+def test_groups_that_no_part_has_room_for_are_named(tmp_path: Path):
+    (tmp_path / "mine.tsv").write_text("Hi.\t嗨。\n" * 50, encoding="utf-8")
+    with pytest.raises(UserError, match=r"50 sentence pairs .*in 1 groups that share sentences.*or --split random"):
+        prepare_here("--source", tmp_path / "mine.tsv", "--output", tmp_path / "x", "--split", "grouped")
+
+
+@contextmanager
+def mounted(folder: Path, options: str):
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"mounting a tmpfs needs root: {mount.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+@pytest.mark.parametrize("kilobytes", [8, 128, 640])
+def test_full_disk_is_one_clear_line_and_leaves_nothing_behind(kilobytes, tmp_path):
+    with mounted(tmp_path / "disk", f"size={kilobytes}k") as disk:
+        assert_refused(prepare("--source", "sample", "--output", disk / "x"), "no space left", "--output")
+        assert list(disk.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_read_only_output_is_one_clear_line(tmp_path):
+    with mounted(tmp_path / "disk", "ro") as disk:
+        assert_refused(prepare("--source", "sample", "--output", disk / "x"), "read-only", "--output")
+
+
+def test_output_that_is_a_file_or_holds_other_things_is_never_touched(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.tex").write_text("years of work")
+    for output, expected in (
+        ("notes", "holds other things (thesis.tex)"),
+        ("notes/thesis.tex", "is not the name of a folder"),
+    ):
+        result = prepare("--source", "sample", "--output", tmp_path / output, "--overwrite", "true")
+        assert_refused(result, expected)
+    for output in (".", ".."):
+        with pytest.raises(UserError, match="not the name of a folder"):
+            tatoeba.main(["--source", "sample", "--output", output])
+    under_file = prepare("--source", "sample", "--output", tmp_path / "notes/thesis.tex/x")
+    assert_refused(under_file, "a part of this path is a file")
+    assert (tmp_path / "notes/thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("moment", [".", "tokenizer/source", "test"])
+def test_killed_preparation_leaves_no_output_and_is_redone(moment, tmp_path):
+    output, partial = tmp_path / "x", tmp_path / ".x.partial"
+    running = subprocess.Popen(command("--source", "sample", "--output", output), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (partial / moment).exists():
+        assert running.poll() is None, "finished before it could be killed"
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not output.exists()
+    assert tatoeba.main(["--source", "sample", "--output", str(output)]) == 0
+    open_prepared(output).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_two_preparations_of_one_output_at_a_time_are_refused(tmp_path):
+    output = tmp_path / "x"
+    with temporary_folder(output) as held:  # what a running preparation builds in
+        (held / "begun").touch()
+        assert_refused(prepare("--source", "sample", "--output", output), "another process is writing")
+        assert (held / "begun").exists()
+    assert prepare("--source", "sample", "--output", output).status == 0
+    open_prepared(output).verify()
+
+
+def test_same_command_again_does_nothing_and_says_so(tmp_path):
+    source = small_corpus(tmp_path / "cmn.txt")
+    prepare_here("--source", source, "--output", tmp_path / "x")
+    before = (tmp_path / "x/meta.json").stat().st_mtime_ns
+    again = prepare("--source", source, "--output", tmp_path / "x", "--overwrite", "false")
+    assert again.status == 0 and "nothing to do" in again.out
+    assert (tmp_path / "x/meta.json").stat().st_mtime_ns == before
+
+
+def test_other_options_or_an_edited_source_are_named_and_replaced_only_when_told(tmp_path):
+    source = small_corpus(tmp_path / "cmn.txt")
+    output = tmp_path / "x"
+    prepare_here("--source", source, "--output", output)
+    first = open_prepared(output).fingerprint
+    assert_refused(
+        prepare("--source", source, "--output", output, "--split", "grouped", "--seed", 5),
+        "seed: 1234 -> 5", "split: random -> grouped", "--overwrite true",
+    )  # fmt: skip
+    with source.open("a", encoding="utf-8") as file:
+        file.write("One line more.\t又一行。\n")
+    assert_refused(prepare("--source", source, "--output", output), "the source's content", str(source))
+    assert open_prepared(output).fingerprint == first
+    prepare_here("--source", source, "--output", output, "--overwrite", "true")
+    assert open_prepared(output).meta["counts"]["pairs"] == 401
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cmn.txt", "x"]
+
+
+def test_replacement_killed_between_its_renames_loses_nothing(tmp_path):
+    source, output = small_corpus(tmp_path / "cmn.txt"), tmp_path / "x"
+    prepare_here("--source", source, "--output", output)
+    output.rename(tmp_path / ".x.replaced")  # the state that such a kill leaves
+    result = prepare("--source", source, "--output", output)
+    assert result.status == 0 and "the previous data set is back" in result.out
+    assert "nothing to do" in result.out
+    open_prepared(output).verify()
+
+
+def test_part_of_a_copy_is_prepared_again_and_damage_is_refused(tmp_path):
+    source, output = small_corpus(tmp_path / "cmn.txt"), tmp_path / "x"
+    prepare_here("--source", source, "--output", output)
+    (output / "meta.json").unlink()
+    prepare_here("--source", source, "--output", output)
+    (data,) = (output / "train").glob("data-*.arrow")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert_refused(prepare("--source", source, "--output", output), "changed or damaged", "--overwrite true")
+    prepare_here("--source", source, "--output", output, "--overwrite", "true")
+    open_prepared(output).verify()
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path):
+    result = prepare("--source", "sample", "--output", tmp_path / "x", "--dry-run")
+    assert result.status == 0 and "would prepare" in result.out
+    offline = prepare("--source", "download", "--output", tmp_path / "x", "--dry-run", https_proxy="http://127.0.0.1:9")
+    assert offline.status == 0 and "would download" in offline.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network_is_answered_soon_with_what_to_do_by_hand(tmp_path):
+    began = time.monotonic()
+    result = prepare("--source", "download", "--output", tmp_path / "x", https_proxy="http://127.0.0.1:9")
+    assert_refused(result, "could not be fetched", sources.DOWNLOAD_PAGE, "--source PATH")
+    assert time.monotonic() - began < 30
+    assert list(tmp_path.iterdir()) == []
+
+
+class Site(BaseHTTPRequestHandler):
+    """manythings.org in small: answers browsers only."""
+
+    body = b""
+    cut = 0
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        self.send_response(200 if "Mozilla" in self.headers["User-Agent"] else 406)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body[: len(self.body) - self.cut])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_download_is_kept_and_prepared_like_the_file_in_it(tmp_path, monkeypatch, capsys):
+    text = small_corpus(tmp_path / "cmn.txt")
+    with zipfile.ZipFile(tmp_path / "cmn-eng.zip", "w") as archive:
+        archive.write(text, "cmn.txt")
+        archive.writestr("_about.txt", "about")
+    Site.body = (tmp_path / "cmn-eng.zip").read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(sources, "DOWNLOAD_URL", f"http://127.0.0.1:{server.server_port}/cmn-eng.zip")
+        words = ["--source", "download", "--output", str(tmp_path / "prepared/x")]
+        Site.cut = 100
+        with pytest.raises(UserError, match="could not be fetched"):
+            tatoeba.main(words)
+        assert list((tmp_path / "prepared").rglob("*.*")) == []
+        Site.cut = 0
+        assert tatoeba.main(words) == 0
+        downloaded = open_prepared(tmp_path / "prepared/x")
+        said = capsys.readouterr().out
+        assert f"{len(Site.body):,} bytes" in said and downloaded.meta["source"]["archive"]["sha256"] in said
+        asked = Site.asked
+        assert tatoeba.main([*words[:3], str(tmp_path / "prepared/y"), "--split", "grouped"]) == 0
+        (tmp_path / "prepared/downloads/cmn-eng.zip").unlink()
+        assert tatoeba.main(words) == 0
+        assert Site.asked == asked, "asked the network for what was there"
+        server.shutdown()
+    assert tatoeba.main(["--source", str(text), "--output", str(tmp_path / "from_file")]) == 0
+    assert tatoeba.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
+    same = {open_prepared(tmp_path / name).fingerprint for name in ("from_file", "from_zip", "prepared/x")}
+    assert len(same) == 1

@@ -1,0 +1,325 @@
+"""The check before a run: it finds everything that is wrong at once, names who has it, and leaves nothing behind.
+
+Two nodes are imitated by two tasks of srun, each with a host name of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launch.doctor import machine, ranks, run
+from launch.doctor.findings import Alike, Check, Finding, Report, examine, merge
+from launch.doctor.ranks import bus_bandwidth, offset_s
+from tests.support.commands import ROOT, Launch, Result, Started
+from tests.support.ranks import free_port, task
+from training.base.console import UserError
+from training.base.environment import Ranks
+
+CONFIG = ROOT / "configs/gpt/sample.yaml"
+DOCTOR = "launch.doctor"
+
+
+def lines_of(result: Result) -> dict[str, list[tuple[str, str]]]:
+    """Level and text of every line of a report, by subject."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in result.out.splitlines():
+        parts = re.fullmatch(r"(ok|warning|error) +(\S+(?: \S+)*?)  +(.*)", line)
+        if parts:
+            found.setdefault(parts[2], []).append((parts[1], parts[3]))
+    assert found, result
+    return found
+
+
+def assert_said(result: Result, level: str, subject: str, *words: str) -> None:
+    """There is exactly one line of this level and subject, with all of the words."""
+    matching = [text for found, text in lines_of(result).get(subject, []) if found == level]
+    assert len(matching) == 1, (level, subject, result.out, result.err)
+    assert all(word in matching[0] for word in words), (words, matching[0])
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Every path below the folder: what a file holds, and when it was changed last."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def home(folder: Path) -> dict[str, str]:
+    """A home folder and a folder for temporary files of the command's own, so that what it leaves there is seen."""
+    for name in ("home", "temporary"):
+        (folder / name).mkdir()
+    return {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary")}
+
+
+def test_machine_alone_is_looked_at_without_a_config(launch: Launch):
+    result = launch(module=DOCTOR).wait()
+    assert result.status == 0 and not result.err, result
+    expected = {"launcher", "time limit", "versions", "GPUs", "open files", "config", "disk", "precision", "threads"}
+    assert expected <= set(lines_of(result))
+    assert "0 error(s)" in result.out
+
+
+def test_healthy_run_passes_and_a_run_that_is_there_is_not_touched(launch: Launch, sample_data, tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints/step-0000000010").mkdir(parents=True)
+    for name in ("status.json", "metrics.jsonl", "checkpoints/step-0000000010/model.safetensors"):
+        (run_dir / name).write_text("as it was")
+    environment = home(tmp_path)
+    words = (CONFIG, "--run_dir", run_dir, "--data", sample_data, "--wandb.mode", "online")
+    with socket.create_server(("127.0.0.1", 0)) as server, (run_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # by a session that trains meanwhile
+        environment |= {
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "OMP_NUM_THREADS": str(os.cpu_count()),
+        }
+        before = {name: snapshot(folder) for name, folder in (("run", run_dir), ("data", sample_data))}
+        result = launch(*words, module=DOCTOR, ranks=2, environment=environment).wait()
+        assert {name: snapshot(folder) for name, folder in (("run", run_dir), ("data", sample_data))} == before
+    assert result.status == 0, result
+    for subject in ("launcher", "versions", "config", "data", "control", "clocks", "run folder", "collectives"):
+        assert "ok" in [level for level, _ in lines_of(result)[subject]], (subject, result.out)
+    assert_said(result, "ok", "launcher", "torchrun")
+    assert_said(result, "ok", "wandb", "server answers")
+    assert_said(result, "warning", "threads", "2 rank(s)", "hinder each other", "OMP_NUM_THREADS=")
+    assert "1 node(s), 2 rank(s): 0 error(s)" in result.out
+
+    (text,) = [text for _, text in lines_of(result)["collectives"]]
+    milliseconds, speed = map(float, re.findall(r"MiB in ([\d.]+) ms: ([\d.]+) GB/s", text)[0])
+    assert speed == pytest.approx((16 << 20) / (milliseconds / 1e3) / 1e9, rel=0.05)  # 2(n-1)/n is 1 for two ranks
+    left = [name for name in snapshot(tmp_path / "home") if not name.startswith(".triton")]
+    assert left == [] and not list((tmp_path / "temporary").glob("tmp*"))
+
+
+def test_all_faults_are_told_at_once_and_the_status_is_1(launch: Launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ["--run_dir", tmp_path / "file/run", "--data", tmp_path / "none", "--optim.lrr", 1, "--wandb.mode", "auto"]
+    with socket.socket() as nobody:  # bound and deaf
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url}
+        result = launch(CONFIG, *words, module=DOCTOR, ranks=2, environment=environment).wait()
+    assert result.status == 1, result
+    assert_said(result, "error", "config", "optim.lrr", "nearest: optim.lr")
+    assert_said(result, "error", "data", f"no prepared data set {tmp_path / 'none'}", "data_prep.tatoeba")
+    assert_said(result, "error", "disk", f"{tmp_path / 'file'} is a file", "--run_dir")
+    assert_said(result, "warning", "wandb", f"{url} does not answer", "offline")
+    assert_said(result, "ok", "versions")
+    assert "3 error(s)" in result.out
+
+
+def rename_host() -> list[str]:
+    """What starts a command under another host name; skips where that is not allowed."""
+    starter = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
+    if shutil.which("unshare") is None or subprocess.run([*starter, "node", "true"], capture_output=True).returncode:
+        pytest.skip("two nodes on one machine need a name each: `unshare --uts` (root; in Docker: run --privileged)")
+    return starter
+
+
+def two_nodes(launch: Launch, words: list[list[object]], before: list[str], **environments: dict[str, str]) -> Any:
+    """The doctor on node1 and node2, as two tasks of srun. words, before: each node's own; before: lines of Python."""
+    unshare = rename_host()
+    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    steps = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_LOCALID": "0"}
+    started: list[Started] = []
+    for rank in range(2):
+        code = f"{before[rank]}\nimport runpy\nrunpy.run_module('launch.doctor', run_name='__main__', alter_sys=True)"
+        starter = [*unshare, f"node{rank + 1}", sys.executable, "-c", code]
+        own = {**task(rank, **ports, **steps, SLURM_NODEID=str(rank), SLURM_GTIDS=str(rank))}
+        environment = own | environments.get(f"node{rank + 1}", {})
+        # `launch` puts the module's name behind the starter, where the doctor looks for its config.
+        started.append(launch(*words[rank][1:], module=str(words[rank][0]), starter=starter, environment=environment))
+    return started
+
+
+def test_node_that_differs_from_the_others_is_named(launch: Launch, sample_data, tmp_path):
+    for name in ("shared", "own"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(sample_data, tmp_path / "other")
+    meta = tmp_path / "other/meta.json"
+    fingerprint = re.search(r'"fingerprint": "(\w+)"', meta.read_text())[1]
+    meta.write_text(meta.read_text().replace(fingerprint, "f" * len(fingerprint)))
+    package = tmp_path / "packages/sacrebleu-0.1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: sacrebleu\nVersion: 0.1\n")
+    words = [
+        [CONFIG, "--data", sample_data, "--run_dir", tmp_path / "shared/run"],
+        [CONFIG, "--data", tmp_path / "other", "--run_dir", tmp_path / "own/run"],
+    ]
+    soon = "from launch.doctor import ranks\nranks._SEEN_WITHIN_S = 1"
+    late = "import time\nnow = time.time\ntime.time = lambda: now() - 90"
+    before = snapshot(tmp_path / "shared"), snapshot(tmp_path / "own")
+    started = two_nodes(launch, words, [soon, f"{soon}\n{late}"], node2={"PYTHONPATH": str(tmp_path / "packages")})
+    first, second = [each.wait() for each in started]
+    assert (first.status, second.status) == (1, 1), (first, second)
+    assert second.out == "", "the first rank speaks for all"
+    assert_said(first, "error", "data", f"fingerprint differs: {fingerprint[:12]} [node1], ffffffffffff [node2]")
+    assert_said(first, "error", "run folder", "not seen by rank 1 on node2", "--run_dir")
+    assert_said(first, "error", "clocks", "node2 -90.0 s", "NTP")
+    warnings = [text for level, text in lines_of(first)["versions"] if level == "warning"]
+    assert any("sacrebleu 0.1 is installed" in text and text.endswith("[node2]") for text in warnings), warnings
+    assert any("sacrebleu differs" in text and "0.1 [node2]" in text for text in warnings), warnings
+    assert_said(first, "ok", "launcher", "srun")
+    assert "2 node(s), 2 rank(s): 3 error(s)" in first.out
+    assert (snapshot(tmp_path / "shared"), snapshot(tmp_path / "own")) == before
+
+
+def test_rank_that_hangs_is_named_and_not_waited_for_for_ever(launch: Launch, tmp_path):
+    short = "from launch.doctor import ranks\nranks.LIMIT_S, ranks._SEEN_WITHIN_S = 3, 1"
+    asleep = f"{short}\nimport time\nranks._own_work_s = lambda device: time.sleep(3600)"
+    words: list[object] = ["--script", "training.gpt", "--run_dir", tmp_path / "run", "--data", tmp_path / "none"]
+    elsewhere = [tmp_path / "gpt/none.yaml"]  # whose config is not on this node
+    began = time.monotonic()
+    first, second = [each.wait() for each in two_nodes(launch, [words, elsewhere], [short, asleep])]
+    assert time.monotonic() - began < 60
+    assert (first.status, second.status) == (1, 1), (first, second)
+    asked = "rank 0 on node1 still waits in an all-reduce", "rank 1 on node2 still waits in its own work"
+    assert_said(first, "error", "collectives", *asked, "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "firewall")
+    assert_said(first, "error", "data", "no prepared data set", "[node1]")
+    assert_said(first, "error", "config", "there is no config file", "gpt/none.yaml", "[node2]")
+    assert_said(first, "ok", "clocks")
+
+
+def test_ranks_that_do_not_meet_still_tell_what_they_know(launch: Launch, tmp_path):
+    code = (
+        "from launch.doctor import ranks\nranks.PATIENCE_S = 2\n"
+        "import runpy\nrunpy.run_module('launch.doctor', run_name='__main__', alter_sys=True)"
+    )
+    words = ["--script", "training.gpt", "--run_dir", tmp_path / "run", "--data", tmp_path / "none"]
+    environment = task(0, MASTER_PORT=str(free_port()))
+    starter = (sys.executable, "-c", code)
+    result = launch(*words[1:], module=words[0], starter=starter, environment=environment).wait()
+    assert result.status == 1, result
+    assert_said(result, "error", "ranks", "only 1 of 2 ranks came", "firewall")
+    assert_said(result, "error", "data", "no prepared data set")
+
+
+def test_full_disk_is_an_error_before_the_run_begins(small_disk):
+    found = list(run.disk(small_disk / "runs/name"))
+    assert found[0].level == "error" and "MB are free" in found[0].text
+    (small_disk / "big").write_bytes(bytes(1_500_000))
+    with pytest.raises(UserError, match="no space left"):
+        list(run.disk(small_disk / "runs/name"))
+    assert [path.name for path in small_disk.iterdir()] == ["big"]
+
+
+def test_packages_are_compared_with_requirements(tmp_path):
+    requirements = tmp_path / "requirements.txt"
+    pinned = (
+        f"# all\ntorch=={torch.__version__.split('+')[0]}\nnumpy==0.0.1\nno-such-thing==1.0\n# tests\nnor-this==2\n"
+    )
+    requirements.write_text(pinned)
+    found = {each.text: each.level for each in machine.versions(requirements) if isinstance(each, Finding)}
+    levels = {text.split()[0]: level for text, level in found.items() if level != "ok"}
+    assert levels == {"numpy": "warning", "no-such-thing": "error", "nor-this": "warning"}
+    assert any(level == "ok" and "1 of 4 packages" in text for text, level in found.items())
+    assert any("0.0.1 was tested" in text for text in found)
+
+
+def test_check_that_breaks_is_a_finding_and_hides_no_other():
+    def broken():
+        yield Finding("ok", "first", "before it broke")
+        raise ZeroDivisionError("so it goes")
+
+    checks = [Check("first", "rank", broken), Check("second", "node", lambda: [Finding("ok", "second", "as ever")])]
+    found = merge(checks, [examine(checks, Ranks(), "here")])
+    assert [(each.level, each.subject) for each in found] == [("ok", "first"), ("error", "first"), ("ok", "second")]
+    assert "ZeroDivisionError: so it goes" in found[1].text
+
+
+def test_what_all_find_is_said_once_and_what_some_find_with_their_names():
+    checks = [Check("disk", "node", list), Check("GPU", "rank", list)]
+    full, same = Finding("error", "disk", "full"), Finding("ok", "disk", "there")
+    busy = Finding("warning", "GPU", "in use")
+    reports = [
+        Report("a", 0, ((same,), (busy, Alike("GPU", "type", "T4", "warning", "take one")))),
+        Report("a", 1, (None, (Alike("GPU", "type", "T4", "warning", "take one"),))),
+        Report("b", 2, ((same, full), (Alike("GPU", "type", "P100", "warning", "take one"),))),
+    ]
+    assert [each.text for each in merge(checks, reports)] == [
+        "there",
+        "full [b]",
+        "in use [rank 0 on a]",
+        "type differs: T4 [rank 0 on a, rank 1 on a], P100 [rank 2 on b]; take one",
+    ]
+
+
+def test_bandwidth_and_clock_arithmetic():
+    # Eight ranks move 64 MB in 1 ms: each link carries 2 x 7/8 of it.
+    assert bus_bandwidth(64_000_000, 1e-3, 8) == pytest.approx(112.0)
+    # A clock that is 5 s ahead; in the shortest round both were inside for 2 ms.
+    ours = [(100.0, 100.5), (101.0, 101.002)]
+    theirs = [(105.3, 105.6), (106.0, 106.002)]
+    assert offset_s(ours, theirs) == (pytest.approx(5.0), pytest.approx(0.002))
+
+
+def test_threads_of_a_nodes_ranks_are_added_up():
+    cores = frozenset({0, 1})
+    every = [(2, cores), (1, cores), (1, cores), (1, cores), (1, frozenset({2}))]
+    cluster: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: every)
+    found = ranks.threads(cluster, ["a", "a", "b", "b", "b"])
+    assert [each.level for each in found] == ["warning", "ok"]
+    assert "2 rank(s)" in found[0].text and "OMP_NUM_THREADS=1" in found[0].text and "[a]" in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((6, 0), ["sm_75", "sm_80", "compute_90"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 6), ["sm_75", "sm_80"], True),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 0), ["sm_80", "compute_90"], True),
+        ((10, 3), ["sm_100", "sm_120"], True),
+    ],
+)
+def test_card_that_torch_has_no_kernels_for_is_found(capability, built_for, runs):
+    assert machine.has_kernels(capability, built_for) is runs
+
+
+def test_card_is_looked_at_as_torch_describes_it(monkeypatch):
+    """A stand-in for the driver, since the tests run without a GPU."""
+    about = SimpleNamespace(name="Tesla P100", major=6, minor=0, total_memory=16e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(10e9), int(16e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+
+    def levels() -> list[tuple[str, str]]:
+        return [(e.level, e.text) for e in machine.card(torch.device("cuda", 0)) if isinstance(e, Finding)]
+
+    assert levels()[0] == ("ok", levels()[0][1]) and "Tesla P100, sm_60, 16.0 GB" in levels()[0][1]
+    assert [level for level, text in levels() if "kernels for sm_75 only" in text] == ["error"]
+    about.major, about.minor = 7, 5
+    assert [level for level, text in levels() if "6.0 GB of it are in use" in text] == ["warning"]
+
+
+def test_base_model_is_looked_for_and_never_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
+    (found,) = run.base_model("nobody/nothing", None)
+    assert isinstance(found, Finding) and found.level == "warning" and "hf download nobody/nothing" in found.text
+    with pytest.raises(UserError, match="is incomplete"):
+        list(run.base_model(str(tmp_path), None))
+
+
+def test_options_without_a_config_or_script_and_unknown_scripts_are_errors():
+    with pytest.raises(UserError, match="name it first"):
+        list(run.config(None, ["--seed", "1"]))
+    for script in ("training.none", "training.translation"):
+        with pytest.raises(UserError, match=f"{script}.*--script"):
+            list(run.config(script, []))

@@ -1,0 +1,478 @@
+"""A run on Kaggle, rehearsed: the very notebook, executed in folders laid out like Kaggle's, on the CPU.
+
+What cannot be rehearsed here are the GPUs, the image, and what Kaggle does with a notebook before and after it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from launch.kaggle import notebook
+from launch.kaggle.notebook import CODE, content_hash, write_dataset, write_kernel
+from launch.kaggle.session import (
+    Disk,
+    Retention,
+    Training,
+    bytes_below,
+    margin_s,
+    prepared_data,
+    previous_run,
+    retention,
+)
+from tests.support.commands import ENVIRONMENT, Launch, Started
+from tests.support.lives import RUN, STEPS, wait_until
+from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
+from training.base.console import UserError
+from training.base.environment import (
+    KAGGLE_INPUT,
+    KAGGLE_LIMIT,
+    KAGGLE_LIMIT_S,
+    KAGGLE_QUOTA,
+    KAGGLE_WORKING,
+    container_age_s,
+    time_left,
+)
+from training.base.options import to_yaml
+from training.base.processes import command_line, descendants
+from training.engine.status import read_sessions, saved_steps
+
+# More than the quota of a rehearsal has room for.
+KEEPING = ("--checkpoint.keep", 3, "--checkpoint.keep_best", 2, "--session.margin", 0.5)
+
+
+def write_config(folder: Path, data: Path, *words: object) -> Path:
+    """A config of two ranks' work, in a folder whose name says what trains it."""
+    path = folder / "gpt/run.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(to_yaml(config_of(command_of(folder / "run", data, *RUN, *KEEPING, *words))))
+    return path
+
+
+@pytest.fixture
+def config(sample_data: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path, sample_data)
+
+
+@pytest.fixture
+def uninterrupted(sample_data: Path) -> Path:
+    """The folder of the same run, trained by two ranks in one go."""
+    return reference(sample_data, *RUN, ranks=2)
+
+
+class Kaggle:
+    """A machine of Kaggle's, as far as a notebook sees it. Its inputs are read-only mounts where that is allowed."""
+
+    def __init__(self, launch: Launch, folder: Path, config: Path, data: Path):
+        self._launch, self._folder = launch, folder
+        self.input = folder / "input"
+        self._mounts: list[Path] = []
+        self.sessions = 0
+        self._words = [str(config), "--script", "tests.support.faulty_training"]
+        write_dataset(folder / "dataset", owner="me", slug="relay-files", config=config, data=data)
+        self.mount(folder / "dataset", "relay-files")
+
+    def mount(self, folder: Path, name: str) -> None:
+        """Adds a read-only copy of a folder to the inputs."""
+        copy, place = self._folder / "storage" / name, self.input / name
+        shutil.copytree(folder, copy)
+        place.mkdir(parents=True)
+        for words in (["mount", "--bind", str(copy), str(place)], ["mount", "-o", "remount,ro,bind", str(place)]):
+            if subprocess.run(words, capture_output=True).returncode == 0:
+                self._mounts.append(place)
+        if place not in self._mounts:  # root writes there all the same: then only the training's word counts
+            shutil.copytree(copy, place, dirs_exist_ok=True)
+            for path in (place, *place.rglob("*")):
+                path.chmod(path.stat().st_mode & ~0o222)
+
+    def unmount(self) -> None:
+        for place in set(self._mounts):
+            subprocess.run(["umount", str(place)], check=True)
+
+    def start(
+        self,
+        *,
+        holds: Sequence[int] = (),
+        pause_s: float = 0,
+        limit_s: float,
+        quota: int = 10**9,
+        run_type: str = "Batch",
+    ) -> Started:
+        """Begins a session in a fresh container.
+
+        holds: steps at which the first rank waits, the others with it. pause_s: before each of two forward passes of a
+        step behind these.
+        """
+        self.sessions += 1
+        self._place = place = self._folder / f"session-{self.sessions}"
+        self.working, self.notebook = place / "working", place / "kernel/relay.ipynb"
+        self.working.mkdir(parents=True)
+        (place / "tmp").mkdir()
+        previous = [f"me/relay-{number}" for number in range(1, self.sessions)]
+        write_kernel(
+            place / "kernel",
+            owner="me",
+            slug="relay-run",
+            title="relay run",
+            words=self._words,
+            dataset="me/relay-files",
+            previous=previous,
+        )
+        accidents: list[dict[str, Any]] = [{"at": "forward", "step": step, "rank": 0, "do": "hold"} for step in holds]
+        if pause_s:
+            slow = range(max(holds, default=0) + 1, STEPS + 1)
+            pause = {"at": "forward", "do": "pause", "seconds": pause_s, "always": True}
+            accidents += [{**pause, "step": step} for step in slow]
+        environment = {
+            KAGGLE_INPUT: str(self.input),
+            KAGGLE_WORKING: str(self.working),
+            KAGGLE_LIMIT: str(container_age_s() + limit_s),
+            KAGGLE_QUOTA: str(quota),
+            "KAGGLE_KERNEL_RUN_TYPE": run_type,
+            "RANKS": "2",
+            "TMPDIR": str(place / "tmp"),
+            "ACCIDENTS": json.dumps({"folder": str(place), "list": accidents}),
+        }
+        execute = Path(sysconfig.get_path("scripts"), "jupyter-execute")
+        return self._launch(
+            "--inplace",
+            "--timeout=-1",
+            module=str(self.notebook),
+            starter=[str(execute)],
+            environment=environment,
+        )
+
+    def wait_at(self, session: Started, step: int) -> None:
+        """Waits until the session's first rank is held at the step."""
+        wait_until(session, (self._place / f"at-forward-{step}-0").exists, f"held at step {step}")
+
+    def go_on(self, step: int) -> None:
+        (self._place / f"go-forward-{step}").touch()
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.working / "session.json").read_text())
+
+    def printed(self) -> str:
+        """What the notebook's cells have printed."""
+        cells = nbformat.read(self.notebook, as_version=4).cells
+        return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", ()))
+
+    def commit(self) -> None:
+        """The session's output becomes an input of the next."""
+        self.mount(self.working, f"relay-{self.sessions}")
+
+
+@pytest.fixture
+def kaggle(launch: Launch, tmp_path: Path, config: Path, sample_data: Path) -> Iterator[Kaggle]:
+    machine = Kaggle(launch, tmp_path, config, sample_data)
+    try:
+        yield machine
+    finally:
+        machine.unmount()
+
+
+class Peak:
+    """The most that a folder has held while the block ran."""
+
+    def __init__(self, folder: Callable[[], Path]):
+        self._folder, self._over = folder, threading.Event()
+        self.bytes = 0
+
+    def __enter__(self) -> Peak:
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            self.bytes = max(self.bytes, bytes_below(self._folder()))
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+# Whole runs.
+
+
+def quota_of_four_checkpoints(whole: Path) -> tuple[int, int]:
+    """The size of a checkpoint, and a quota with room for four, where the config wants six at once."""
+    checkpoint_bytes = max(map(bytes_below, saved_steps(whole).values()))
+    others = bytes_below(whole) - bytes_below(whole / "checkpoints")
+    return checkpoint_bytes, int((4.4 * checkpoint_bytes + 1.1 * others) / 0.95)
+
+
+@pytest.mark.whole
+@pytest.mark.timeout(1200)
+def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_below_the_quota(
+    launch, sample_data, tmp_path, kaggle
+):
+    whole, began = tmp_path / "whole", time.monotonic()
+    assert launch(*command_of(whole, sample_data, *RUN), ranks=2, real=True).wait().status == 0
+    start_s = time.monotonic() - began - read_sessions(whole)[0]["seconds"]
+    # Nobody knows the size of a checkpoint before the first one.
+    checkpoint_bytes, quota = quota_of_four_checkpoints(whole)
+    # Long enough to start twice; and so slow that two sessions never do it.
+    limit_s = 6 * start_s + 20
+    lost_s, steps = [], [0]
+    for number in (1, 2, 3):
+        began = time.monotonic()
+        pace = {"pause_s": limit_s / 25 / 2, "limit_s": limit_s} if number < 3 else {"limit_s": KAGGLE_LIMIT_S}
+        started = kaggle.start(**pace, quota=quota)
+        with Peak(lambda: kaggle.working) as peak:
+            result = started.wait()
+        wall_s = time.monotonic() - began
+        assert result.status == 0, result
+        summary, said = kaggle.summary(), kaggle.printed()
+        assert summary["status"] == ("resumable" if number < 3 else "finished"), said
+        assert summary["reason"] == ("the time limit" if number < 3 else "all steps done"), said
+        assert wall_s < pace["limit_s"]
+        assert {path.name for path in kaggle.working.iterdir()} == {"run", "session.json"}
+        assert checkpoint_bytes < peak.bytes <= quota
+        assert summary["output_bytes"] <= bytes_below(kaggle.working) <= quota
+        assert summary["step"] > summary["from_step"] == steps[-1], said
+        assert number == 1 or f"resuming at step {steps[-1]} from {kaggle.working}" in said
+        steps.append(summary["step"])
+        lost_s.append(wall_s - summary["training_seconds"])
+        kaggle.commit()
+    assert_same_model(kaggle.working / "run", whole)
+    assert_same_record(kaggle.working / "run", whole)
+    assert len(saved_steps(kaggle.working / "run")) <= 3
+    # What a session of twelve hours has for training: all but what one of these took beside it (the notebook, torch,
+    # the ranks, the copy of the run, its end; in the first one with a start too many), and the margin of a real one.
+    # To install what an image lacks, and to bring a larger model to a GPU, come on top and are not measured here.
+    share = 1 - (max(lost_s) + margin_s(KAGGLE_LIMIT_S)) / KAGGLE_LIMIT_S
+    print(f"lost {lost_s} s, {share:.2%} of twelve hours for training; steps {steps}")
+    assert share >= 0.97
+
+
+@pytest.mark.timeout(1200)
+def test_run_survives_a_killed_rank_a_stop_by_hand_and_a_session_that_is_cut_off(uninterrupted, kaggle):
+    # A rank that is killed costs a start.
+    checkpoint_bytes, quota = quota_of_four_checkpoints(uninterrupted)
+    limits = {"limit_s": KAGGLE_LIMIT_S, "quota": quota}
+    session = kaggle.start(holds=(8, 20), pause_s=0.25, run_type="Interactive", **limits)
+    run_dir = kaggle.working / "run"
+    kaggle.wait_at(session, 8)
+    rank = ["-u", "-m", "tests.support.faulty_training"]  # as torchrun starts it
+    ranks = [pid for pid in descendants(session.process.pid) if command_line(pid)[1:4] == rank]
+    trainings = len(read_sessions(run_dir))  # 2 if it was first started again to keep fewer checkpoints
+    os.kill(ranks[1], signal.SIGKILL)
+    kaggle.go_on(8)
+    kaggle.wait_at(session, 20)
+    assert len(read_sessions(run_dir)) == trainings + 1, "started again"
+
+    # Whoever stops an interactive session keeps what it has done.
+    (kernel,) = [pid for pid in descendants(session.process.pid) if "ipykernel_launcher" in command_line(pid)]
+    os.kill(kernel, signal.SIGINT)
+    kaggle.go_on(20)
+    result = session.wait()
+    assert result.status == 0, result
+    summary = kaggle.summary()
+    assert (summary["status"], summary["reason"]) == ("resumable", "signal SIGINT"), kaggle.printed()
+    assert not summary["restart"], "whoever stops a session by hand wants it to rest"
+    assert max(saved_steps(run_dir)) == summary["step"] >= 20
+    assert "save a version" in kaggle.printed()
+    kaggle.commit()
+
+    # A session that is cut off leaves what the next one goes on from.
+    holding = summary["step"] + 8
+    assert holding < STEPS, "the signal took too long"
+    session = kaggle.start(holds=(holding,), **limits)
+    kaggle.wait_at(session, holding)
+    session.kill_all()
+    assert not (kaggle.working / "session.json").exists()
+    newest = max(saved_steps(kaggle.working / "run"))
+    assert newest > summary["step"]
+    kaggle.commit()
+
+    started = kaggle.start(**limits)
+    with Peak(lambda: kaggle.working) as peak:
+        result = started.wait()
+    assert result.status == 0 and kaggle.summary()["from_step"] == newest, result
+    assert checkpoint_bytes < peak.bytes <= quota
+    assert kaggle.summary()["output_bytes"] <= bytes_below(kaggle.working) <= quota
+    assert_same_model(kaggle.working / "run", uninterrupted)
+    assert_same_record(kaggle.working / "run", uninterrupted)
+
+
+def test_another_run_of_the_same_name_among_the_inputs_is_refused_and_told(
+    uninterrupted, launch, config, sample_data, tmp_path
+):
+    shutil.copytree(uninterrupted, tmp_path / "input/notebooks/me/relay/run")
+    environment = {KAGGLE_INPUT: str(tmp_path / "input"), KAGGLE_WORKING: str(tmp_path / "working")}
+    result = launch("session", config, "--seed", 7, module="launch.kaggle", environment=environment).wait()
+    assert result.status == 1, result
+    summary = json.loads((tmp_path / "working/session.json").read_text())
+    assert summary["status"] == "failed" and "seed: 1234 -> 7" in summary["reason"] and not summary["restart"]
+
+
+def test_missing_output_of_the_session_before_ends_this_one_at_once(launch, config, tmp_path):
+    environment = {KAGGLE_INPUT: str(tmp_path / "input"), KAGGLE_WORKING: str(tmp_path / "working")}
+    words = ("session", config, "--expect-step", 300)
+    result = launch(*words, module="launch.kaggle", environment=environment).wait()
+    assert result.status == 1 and "run has come to step 300, but nothing of it is below" in result.err, result
+    summary = json.loads((tmp_path / "working/session.json").read_text())
+    assert summary["status"] == "failed" and summary["restart"], "the next session may have it"
+
+
+def test_data_that_is_nowhere_is_told_in_the_summary(launch, config, tmp_path):
+    environment = {KAGGLE_INPUT: str(tmp_path), KAGGLE_WORKING: str(tmp_path / "working")}
+    result = launch("session", config, "--data", "missing", module="launch.kaggle", environment=environment).wait()
+    assert result.status == 1 and "no prepared data missing" in result.err
+    assert "no prepared data missing" in json.loads((tmp_path / "working/session.json").read_text())["reason"]
+
+
+# The parts.
+
+
+def test_furthest_run_among_the_inputs_is_the_one_to_go_on_from(tmp_path):
+    assert previous_run(tmp_path / "none", "run") is None
+    for place, step in (("relay/run", 20), ("notebooks/me/relay-2/run", 300), ("relay/other", 4000)):
+        (tmp_path / place / f"checkpoints/step-{step:010d}").mkdir(parents=True)
+    (tmp_path / "relay-3/run").mkdir(parents=True)  # it never came to a checkpoint
+    assert previous_run(tmp_path, "run") == tmp_path / "notebooks/me/relay-2/run"
+
+
+def test_as_many_checkpoints_are_kept_as_have_room():
+    assert retention(Retention(5, 2), 0, 100) == Retention(5, 2), "before the first one nobody knows"
+    assert retention(Retention(5, 2), 10, 80) == Retention(5, 2)
+    assert retention(Retention(5, 2), 10, 79) == Retention(4, 2)
+    assert retention(Retention(1, 4), 10, 40) == Retention(1, 2)
+    assert retention(Retention(3, 2), 10, 40) == Retention(2, 1)
+    assert retention(Retention(5, 2), 10, 30) == Retention(1, 1)
+    with pytest.raises(UserError, match="three need to fit"):
+        retention(Retention(5, 2), 10, 29)
+
+
+def test_session_without_gpu_is_told_to_choose_one(launch, config, tmp_path):
+    environment = {KAGGLE_INPUT: str(tmp_path), KAGGLE_WORKING: str(tmp_path), "KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
+    result = launch("session", config, module="launch.kaggle", environment=environment).wait()
+    assert result.status == 1 and "choose the accelerator GPU T4 x2" in result.error_lines[0], result
+
+
+def test_training_that_does_not_end_is_killed_before_the_limit(monkeypatch, tmp_path):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.setenv(KAGGLE_LIMIT, str(container_age_s() + 5))
+    deaf = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; time.sleep(3600)"
+    training = Training((sys.executable, "-c", deaf), {}, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1))
+    training.run(margin=12)
+    assert training.process is not None and training.process.returncode == -signal.SIGKILL
+    left = time_left()
+    assert left is not None and left[0] > 0
+
+
+# What is written.
+
+
+def notebook_command(launch: Launch, *words: object) -> Started:
+    return launch("notebook", *words, module="launch.kaggle")
+
+
+def test_notebook_is_valid_and_its_metadata_are_those_that_kaggle_documents(launch, config, tmp_path):
+    folder = tmp_path / "kaggle"
+    words = (config, "--owner", "me", "--output", folder, "--previous", "me/relay-1", "--optim.lr", "2e-3")
+    result = notebook_command(launch, *words).wait()
+    assert result.status == 0, result
+    assert f"kaggle kernels push -p {folder}" in result.out
+    written = nbformat.read(folder / "relay.ipynb", as_version=4)
+    nbformat.validate(written)
+    assert [cell.cell_type for cell in written.cells] == ["markdown", "code", "code", "code"]
+    for cell in written.cells[1:]:
+        compile(cell.source, "cell", "exec")
+    assert '["configs/gpt/run.yaml", "--expect-step", "1", "--optim.lr", "2e-3"]' in written.cells[2].source
+    assert json.loads((folder / "kernel-metadata.json").read_text()) == {
+        "id": "me/relay-run",
+        "title": "relay run",
+        "code_file": "relay.ipynb",
+        "language": "python",
+        "kernel_type": "notebook",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_internet": True,
+        "machine_shape": "NvidiaTeslaT4",
+        "docker_image_pinning_type": "original",
+        "dataset_sources": ["me/relay-run-files"],
+        "competition_sources": [],
+        "kernel_sources": ["me/relay-1"],
+        "model_sources": [],
+    }
+    about = json.loads((folder / "dataset/dataset-metadata.json").read_text())
+    assert about["id"] == "me/relay-run-files" and 6 <= len(about["title"]) <= 50 and len(about["licenses"]) == 1
+
+
+def test_mistakes_are_all_told_before_anything_is_written(launch, config, tmp_path):
+    folder = tmp_path / "kaggle"
+    always = (config, "--owner", "me", "--output", folder)
+    result = notebook_command(launch, *always, "--optim.lrr", "1", "--seed", "x").wait()
+    assert result.status == 1, result
+    (line,) = result.error_lines
+    assert "optim.lrr (nearest: optim.lr)" in line and "seed" in line and "nothing was written" in line
+    for words, parts in (
+        (("--owner", "no body", "--slug", "A", "--optim.lrr", "1"), ("--owner", "--slug", "optim.lrr")),
+        (("--dataset", "data", "--previous", "a/b/c"), ("--dataset: expected OWNER/SLUG", "--previous")),
+        (("--precision", "bf16", "--batch.micro_batches_per_step", "3"), ("only emulates", "cannot share the 3")),
+        (("--data", tmp_path / "none"), ("is no prepared data set",)),
+        (("--slug", 45 * "a"), ("--slug: at most 44 characters",)),
+        (("--slug", "two--dashes"), ("single dashes",)),
+    ):
+        with pytest.raises(UserError) as raised:
+            notebook.main([str(word) for word in (*always, *words)])
+        assert all(part in str(raised.value) for part in parts), raised.value
+    assert not folder.exists()
+
+
+def test_equal_code_config_and_data_give_equal_archives(config, sample_data, tmp_path):
+    def written(name: str, data: Path = sample_data) -> dict[str, bytes]:
+        write_dataset(tmp_path / name, owner="me", slug="relay-files", config=config, data=data)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    first = written("first")
+    later = tmp_path / "later" / sample_data.name
+    shutil.copytree(sample_data, later, copy_function=shutil.copyfile)
+    os.utime(config, (1, 1))
+    assert written("second", later) == first
+    config.write_text(config.read_text().replace("width: 32", "width: 64"))
+    third = written("third")
+    assert third[CODE] != first[CODE] and third["data.tar"] == first["data.tar"]
+    assert content_hash(tmp_path / "first") == content_hash(tmp_path / "second") != content_hash(tmp_path / "third")
+
+
+def test_archives_that_kaggle_has_unpacked_serve_as_well(config, sample_data, tmp_path):
+    write_dataset(tmp_path / "dataset", owner="me", slug="relay-files", config=config, data=sample_data)
+    mounted = tmp_path / "input/datasets/me/relay-files"
+    for name in ("relay.tar.gz", "data.tar"):
+        place = mounted / name.partition(".")[0]
+        place.mkdir(parents=True)
+        subprocess.run(["tar", "-xf", str(tmp_path / "dataset" / name), "-C", str(place)], check=True)
+    kernel = {"owner": "me", "slug": "relay-run", "title": "relay run", "dataset": "me/relay-files"}
+    write_kernel(tmp_path / "kernel", words=[str(config)], previous=[], **kernel)
+    unpack = nbformat.read(tmp_path / "kernel/relay.ipynb", as_version=4).cells[1].source
+    environment = {**ENVIRONMENT, KAGGLE_INPUT: str(tmp_path / "input"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", unpack], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done
+    assert (tmp_path / "relay/configs/gpt/run.yaml").read_bytes() == config.read_bytes()
+    assert prepared_data(tmp_path / "input", Path("prepared", sample_data.name)).is_relative_to(mounted)
+    # Nor is git needed where the code was unpacked, to pack it again.
+    words = ("notebook", "configs/gpt/run.yaml", "--owner", "me", "--output", tmp_path / "again")
+    again = [sys.executable, "-m", "launch.kaggle", *map(str, words)]
+    subprocess.run(again, cwd=tmp_path / "relay", check=True)
+    with tarfile.open(tmp_path / "again/dataset" / CODE) as archive:
+        assert {"launch/kaggle/session.py", "configs/gpt/run.yaml", "requirements.txt"} < set(archive.getnames())
+    shutil.rmtree(mounted)
+    failed = subprocess.run([sys.executable, "-c", unpack], env=environment, capture_output=True, text=True)
+    assert "add the data set me/relay-files to the notebook's input" in failed.stderr

@@ -1,0 +1,103 @@
+"""Commands that have nothing to save leave in good order when they are told to: SIGTERM, as a scheduler sends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import PATIENCE_S, ROOT, Launch, Started
+from training.base.processes import children
+
+
+def wait_for(started: Started, happened: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert started.process.poll() is None, started.printed()
+        assert time.monotonic() < end, started.printed()
+        time.sleep(0.01)
+
+
+def test_preparation_told_to_stop_leaves_nothing_and_the_same_command_does_it_all(launch: Launch, tmp_path):
+    output = tmp_path / "prepared" / "data"
+    words = ("--source", "sample", "--tokenizer", "sentencepiece", "--vocabulary_size", 600, "--output", output)
+    first = launch(*words, module="data_prep.tatoeba")
+    wait_for(first, lambda: output.parent.is_dir() and list(output.parent.iterdir()))
+    first.process.terminate()
+    result = first.wait()
+    assert result.status == 75, result
+    assert "stopped by signal SIGTERM" in result.err and "Traceback" not in result.err
+    assert list(output.parent.iterdir()) == []
+    assert launch(*words, module="data_prep.tatoeba").wait().status == 0
+    assert [path.name for path in output.parent.iterdir()] == ["data"]
+
+
+TOLD_TO_LEAVE = """
+import os, signal, time
+from training.base.console import run_main
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except BaseException:
+        {meanwhile}
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        pytest.param("raise ImportError('this module cannot be loaded')", id="a library makes an error of it"),
+        pytest.param("os.kill(os.getpid(), signal.SIGTERM); raise", id="it comes twice"),
+    ],
+)
+def test_a_program_that_was_told_to_leave_says_just_that(meanwhile: str, tmp_path: Path):
+    (tmp_path / "leaving.py").write_text(TOLD_TO_LEAVE.format(meanwhile=meanwhile))
+    command = [sys.executable, tmp_path / "leaving.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 75, result
+    assert "stopped by signal SIGTERM" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_program_that_has_ended_is_not_disturbed_by_a_launcher_that_ends_the_other_ranks(tmp_path: Path):
+    script = (
+        "import atexit, os, signal\n"
+        "from training.base.console import UserError, run_main\n"
+        "def main():\n"
+        "    atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "    raise UserError('what is wrong')\n"
+        "run_main(main)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "error: what is wrong\n")
+
+
+def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch, sample_data, tmp_path):
+    run_dir = tmp_path / "run"
+    model = ("--model.width", 32, "--model.layers", 1, "--model.heads", 2, "--model.context", 64)
+    short = ("--optim.steps", 3, "--optim.warmup_steps", 0)
+    assert launch("--run_dir", run_dir, "--data", sample_data, *model, *short).wait().status == 0
+    module = "training.evaluation.evaluate"
+    first = launch(run_dir, module=module, ranks=2, real=True)
+    wait_for(first, lambda: len(ranks := children(first.process.pid)) == 2 and all(map(works, ranks)))
+    os.kill(first.rank(1), signal.SIGTERM)
+    result = first.wait()
+    assert result.status != 0
+    assert "Traceback" not in result.err.partition("torch/distributed")[0], result.err
+    assert not (run_dir / "report.html").exists()
+    assert launch(run_dir, module=module, ranks=2).wait().status == 0
+    assert (run_dir / "report.html").exists()
+
+
+def works(pid: int) -> bool:
+    """Whether the process has got as far as loading torch."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")

@@ -1,0 +1,381 @@
+"""A finished run, scored, shown and used: on a real run folder, made by the training script itself."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep import tatoeba
+from tests.support.browser import browser
+from tests.support.commands import ROOT, run
+from tests.support.lives import tell_otherwise
+from tests.support.once import once
+from tests.support.pages import Page
+from tests.support.runs import command_of
+from tests.training.evaluation.test_attention_maps import make_font
+from training.base.console import UserError
+from training.data.prepared import Prepared, Ragged, list_files, open_prepared, write_part
+from training.engine.status import EXIT_RESUMABLE
+from training.evaluation import evaluate, translate
+from training.evaluation.setting import Search
+from training.evaluation.translations.report import EXAMPLES, SYNTHETIC
+from training.evaluation.translations.scores import score_texts
+from training.evaluation.translations.trained import open_trained
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(sample_data: Path) -> Prepared:
+    return open_prepared(sample_data)
+
+
+def first_pairs(data: Prepared, count: int) -> list[tuple[str, str]]:
+    test = data.part("test")
+    return list(zip(test.source_texts[:count], test.target_texts[:count], strict=True))
+
+
+def with_test_part(data: Prepared, folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    """A copy of the data set with another test part."""
+    shutil.copytree(data.folder, folder)
+    shutil.rmtree(folder / "test")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    (folder / "meta.json").unlink()
+    texts = {side: [pair[place] for pair in pairs] for place, side in enumerate(("source", "target"))}
+    ids = {}
+    for side, tokenizer in (("source", data.source_tokenizer), ("target", data.target_tokenizer)):
+        rows = [tokenizer.encode(text) for text in texts[side]]
+        ids[side] = Ragged(np.array(list(chain(*rows)), np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    fingerprint = write_part(folder / "test", np.arange(len(pairs)), texts, **ids)
+    meta |= {"files": list_files(folder), "fingerprint": fingerprint}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return folder
+
+
+def train(task: str, data: Path, **model: object) -> Path:
+    """A run of a hundred steps, in two sessions: enough for translations to end, whatever the seed."""
+
+    def make(folder: Path) -> None:
+        run_dir = folder / task
+        run_dir.mkdir()
+        options = {
+            **{f"model.{key}": value for key, value in model.items()},
+            **{"optim.epochs": 4, "optim.lr": 8e-3, "optim.warmup_steps": 5, "checkpoint.every_steps": 25},
+            **{"log.every_steps": 5, "log.validate_every_steps": 25, "batch.tokens_per_micro_batch": 1024},
+        }
+        words = command_of(run_dir, data, *(word for key, value in options.items() for word in (f"--{key}", value)))
+        (run_dir / "STOP").touch()  # a first session that comes to nothing
+        for status in (EXIT_RESUMABLE, 0):
+            result = run(*words, module=f"training.{task}")
+            assert result.status == status, result
+
+    return once(f"evaluation-{task}", make) / task
+
+
+@pytest.fixture
+def trained_run(sample_data) -> Path:
+    return train("gpt", sample_data, layers=2, heads=2, width=32, context=40)
+
+
+@pytest.fixture
+def seq2seq_run(sample_data) -> Path:
+    return train("seq2seq", sample_data, layers=1, embedding_width=32, hidden_width=32, max_length=40)
+
+
+@pytest.fixture(params=["gpt", "seq2seq"])
+def either_run(request) -> Path:
+    """A run of each family; tests do not write there."""
+    return request.getfixturevalue({"gpt": "trained_run", "seq2seq": "seq2seq_run"}[request.param])
+
+
+@pytest.fixture
+def evaluated(trained_run) -> Path:
+    """A copy of the run, which is evaluated; tests do not write there either."""
+
+    def make(folder: Path) -> None:
+        assert evaluate.main([str(shutil.copytree(trained_run, folder / trained_run.name))]) == 0
+
+    return once("evaluation-evaluated", make) / trained_run.name
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path) -> Path:
+    return shutil.copytree(trained_run, tmp_path / "copy")
+
+
+def test_best_and_last_checkpoint_are_opened_with_their_weights(trained_run):
+    last = open_trained(trained_run, "last", device=CPU)
+    assert not last.model.training
+    state = last.checkpoint.model_state()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in last.model.state_dict().items())
+    best = open_trained(trained_run, "best", device=CPU)
+    assert best.step == best.checkpoint.state()["best_step"] <= last.step
+
+
+def test_what_is_no_usable_run_is_refused_with_the_reason(run_copy, tmp_path):
+    def refusal() -> str:
+        with pytest.raises(UserError) as error:
+            open_trained(run_copy, device=CPU)
+        return str(error.value)
+
+    with pytest.raises(UserError, match="there is no run folder"):
+        open_trained(tmp_path / "nowhere", device=CPU)
+    with pytest.raises(UserError, match="is not a run folder"):
+        open_trained(tmp_path, device=CPU)
+    vocabulary = run_copy / "tokenizer/source/vocabulary.txt"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8") + "extra\n", encoding="utf-8")
+    assert "vocabulary" in refusal()
+    shutil.rmtree(run_copy / "tokenizer/source")
+    assert "is missing: copy tokenizer/ from" in refusal()
+    shutil.rmtree(run_copy / "checkpoints")
+    (run_copy / "checkpoints").mkdir()
+    assert "no valid checkpoint" in refusal()
+
+
+def test_another_tokenizer_than_the_trained_one_is_refused(run_copy, tmp_path):
+    other = tmp_path / "other"
+    tatoeba.main(["--source", "sample", "--output", str(other), "--seed", "7", "--min_frequency", "3"])
+    with pytest.raises(UserError, match=r"another tokenizer than .* was trained with"):
+        evaluate.main([str(run_copy), "--data", str(other)])
+    shutil.rmtree(run_copy / "tokenizer")
+    shutil.copytree(other / "tokenizer", run_copy / "tokenizer")
+    with pytest.raises(UserError, match="is not the tokenizer that the model was trained with"):
+        open_trained(run_copy, device=CPU)
+
+
+def test_evaluation_writes_scores_translations_maps_and_report(evaluated, data):
+    folder, test = evaluated / "evaluation", data.part("test")
+    scores = json.loads((folder / "test.json").read_text())
+    assert scores["sentences"] == len(test) == 600
+    assert scores["split"] == "random" and scores["synthetic"] is True
+    rows = [json.loads(line) for line in (folder / "test-translations.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["source"] for row in rows] == list(test.source_texts)
+    assert [row["reference"] for row in rows] == list(test.target_texts)
+    again = score_texts([row["translation"] for row in rows], list(test.target_texts)).to_json()
+    assert again == {key: scores[key] for key in again}
+    assert len(list(folder.glob("test-attention-*.svg"))) == evaluate.SHEETS
+    assert (evaluated / "report.html").is_file()
+
+
+def test_token_scores_are_those_of_single_sentences_added_up(evaluated, data):
+    trained, test = open_trained(evaluated, device=CPU), data.part("test")
+    losses, right, count = 0.0, 0, 0
+    with torch.inference_mode():
+        for source, target in zip(test.source, test.target, strict=True):
+            sequence = torch.tensor([1, *source.tolist(), 3, *target.tolist(), 2])
+            logits = trained.model(sequence[None, :-1])[0, len(source) + 1 :]
+            labels = sequence[len(source) + 2 :]
+            losses += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            right += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+    scores = json.loads((evaluated / "evaluation/test.json").read_text())
+    assert scores["target_tokens"] == count
+    assert scores["loss"] == pytest.approx(losses / count, abs=1e-4)
+    assert scores["accuracy"] == pytest.approx(right / count, abs=1e-4)
+
+
+def test_evaluating_again_gives_the_same_bytes(evaluated, tmp_path):
+    evaluated = shutil.copytree(evaluated, tmp_path / evaluated.name)
+    paths = [evaluated / "report.html", *sorted((evaluated / "evaluation").iterdir())]
+    before = [path.read_bytes() for path in paths]
+    assert evaluate.main([str(evaluated)]) == 0
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_ranks_that_share_the_sentences_write_what_one_process_writes(evaluated, run_copy):
+    shutil.rmtree(run_copy / "evaluation", ignore_errors=True)
+    assert run(run_copy, module="training.evaluation.evaluate", ranks=2).status == 0
+    for name in ("test.json", "test-translations.jsonl"):
+        assert (run_copy / "evaluation" / name).read_text() == (evaluated / "evaluation" / name).read_text()
+
+
+@pytest.mark.parametrize("task", ["gpt", "seq2seq"])
+def test_the_report_tells_of_the_run_and_of_those_beside_it(task, trained_run, seq2seq_run, data, tmp_path):
+    runs = {"gpt": trained_run, "seq2seq": seq2seq_run}
+    other = "seq2seq" if task == "gpt" else "gpt"
+    small = with_test_part(data, tmp_path / "small", first_pairs(data, 15))
+    for name, source in (("own", task), ("sibling", task), ("stranger", other)):
+        shutil.copytree(runs[source], tmp_path / "runs" / name)
+    for name in ("sibling", "stranger", "own"):
+        assert evaluate.main([str(tmp_path / "runs" / name), "--data", str(small)]) == 0
+    report = tmp_path / "runs/own/report.html"
+    page = Page(report.read_text(encoding="utf-8")).text
+    trained = open_trained(tmp_path / "runs/own", device=CPU)
+    scores = json.loads((tmp_path / "runs/own/evaluation/test-on-small.json").read_text())
+    for expected in (
+        *(SYNTHETIC, f"{sum(p.numel() for p in trained.model.parameters()):,} parameters"),
+        *(scores["bleu_signature"], scores["chrf_signature"], scores["all_references"]["bleu_signature"]),
+        *("1-5 tokens", "a side seen in training", "Beside other evaluations", "sibling"),
+        *(trained.data["source"]["sha256"], trained.data["tokenizer"]["target"]["sha256"], scores["data_fingerprint"]),
+        trained.checkpoint.manifest["files"]["model.safetensors"]["sha256"],
+        *("tokens_per_micro_batch: 1024", "tokens/s", "padding share", "2 sessions", f"/{task}/STOP"),
+        *("Random", "Best", "Typical", "Worst", "(chrF "),
+        *(["layer 2, head 2"] if task == "gpt" else []),
+    ):
+        assert expected in page, expected
+    assert "stranger" not in page and page.count("reference") >= EXAMPLES + 15
+
+
+@pytest.mark.whole
+def test_a_reader_sees_a_real_report_on_a_phone_and_a_desk(evaluated):
+    with browser() as reader:
+        for width in (360, 1200):
+            seen = reader.open(evaluated / "report.html", width=width)
+            assert seen.complaints == seen.fetched == seen.outside == [] and seen.page_width <= width
+
+
+def test_attention_maps_come_as_svg_and_on_request_as_png(either_run, data, tmp_path):
+    run = shutil.copytree(either_run, tmp_path / "run")
+    small = with_test_part(data, tmp_path / "small", first_pairs(data, 5))
+    font = make_font(tmp_path / "font.ttf", "们們" + "".join(map(chr, range(32, 127))))
+    words = [str(run), "--data", str(small)]
+    with pytest.raises(UserError, match="--font has no effect without --png"):
+        evaluate.main([*words, "--font", str(font)])
+    with pytest.raises(UserError, match="no such file"):
+        evaluate.main([*words, "--png", "--font", str(tmp_path / "none.ttf")])
+    assert evaluate.main([*words, "--png", "--font", str(font)]) == 0
+    svgs, pngs = (sorted((run / "evaluation").glob(f"test-on-small-attention-*.{kind}")) for kind in ("svg", "png"))
+    assert len(svgs) == len(pngs) > 0 and all(path.read_bytes().startswith(b"\x89PNG") for path in pngs)
+    svg = svgs[0].read_text(encoding="utf-8")
+    assert re.search(">[\u4e00-\u9fff]+<", svg) and "&lt;eos&gt;" in svg
+    # A panel for each layer and head, or one for an encoder-decoder.
+    assert svg.count("<image ") == (4 if either_run.name == "gpt" else 1)
+    assert evaluate.main(words) == 0
+    assert all(path.exists() for path in svgs) and not any(path.exists() for path in pngs)
+
+
+def test_pairs_that_are_too_long_for_the_model_are_counted(either_run, data, tmp_path):
+    run = shutil.copytree(either_run, tmp_path / "run")
+    (source, target), *others = first_pairs(data, 4)
+    pairs = [("我" * 200, target), (source, "a " * 200), *others]
+    assert evaluate.main([str(run), "--data", str(with_test_part(data, tmp_path / "long", pairs))]) == 0
+    scores = json.loads((run / "evaluation/test-on-long.json").read_text())
+    assert (scores["sentences"], scores["not_translated"], scores["unscored_pairs"]) == (5, 1, 2)
+    assert sum(group["sentences"] for group in scores["by_length"]) == 5
+    rows = (run / "evaluation/test-on-long-translations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "too long: 200 tokens" in json.loads(rows[0])["note"] and json.loads(rows[0])["translation"] == ""
+
+
+def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq2seq_run, data, tmp_path, launch):
+    empty = with_test_part(data, tmp_path / "empty", [])
+    long = with_test_part(data, tmp_path / "long", [("我" * 200, "a"), ("我", "a " * 200)])
+    for run_dir in (trained_run, seq2seq_run):
+        moved, untrained = (shutil.copytree(run_dir, tmp_path / f"{name}-{run_dir.name}") for name in ("moved", "un"))
+        tell_otherwise(moved, data.folder, tmp_path / "gone")
+        shutil.rmtree(untrained / "checkpoints")
+        (untrained / "checkpoints").mkdir()
+        answers = {
+            (untrained,): f"{untrained} has no valid checkpoint: train first",
+            (moved,): f"trained on the data in {tmp_path}/gone, and there is no such folder here: name where it is now",
+            (moved, "--beam_size", 0): "the beam size must be 1 (greedy) or more, got 0",
+            (moved, "--data", empty): f"the test part of {empty} is empty: choose another --part",
+            (moved, "--data", long): f"none of the 2 pairs in the test part of {long} fits the model",
+        }
+        commands = {words: launch(*words, module="training.evaluation.evaluate") for words in answers}
+        for words, command in commands.items():
+            result = command.wait()
+            assert result.status == 1 and "Traceback" not in result.err, result
+            assert len(result.error_lines) == 1 and answers[words] in result.error_lines[0]
+        assert not (moved / "evaluation/test-on-long.json").exists()
+
+
+def test_a_sentence_on_the_command_line_is_translated_without_the_data(run_copy, data, capsys):
+    source = data.part("test").source_texts[0]
+    config = run_copy / "checkpoints"
+    assert config.is_dir()
+    assert translate.main([str(run_copy), source, source]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second != ""
+
+
+def test_a_file_keeps_its_lines_and_names_those_without_a_translation(trained_run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(translate, "LINES_PER_BLOCK", 4)  # blocks must not show
+    sentences = list(data.part("test").source_texts[:6])
+    lines = [sentences[0], "", *sentences[1:3], "我" * 200, "  ", *sentences[3:]]
+    source, output = tmp_path / "zh.txt", tmp_path / "en.txt"
+    source.write_bytes("\r\n".join(lines).encode())  # and no line end behind the last
+    assert translate.main([str(trained_run), "--input", str(source), "--output", str(output)]) == 0
+    translated = output.read_text(encoding="utf-8").split("\n")
+    assert len(translated) == len(lines) + 1 and translated[-1] == ""
+    warnings = capsys.readouterr().err
+    for number in (2, 5, 6):
+        assert translated[number - 1] == "" and f"line {number}: " in warnings
+    assert "line 5: the sentence is too long: 200 tokens" in warnings
+    translate.main([str(trained_run), *sentences])
+    assert [line for line in translated if line] == capsys.readouterr().out.splitlines()
+
+
+def test_a_stream_is_read_no_further_than_its_translations_are_asked_for(trained_run):
+    read = []
+
+    def endless():
+        while True:
+            read.append(b"\n")
+            yield read[-1]
+
+    translations = translate.translate_lines(
+        open_trained(trained_run, device=CPU), endless(), Search(), lines_per_block=10
+    )
+    assert [next(translations) for _ in range(11)] == [""] * 11
+    assert len(read) == 20
+
+
+def test_text_is_simplified_exactly_if_the_training_data_was(run_copy, data):
+    source, traditional = "他喜欢买书。", "他喜歡買書。"
+    plain = open_trained(run_copy, device=CPU)
+    assert plain.encode(source) != plain.encode(traditional)
+    about = json.loads((run_copy / "data.json").read_text(encoding="utf-8"))
+    about["options"]["simplify"] = True
+    (run_copy / "data.json").write_text(json.dumps(about), encoding="utf-8")
+    simplifying = open_trained(run_copy, device=CPU)
+    assert simplifying.encode(traditional) == simplifying.encode(source) == plain.encode(source)
+
+
+def test_test_sentences_typed_in_get_the_ids_they_have_in_the_data(trained_run, data):
+    trained, test = open_trained(trained_run, device=CPU), data.part("test")
+    for row in range(50):
+        assert trained.encode(f" {test.source_texts[row]}\u200b\n") == test.source[row].tolist()
+
+
+def test_bytes_that_are_no_text_are_named_and_stop_nobody_else(trained_run, capsys, monkeypatch):
+    stdin = SimpleNamespace(buffer=io.BytesIO("\ufeff你好。\n".encode() + b"\xff\xfe\n"), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert translate.main([str(trained_run)]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert "line 2: not UTF-8" in captured.err and "line 1" not in captured.err
+
+
+def test_mistakes_on_the_command_line_are_answered(trained_run, tmp_path):
+    for words, answer in (
+        (["你好", "--input", "x.txt"], "leave one out"),
+        (["--input", str(tmp_path / "none.txt")], "cannot be read: No such file"),
+        (["你好", "--output", str(tmp_path / "none/en.txt")], "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=answer):
+            translate.main([str(trained_run), *words])
+
+
+def test_a_reader_that_leaves_ends_the_pipe_quietly(trained_run, data, tmp_path):
+    source = tmp_path / "zh.txt"
+    source.write_text("".join(f"{text}\n" for text in data.part("train").source_texts), encoding="utf-8")
+    command = [sys.executable, "-m", "training.evaluation.translate", str(trained_run), "--input", str(source)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().strip()
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(timeout=120) == 141
+    assert "Traceback" not in errors

@@ -1,0 +1,215 @@
+"""The one place that writes files: a file or folder is published whole, or it does not exist.
+
+Everything is written under a temporary name in the same folder, brought to the disk (fsync), and renamed. A kill at
+any moment leaves the previous version in place, and at most one temporary that the next write to the same path
+removes. One process writes a path at a time: `temporary_folder` checks it, for a file the caller sees to it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: two processes preparing one folder are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
+from training.base.console import UserError
+
+_MENDABLE = {
+    errno.ENOSPC: "no space left on the disk of {path}: free some room or choose another {option}",
+    errno.EDQUOT: "the disk quota is used up at {path}: free some room or choose another {option}",
+    errno.EROFS: "{path} is on a read-only file system: choose another {option}",
+    errno.EACCES: "no permission to write {path}: choose another {option} or change the folder's permissions",
+    errno.EPERM: "writing {path} is not permitted: choose another {option} or change the folder's permissions",
+    errno.EEXIST: "{path} cannot be made, a part of this path is a file: choose another {option}",
+    errno.ENOTDIR: "{path} cannot be made, a part of this path is a file: choose another {option}",
+    errno.ENAMETOOLONG: "the name {path} is too long for this file system: choose a shorter {option}",
+}
+
+
+@contextmanager
+def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
+    """Turns the disk errors that a user can mend into a UserError; `option` is the key that chose `path`.
+
+    Put it around everything that writes `path`, outside of whatever removes the unfinished work.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _MENDABLE.get(error.errno or 0)
+        if reason is None:
+            raise
+        known = os.strerror(error.errno or 0)
+        more = f" ({error.strerror})" if error.strerror and error.strerror != known else ""
+        said = reason.format(path=path, option=option)
+        raise UserError(f"{said}{more}; nothing unfinished was left behind") from error
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raises OSError, as a full disk does, unless so much is free: better known before the first byte than after."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{needed_bytes / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Brings the names in `folder` (creations, renames) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot fsync a folder, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write; it appears as `path` when the block ends, and not at all if the block fails."""
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes `content` (text as UTF-8) to `path`, replacing what is there. Raises OSError; see `writing_to`."""
+    with open_atomically(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` to build in and then hand to `publish_folder`; removed if the block fails.
+
+    What a killed earlier process left under that name is removed first. Raises UserError when a living process is
+    building the same folder.
+    """
+    partial = _partial(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(lock, final)
+        # Emptied rather than removed: whoever holds the lock on this folder owns the name.
+        for leftover in partial.iterdir():
+            _remove(leftover)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)  # also unlocks; the kernel does the same for a killed process
+
+
+def _lock(descriptor: int, final: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {final} right now; wait until it has finished") from None
+    except OSError:  # a network file system without locks: as good as it gets there
+        pass
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def publish_folder(temporary: Path, final: Path, *, replace: bool = False) -> None:
+    """Makes the finished folder `temporary` appear as `final`: all of it on the disk first, then one rename.
+
+    With `replace` an existing `final` is set aside for the instant between two renames, and removed afterwards; if the
+    process is killed in that instant, `recover` brings it back. Without, an existing `final` that is not empty is an
+    OSError.
+    """
+    for folder, _, files in os.walk(temporary, topdown=False):
+        for name in files:
+            _fsync_file(Path(folder, name))
+        fsync_folder(Path(folder))
+    aside = _set_aside(final)
+    if replace and final.exists():
+        recover(final)
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    fsync_folder(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def recover(final: Path) -> bool:
+    """Ends a replacement of `final` that was killed halfway; true if the previous `final` had to be brought back."""
+    aside = _set_aside(final)
+    if not aside.exists():
+        return False
+    if final.exists():
+        shutil.rmtree(aside)
+        return False
+    aside.rename(final)
+    fsync_folder(final.parent)
+    return True
+
+
+def drop_from_cache(path: Path) -> None:
+    """Asks the system to forget a file's content, so that the next read comes from the disk. Where it can: Linux."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
+        digest.update(block)
+    return digest.hexdigest()

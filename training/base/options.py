@@ -1,0 +1,294 @@
+"""Options of every command: typed, from a YAML file, overridden on the command line.
+
+Every mistake is found at once and answered with the nearest valid key. A YAML key and its command-line option have one
+spelling: `optim: {lr: 3e-4}` in the file is `--optim.lr 3e-4` on the command line (where `-` may stand for `_`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from training.base.console import UserError
+from training.base.durations import format_duration, parse_duration
+from training.base.environment import without_local_rank
+
+
+class Options(BaseModel):
+    """Base of all option groups: unknown keys are mistakes, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# Seconds, written as people write them: 90s, 30m, 11h30m, 1d12h, 4:00:00, or a number of seconds.
+Duration = Annotated[
+    float,
+    BeforeValidator(lambda value: parse_duration(value) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: text if parse_duration(text := format_duration(value)) == value else value),
+    "duration",
+]
+
+
+OptionsType = TypeVar("OptionsType", bound=Options)
+
+
+def command_line(prog: str, about: str | None, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser for a command that hands on to a training what it does not know: nothing may be abbreviated."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str) -> tuple[OptionsType, bool]:
+    """Options from `argv`: an optional YAML file first, then `--key value`, `--key=value` and `--dry-run`.
+
+    Returns the options and whether `--dry-run` was given. Raises UserError with every mistake found; `--help` prints
+    all keys and exits.
+    """
+    argv = without_local_rank(argv)
+    if any(word in ("-h", "--help") for word in argv):
+        print(help_text(cls, prog=prog, about=about))
+        sys.exit(0)
+    files, overrides, dry_run, mistakes = _split_words(argv)
+    values: dict[str, Any] = {}
+    origin = "the command line"
+    for file in files:
+        values = _read_yaml(Path(file))
+        origin = file
+    for key, text in overrides:
+        _place(values, key, text, mistakes)
+    options = None
+    try:
+        options = cls.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_explain(cls, detail) for detail in error.errors()]
+    if mistakes or options is None:
+        found = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
+        raise UserError(f"{found} in the options ({origin}): " + "; ".join(mistakes) + f". All keys: {prog} --help")
+    return options, dry_run
+
+
+def raw_values(argv: Sequence[str]) -> dict[str, Any]:
+    """What `parse` would read from `argv`, unchecked and without defaults, when the script's options are not at hand.
+
+    Raises UserError when the file cannot be read or a word has no place.
+    """
+    files, overrides, _, mistakes = _split_words(argv)
+    values = _read_yaml(Path(files[0])) if files else {}
+    for key, text in overrides:
+        _place(values, key, text, mistakes)
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    return values
+
+
+def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], bool, list[str]]:
+    files: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    mistakes: list[str] = []
+    dry_run = False
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--dry-run":
+            dry_run = True
+        elif word.startswith("--") and len(word) > 2:
+            key, equals, text = word[2:].partition("=")
+            if not equals:
+                if not words or (words[0].startswith("--") and len(words[0]) > 2):
+                    mistakes.append(f"--{key} has no value (write --{key} VALUE)")
+                    continue
+                text = words.pop(0)
+            if not text:
+                mistakes.append(f"--{key} has an empty value (write --{key} VALUE, or leave it out)")
+                continue
+            overrides.append((key.replace("-", "_"), text))
+        elif word.startswith("-"):
+            mistakes.append(f"{word}: options begin with two dashes, as in --key VALUE")
+            if words and not words[0].startswith("-"):
+                words.pop(0)  # its value, which is no config file
+        else:
+            files.append(word)
+    if len(files) > 1:
+        mistakes.append(f"one config file is expected, found {len(files)}: {', '.join(files)}")
+    return files[:1], overrides, dry_run, mistakes
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the parent class says so, with the line
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), [str(p) for p in Path("configs").glob("*/*.yaml")], n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"there is no config file {path}.{hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a .yaml file in it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file; a config is YAML text") from None
+    try:
+        values = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{path}{where} is not valid YAML: {problem}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, not `key: value` lines")
+    return values
+
+
+def _place(values: dict[str, Any], key: str, text: str, mistakes: list[str]) -> None:
+    """Puts the override `key` (dotted) into the nested dictionary; pydantic turns the text into the field's type."""
+    *groups, last = key.split(".")
+    place = values
+    for group in groups:
+        inner = place.setdefault(group, {})
+        if not isinstance(inner, dict):
+            mistakes.append(f"--{key}: {group} is a value, not a group of keys")
+            return
+        place = inner
+    place[last] = None if text == "null" else text
+
+
+def _group_type(field: FieldInfo) -> type[Options] | None:
+    candidate = field.annotation
+    return candidate if isinstance(candidate, type) and issubclass(candidate, Options) else None
+
+
+def all_keys(cls: type[Options], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key of `cls` with its dots, in order of definition, and its field."""
+    keys: dict[str, FieldInfo] = {}
+    for name, field in cls.model_fields.items():
+        group = _group_type(field)
+        if group is not None:
+            keys |= all_keys(group, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = field
+    return keys
+
+
+def _explain(cls: type[Options], detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        if isinstance(detail["input"], dict) and detail["input"]:  # an unknown group: name the keys in it
+            inner = [
+                {**detail, "loc": (*detail["loc"], name), "input": value} for name, value in detail["input"].items()
+            ]
+            return "; ".join(_explain(cls, each) for each in inner)
+        keys = list(all_keys(cls))
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        if not near:  # the right last name under the wrong group, or without its group
+            last = {name.rsplit(".", 1)[-1]: name for name in keys}
+            near = [last[match] for match in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+        return f"there is no key {key}" + (f" (nearest: {near[0]})" if near else "")
+    if detail["type"] == "missing":
+        return f"{key} is required"
+    inner = [name for name in all_keys(cls) if name.startswith(f"{key}.")]
+    if inner and not isinstance(detail["input"], dict):
+        some = ", ".join(inner[:3]) + (", ..." if len(inner) > 3 else "")
+        return f"{key} is a group of keys ({some}), which takes no value of its own, got {detail['input']!r}"
+    field = all_keys(cls).get(key)
+    expected = f" (expected {_field_type(field)})" if field is not None else ""
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    value = detail["input"]
+    if not key:  # a check across several keys; its message names them
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}{expected}"
+
+
+def _field_type(field: FieldInfo) -> str:
+    return "duration" if "duration" in field.metadata else _type_name(field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation == Duration:
+        return "duration"
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        return "|".join(str(choice) for choice in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(_type_name(part) for part in typing.get_args(annotation))
+    if origin is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if annotation is type(None):
+        return "null"
+    name = getattr(annotation, "__name__", str(annotation))
+    return {"str": "text", "Path": "path"}.get(name, name)
+
+
+def help_text(cls: type[Options], *, prog: str, about: str) -> str:
+    """What `--help` prints: every key, its type, default and meaning."""
+    lines = [f"usage: {prog} [CONFIG.yaml] [--key value ...] [--dry-run]", "", about, "", "keys:"]
+    rows = []
+    for key, field in all_keys(cls).items():
+        default = "required" if field.default is PydanticUndefined else f"default {_default(field)}"
+        rows.append((f"  --{key}", _field_type(field), default, field.description or ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for name, kind, default, meaning in rows:
+        lines.append(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {meaning} ({default})")
+    lines += ["", "  --dry-run  check everything, print the resolved options, what would be done and what it takes"]
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    is_duration = _field_type(field).startswith("duration") and field.default is not None
+    return format_duration(field.default) if is_duration else _show(field.default)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def to_yaml(options: Options) -> str:
+    """The resolved options as YAML that `parse` reads back to the same options."""
+    return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested dictionaries, each as `key: old -> new`."""
+    lines: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {_show(before)} -> {_show(after)}")
+    return lines

@@ -1,0 +1,1 @@
+"""Prepared data as it lies on the disk, and how it is read."""

@@ -1,0 +1,84 @@
+"""A prepared set of conversations on disk, and how it is read.
+
+    prepared/NAME/
+      train/ validation/ test/   Arrow, as `datasets.load_from_disk` reads them
+      tokenizer/                 the base model's own, as `AutoTokenizer.from_pretrained` reads it
+      meta.json                  where everything comes from, and the size and SHA-256 of every other file
+
+Reading costs no memory to speak of: ids are views on the memory-mapped files, and texts are decoded when asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from training.data.prepared import PreparedFolder, Ragged, Texts, ragged, read_meta
+
+FORMAT = "relay-conversations-1"
+DISC_LAW_SFT = "ShengbinYue/DISC-Law-SFT"  # the legal records, by their name on the hub
+MAKE = (
+    "python -m data_prep.disc_law --source FOLDER|hub --output {folder}` or "
+    "`python -m data_prep.instructions --source FILE|FOLDER --output {folder}"
+)
+
+
+@dataclass(frozen=True)
+class ConversationPart:
+    """One of train, validation and test."""
+
+    name: str
+    ids: Ragged  # per row the chat template's tokens of the prompt, then the answer's, then its end-of-turn token
+    prompt_lengths: np.ndarray  # int64 [rows]; ids[row][prompt_lengths[row]:] are the supervised tokens
+    uids: Texts  # unique: the file, and the record's id there, as in "DISC-Law-SFT-Pair:leg_case_cls-17"
+    tasks: Texts  # as in "leg_case_cls"
+    messages: Texts  # JSON of the list of messages, as they were tokenised; the last is the answer
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Conversations(PreparedFolder):
+    """An open prepared set of conversations.
+
+    meta["tokenizer"] holds sha256 (of vocabulary and template), size (ids), pad_id and end_id; meta["questions"] the
+    uids of one test row per task, for a table of answers before and after training; meta["tasks"] the tasks' names;
+    meta["rows"] the rows of each part; meta["lengths"] tokens per task.
+    """
+
+    make = MAKE
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of the data defines a run: the content, and the tokenizer that its model speaks."""
+        return {"fingerprint": self.fingerprint, "tokenizer": self.meta["tokenizer"]["sha256"]}
+
+    def part(self, name: str) -> ConversationPart:
+        """The part called train, validation or test, memory-mapped."""
+        columns = self.columns(name)
+        return ConversationPart(
+            name,
+            ragged(columns["ids"]),
+            columns["prompt_length"].to_numpy(),
+            Texts(columns["uid"]),
+            Texts(columns["task"]),
+            Texts(columns["messages"]),
+        )
+
+
+def open_conversations(folder: str | Path) -> Conversations:
+    """The prepared conversations in `folder`. Raises UserError when missing, half there, or its sizes have changed."""
+    folder = Path(folder)
+    return Conversations(folder, read_meta(folder, FORMAT, MAKE))
+
+
+Messages = list[dict[str, str]]
+
+
+def question_of(messages: Messages) -> str:
+    """What stands before the answer, as one text; where that is more than a question, with who says it."""
+    *turns, _ = messages
+    return turns[0]["content"] if len(turns) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -1,0 +1,285 @@
+"""A prepared data set on disk: what is in the folder, and how it is read.
+
+    prepared/NAME/
+      train/ validation/ test/   Arrow, as `datasets.load_from_disk` reads them
+      tokenizer/source/ tokenizer/target/
+      meta.json                  where everything comes from, and the size and SHA-256 of every other file
+
+Reading costs no memory to speak of: ids are views on the memory-mapped files. A folder that is there is whole, since
+it was published by one rename; what happened to it since is noticed by its sizes on opening, by its hashes on `verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, overload
+
+import numpy as np
+import pyarrow as pa
+
+from training.base.console import UserError
+from training.base.files import sha256_of
+from training.data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = "relay-sentence-pairs-1"
+META = "meta.json"
+PARTS = ("train", "validation", "test")
+# What is in a data set of each form, and what trains on it.
+KINDS = {
+    FORMAT: "sentence pairs (for training.gpt and training.seq2seq)",
+    "relay-conversations-1": "conversations (for training.qlora)",
+}
+MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {folder}"
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    values int32 [total], offsets int64 [rows + 1], both read-only views on the file.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Ids in each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Ids of one row, int32 [length]."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """A copy of the rows at `rows`, in that order."""
+        offsets = np.cumsum([0, *self.lengths[rows]], dtype=np.int64)
+        moved_by = np.repeat(self.offsets[rows] - offsets[:-1], self.lengths[rows])
+        return Ragged(self.values[np.arange(offsets[-1]) + moved_by], offsets)
+
+    def padded(self, indices: Sequence[int] | np.ndarray, fill: int) -> np.ndarray:
+        """The rows at `indices` side by side, int64 [len(indices), longest of them], `fill` behind each row's end."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        starts, lengths = self.offsets[chosen], self.lengths[chosen]
+        columns = np.arange(lengths.max(initial=0))
+        inside = columns < lengths[:, None]
+        batch = np.full(inside.shape, fill, dtype=np.int64)
+        batch[inside] = self.values[(starts[:, None] + columns)[inside]]
+        return batch
+
+
+class Texts(Sequence[str]):
+    """A column of texts, each decoded when it is asked for."""
+
+    def __init__(self, column: pa.Array):
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        return self._column[row].to_pylist() if isinstance(row, slice) else self._column[int(row)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return (value.as_py() for value in self._column)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of train, validation and test: ids and texts of the same rows, Chinese as source, English as target."""
+
+    name: str
+    source: Ragged
+    target: Ragged
+    source_texts: Texts
+    target_texts: Texts
+    rows: np.ndarray  # int64 [rows], which pair of the raw file this is, counted from 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True)
+class PreparedFolder:
+    """What every open prepared data set has: the folder and its meta.json. The subclass knows what its parts hold."""
+
+    folder: Path
+    meta: dict[str, Any]
+
+    make: ClassVar[str]  # the command that makes such a data set, for messages
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: equal if and only if tokenizers, rows and ids of all parts are equal."""
+        return self.meta["fingerprint"]
+
+    def verify(self) -> None:
+        """Reads every file and compares its SHA-256 with meta.json. Raises UserError naming the first that differs."""
+        for name, about in self.meta["files"].items():
+            if sha256_of(self.folder / name) != about["sha256"]:
+                raise UserError(
+                    f"{self.folder / name} was changed or damaged since it was prepared; "
+                    f"{_again(self.folder, self.make)}"
+                )
+
+    def columns(self, part: str) -> dict[str, pa.Array]:
+        """The columns of the part called train, validation or test, memory-mapped, each in one piece."""
+        if part not in PARTS:
+            raise UserError(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
+        # Not through `datasets`: every rank of a run opens this, and the import alone takes longer than all the rest.
+        paths = sorted((self.folder / part).glob("data-*.arrow"))
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths])
+        return {column: _one_chunk(table.column(column)) for column in table.column_names}
+
+
+@dataclass(frozen=True)
+class Prepared(PreparedFolder):
+    """An open prepared data set of sentence pairs."""
+
+    source_tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+
+    make = MAKE
+
+    @property
+    def joint_vocabulary(self) -> bool:
+        """Whether source and target share their ids."""
+        return self.source_tokenizer.sha256 == self.target_tokenizer.sha256
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of the data defines a run: the content, and the vocabularies that its model speaks."""
+        return {
+            "fingerprint": self.fingerprint,
+            "source_tokenizer": self.source_tokenizer.sha256,
+            "target_tokenizer": self.target_tokenizer.sha256,
+        }
+
+    def part(self, name: str) -> Part:
+        """The part called train, validation or test, memory-mapped."""
+        columns = self.columns(name)
+        return Part(
+            name,
+            ragged(columns["source_ids"]),
+            ragged(columns["target_ids"]),
+            Texts(columns["source"]),
+            Texts(columns["target"]),
+            columns["row"].to_numpy(),
+        )
+
+
+def _others(folder: Path) -> str:
+    """The prepared data sets beside a missing one, in words."""
+    found = sorted(str(path.parent) for path in folder.parent.glob(f"[!.]*/{META}"))
+    return f" (there is {', '.join(found)})" if found else ""
+
+
+def open_prepared(folder: str | Path) -> Prepared:
+    """The prepared data set in `folder`. Raises UserError when it is missing, half there, or its sizes have changed."""
+    folder = Path(folder)
+    meta = read_meta(folder, FORMAT, MAKE)
+    return Prepared(
+        folder, meta, load_tokenizer(folder / "tokenizer/source"), load_tokenizer(folder / "tokenizer/target")
+    )
+
+
+def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
+    """meta.json of a prepared data set of the form `format`, which the command `make` makes.
+
+    Raises UserError when the folder is missing, half there, of another form, or when its files' sizes have changed.
+    """
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and --data takes the folder that a raw file is prepared in: make that with "
+            f"`{make.format(folder='prepared/NAME')}`, and name it"
+        )
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no prepared data set {folder}{_others(folder)}; make it with `{make.format(folder=folder)}` "
+            "and the options that stand in the config above `data`"
+        )
+    again = _again(folder, make)
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / META} cannot be read ({error}); {again}") from None
+    found = KINDS.get(meta.get("format")) if isinstance(meta, dict) and meta.get("format") != format else None
+    if found is not None:
+        raise UserError(f"{folder} holds {found}, and {KINDS[format]} are expected: name another --data")
+    if not isinstance(meta, dict) or meta.get("format") != format:
+        raise UserError(f"{folder / META} is not of the form {format} that this version reads; {again}")
+    missing = [name for name in (*PARTS, "tokenizer") if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(f"{folder} lacks {' and '.join(missing)}; {again}")
+    for name, about in meta["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != about["bytes"]:
+            state = "is missing" if found is None else f"has {found:,} bytes instead of {about['bytes']:,}"
+            raise UserError(f"{path} {state}; {again}")
+    return meta
+
+
+def write_part(folder: Path, rows: np.ndarray, texts: dict[str, list[str]], source: Ragged, target: Ragged) -> str:
+    """Writes one part to `folder` with `datasets.save_to_disk`: the raw file's row numbers, the text columns, the ids.
+
+    Returns the SHA-256 of its rows and ids, which does not depend on the file format or on any library's version.
+    """
+    import datasets  # slow to import, and only whoever prepares data needs it
+
+    datasets.disable_progress_bars()
+    columns = {name: pa.array(column, pa.large_string()) for name, column in texts.items()}
+    columns["row"] = pa.array(rows)
+    digest = hashlib.sha256(rows.tobytes())
+    for name, ids in (("source_ids", source), ("target_ids", target)):
+        # Large lists, since their offsets are int64: one chunk holds any number of ids.
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(ids.offsets), pa.array(ids.values))
+        digest.update(ids.offsets.tobytes() + ids.values.tobytes())
+    table = datasets.table.InMemoryTable(pa.table(columns))
+    # A fingerprint of our own, since the library's would make two equal preparations differ in their files.
+    datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(folder, num_shards=1)
+    # `save_to_disk` cuts the table into pieces of 1,000 rows; in one piece a column is a plain array on the file.
+    (path,) = folder.glob("data-*.arrow")
+    saved = pa.ipc.open_stream(path.read_bytes()).read_all().combine_chunks()
+    with path.open("wb") as file, pa.ipc.new_stream(file, saved.schema) as writer:
+        writer.write_table(saved)
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> dict[str, dict[str, object]]:
+    """Size and SHA-256 of every file below `folder`, by its path in the folder: the `files` of meta.json."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
+    }
+
+
+def _again(folder: Path, make: str) -> str:
+    return f"prepare it again: `{make.format(folder=folder)} --overwrite true` with its other options"
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """`column` in one piece: without a copy as it was prepared, copied if someone has saved it again in pieces."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def ragged(column: pa.LargeListArray) -> Ragged:
+    """A column of lists as ids, without a copy."""
+    return Ragged(column.values.to_numpy(), column.offsets.to_numpy())

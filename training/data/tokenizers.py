@@ -1,0 +1,223 @@
+"""Text to ids and back: words and Han characters, or sentencepiece.
+
+A tokenizer belongs to one side, Chinese or English, since the two are cut and joined differently; with a joint
+vocabulary the two sides share their ids, and their `sha256`. Ids 0-4 are the special tokens on every vocabulary, and no
+text can produce `<pad>`, `<sos>`, `<eos>` or `<sep>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+from training.base.console import UserError
+from training.base.files import write_atomically
+from training.data.text import HAN
+
+PAD, SOS, EOS, SEP, UNK = range(5)
+SPECIALS = ("<pad>", "<sos>", "<eos>", "<sep>", "<unk>")
+
+# The rarest characters, one in ten thousand, become <unk>: a model that never met <unk> in training knows no way to
+# deal with the characters that it first meets in a test.
+CHARACTER_COVERAGE = 0.9999
+
+Language = Literal["zh", "en"]
+
+_WORD_ENGLISH = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_WORD_CHINESE = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
+_IS_HAN = re.compile(rf"[{HAN}]")
+
+
+class Tokenizer(ABC):
+    """What every tokenizer does for one language, `language`; `kind` says how it cuts."""
+
+    kind: str
+    file_name: str  # of the vocabulary in the saved folder
+
+    def __init__(self, content: bytes, language: Language):
+        self.language = language
+        self._content = content
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the vocabulary: equal ids mean equal tokens if and only if this is equal."""
+        return hashlib.sha256(self._content).hexdigest()
+
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """Number of ids, special tokens included."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without special tokens around it; at least one (`UNK` for a text with nothing to keep)."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Plain text of `ids`; special tokens are left out, except `<unk>`, which stays visible."""
+
+    @abstractmethod
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
+        """One label for each id, special tokens included, as an axis of an attention map shows them."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer to `folder`, which `load_tokenizer` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / self.file_name, self._content)
+        about = {"kind": self.kind, "language": self.language, "sha256": self.sha256}
+        write_atomically(folder / "tokenizer.json", json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, language: Language) -> Tokenizer:
+        """The tokenizer of this kind that `save` wrote to `folder`."""
+        return cls((folder / cls.file_name).read_bytes(), language)
+
+
+class WordTokenizer(Tokenizer):
+    """English in lower-case words without punctuation, Chinese in Han characters and lower-case Latin runs."""
+
+    kind = "word"
+    file_name = "vocabulary.txt"  # one token per line, the line number is the id
+
+    def __init__(self, content: bytes, language: Language):
+        super().__init__(content, language)
+        self._tokens = content.decode("utf-8").split("\n")[:-1]
+        self._ids = {token: number for number, token in enumerate(self._tokens)}
+
+    @classmethod
+    def train(cls, texts: Sequence[tuple[str, Language]], min_frequency: int) -> bytes:
+        """The vocabulary of `texts`: tokens that occur at least `min_frequency` times, the most frequent first."""
+        counts = Counter(chain.from_iterable(cut(text, language) for text, language in texts))
+        kept = sorted(
+            (token for token, count in counts.items() if count >= min_frequency), key=lambda t: (-counts[t], t)
+        )
+        return "".join(f"{token}\n" for token in (*SPECIALS, *kept)).encode()
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self._tokens)
+
+    def encode(self, text: str) -> list[int]:
+        # The special tokens cannot be looked up by accident: no word contains < or >.
+        return [self._ids.get(token, UNK) for token in cut(text, self.language)] or [UNK]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        words = [self._tokens[number] for number in ids if number >= UNK]
+        if self.language == "en":
+            return " ".join(words)
+        text = ""
+        for word in words:
+            # Two Latin words in a row need a blank between them, Han characters never do.
+            apart = text and not _IS_HAN.match(text[-1]) and not _IS_HAN.match(word)
+            text += f" {word}" if apart else word
+        return text
+
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
+        return [self._tokens[number] for number in ids]
+
+
+def cut(text: str, language: Language) -> list[str]:
+    """The words of an English text, or the characters and Latin runs of a Chinese one; punctuation is dropped."""
+    # NFKC makes full-width letters and digits ordinary ones; the typographic apostrophe is not its business.
+    folded = unicodedata.normalize("NFKC", text).replace("’", "'").lower()
+    return (_WORD_ENGLISH if language == "en" else _WORD_CHINESE).findall(folded)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Byte-pair pieces by sentencepiece; decoding gives the text back as it was, character by character."""
+
+    kind = "sentencepiece"
+    file_name = "sentencepiece.model"
+
+    def __init__(self, content: bytes, language: Language):
+        super().__init__(content, language)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+
+    @classmethod
+    def train(cls, texts: Sequence[tuple[str, Language]], vocabulary_size: int) -> bytes:
+        """A model of at most `vocabulary_size` pieces. Raises UserError when that is below the number of characters.
+
+        BPE rather than unigram: its statistics are whole numbers, so the model is the same on every machine, while
+        unigram's depends on the order in which threads add floating-point numbers.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(_spaced(text, language) for text, language in texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocabulary_size,
+                hard_vocab_limit=False,
+                character_coverage=CHARACTER_COVERAGE,
+                # Identity, because NFKC would turn full-width Chinese punctuation into ASCII, and blanks are ours
+                # (`_spaced`): a dummy prefix on every sentence would split Chinese words into two forms.
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                pad_id=PAD,
+                bos_id=SOS,
+                eos_id=EOS,
+                unk_id=UNK,
+                pad_piece=SPECIALS[PAD],
+                bos_piece=SPECIALS[SOS],
+                eos_piece=SPECIALS[EOS],
+                unk_piece=SPECIALS[UNK],
+                unk_surface=SPECIALS[UNK],
+                control_symbols=[SPECIALS[SEP]],  # takes the free id 3; a control symbol is never read from text
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+            if not needed:
+                raise
+            raise UserError(
+                f"--vocabulary_size {vocabulary_size} has no room for the {needed[1]} characters of the training text; "
+                f"pass at least {int(needed[1]) * 2}"
+            ) from None
+        return model.getvalue()
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(_spaced(text, self.language)) or [UNK]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(number) for number in ids]).strip()
+
+    def token_texts(self, ids: Iterable[int]) -> list[str]:
+        pieces = (self._processor.id_to_piece(int(number)) for number in ids)
+        return [piece.replace("▁", "") or "▁" for piece in pieces]
+
+
+def _spaced(text: str, language: Language) -> str:
+    """`text` with single blanks, and one in front of an English one, so that a word is one piece wherever it stands."""
+    single = " ".join(text.split())
+    return f" {single}" if language == "en" and single else single
+
+
+KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (WordTokenizer, SentencePieceTokenizer)}
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer saved in `folder`. Raises UserError if there is none, or not the one that was saved."""
+    try:
+        about = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = KINDS[about["kind"]].load(folder, about["language"])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} holds no tokenizer that can be read ({error}); prepare the data again") from None
+    if tokenizer.sha256 != about["sha256"]:
+        raise UserError(f"the vocabulary in {folder} is not the one that was saved there; prepare the data again")
+    return tokenizer

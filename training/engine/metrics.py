@@ -1,0 +1,177 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, and what is measured for it.
+
+Lines are appended and flushed as they come. When a run resumes from an earlier step, the record is cut back to it, so
+no step ever stands twice. After any number of stops and kills it reads as if the run had never been interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.base.console import warn
+from training.base.files import write_atomically
+from training.engine.batch_plan import BatchPlan
+from training.engine.cluster import Cluster
+
+METRICS = "metrics.jsonl"
+
+
+class Record:
+    """Appends to `run_dir`/metrics.jsonl. Used on one rank only.
+
+    Of the lines of earlier sessions it keeps those up to the resumed step, and of validations those up to
+    `validated_step`: one that was interrupted is done again. lines: the kept ones. reached: the last step of all that
+    was there. follower: is handed every new line.
+    """
+
+    def __init__(self, run_dir: Path, *, resumed_step: int, validated_step: int):
+        self._path = run_dir / METRICS
+        last = {"train": resumed_step, "validation": validated_step}
+        found = read_metrics(run_dir)
+        self.reached = found[-1]["step"] if found else 0
+        self.lines = [line for line in found if line["step"] <= last.get(line["kind"], resumed_step)]
+        self.follower: Callable[[dict[str, Any]], None] | None = None
+        if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting = b""  # lines for which there was no room
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line: what (`kind`: train, validation), after how many optimizer steps, the values, and the time."""
+        line = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
+        self._waiting += json.dumps(line).encode() + b"\n"
+        self._flush()
+        if self.follower is not None:
+            self.follower(line)
+
+    def _flush(self) -> None:
+        end = self._path.stat().st_size
+        try:
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._waiting = b""
+                return
+        except OSError as error:
+            reason = error.strerror
+        else:
+            reason = os.strerror(errno.ENOSPC)
+        self._file.truncate(end)  # half a line is none
+        warn(f"{self._path} cannot be written ({reason}); its lines wait until it can")
+
+    def sync(self) -> None:
+        """Brings what was written to the disk, so that a checkpoint that is there has its record, too."""
+        with contextlib.suppress(OSError, ValueError):  # no disk for it, or closed meanwhile: training goes on
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Ends the record."""
+        if self._waiting:
+            self._flush()
+            self._waiting = b""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over a window of steps. Tokens are real ones over all ranks; padding is counted apart."""
+
+    loss: float
+    tokens_per_s: float
+    padding_share: float
+
+
+class Window:
+    """The steps since the last line of the record: their losses and tokens, and the time that went into training.
+
+    earlier: the losses, summed over ranks, of the steps that an earlier session did of this window, and which `losses`
+    gave it to save. They count in the loss and in the padding, not in the speed.
+    """
+
+    def __init__(self, plan: BatchPlan, step: int = 0, earlier: Sequence[float] = ()):
+        self._plan = plan
+        self._start(earlier)
+        for done in range(step - len(earlier), step):
+            self._count(done)
+        self._tokens = 0
+
+    def _start(self, earlier: Sequence[float] = ()) -> None:
+        self._earlier = list(earlier)
+        self._losses: list[Tensor] = []
+        self._tokens = self._real = self._positions = 0
+        self._began = time.monotonic()
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Takes in one step: its loss on this rank, left on the device, and the tokens of all ranks."""
+        self._losses.append(loss)
+        self._tokens += self._count(step)
+
+    def _count(self, step: int) -> int:
+        tokens, positions = self._plan.tokens(step)
+        self._real += tokens
+        self._positions += positions
+        return tokens
+
+    def losses(self, cluster: Cluster) -> list[float]:
+        """The loss of each step so far, summed over ranks. To be called by all ranks."""
+        if not self._losses:
+            return list(self._earlier)
+        # In fp64, where the sum of fp32 numbers is exact: the order in which ranks are summed depends on how many steps
+        # are summed at once, and a window that a stop cuts in two has to come to the same.
+        return [*self._earlier, *cluster.sum(torch.stack(self._losses).double()).tolist()]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around whatever is not training: it does not count in the speed."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def close(self, cluster: Cluster) -> Figures:
+        """The figures of the window, its losses summed over ranks; a new window begins. To be called by all ranks."""
+        losses = self.losses(cluster)
+        figures = Figures(
+            loss=sum(losses) / len(losses),
+            tokens_per_s=round(self._tokens / (time.monotonic() - self._began), 1),
+            padding_share=round(1 - self._real / self._positions, 5),
+        )
+        self._start()
+        return figures
+
+
+def memory_mb(device: torch.device) -> float:
+    """Most memory this process has used so far, in MB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # Not ru_maxrss on Linux: what starts a program hands its own peak down to it there.
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on a Mac
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first. A last line torn by a kill is left out."""
+    path = Path(run_dir, METRICS)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a kill left half a line at the end, which the next one must not be appended to."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")

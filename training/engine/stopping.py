@@ -1,0 +1,173 @@
+"""One session of a run: from start or resume to the next stop, agreed by all ranks.
+
+A signal handler sets a flag and does nothing else; so do the time limit, a file named STOP, saves that fail, and the
+end of the launcher. The ranks agree on it between two steps, and between two batches of a validation, so nobody is left
+waiting in a collective. Then: checkpoint, `status.json`, exit. How the session ended stands in that file: launchers
+turn it into an exit status, since `torchrun` cannot pass a worker's on.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal, TypeVar
+
+from pydantic import Field
+
+from training.base.console import say
+from training.base.durations import format_duration
+from training.base.environment import process_age_s, time_left
+from training.base.options import Duration, Options
+from training.engine.cluster import Cluster
+from training.engine.status import STOP_FILE
+
+# Ranks agree at every step that takes longer than this, and about this often where steps are shorter: one small
+# reduction on the host takes a hundredth of it.
+_AGREE_EVERY_S = 0.02
+
+# Reasons to stop beside signals, as numbers above theirs: the ranks agree on the largest.
+_FILE, _TIME, _SAVES, _LAUNCHER = 1001, 1002, 1003, 1004
+
+T = TypeVar("T")
+
+
+class SessionOptions(Options):
+    """When a session ends, and what counts as hanging."""
+
+    time_limit: Duration | None = Field(
+        None, gt=0, description="end the session in time, from its start; null: only the scheduler's limit counts"
+    )
+    margin: Duration = Field(
+        30, ge=0, description="kept free before the time limit, beside what a step and a save were measured to take"
+    )
+    stop_signal: Literal["SIGUSR1", "SIGUSR2"] | None = Field(
+        "SIGUSR1", description="a signal that asks for a stop beside SIGTERM and SIGINT; null: none"
+    )
+    hang_timeout: Duration = Field(
+        600, gt=0, description="without progress for so long a rank is named with its stack, and the run ends"
+    )
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop; raised on each of them at the same place."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class StopFlag:
+    """Whether to stop, and why. `reserve_s` tells how long the end of the session will take: a save."""
+
+    def __init__(self, run_dir: Path, cluster: Cluster, options: SessionOptions):
+        self._cluster = cluster
+        self._file = run_dir / STOP_FILE
+        self._margin_s = options.margin
+        self._asked = 0
+        self._interrupted = False
+        self._calls = self._next_call = self._last_call = 0
+        self._last_time: float | None = None
+        self._slowest_step_s = 0.0
+        self._deadline, self.limit = _deadline(options) if cluster.is_first else (math.inf, None)
+        self.reserve_s: Callable[[], float] = lambda: 0.0
+        self.saves_fail: Callable[[], bool] = lambda: False
+        names = ["SIGTERM", "SIGINT", *([options.stop_signal] if options.stop_signal else [])]
+        for name in names:
+            signal.signal(signal.Signals[name], self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt  # asked twice: leave at once, the last checkpoint stands
+            self._interrupted = True  # a launcher may send SIGTERM in between
+        self._asked = number
+
+    def launcher_is_gone(self) -> None:
+        """Asks for a stop because nobody watches over the ranks any more."""
+        self._asked = self._asked or _LAUNCHER
+
+    def check(self) -> None:
+        """Raises `Stopped` on every rank if any has a reason. To be called by all ranks equally often.
+
+        Costs one small reduction on the host every time, or at every k-th call when calls come quickly.
+        """
+        self._calls += 1
+        if self._calls < self._next_call:
+            return
+        now = time.monotonic()
+        step_s = 0.0 if self._last_time is None else (now - self._last_time) / (self._calls - self._last_call)
+        asked, slowest_s = self._cluster.maximum([self._own_reason(now), step_s])
+        # Every rank computes the same next call from the same numbers. An unknown duration means the next one.
+        self._next_call = self._calls + (max(1, min(100, int(_AGREE_EVERY_S / slowest_s))) if slowest_s else 1)
+        self._last_time, self._last_call = now, self._calls
+        self._slowest_step_s = max(slowest_s, 0.9 * self._slowest_step_s)  # a first, slow step is forgotten in time
+        if asked:
+            raise Stopped(self._words(int(asked)))
+
+    def _own_reason(self, now: float) -> int:
+        if self._asked or not self._cluster.is_first:
+            return self._asked
+        if self.saves_fail():
+            return _SAVES
+        if now + self._slowest_step_s + self.reserve_s() + self._margin_s > self._deadline:
+            return _TIME
+        return _FILE if self._file.exists() else 0
+
+    def _words(self, reason: int) -> str:
+        others = {
+            _FILE: f"the file {self._file}",
+            _TIME: "the time limit",
+            _SAVES: "failing saves",
+            _LAUNCHER: "the end of the launcher",
+        }
+        return others.get(reason) or f"signal {signal.Signals(reason).name}"
+
+    def share(self, items: Sequence[T], beat: Callable[[], None]) -> Iterator[T]:
+        """This rank's share of `items`, every world-size-th, with a look at the flag and a `beat` before each.
+
+        Both happen equally often on every rank, also where the last round has no item for it.
+        """
+        world_size = self._cluster.world_size
+        for first in range(0, len(items), world_size):
+            self.check()
+            beat()
+            if first + self._cluster.rank < len(items):
+                yield items[first + self._cluster.rank]
+
+    def usable_s(self) -> float | None:
+        """What this session has left for training, in seconds; None without a time limit."""
+        if self._deadline == math.inf:
+            return None
+        return max(1.0, self._deadline - time.monotonic() - self._margin_s - self.reserve_s())
+
+    def clear(self) -> bool:
+        """Whether somebody wants the run to rest, so that no launcher should start it again by itself.
+
+        By the STOP file or an interrupt on any rank, also one that came when the session was ending for another reason.
+        The file is removed, so that the next session does not stop at once. To be called by all ranks.
+        """
+        wanted = self._interrupted
+        if self._cluster.is_first and self._file.exists():
+            self._file.unlink(missing_ok=True)
+            wanted = True
+        return any(self._cluster.maximum([wanted]))
+
+
+def _deadline(options: SessionOptions) -> tuple[float, str | None]:
+    """When the session has to be over, on the monotonic clock, which nobody can set; and who says so."""
+    now = time.monotonic()
+    limits = []
+    if options.time_limit is not None:
+        limits.append((now - process_age_s() + options.time_limit, "session.time_limit"))
+    surroundings = time_left()
+    if surroundings is not None:
+        limits.append((now + surroundings[0], surroundings[1]))
+    if not limits:
+        return math.inf, None
+    deadline, source = min(limits)
+    say(f"this session ends in {format_duration(deadline - now)}: {source}")
+    return deadline, source

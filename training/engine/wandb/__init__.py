@@ -1,0 +1,1 @@
+"""What wandb gets of a run."""

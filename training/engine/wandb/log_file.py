@@ -1,0 +1,131 @@
+"""Reads back what wandb wrote into a run folder: the steps and the summary of its sessions, whatever ended them.
+
+wandb keeps a session in `wandb/[offline-]run-DATE-ID/run-ID.wandb`: records in LevelDB's log framing, each a protobuf
+message. Promises: only whole records with a right checksum count, so of a file torn by a kill its whole part is good;
+and what `seal` has seen to, no process of an earlier session changes any more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.base.files import write_atomically
+
+_FILE_HEADER = 7  # ":W&B", a magic number, a version
+_BLOCK = 32 * 1024  # a chunk never crosses a block's border
+_CHUNK = struct.Struct("<IHB")  # checksum of kind and payload, length of the payload, kind
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class SessionLog:
+    """What the file of one session holds. `summary` has JSON texts; `whole` counts the bytes up to the first damage."""
+
+    path: Path
+    steps: frozenset[int]
+    summary: dict[str, str]
+    begun: bool
+    ended: bool
+    whole: int
+
+    @property
+    def is_offline(self) -> bool:
+        return self.path.parent.name.startswith("offline-")
+
+    @property
+    def is_uploaded(self) -> bool:
+        """True if `wandb sync` has sent it to a server, or need not."""
+        return self.path.with_name(f"{self.path.name}.synced").exists()
+
+    def mark_uploaded(self) -> None:
+        """From now on `wandb sync` skips it."""
+        self.path.with_name(f"{self.path.name}.synced").touch()
+
+    def seal(self) -> None:
+        """Cuts the file of a session that did not end by itself back to what was read; removes it if it never began.
+
+        wandb's own process outlives a killed training for a moment and may write once more. The file is replaced, not
+        changed, so what is still written goes into the old one, which has no name any more. (`wandb sync` ends with
+        an error at a torn record, and uploads nothing at all if one of its folders has no run in it.)
+        """
+        if not self.begun:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+        elif not self.ended:
+            write_atomically(self.path, self.path.read_bytes()[: self.whole])
+
+
+def session_logs(run_dir: Path, run_id: str) -> list[SessionLog]:
+    """All sessions of the run in this folder, oldest first."""
+    paths = run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
+    return [_read(path) for path in sorted(paths, key=lambda path: path.parent.name.removeprefix("offline-"))]
+
+
+def last_summary(logs: list[SessionLog]) -> dict[str, Any]:
+    """The run's summary as these sessions have left it, without wandb's own keys."""
+    texts: dict[str, str] = {}
+    for log in logs:
+        texts |= log.summary
+    return {key: json.loads(text) for key, text in texts.items() if not key.startswith("_")}
+
+
+def read_records(path: Path) -> list[Any]:
+    """The records (wandb_internal_pb2.Record) of a file, up to the first damage."""
+    return _records(path.read_bytes())[0]
+
+
+def item_key(item: Any) -> str:
+    """The key of a history or summary item, which wandb writes in one of two ways."""
+    return item.key or ".".join(item.nested_key)
+
+
+def _read(path: Path) -> SessionLog:
+    steps: set[int] = set()
+    summary: dict[str, str] = {}
+    kinds: set[str] = set()
+    records, whole = _records(path.read_bytes())
+    for record in records:
+        kinds.add(kind := record.WhichOneof("record_type"))
+        if kind == "history":
+            steps.add(record.history.step.num)
+        elif kind == "summary":
+            summary |= {item_key(item): item.value_json for item in record.summary.update}
+    return SessionLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole)
+
+
+def _records(content: bytes) -> tuple[list[Any], int]:
+    """The whole records in `content`, and the number of bytes that hold them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    messages, whole = _split(content)
+    return [Record.FromString(message) for message in messages], whole
+
+
+def _split(content: bytes) -> tuple[list[bytes], int]:
+    """LevelDB's framing: the whole records in `content`, and the number of bytes that hold them."""
+    records: list[bytes] = []
+    parts: list[bytes] = []
+    position = end = min(_FILE_HEADER, len(content))
+    while True:
+        room = _BLOCK - position % _BLOCK
+        if room < _CHUNK.size:  # too little for a chunk: zeros up to the next block
+            position += room
+        if position + _CHUNK.size > len(content):
+            return records, end
+        checksum, length, kind = _CHUNK.unpack_from(content, position)
+        position += _CHUNK.size
+        payload = content[position : position + length]
+        expected = zlib.crc32(payload, zlib.crc32(bytes([kind])))
+        begins = kind in (_FULL, _FIRST)
+        if len(payload) < length or checksum != expected or not _FULL <= kind <= _LAST or begins == bool(parts):
+            return records, end
+        position += length
+        parts.append(payload)
+        if kind in (_FULL, _LAST):
+            records.append(b"".join(parts))
+            parts, end = [], position

@@ -1,0 +1,168 @@
+"""wandb beside the record: one wandb run for all sessions of a run, its history the rows of metrics.jsonl.
+
+Promises: every step of the record stands once in wandb's history, in order, whatever kills or fallbacks lie between
+sessions; a training never waits for wandb nor fails because of it, not at its start, not at its end, not when the
+server dies in between. Without a server the sessions are kept in the run folder, for `wandb sync` later; the next
+session that finds a server uploads them first.
+
+How: the record decides. Each session reads back which steps wandb already holds, and logs the others of the record. A
+step's row is logged when the record has come to a later step, or to the end: until then its validation may be missing.
+
+One gap is left: when a session dies while it is online and the next one is offline, nobody can say which rows arrived;
+they are logged again then, so that none is lost, and a step may stand twice.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from training.base.console import warn
+from training.engine.wandb.visit import Session, WandbOptions, abandon, first_line, holds, same_run
+
+__all__ = ["WandbOptions", "WandbTracker", "publish_evaluation", "send_the_rest"]
+
+CLOSE_LIMIT_S = 15.0
+PUBLISH_LIMIT_S = 60.0  # an evaluation waits for its upload, but not for ever
+
+
+@dataclass(frozen=True)
+class _End:
+    status: str
+    reason: str
+    summary: dict[str, Any]
+
+
+class WandbTracker:
+    """Shows a run in wandb. One for each session, on the first rank only; a thread of its own does all that may wait.
+
+    run_id: wandb's id of the run as the checkpoint has it; without, it is that of `run_dir`/wandb.json, or a new one.
+    config: the resolved options, shown with the run. lines: the record as it is when the session starts, oldest first.
+    Raises UserError if wandb is asked for and not installed, or the run folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        options: WandbOptions,
+        run_dir: Path,
+        *,
+        run_id: str | None,
+        config: dict[str, Any],
+        lines: list[dict[str, Any]],
+    ):
+        self._run_id: str | None = None
+        if options.mode == "disabled":
+            return
+        self._run_id = same_run(run_dir, run_id)
+        self._session = Session(options, run_dir, self._run_id, config)
+        self._left = False
+        self._queue: SimpleQueue[dict[str, Any] | _End] = SimpleQueue()
+        for line in lines:
+            self._queue.put(line)
+        self._thread = Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """wandb's id of the run, for the checkpoint; None if disabled."""
+        return self._run_id
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Takes in a new line of the record: `kind`, `step`, values, `time`. Microseconds; never raises."""
+        if self._run_id is not None:
+            self._queue.put(line)
+
+    def close(self, status: str, reason: str, summary: dict[str, Any]) -> None:
+        """Ends the session within CLOSE_LIMIT_S. `status`: finished, resumable or failed; `summary`: final scores."""
+        if self._run_id is None:
+            return
+        self._queue.put(_End(status, reason, summary))
+        self._thread.join(CLOSE_LIMIT_S)
+        if self._thread.is_alive():
+            self._left = True
+            abandon()
+            warn("wandb did not come to an end in time and was left; what it lacks follows with the next session")
+
+    def _work(self) -> None:
+        try:
+            self._session.start()
+            row: dict[str, Any] = {}
+            while not isinstance(item := self._queue.get(), _End):
+                if row and item["step"] > row["step"]:
+                    self._session.log(row)
+                    row = {}
+                row |= _values(item)
+            if row and item.status == "finished":
+                self._session.log(row)
+            self._session.summarise({"status": item.status, "reason": item.reason, **item.summary})
+            self._session.finish(item.status)
+        except Exception as error:  # whatever wandb does, the training must not notice
+            if not self._left:
+                warn(f"wandb failed ({first_line(error)}); the training goes on, its record is metrics.jsonl")
+
+
+def send_the_rest(
+    options: WandbOptions,
+    run_dir: Path,
+    run_id: str | None,
+    config: dict[str, Any],
+    lines: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> None:
+    """For a run that is finished: brings to wandb what its last session could not, and does nothing if that is all."""
+    if options.mode != "disabled" and lines and not holds(run_dir, lines[-1]["step"]):
+        WandbTracker(options, run_dir, run_id=run_id, config=config, lines=lines).close(
+            "finished", "all steps done", summary
+        )
+
+
+def publish_evaluation(
+    run_dir: Path,
+    options: WandbOptions,
+    scores: dict[str, Any],
+    examples: list[tuple[str, ...]],
+    report: Path,
+    *,
+    part: str = "test",
+) -> None:
+    """Adds an evaluation to the run in wandb: scores (`test/bleu`), a table of examples, and the report as a file.
+
+    examples: source, reference, translation, note. Returns within PUBLISH_LIMIT_S and never raises: what goes wrong is
+    a warning, since the evaluation itself is on the disk. The history is left alone, so the run can still go on.
+    """
+    if options.mode == "disabled":
+        return
+
+    def work() -> None:
+        try:
+            import wandb
+
+            session = Session(options, run_dir, same_run(run_dir, None), config=None)
+            session.start()
+            try:
+                session.summarise({f"{part}/{key}": value for key, value in scores.items()})
+                session.attach(report)
+                columns = ["source", "reference", "translation", "note"]
+                table = wandb.Table(columns=columns, data=[list(example) for example in examples])
+                session.summarise({f"{part}/examples": table})
+            finally:
+                session.finish("finished")
+        except Exception as error:
+            warn(f"wandb did not get this evaluation ({first_line(error)}); its report is {report}")
+
+    thread = Thread(target=work, name="wandb", daemon=True)
+    thread.start()
+    thread.join(PUBLISH_LIMIT_S)
+    if thread.is_alive():
+        abandon()
+        warn(f"wandb did not come to an end in time and was left; the evaluation's report is {report}")
+
+
+def _values(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the record as part of a history row: `train/loss`, `validation/accuracy`, its step and its time."""
+    row = {f"{line['kind']}/{key}": value for key, value in line.items() if key not in ("kind", "step", "time")}
+    return {"step": line["step"], "_timestamp": line.get("time", time.time()), **row}

@@ -1,0 +1,1 @@
+"""A chat model with a run's adapters, and what it says."""

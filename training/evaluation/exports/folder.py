@@ -1,0 +1,137 @@
+"""What every export has in common: where it may appear, how it appears, and what stands in it about itself.
+
+Promises: the folder is complete or absent; nothing is replaced but an earlier export that nobody has changed.
+export.json says what an export was made from, and holds the size and SHA-256 of every other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
+from training.data.prepared import list_files
+from training.base.console import UserError, say
+from training.engine.checkpoint import EMA, Checkpoint, checkpoints
+from training.evaluation.translations.trained import Weights
+
+FORMAT = "relay-export-1"
+ABOUT = "export.json"
+CARD = "README.md"
+
+WHICH = {"best": "the best on validation", "last": "the newest", "ema": "the moving average of the weights"}
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where an export goes."""
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export that was not changed since")
+
+
+def output_of(arguments: argparse.Namespace, *, example: str) -> Path:
+    """The folder that these options ask for. Raises UserError if it cannot be made, or holds what must be kept."""
+    # Of a link to a folder, the folder is replaced, not the link.
+    output: Path = arguments.output.resolve() if arguments.output.is_symlink() else arguments.output
+    if output.name in ("", "..") or output.is_file():
+        raise UserError(f"--output {output} is not the name of a folder to make; choose one, for example {example}")
+    with writing_to(output):
+        if recover(output):
+            say(f"an earlier replacement of {output} was interrupted; the previous export is back")
+    _check_replaceable(output, arguments.overwrite)
+    return output
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raises UserError if there is anything at `output` that must be kept."""
+    if not output.exists() or not any(output.iterdir()):
+        return
+    try:
+        about = json.loads((output / ABOUT).read_text(encoding="utf-8"))
+        ours = about["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"--output {output} holds something else than an export; choose a new folder")
+    if not overwrite:
+        raise UserError(
+            f"{output} holds step {about['step']:,} of {about['run']} already; choose another --output, or replace it "
+            "with --overwrite"
+        )
+    found = {name: file for name, file in list_files(output).items() if name != ABOUT}
+    changed = sorted(name for name in {**found, **about["files"]} if found.get(name) != about["files"].get(name))
+    if changed:
+        raise UserError(
+            f"{output} was changed since it was exported ({', '.join(changed[:3])}): choose another --output, or "
+            "remove the folder yourself if the changes are of no use"
+        )
+
+
+@contextmanager
+def unpublished(output: Path) -> Iterator[Path]:
+    """An empty folder to fill and then hand to `publish`; disk errors that a user can mend become a UserError."""
+    with writing_to(output), temporary_folder(output) as folder:
+        yield folder
+
+
+def publish(folder: Path, output: Path, card: str, about: dict[str, Any]) -> None:
+    """Adds the card and export.json to the filled `folder`, and makes it appear as `output`, whatever is there.
+
+    `about` gets the list of files, as export.json has it.
+    """
+    write_atomically(folder / CARD, card)
+    for weights in folder.glob("*.safetensors"):
+        # The libraries make them for their owner's eyes only; an export is for others too.
+        weights.chmod((folder / CARD).stat().st_mode)
+    about["files"] = list_files(folder)
+    write_atomically(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    publish_folder(folder, output, replace=output.exists())
+
+
+def origin(run_dir: Path, step: int, weights: Weights, chosen: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What an export was made from: the beginning of its export.json."""
+    name = EMA if weights.which == "ema" else "model.safetensors"
+    return {
+        "format": FORMAT,
+        "run": run_dir.resolve().name,
+        "step": step,
+        "weights": str(weights),
+        "checkpoints": {checkpoint.step: checkpoint.manifest["files"][name]["sha256"] for checkpoint in chosen},
+    }
+
+
+def origin_rows(about: dict[str, Any], weights: Weights) -> str:
+    """The same as rows of the model card's last table."""
+    steps = ", ".join(f"{step:,}" for step in about["checkpoints"])
+    which = f"the mean of steps {steps}" if len(about["checkpoints"]) > 1 else f"step {steps}"
+    return (
+        f"| weights | {which} of the run {about['run']}, {WHICH[weights.which]} |\n"
+        f"| their files, SHA-256 | {', '.join(f'`{sha256}`' for sha256 in about['checkpoints'].values())} |"
+    )
+
+
+def place_of(source: dict[str, Any]) -> str:
+    """Where data came from, for others: a path on somebody's machine means nothing elsewhere."""
+    return source["place"] if source["kind"] in ("download", "hub") else Path(source["place"]).name
+
+
+def task_of(run_dir: Path) -> str | None:
+    """The training that made the run, as its newest checkpoint says; None where that cannot be read."""
+    try:
+        return checkpoints(run_dir)[-1].manifest["task"]
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def needing(*packages: str) -> Iterator[None]:
+    """Turns the lack of one of these packages into a UserError that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in packages:
+            raise
+        raise UserError(f"the export needs {error.name}: `pip install -r requirements.txt`") from None

@@ -1,0 +1,1 @@
+"""Pages: their parts and their look."""

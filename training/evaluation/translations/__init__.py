@@ -1,0 +1,1 @@
+"""Translators: their translations, scores and report."""

@@ -1,0 +1,42 @@
+"""Which sentences of a part were seen in training: a score on those says how well a model remembers.
+
+A row counts as seen if its Chinese or its English side, ignoring case, punctuation and simplified or traditional form,
+stands in the training part of the data that the run was trained on.
+"""
+
+from __future__ import annotations
+
+from training.base.console import UserError
+from training.base.progress import Progress
+from training.data.prepared import Part, Prepared, open_prepared
+from training.data.text import normalise
+from training.engine.cluster import Cluster
+from training.evaluation.translations.trained import TrainedModel
+
+
+def training_part(trained: TrainedModel, data: Prepared) -> Part | None:
+    """What the model was trained on, from `data` or from where the run's config says; None where it is not at hand."""
+    fingerprint = trained.checkpoint.manifest["data"]["fingerprint"]
+    if data.fingerprint == fingerprint:
+        return data.part("train")
+    try:
+        own = open_prepared(trained.config.data)
+    except UserError:
+        return None
+    return own.part("train") if own.fingerprint == fingerprint else None
+
+
+def seen_rows(part: Part, train: Part, cluster: Cluster) -> list[bool]:
+    """For each row of `part`, whether it was seen; the ranks share the work. Memory grows with `part` only."""
+    own = [list(map(normalise, texts)) for texts in (part.source_texts, part.target_texts)]
+    wanted, found = [set(side) for side in own], [set(), set()]
+    with Progress("looking for what was seen", len(train), "pairs") as progress:
+        for row in cluster.share(range(len(train))):
+            for side, texts in enumerate((train.source_texts, train.target_texts)):
+                text = normalise(texts[row])
+                if text in wanted[side]:
+                    found[side].add(text)
+            progress.advance(cluster.world_size)
+    everywhere = cluster.gather(found)
+    seen = [set().union(*(of_rank[side] for of_rank in everywhere)) for side in range(2)]
+    return [chinese in seen[0] or english in seen[1] for chinese, english in zip(*own, strict=True)]

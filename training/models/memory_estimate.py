@@ -1,0 +1,374 @@
+"""How much memory a process of a LoRA training needs, known before anything is loaded.
+
+The base model's config gives every tensor's shape. What a step computes on the way is found by running the real step
+without memory (fake tensors) and adding up what lives at the same time, so it follows the code and not a formula. Not
+in it: what kernels need for themselves while they run, but for `_COPYING`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from training.engine.zero import ZeroOptions, deepspeed_config
+from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters
+from training.models.base_model import QuantisationOptions, freeze, linear_layers, on_meta
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What a card holds besides tensors: CUDA's context and kernels, NCCL's buffers, gaps between blocks. Assumed.
+OVERHEAD = 900_000_000
+
+# Of bitsandbytes: weights that share a scale, and scales that share one in turn where they are quantised too.
+_BLOCK, _SCALES_BLOCK = 64, 256
+
+# Its 8-bit optimizers keep the state of smaller parameters in fp32.
+_SMALLEST_IN_8_BITS = 4096
+
+# Operations that make a copy of their input for themselves, on a CPU as on a GPU.
+_COPYING = {torch.ops.aten.logsumexp.default}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: its sequences, the longest one's inputs, and its supervised tokens."""
+
+    sequences: int
+    tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. trained: numbers in the adapters, of all processes.
+
+    activations: with what ZeRO 3 brings together of the weights at that moment. loading: at the start, when every
+    process has the base model whole, before it is spread.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    trained: int
+    loading: int = 0
+
+    @property
+    def held(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.adapters + self.gradients + self.optimizer
+
+    @property
+    def tensors(self) -> int:
+        """All of it at the moment when it is most: what torch calls the peak of allocated memory."""
+        return max(self.held + self.activations, self.loading)
+
+    def __str__(self) -> str:
+        parts = (
+            f"{name} {getattr(self, name) / 1e9:.2f}"
+            for name in ("weights", "adapters", "gradients", "optimizer", "activations")
+        )
+        loading = ""
+        if self.loading > self.held + self.activations:
+            loading = f"; most while the base model is loaded, before it is spread: then {self.loading / 1e9:.2f}"
+        return f"{self.tensors / 1e9:.2f} GB of tensors a process ({', '.join(parts)}{loading})"
+
+    def room_for_activations(self, card: float) -> float:
+        """Bytes that a card of `card` bytes has left for activations; negative where the rest does not fit either."""
+        return card - OVERHEAD - self.held
+
+    def fits(self, card: float) -> bool:
+        """Whether a card of `card` bytes has room for all of it."""
+        return self.tensors <= card - OVERHEAD
+
+    def shortage(self, card: float) -> str:
+        """Why it does not fit, in words."""
+        return f"a card of {card / 1e9:.1f} GB is too small: {self}, and about {OVERHEAD / 1e9:.1f} GB for CUDA itself"
+
+
+def estimate(
+    config: PretrainedConfig,
+    quantisation: QuantisationOptions,
+    lora: LoraOptions,
+    shape: Shape,
+    *,
+    compute_type: torch.dtype,
+    optimizer: str,
+    checkpoint_layers: bool,
+    logits_tokens: int,
+    device_type: str = "cuda",
+    ranks: int = 1,
+    zero: ZeroOptions | None = None,
+) -> Memory:
+    """The memory of a training of `config` with these options, its largest micro-batch being of `shape`.
+
+    device_type: where it trains, `cuda` or `cpu`; with 16 bits the latter copies more. zero: None without DeepSpeed.
+    """
+    base = on_meta(config, compute_type)
+    in_4_bits = {layer.weight for layer in linear_layers(base)} if quantisation.kind == "nf4" else set()
+    frozen = {*base.parameters()}
+    scales = sum(_bytes_of_scales(each, quantisation.double) for each in in_4_bits)
+    scales += sum(each.nbytes for each in {*base.buffers()} - frozen)
+    stored = [_Stored(each.numel() // 2, 1) if each in in_4_bits else _Stored.of(each) for each in frozen]
+    whole = scales + sum(each.bytes for each in stored)
+    largest = max((each.nbytes for each in in_4_bits), default=0)  # comes in 16 bits, one after the other
+    # DoRA unpacks each weight for its norm, in fp32, which layers without weights cannot show.
+    unpacked = 4 * max(map(Tensor.numel, in_4_bits), default=0) if lora.dora else 0
+    if in_4_bits and not lora.dora:
+        _hold_in_4_bits(base, compute_type)
+    freeze(base, compute_type)
+    adapted = add_adapters(base, lora)
+    if in_4_bits and device_type == "cuda" and compute_type != torch.float32:
+        # Under a GPU's autocast, of which it asks even on a CPU, peft hands these layers' input on as it is.
+        for module in adapted.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    model = AnswerModel(adapted, logits_tokens=logits_tokens, checkpoint_layers=checkpoint_layers)
+    sizes = [each.numel() for each in model.parameters() if each.requires_grad]
+    trained = sum(sizes)
+    if zero is None:
+        return Memory(
+            weights=whole,
+            adapters=4 * trained,
+            gradients=4 * trained * (2 if ranks > 1 else 1),  # DDP's buckets, and what is added up before them
+            optimizer=sum(_state_bytes(size, in_8_bits=optimizer != "adamw") for size in sizes),
+            activations=unpacked + _activations(model, shape, compute_type),
+            trained=trained,
+        )
+    told = deepspeed_config(zero, None, trained, device_type, frozen=True)["zero_optimization"]
+    part, bucket = 4 * -(-trained // ranks), 4 * told["reduce_bucket_size"]
+    spread = None
+    weights, adapters = whole, 4 * trained
+    gradients = bucket + (part if zero.stage == 2 else adapters)
+    if zero.stage == 3:
+        small, on_host = told["stage3_param_persistence_threshold"], zero.offload == "all"
+        weights = scales + sum(each.spread(ranks, small, on_host) for each in stored)
+        adapters = sum(_Stored(size, 4).spread(ranks, small, on_host) for size in sizes)
+        gradients = bucket + 2 * part  # what is added up, and what the optimizer gets
+        size = 1 if in_4_bits else compute_type.itemsize
+        spread = _Spread(small, size * told["stage3_max_live_parameters"])
+    return Memory(
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients,
+        optimizer=2 * part if zero.offload == "none" else 0,
+        activations=unpacked + _activations(model, shape, compute_type, spread),
+        trained=trained,
+        loading=max(whole + 4 * trained, whole + largest) if zero.stage == 3 else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A parameter as it lies in memory."""
+
+    numbers: int
+    size: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Stored:
+        return cls(tensor.numel(), tensor.itemsize)
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.size
+
+    def spread(self, ranks: int, small: int, on_host: bool) -> int:
+        """Bytes on a rank under ZeRO 3: its part, unless in host memory, and all of what is too small to spread."""
+        part = -(-self.numbers // ranks) * self.size
+        if self.numbers <= small:
+            return self.bytes + part
+        return 0 if on_host else part
+
+
+def _state_bytes(numbers: int, in_8_bits: bool) -> int:
+    """Of AdamW, for a parameter of so many numbers: two moments, in fp32 or in 8 bits with a scale per 256."""
+    if not in_8_bits or numbers < _SMALLEST_IN_8_BITS:
+        return 8 * numbers
+    return 2 * (numbers + 4 * -(-numbers // 256))
+
+
+def _bytes_of_scales(weight: Tensor, double: bool) -> int:
+    """What a weight in 4 bits needs besides itself; it is never spread."""
+    blocks = -(-weight.numel() // _BLOCK)
+    tables = 4 * 16 + (4 * 256 + 4 if double else 0)
+    scales = blocks + 4 * -(-blocks // _SCALES_BLOCK) if double else 4 * blocks
+    return scales + tables
+
+
+def _hold_in_4_bits(base: PreTrainedModel, compute_type: torch.dtype) -> None:
+    """Replaces the linear layers by such as peft and the step find them in a quantised model."""
+    import bitsandbytes  # slow to import
+
+    class In4Bits(bitsandbytes.nn.Linear4bit):
+        def forward(self, x: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias.to(compute_type)
+            return _UnpackedProduct.apply(x.to(compute_type), self.out_features, bias).to(x.dtype)
+
+    wanted = set(linear_layers(base))
+    for name, layer in list(base.named_modules()):
+        if layer in wanted:
+            own = In4Bits(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                compute_dtype=compute_type,
+                quant_type="nf4",
+                device="meta",
+            )
+            base.set_submodule(name, own)
+    base.is_loaded_in_4bit = True  # what peft goes by
+
+
+class _UnpackedProduct(torch.autograd.Function):
+    """x [..., in] times a weight in 4 bits, which is unpacked for this product alone, and again backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int, bias: Tensor | None) -> Tensor:
+        ctx.shape = (width, x.shape[-1])
+        return nn.functional.linear(x, _unpacked(ctx.shape, x), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ _unpacked(ctx.shape, gradient), None, None
+
+
+def _unpacked(shape: tuple[int, int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+class _Spread:
+    """Weights that come together where a module begins and part where it ends, as under ZeRO 3.
+
+    small: numbers of a weight that is not spread. ahead: bytes that are fetched before they are needed.
+    """
+
+    def __init__(self, small: int, ahead: int):
+        self._small, self._ahead = small, ahead
+        self._now: Tensor | None = None
+        self._layer: list[Tensor] = []  # of a layer that is computed again: there until its backward pass begins
+
+    def follow(self, model: nn.Module) -> None:
+        """To be called before the model's tensors are replaced."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        whole = isinstance(model, BaseTunerLayer)  # see `spread_by_layer`
+        needed = 0
+        for module in model.modules() if whole else (model,):
+            for name, parameter in module.named_parameters(recurse=False):
+                packed = isinstance(module, nn.Linear) and name == "weight" and hasattr(module, "compute_dtype")
+                stored = _Stored(parameter.numel() // 2, 1) if packed else _Stored.of(parameter)
+                needed += stored.bytes if stored.numbers > self._small else 0
+        if needed:
+            model.register_forward_pre_hook(partial(self._begins, needed))
+            model.register_forward_hook(partial(self._ends, needed))
+        for child in () if whole else model.children():
+            self.follow(child)
+
+    def _begins(self, needed: int, *_: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # within the backward pass
+            self._layer.append(torch.empty(needed, dtype=torch.uint8))
+        else:
+            self._fetch(needed)
+
+    def _ends(self, needed: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._now = None
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(partial(self._goes_back, needed))
+
+    def _goes_back(self, needed: int, gradient: Tensor) -> None:
+        self._layer.clear()
+        self._fetch(needed)
+
+    def _fetch(self, needed: int) -> None:
+        self._now = None
+        self._now = torch.empty(max(needed, self._ahead), dtype=torch.uint8)
+
+    def end(self) -> None:
+        self._now = None
+        self._layer.clear()
+
+
+def _activations(model: AnswerModel, shape: Shape, compute_type: torch.dtype, spread: _Spread | None = None) -> int:
+    """Bytes of what a forward and backward pass holds at its peak, besides parameters and gradients."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model.train()
+    if spread is not None:
+        spread.follow(model)
+    with FakeTensorMode():
+        _give_fake_tensors(model)
+        inputs = torch.zeros(shape.sequences, shape.tokens, dtype=torch.long)
+        scored = labels = torch.zeros(shape.supervised, dtype=torch.long)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        with live_memory(known) as peak:
+            # As in the training, casts of adapters that autocast keeps end with it, before the backward pass.
+            with torch.autocast("cpu", dtype=compute_type, enabled=compute_type != torch.float32):
+                losses, _ = model(inputs, scored, labels)
+                loss = losses.sum()
+            del losses
+            loss.backward()
+        if spread is not None:
+            spread.end()
+    return peak()
+
+
+def _give_fake_tensors(model: nn.Module) -> None:
+    """Replaces parameters and buffers on the meta device by fake ones of the CPU, where kernels are chosen as usual."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@contextmanager
+def live_memory(known: list[Tensor]) -> Iterator[Callable[[], int]]:
+    """Counts the bytes of tensors made inside the block that live at the same time; yields a function for their peak.
+
+    known: tensors that do not count, whose storages may turn up again as those of views.
+    """
+    tracker = _LiveMemory(known)
+    with tracker:
+        yield lambda: tracker.peak
+
+
+class _LiveMemory(TorchDispatchMode):
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _COPYING:
+            self.peak = max(self.peak, self.live + args[0].nbytes)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._seen:
+                    self._seen.add(storage)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
