@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"uninterrupted: {arguments.steps} steps with {processes} process(es)")
     whole = training("uninterrupted")
     whole.finish()
-    say(f"interrupted: the same with {arguments.kills} accidents")
+    say(f"interrupted: the same with {arguments.kills} accident(s)")
     broken = training("interrupted")
     events = interrupt(broken, arguments.kills, random.Random(arguments.random_seed))
     different = differences(whole, broken)
@@ -230,11 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"NOT the same: {'; '.join(different) or 'a published checkpoint was lost'}. Both runs are in {folder}")
         return 1
     say(
-        f"the same, bit for bit: {len(events)} accidents, all {len(read_metrics(whole.run_dir))} lines of the record "
+        f"the same, bit for bit: {len(events)} accident(s), all {len(read_metrics(whole.run_dir))} lines of the record "
         f"equal, {format_duration(time.monotonic() - began)}"
     )
     if len(events) < arguments.kills:
-        say(f"(the run was finished before {arguments.kills} accidents could happen; more --steps leave room for more)")
+        say(f"(the run was finished before {arguments.kills} could happen; more --steps leave room for more)")
     shutil.rmtree(folder)
     return 0
 

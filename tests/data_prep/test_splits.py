@@ -13,7 +13,6 @@ from training.data.prepared import PARTS, Prepared, open_prepared
 from training.data.text import normalise
 
 
-
 def prepared(folder: Path, *words: str) -> Prepared:
     assert tatoeba.main(["--source", str(REAL_TATOEBA), "--output", str(folder), *words]) == 0
     return open_prepared(folder)

@@ -23,7 +23,6 @@ from training.base.files import temporary_folder
 from training.data.prepared import open_prepared
 
 
-
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "data_prep.tatoeba", *map(str, words)]
 

@@ -39,18 +39,18 @@ ROOT = Path(__file__).resolve().parents[2]
 # The tests run on the CPU everywhere, one thread per process, since several processes run at once.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
-# What each kind has imported; torch's optimizers import torch._dynamo when the first is made. Nothing that a command
-# promises not to import belongs here, such as wandb.
-_TORCH = ["torch", "torch.distributed", "torch._dynamo", "training.gpt"]
-_TRANSFORMERS = ["transformers", "peft", "bitsandbytes", "training.qlora"]
+# What each kind has imported, beside what the kind before it has, from which it is forked. torch's optimizers import
+# torch._dynamo when the first is made. Nothing that a command promises not to import belongs here, such as wandb.
 KINDS = {
     "plain": [
-        *(*_TORCH, "training.seq2seq", "training.evaluation.evaluate", "data_prep.tatoeba"),
+        *("torch", "torch.distributed", "torch._dynamo", "training.gpt", "training.seq2seq"),
+        *("training.evaluation.evaluate", "data_prep.tatoeba"),
         *("datasets", "sacrebleu", "sklearn.model_selection", "sentencepiece", "opencc"),
     ],
-    "chat": [*_TORCH, *_TRANSFORMERS, "data_prep.disc_law"],
-    "deepspeed": [*_TORCH, *_TRANSFORMERS, "deepspeed"],
+    "chat": ["transformers", "peft", "bitsandbytes", "training.qlora", "data_prep.disc_law"],
+    "deepspeed": ["deepspeed"],
 }
+_BEFORE = {"chat": "plain", "deepspeed": "chat"}
 _CHAT = ("qlora", "answers", "adapters", "disc_law", "instructions", "conversations")
 
 # Variables that count while a process runs; all others might have been read when something was imported.
@@ -131,18 +131,18 @@ def _connect(folder: Path, kind: str) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not address.exists():
             controller = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-            words = [sys.executable, "-m", "tests.support.zygote", kind, str(address), str(controller)]
+            words = [kind, str(address), str(controller)]
             # Arrow's memory pool has a thread, which could hold a lock that nobody in a child would ever open.
             environment = {**ENVIRONMENT, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            zygote: subprocess.Popen[bytes] | Forked
             with (folder / f"{kind}.log").open("wb") as log:
-                zygote = subprocess.Popen(
-                    words,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+                if kind in _BEFORE:
+                    request = {"module": __name__, "words": words, "ranks": None, "env": environment}
+                    zygote = Forked(folder, _BEFORE[kind], {**request, "folder": str(ROOT)}, log, log)
+                else:
+                    command = [sys.executable, "-m", __name__, *words]
+                    how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+                    zygote = subprocess.Popen(command, env=environment, **how)
             while not address.exists():
                 assert zygote.poll() is None, (folder / f"{kind}.log").read_text()
                 time.sleep(0.02)

@@ -23,7 +23,6 @@ from training.data.conversations import open_conversations
 from training.data.prepared import PARTS, Prepared, Ragged, open_prepared
 
 
-
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Prepared:
     output = tmp_path_factory.mktemp("prepared") / "sample"

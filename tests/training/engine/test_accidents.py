@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, ROOT, Started
+from tests.support.commands import Started
 from tests.support.lives import (
     EPOCH,
     LOG_EVERY,
@@ -102,9 +101,8 @@ def test_kills_at_any_moment_lose_no_more_than_since_the_last_checkpoint(uninter
 
     result = life.finish(uninterrupted(2))
     assert f"resuming at step {newest} from" in result.out
-    listed = [sys.executable, "-m", "training.engine.checkpoint", str(life.run_dir)]
-    listing = subprocess.run(listed, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert listing.returncode == 0 and "ok (newest" in listing.stdout, listing
+    listing = launch(life.run_dir, module="training.engine.checkpoint").wait()
+    assert listing.status == 0 and "ok (newest" in listing.out, listing
     reasons = [session["reason"] for session in read_sessions(life.run_dir)]
     assert reasons[1] == reasons[3] == "killed, or its machine went down" and reasons[-1] == "all steps done"
 
@@ -162,14 +160,12 @@ def test_signal_to_one_of_four_ranks_or_to_all_stops_all_at_the_same_step(uninte
 
 def test_signal_to_the_launcher_is_passed_on_and_stops_the_run(uninterrupted, launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=2)
-    handled = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
-    for number, step in ((signal.SIGUSR1, 10), (signal.SIGTERM, 30)):
-        session = life.start(SLOW, torchrun=handled)
-        session.wait_for_step(life.run_dir, step)
-        os.kill(session.process.pid, number)
-        session.wait()
-        assert_all_gone(session)
-        assert_stopped(life.run_dir, f"signal {number.name}")
+    session = life.start(SLOW, torchrun=("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"))
+    session.wait_for_step(life.run_dir, 10)
+    os.kill(session.process.pid, signal.SIGUSR1)
+    session.wait()
+    assert_all_gone(session)
+    assert_stopped(life.run_dir, "signal SIGUSR1")
     life.finish(uninterrupted(2))
 
 
@@ -430,7 +426,8 @@ def test_time_limit_ends_a_session_in_time_and_the_next_ones_finish(uninterrupte
     slower = {**SLOW, "seconds": 0.2}  # 60 steps then take 24 s at least
 
     def limited(limit_s: float, *words: object, environment: dict[str, str] | None = None) -> str:
-        session = life.start(slower, words=("--session.margin", "2s", *words), environment=environment)
+        words = ("--session.margin", "2s", *words)
+        session = life.start(slower, words=words, environment=environment, real=False)
         wait_until(session, lambda: "this session ends in" in session.printed(), "told the limit")
         told = time.time()
         result = session.wait()
@@ -530,7 +527,7 @@ def test_hanging_rank_is_named_with_its_stack_and_a_stopped_one_by_its_silence(
 def test_mistake_on_one_rank_is_told_before_the_others_notice_and_ends_all(
     uninterrupted, launch, sample_data, tmp_path
 ):
-    life = Life(launch, tmp_path, sample_data, ranks=2, real=True)
+    life = Life(launch, tmp_path, sample_data, ranks=2)
     session = life.start({"at": "forward", "step": 17, "rank": 1, "do": "raise"})
     session.wait_for_step(life.run_dir, 15)
     began = time.monotonic()
