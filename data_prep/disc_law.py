@@ -28,10 +28,10 @@ from data_prep.disc_law_records import (
 )
 from data_prep.prepare_conversations import prepare
 from data_prep.records import ConversationOptions, Corpus
-from training.data.conversations import DISC_LAW_SFT
 from training.base.console import run_main
 from training.base.options import parse
 from training.data.chat import Message, user
+from training.data.conversations import DISC_LAW_SFT
 
 
 class DiscLawOptions(ConversationOptions):
