@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from training.base.console import UserError, run_main, say, warn
 from training.base.environment import staged
 from training.base.options import Options, parse
-from training.data.conversations import ConversationPart, Conversations, open_conversations
+from training.data.conversations import ConversationPart, open_conversations
 from training.engine.batch_plan import BatchPlan, batches_by_length, sorted_by_length
 from training.engine.cluster import Cluster
 from training.engine.loop import train
@@ -32,9 +32,8 @@ from training.models.base_model import (
     QuantisationOptions,
     find_base_model,
     fingerprint_of,
-    linear_layers,
+    flops_per_token,
     load_base_model,
-    on_meta,
     read_config,
 )
 
@@ -260,25 +259,6 @@ def advice(config: QLoRAConfig, memory: Memory, card: float, ranks: int) -> list
     return found
 
 
-def check_tokenizer(data: Conversations, folder: Path, vocabulary_size: int) -> None:
-    """Raises UserError unless the data was prepared with the tokenizer of the base model in `folder`."""
-    size = data.meta["tokenizer"]["size"]
-    if size > vocabulary_size:
-        raise UserError(
-            f"{data.folder} was prepared with a tokenizer of {size:,} tokens, but the model in {folder} knows "
-            f"{vocabulary_size:,}: prepare the data with --tokenizer {folder}"
-        )
-    if (folder / "tokenizer_config.json").is_file():
-        from training.data.chat import load_chat_tokenizer
-
-        own = load_chat_tokenizer(str(folder)).sha256
-        if own != data.identity["tokenizer"]:
-            raise UserError(
-                f"{data.folder} was prepared with another tokenizer or chat template than that of the model in "
-                f"{folder}: prepare the data with --tokenizer {folder}"
-            )
-
-
 def main() -> int:
     config, dry_run = parse(QLoRAConfig, sys.argv[1:], prog="python -m training.qlora", about=__doc__)
     data = open_conversations(staged(config.data))
@@ -290,7 +270,7 @@ def main() -> int:
     text = about.get_text_config()
 
     with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
-        cluster.on_first(lambda: check_tokenizer(data, folder, text.vocab_size))
+        cluster.on_first(lambda: data.check_tokenizer(folder, text.vocab_size))
         longest = int(max(answers.lengths.max(), held_out.lengths.max(initial=0)))
         if longest > text.max_position_embeddings:
             raise UserError(
@@ -317,20 +297,6 @@ def main() -> int:
             libraries=LIBRARIES,
         )
         return train(config, task, data, cluster, dry_run=dry_run)
-
-
-def flops_per_token(about: PretrainedConfig, mean_length: float, supervised_share: float) -> float:
-    """Floating-point operations of forward and backward per token of input, computing nothing twice.
-
-    Through frozen weights goes the gradient of what they read, but none of their own: two products instead of three.
-    """
-    model = on_meta(about)
-    text = about.get_text_config()
-    head = model.get_output_embeddings().weight.numel()
-    layers = sum(layer.weight.numel() for layer in linear_layers(model))
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    attention = 3 * 2 * 2 * text.num_hidden_layers * width * mean_length / 2  # looks back over half of it, in the mean
-    return 2 * 2 * (layers + supervised_share * head) + attention
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ only for translations of usual length, and random weights know none.
 - The tutorial's way, for the seq2seq: the same, but the decoder always takes as many steps as in training, 45, and what
   is behind `<eos>` is dropped.
 - Relay: `translate` of training/evaluation/translations/decoding.py on all of them, two processes of one thread with
-  half of the sentences each, as `training.evaluation.evaluate` shares them under torchrun. Beside it, one process of two
-  threads.
+  half of the sentences each, as `evaluate` shares them under torchrun. Beside it, one process of two threads.
 
 `gpt_ratio`, `seq2seq_ratio` and `seq2seq_tutorial_ratio` are those of the seed recipes' models (GPT: width 64, 4
 layers, 4 heads; seq2seq: width 128, one layer, one direction; words as tokens); without --quick a larger GPT (width

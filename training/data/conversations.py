@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.base.console import UserError
 from training.data.prepared import PreparedFolder, Ragged, Texts, ragged, read_meta
 
 FORMAT = "relay-conversations-1"
@@ -67,6 +68,23 @@ class Conversations(PreparedFolder):
             Texts(columns["task"]),
             Texts(columns["messages"]),
         )
+
+    def check_tokenizer(self, folder: Path, vocabulary_size: int) -> None:
+        """Raises UserError unless the data was prepared with the tokenizer of the base model in `folder`."""
+        size = self.meta["tokenizer"]["size"]
+        if size > vocabulary_size:
+            raise UserError(
+                f"{self.folder} was prepared with a tokenizer of {size:,} tokens, but the model in {folder} knows "
+                f"{vocabulary_size:,}: prepare the data with --tokenizer {folder}"
+            )
+        if (folder / "tokenizer_config.json").is_file():
+            from training.data.chat import load_chat_tokenizer  # slow to import
+
+            if load_chat_tokenizer(str(folder)).sha256 != self.identity["tokenizer"]:
+                raise UserError(
+                    f"{self.folder} was prepared with another tokenizer or chat template than that of the model in "
+                    f"{folder}: prepare the data with --tokenizer {folder}"
+                )
 
 
 def open_conversations(folder: str | Path) -> Conversations:

@@ -29,6 +29,7 @@ from training.base.environment import (
 )
 
 T = TypeVar("T")
+Result = TypeVar("Result")
 
 # Long enough for the slowest save or download between two collectives, short enough to end a hanging run.
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -217,6 +218,20 @@ class Cluster:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of a list: every world-size-th."""
         return items[self.rank :: self.world_size]
+
+    def shared_out(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]], *, per_rank: int
+    ) -> list[Result]:
+        """The result of every item, in order, on every rank. work(own items): as many results, in their order.
+
+        The ranks meet whenever each has done `per_rank` items, so that none waits long for the others in a collective.
+        """
+        results: list[Result] = []
+        for start in range(0, len(items), per_rank * self.world_size):
+            block = items[start : start + per_rank * self.world_size]
+            shares = self.gather(list(work(self.share(block))))
+            results += [shares[place % self.world_size][place // self.world_size] for place in range(len(block))]
+        return results
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks of a tensor on this rank's device."""

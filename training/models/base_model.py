@@ -254,3 +254,17 @@ def _quiet(transformers: Any) -> Iterator[None]:
         log.set_verbosity(level)
         if bar:
             log.enable_progress_bar()
+
+
+def flops_per_token(about: PretrainedConfig, mean_length: float, supervised_share: float) -> float:
+    """Floating-point operations of forward and backward per token of input, computing nothing twice.
+
+    Through frozen weights goes the gradient of what they read, but none of their own: two products instead of three.
+    """
+    model = on_meta(about)
+    text = about.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(layer.weight.numel() for layer in linear_layers(model))
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    attention = 3 * 2 * 2 * text.num_hidden_layers * width * mean_length / 2  # looks back over half of it, in the mean
+    return 2 * 2 * (layers + supervised_share * head) + attention

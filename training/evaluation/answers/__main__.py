@@ -43,7 +43,6 @@ from training.evaluation.answers.evaluation import AnswerEvaluation
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, about_overlap, render
 from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers
-from training.evaluation.answers.sharing import shared_out
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
 from training.evaluation.chat_model.generation import Generated, answers_to
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
@@ -55,7 +54,7 @@ from training.qlora import LIBRARIES, Answers, losses_of
 # Positions of a batch of losses; a single conversation may be longer.
 LOSS_TOKENS = 4096
 
-# How far a rank may be ahead of another, see `shared_out`: minutes at most.
+# How far a rank may be ahead of another, see `Cluster.shared_out`: minutes at most.
 BATCHES_BETWEEN_MEETINGS = 64
 
 DEFAULT_ANSWERS, DEFAULT_TOKENS = 100, 512
@@ -311,7 +310,7 @@ def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, 
                 progress.advance()
             return found
 
-        sums = shared_out(cluster, batches, work, per_rank=BATCHES_BETWEEN_MEETINGS)
+        sums = cluster.shared_out(batches, work, per_rank=BATCHES_BETWEEN_MEETINGS)
     nats = np.full(len(answers.lengths), np.nan)
     for samples, own in zip(batches, sums, strict=True):
         nats[samples] = own

@@ -16,13 +16,12 @@ import torch
 from training.base.progress import Progress
 from training.engine.cluster import Cluster
 from training.engine.precision import Precision
-from training.evaluation.answers.sharing import shared_out
 from training.evaluation.chat_model.adapters import TrainedAdapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# How far a rank may be ahead of another, see `shared_out`: minutes at most.
+# How far a rank may be ahead of another, see `Cluster.shared_out`: minutes at most.
 ANSWERS_BETWEEN_MEETINGS = 64
 
 # Positions of a batch, prompts and answers together: their keys and values are what memory goes to.
@@ -102,7 +101,7 @@ def answers_to(
             label=label,
         )
 
-    given = shared_out(cluster, order, work, per_rank=ANSWERS_BETWEEN_MEETINGS)
+    given = cluster.shared_out(order, work, per_rank=ANSWERS_BETWEEN_MEETINGS)
     everything = dict(zip(order, given, strict=True))
     return [everything[place] for place in range(len(prompts))]
 
