@@ -60,8 +60,8 @@ FAULTS = (
     Fault(
         "GPT does not learn to end",
         "training/gpt.py",
-        "predicts_target = (position >= separator) & (position < end)",
-        "predicts_target = (position >= separator) & (position < end - 1)",
+        "inside = position < torch.from_numpy(self.lengths[samples])[:, None]",
+        "inside = position < torch.from_numpy(self.lengths[samples] - 1)[:, None]",
         "tests/training/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further[all-False]",
     ),
     Fault(
@@ -168,16 +168,16 @@ FAULTS = (
     # A step.
     Fault(
         "mean of means",
-        "training/engine/parallel.py",
-        "share = loss(self._replica, batch) / weight",
-        "share = loss(self._replica, batch) / (len(batches) * len(batch.samples))",
+        "training/engine/loop.py",
+        "loss = task.loss(engine.replica, batch.samples) / weight",
+        "loss = task.loss(engine.replica, batch.samples) / (len(batches) * len(batch.samples))",
         "tests/training/engine/test_loop.py::test_gradient_of_a_step_is_that_of_the_mean_over_all_its_tokens",
     ),
     Fault(
         "dropout depends on the rank",
         "training/engine/loop.py",
-        "np.random.SeedSequence([config.seed, step, batch.number])",
-        "np.random.SeedSequence([config.seed, step, batch.number // cluster.world_size, cluster.rank])",
+        "seed_dropout(config.seed, step, batch.number, cluster.device)",
+        "seed_dropout(config.seed, step, cluster.rank, cluster.device)",
         "tests/training/engine/test_loop.py::test_micro_batches_and_their_dropout_do_not_depend_on_the_rank_that_runs_them[2]",
     ),
     Fault(
@@ -211,8 +211,8 @@ FAULTS = (
     Fault(
         "gradient divided by the number of ranks",
         "training/engine/parallel.py",
-        "self._backward(share * self._cluster.world_size)",
-        "self._backward(share)",
+        "self._backward(loss * self._cluster.world_size)",
+        "self._backward(loss)",
         "tests/training/engine/test_loop.py::test_four_ranks_add_gradients_up_in_the_same_order_in_a_processs_first_step_as_later",
     ),
     Fault(

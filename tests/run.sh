@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh
+install_list tests/requirements.txt
 workers=$(($(env -u OMP_NUM_THREADS nproc) + 2))  # it would take that variable for the number of cores
 # One thread per process: tests start several at once. No test may look for a hub.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

@@ -26,9 +26,8 @@ from tests.support.commands import PATIENCE_S, Launch
 from training.base.console import UserError
 from training.data.prepared import open_prepared
 from training.gpt import Sequences
-from training.gpt import plan_of as gpt_plan
 from training.seq2seq import TwoSides
-from training.seq2seq import plan_of as seq2seq_plan
+from training.translation import plan_of
 
 ZERO = ("zero1", "zero2", "zero3")
 
@@ -212,7 +211,7 @@ def test_sentences_are_counted_once_whether_their_sides_are_read_together_or_apa
     options = config_of(bench, [config], data)
     part = data.part("train")
     rows = Sequences(part, options.model.context) if bench == "gpt" else TwoSides(part, options.model.max_length)
-    plan = (gpt_plan if bench == "gpt" else seq2seq_plan)(options, rows)
+    plan = plan_of(options, rows)
     tokens = sum(plan.tokens(step)[0] for step in range(plan.steps))
     assert tokens / (tokens_a_sentence(plan) * len(part)) == pytest.approx(plan.epoch(plan.steps), rel=0.01)
 

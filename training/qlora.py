@@ -155,6 +155,24 @@ def validation_scores(
     return Validation(loss, accuracy)
 
 
+class Answering(Task):
+    """A training on conversations. tokens: positions of a batch of the validation."""
+
+    name = "qlora"
+    may_change = MAY_CHANGE
+    libraries = LIBRARIES
+
+    def __init__(self, answers: Answers, held_out: Answers, cluster: Cluster, precision: Precision, tokens: int):
+        self.answers, self.held_out, self.cluster = answers, held_out, cluster
+        self.precision, self.tokens = precision, tokens
+
+    def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
+        return losses_of(model, self.answers, samples, self.cluster.device)[0].sum()
+
+    def validate(self, model: nn.Module, share: Share) -> Validation:
+        return validation_scores(model, self.held_out, self.cluster, self.precision, self.tokens, share)
+
+
 def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
     """The order in which the run trains on `answers`."""
     optim = config.optim
@@ -281,21 +299,13 @@ def main() -> int:
         compute_type = COMPUTE_TYPES[precision.name]
         memory = cluster.on_first(lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run))
         torch.manual_seed(config.seed)  # the same adapters on every rank
-        model = build_model(config, folder, compute_type, cluster.device)
         tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
         supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
-        task = Task(
-            name="qlora",
-            model=model,
-            plan=plan,
-            loss=lambda replica, samples: losses_of(replica, answers, samples, cluster.device)[0].sum(),
-            validate=lambda replica, share: validation_scores(replica, held_out, cluster, precision, tokens, share),
-            flops_per_token=flops_per_token(about, float(answers.lengths.mean()), supervised),
-            memory=memory and f"{memory.tensors / 1e9:.2f} GB of tensors a process",
-            built_on={"base_model": fingerprint_of(folder)},
-            may_change=MAY_CHANGE,
-            libraries=LIBRARIES,
-        )
+        task = Answering(answers, held_out, cluster, precision, tokens)
+        task.model, task.plan = build_model(config, folder, compute_type, cluster.device), plan
+        task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
+        task.memory = memory and f"{memory.tensors / 1e9:.2f} GB of tensors a process"
+        task.built_on = {"base_model": fingerprint_of(folder)}
         return train(config, task, data, cluster, dry_run=dry_run)
 
 

@@ -20,12 +20,11 @@ from training.base.environment import staged
 from training.base.options import parse
 from training.data.prepared import Part, open_prepared
 from training.data.tokenizers import EOS, PAD, SOS
-from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
-from training.engine.task import RunOptions, Share, Task, Validation
+from training.engine.task import RunOptions
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
-from training.translation import Pairs, TranslationLoss, held_out_scores
+from training.translation import Pairs, Translating, TranslationLoss
 
 
 class LossOptions(TranslationLoss):
@@ -65,48 +64,24 @@ class TwoSides(Pairs):
         arrays = source, source_lengths, inputs, scored, labels.reshape(-1)[scored]
         return tuple(map(torch.from_numpy, arrays))
 
+    def predictions(
+        self, model: nn.Module, samples: np.ndarray, device: torch.device, options: LossOptions | None = None
+    ) -> tuple[Tensor, Tensor, None]:
+        """See `Pairs`."""
+        source, lengths, inputs, scored, labels = self.batch(samples)
+        # Drawn on the CPU, so that it is the same on every device.
+        own = torch.rand(inputs.shape) >= options.teacher_forcing if options and options.teacher_forcing < 1 else None
+        source, inputs, scored, labels = (
+            tensor.to(device, non_blocking=True) for tensor in (source, inputs, scored, labels)
+        )
+        return model(source, lengths, inputs, scored, None if own is None else own.to(device)), labels, None
+
 
 def _followed_by_end(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`ids` [B, L] with `<eos>` behind each row's end, [B, L + 1]; and the `lengths` [B], which count it."""
     longer = np.pad(ids, ((0, 0), (0, 1)), constant_values=PAD)
     np.put_along_axis(longer, lengths[:, None] - 1, EOS, axis=1)
     return longer, lengths
-
-
-def predictions(
-    model: nn.Module, pairs: TwoSides, samples: np.ndarray, device: torch.device, teacher_forcing: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Logits [N, vocabulary] and labels [N] of the samples' target tokens."""
-    source, lengths, inputs, scored, labels = pairs.batch(samples)
-    # Drawn on the CPU, so that it is the same on every device.
-    own = torch.rand(inputs.shape) >= teacher_forcing if teacher_forcing < 1 else None
-    source, inputs, scored, labels = (
-        tensor.to(device, non_blocking=True) for tensor in (source, inputs, scored, labels)
-    )
-    return model(source, lengths, inputs, scored, None if own is None else own.to(device)), labels
-
-
-def summed_loss(
-    model: nn.Module, pairs: TwoSides, samples: np.ndarray, options: LossOptions, device: torch.device
-) -> Tensor:
-    """Cross-entropy summed over a micro-batch's target tokens: a scalar, with gradient."""
-    logits, labels = predictions(model, pairs, options.read(samples), device, options.teacher_forcing)
-    return options.losses(logits, labels).sum()
-
-
-def validation_scores(model: nn.Module, pairs: TwoSides, cluster: Cluster, share: Share | None = None) -> Validation:
-    """Loss and accuracy over all target tokens, the reference being given up to each."""
-    return held_out_scores(
-        model, pairs, lambda replica, samples: predictions(replica, pairs, samples, cluster.device), cluster, share
-    )
-
-
-def plan_of(config: Seq2SeqConfig, pairs: TwoSides) -> BatchPlan:
-    """The order in which the run trains on `pairs`."""
-    optim = config.optim
-    return BatchPlan(
-        pairs.lengths, pairs.target_tokens, config.batch, seed=config.seed, epochs=optim.epochs, steps=optim.steps
-    )
 
 
 def main() -> int:
@@ -120,16 +95,8 @@ def main() -> int:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
         model = AttentionGRU(config.model, *sizes)
-        task = Task(
-            name="seq2seq",
-            model=model,
-            plan=plan_of(config, pairs),
-            loss=lambda replica, samples: summed_loss(replica, pairs, samples, config.loss, cluster.device),
-            validate=lambda replica, share: validation_scores(replica, held_out, cluster, share),
-            flops_per_token=config.loss.readings
-            * model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean())),
-            calls_vary=True,
-        )
+        flops = model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean()))
+        task = Translating("seq2seq", config, model, pairs, held_out, cluster, flops, calls_vary=True)
         return train(config, task, data, cluster, dry_run=dry_run)
 
 

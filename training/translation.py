@@ -1,8 +1,9 @@
-"""What the two trainings on sentence pairs have in common: which pairs fit, and how held-out ones are scored."""
+"""What the two trainings on sentence pairs have in common: which pairs fit, what is learned, how it is scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from training.base.console import UserError, say
 from training.base.options import Options
 from training.data.prepared import Part
-from training.engine.batch_plan import batches_by_length
+from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.task import Share, Validation
+from training.engine.task import Share, Task, Validation
 from training.models.cross_entropy import token_losses, twin_losses
 
 # Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
@@ -49,23 +50,31 @@ class TranslationLoss(Options):
         return token_losses(logits.float(), labels, self.label_smoothing)
 
 
-class Pairs:
-    """The sentence pairs of a part that a model can take, in an order of their own: sample i is row `rows[i]`.
+class Pairs(ABC):
+    """The sentence pairs of a part that a model can take, in an order of their own: sample i is row `rows[i]`."""
 
-    lengths [n, k]: the positions that a sample takes, column by column as the model lays it out. source_tokens,
-    target_tokens [n]: predictions that belong to each side; the target's last is `<eos>`. left_out: pairs that do not
-    fit.
-    """
-
-    lengths: np.ndarray
-    source_tokens: np.ndarray
-    target_tokens: np.ndarray
+    lengths: np.ndarray  # [n, k] or [n]: the positions that a sample takes, column by column as the model lays it out
+    source_tokens: np.ndarray  # [n]: predictions that belong to the source
+    target_tokens: np.ndarray  # [n]: to the target; the last is `<eos>`
 
     def __init__(self, part: Part, fits: np.ndarray):
         self.part = part
         self.rows = np.flatnonzero(fits)
         self.left_out = len(fits) - len(self.rows)
         self.target_tokens = part.target.lengths[self.rows] + 1
+
+    @abstractmethod
+    def predictions(
+        self, model: nn.Module, samples: np.ndarray, device: torch.device, options: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits [N, vocabulary], labels [N], and the weight of each label's loss [N], None where all weigh 1.
+
+        options: the training's `loss`; None for a validation, which scores the target's tokens alike.
+        """
+
+    def weights(self, options: Any) -> np.ndarray:
+        """Each sample's share in the loss's denominator, [n]: what the weights of its labels add up to."""
+        return self.target_tokens
 
     def check(self, bound: str) -> None:
         """Tells how many pairs do not fit, and why: `bound` names the option. Raises UserError when none does."""
@@ -78,26 +87,69 @@ class Pairs:
             say(f"{self.left_out:,} {self.part.name} pairs are longer than {bound}: left out")
 
 
-@torch.no_grad()
-def held_out_scores(
-    model: nn.Module,
-    pairs: Pairs,
-    predict: Callable[[nn.Module, np.ndarray], tuple[Tensor, Tensor]],
-    cluster: Cluster,
-    share: Share | None = None,
-) -> Validation:
-    """Loss and accuracy over all target tokens, without smoothing or dropout; every rank scores its share.
+def plan_of(config: Any, pairs: Pairs) -> BatchPlan:
+    """The order in which a run with these options trains on `pairs`."""
+    optim = config.optim
+    return BatchPlan(
+        pairs.lengths,
+        pairs.weights(config.loss),
+        config.batch,
+        seed=config.seed,
+        epochs=optim.epochs,
+        steps=optim.steps,
+    )
 
-    predict(model, samples): logits [N, vocabulary] and labels [N] of the samples' target tokens.
+
+def summed_loss(
+    model: nn.Module, pairs: Pairs, samples: np.ndarray, options: TranslationLoss, device: torch.device
+) -> Tensor:
+    """Cross-entropy summed over a micro-batch's labels, each by its weight: a scalar, with gradient."""
+    logits, labels, weights = pairs.predictions(model, options.read(samples), device, options)
+    losses = options.losses(logits, labels)
+    return (losses if weights is None else losses * weights[: len(losses)]).sum()
+
+
+@torch.no_grad()
+def held_out_scores(model: nn.Module, pairs: Pairs, cluster: Cluster, share: Share | None = None) -> Validation:
+    """Loss and accuracy over all target tokens, the reference being given up to each, without smoothing or dropout.
+
+    Every rank scores its share.
     """
     model.eval()
     batches = batches_by_length(pairs.lengths, VALIDATION_TOKENS)
     totals = torch.zeros(2, dtype=torch.float64)
     for samples in (share or cluster.share)(batches):
-        logits, labels = predict(model, samples)
+        logits, labels, _ = pairs.predictions(model, samples, cluster.device)
         logits = logits.float()
         totals[0] += F.cross_entropy(logits, labels, reduction="sum").item()
         totals[1] += (logits.argmax(-1) == labels).sum().item()
     model.train()
     loss, right = (cluster.sum(totals.to(cluster.device)) / int(pairs.target_tokens.sum())).tolist()
     return Validation(loss, right)
+
+
+class Translating(Task):
+    """A training on sentence pairs. flops_per_token: of reading each pair once."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        model: nn.Module,
+        pairs: Pairs,
+        held_out: Pairs,
+        cluster: Cluster,
+        flops_per_token: float,
+        *,
+        calls_vary: bool = False,
+    ):
+        self.name, self.model, self.calls_vary = name, model, calls_vary
+        self.pairs, self.held_out, self.options, self.cluster = pairs, held_out, config.loss, cluster
+        self.plan = plan_of(config, pairs)
+        self.flops_per_token = config.loss.readings * flops_per_token
+
+    def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
+        return summed_loss(model, self.pairs, samples, self.options, self.cluster.device)
+
+    def validate(self, model: nn.Module, share: Share) -> Validation:
+        return held_out_scores(model, self.held_out, self.cluster, share)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from launch.doctor.findings import Alike, Finding, Level
+from launch.doctor.findings import Alike, Finding
 from training.base.durations import format_duration
 from training.base.environment import Launcher, Ranks, gpus_of_node, job_id, time_left
 from training.engine.precision import PrecisionName, choose_precision
@@ -37,10 +37,8 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | Alike]:
     yield Alike("versions", "Python", platform.python_version(), "warning", "give all nodes the same environment")
     for name, found in build.items():
         yield Alike("versions", name, found, "error", "the ranks must run the same libraries: share one environment")
-    pinned, section, others = 0, "", 0
+    pinned, others = 0, 0
     for line in requirements.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            section = line
         name, _, wanted = line.partition("==")
         if not wanted or line.startswith("#"):
             continue
@@ -49,8 +47,7 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | Alike]:
             installed = version(name)
         except PackageNotFoundError:
             others += 1
-            level: Level = "warning" if section.startswith("# tests") else "error"  # a training does without these
-            yield Finding(level, "versions", f"{name} is not installed: pip install {name}=={wanted}")
+            yield Finding("error", "versions", f"{name} is not installed: pip install {name}=={wanted}")
             continue
         yield Alike("versions", name, installed, "warning", "give all nodes the same environment")
         if installed.split("+")[0] != wanted:  # behind a plus: for which CUDA it was built

@@ -86,7 +86,7 @@ def installed(name):
 
 
 # What the image lacks is installed; its torch stays, which fits its driver.
-listed = (code / "requirements.txt").read_text().partition("# tests")[0].split("\\n")
+listed = (code / "requirements.txt").read_text().split("\\n")
 wanted = [each.split("==") for each in listed if each and not each.startswith(("#", "torch=="))]
 lacking = [f"{{name}}=={{number}}" for name, number in wanted if installed(name) != number]
 pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

@@ -14,6 +14,7 @@ go to the training. The same command continues a run.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -236,11 +237,9 @@ def _pace(job: Job, *, no_dry_run: bool) -> Pace | None:
     if tried.returncode:
         said = [line for line in tried.stderr.splitlines() if line.startswith("error: ")] or [tried.stderr[-2000:]]
         raise UserError(f"the dry run failed, so nothing was submitted: {said[-1].removeprefix('error: ')}")
-    found = re.search(r"a step takes ([\d.]+) s, all ([\d,]+) about", tried.stdout)
-    if found is None:
-        return None
-    steps, step_s = int(found[2].replace(",", "")), float(found[1])
-    return Pace(steps, step_s / job.ranks, f"a dry run with one process here, divided by {job.ranks} ranks")
+    found = json.loads(tried.stdout.splitlines()[-1])
+    about = f"a dry run with one process here, divided by {job.ranks} ranks"
+    return Pace(found["steps"], found["step_s"] / job.ranks, about)
 
 
 def _has_gpu() -> bool:

@@ -29,7 +29,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,23 +88,16 @@ class Turns:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def forward_backward(
-        self, batches: Any, weight: float, loss: Any, seed: Callable[[Any], None], before_backward: Any
-    ) -> Tensor:
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         if not self._left:
             self._wait()
-        if self._done + 1 != WARM_UP_STEPS:
-            return self._engine.forward_backward(batches, weight, loss, seed, before_backward)
-
-        def look_and_seed(batch: Any) -> None:
+        if self._done + 1 == WARM_UP_STEPS:
             self._look()
-            seed(batch)
-
-        total = self._engine.forward_backward(batches, weight, loss, look_and_seed, before_backward)
-        self._look()
-        return total
+        return self._engine.micro_batch(last)
 
     def step(self, lr: float) -> Tensor:
+        if self._done + 1 == WARM_UP_STEPS:
+            self._look()
         norm = self._engine.step(lr)
         self._done, self._left = self._done + 1, self._left - 1
         if self._done == WARM_UP_STEPS:

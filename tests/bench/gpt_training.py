@@ -60,8 +60,9 @@ from tests.bench.common import (
 from training.base.console import run_main, say
 from training.data.prepared import Part, Prepared, open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
-from training.gpt import GPTConfig, Sequences, plan_of, summed_loss
+from training.gpt import GPTConfig, Sequences
 from training.models.gpt import GPT
+from training.translation import plan_of, summed_loss
 
 CONTEXT = 128
 MATRIX_WIDTH = 2048
@@ -125,7 +126,7 @@ def loss_difference(data: Prepared) -> float:
         theirs = notebook_loss(model, inputs[samples], labels[samples]).item()
         micro_batches = np.split(samples, 2)
         ours = sum(summed_loss(model, pairs, batch, config.loss, device).item() for batch in micro_batches)
-    return checked_difference(ours / pairs.weights(config.loss.source_weight)[samples].sum(), theirs, "notebook")
+    return checked_difference(ours / pairs.weights(config.loss)[samples].sum(), theirs, "notebook")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -71,10 +71,9 @@ from training.data.prepared import Prepared, open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.engine.batch_plan import BatchPlan
 from training.evaluation.exports import hugging_face
-from training.gpt import GPTConfig, Sequences, summed_loss
-from training.gpt import plan_of as gpt_plan
+from training.gpt import GPTConfig, Sequences
 from training.seq2seq import TwoSides
-from training.seq2seq import plan_of as seq2seq_plan
+from training.translation import plan_of, summed_loss
 
 # What the Trainer's GPT-2 has: learned positions, and (unlike base.yaml) plain cross-entropy, which is kinder to it.
 AS_GPT2 = (BASE, "--model.positions", "learned", "--loss.label_smoothing", 0)
@@ -130,7 +129,7 @@ def trainer(folder: str, accumulated: str, precision: str) -> Work:
     data = open_prepared(folder)
     config, sequences = sequences_of(data)
     model, dataset = hugging_face.model_of(new_model(config, data)).train(), Pairs(sequences)
-    batch = sentences_a_step(gpt_plan(config, sequences)) // int(accumulated)
+    batch = sentences_a_step(plan_of(config, sequences)) // int(accumulated)
     # `get_length_grouped_indices` of transformers: a quarter of the data, or 50 steps of it.
     sorted_steps = min(len(dataset) // (4 * batch * int(accumulated)), 50)
     asked = 0
@@ -173,7 +172,7 @@ def trainer_difference(data: Prepared) -> float:
     with torch.no_grad():
         ours = summed_loss(model, sequences, samples, config.loss, torch.device("cpu")).item()
         loss = theirs(**Padded(PAD)([dataset[int(sample)] for sample in samples])).loss.item()
-    return checked_difference(ours / sequences.weights(0.0)[samples].sum(), loss, "Trainer")
+    return checked_difference(ours / sequences.weights(config.loss)[samples].sum(), loss, "Trainer")
 
 
 @dataclass(frozen=True)
@@ -216,8 +215,8 @@ def measure(arguments: Arguments, folder: Path) -> None:
     say(f"the same loss on both sides, difference {difference:.1e}")
     gpt, gru = config_of("gpt", [BASE], data), config_of("seq2seq", PLAIN_SEQ2SEQ, two_sided)
     parameters = {"gpt": parameters_of(new_model(gpt, data)), "seq2seq": parameters_of(new_seq2seq(gru, two_sided))}
-    gpt_batches = gpt_plan(gpt, sequences_of(data)[1])
-    gru_batches = seq2seq_plan(gru, TwoSides(two_sided.part("train"), gru.model.max_length))
+    gpt_batches = plan_of(gpt, sequences_of(data)[1])
+    gru_batches = plan_of(gru, TwoSides(two_sided.part("train"), gru.model.max_length))
 
     def relay(words: Sequence[object]) -> float:
         """Sentences a second of the training that these words start, the family's name first."""

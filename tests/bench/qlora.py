@@ -72,6 +72,7 @@ from tests.bench.common import (
     workers,
 )
 from tests.support.base_models import make_tokenizer
+from tests.support.steps import run_micro_batches
 from training.base.console import UserError, run_main, say
 from training.base.options import parse
 from training.data.conversations import Conversations, open_conversations
@@ -212,7 +213,7 @@ class Relay:
         def loss(model: nn.Module, samples: np.ndarray) -> Tensor:
             return losses_of(model, self.answers, samples, self.cluster.device)[0].sum()
 
-        total = self.engine.forward_backward(batches, weight, loss, lambda samples: None)
+        total = run_micro_batches(self.engine, batches, weight, loss)
         self.engine.step(self.config.optim.lr)
         total.item()
 

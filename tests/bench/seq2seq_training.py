@@ -51,7 +51,8 @@ from training.base.console import run_main, say
 from training.data.prepared import Part, Prepared, open_prepared
 from training.data.tokenizers import EOS, PAD, SOS
 from training.models.attention_gru import AttentionGRU, Memory, State
-from training.seq2seq import Seq2SeqConfig, TwoSides, plan_of, summed_loss
+from training.seq2seq import Seq2SeqConfig, TwoSides
+from training.translation import plan_of, summed_loss
 
 LENGTH = 45
 

@@ -90,36 +90,31 @@ class _Traps:
 
     def __init__(self, training: Any) -> None:
         self.step = 0
-        self._training, self._loss_name = training, "losses_of" if hasattr(training, "losses_of") else "summed_loss"
-        self._plan_of, self._share, self._loss = training.plan_of, BatchPlan.share, getattr(training, self._loss_name)
-        self._scores, self._save_file = training.validation_scores, checkpoint.save_file
+        self._share, self._save_file, self._train = BatchPlan.share, checkpoint.save_file, training.train
 
-    def set(self) -> None:
         def share(plan: BatchPlan, step: int, rank: int, world_size: int) -> Any:
             self.step = step + 1
             return self._share(plan, step, rank, world_size)
 
-        BatchPlan.share, self._training.plan_of, checkpoint.save_file = share, self.plan_of, self.save_file
-        setattr(self._training, self._loss_name, self.loss)
-        self._training.validation_scores = self.scores
+        BatchPlan.share, checkpoint.save_file, training.train = share, self.save_file, self.train
 
-    def plan_of(self, *arguments: Any) -> Any:
+    def train(self, config: Any, task: Any, *others: Any, **more: Any) -> int:
         reach("plan", 0)
-        return self._plan_of(*arguments)
+        self._loss, self._validate = task.loss, task.validate
+        task.loss, task.validate = self.loss, self.validate
+        return self._train(config, task, *others, **more)
 
     def loss(self, *arguments: Any) -> Any:
         reach("forward", self.step)
         return self._loss(*arguments)
 
-    def scores(self, *arguments: Any) -> Any:
-        *before, share = arguments
-
+    def validate(self, model: Any, share: Any) -> Any:
         def shared(batches: Any) -> Iterator[Any]:
             for batch in share(batches):
                 yield batch
                 reach("batch", self.step)
 
-        result = self._scores(*before, shared)
+        result = self._validate(model, shared)
         reach("validated", self.step)
         return result
 
@@ -134,6 +129,6 @@ if __name__ == "__main__":
     named = sys.argv[1:2] if sys.argv[1:2] and sys.argv[1].startswith("training.") else []
     del sys.argv[1 : 1 + len(named)]
     training = importlib.import_module(*named or ["training.gpt"])
-    _Traps(training).set()
+    _Traps(training)
     sys.argv[0] = training.__file__
     run_main(training.main)

@@ -18,7 +18,7 @@ from training.engine.checkpoint import Checkpoint, checkpoints
 from training.engine.metrics import read_metrics
 from training.engine.status import read_status
 from training.gpt import GPTConfig, Sequences
-from training.gpt import plan_of as gpt_plan
+from training.translation import plan_of as plan_of_pairs
 
 MODEL = ("--model.width", 32, "--model.layers", 2, "--model.heads", 2, "--model.context", 64, "--log.every_steps", 1)
 
@@ -36,7 +36,7 @@ def config_of(command: tuple[object, ...]) -> GPTConfig:
 def plan_of(command: tuple[object, ...]) -> BatchPlan:
     """The plan that the run itself has."""
     config = config_of(command)
-    return gpt_plan(config, Sequences(open_prepared(config.data).part("train"), config.model.context))
+    return plan_of_pairs(config, Sequences(open_prepared(config.data).part("train"), config.model.context))
 
 
 def train_lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import torch
 
 from tests.bench.common import held_bytes, peak_of_tensors
 from tests.support.base_models import make_model
+from tests.support.steps import run_micro_batches
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.precision import choose_precision
@@ -66,7 +67,7 @@ def measure(
     batches = [(tokens, scored, labels), (tokens.clone(), scored, labels)]
 
     def step() -> None:
-        engine.forward_backward(batches, 4.0 * SHAPE.supervised, lambda m, b: m(*b)[0].sum(), lambda b: None)
+        run_micro_batches(engine, batches, 4.0 * SHAPE.supervised, lambda m, b: m(*b)[0].sum())
         engine.step(1e-3)
 
     for _ in range(4):  # DeepSpeed fetches ahead once it knows the order of modules

@@ -13,8 +13,9 @@ from torch import Tensor
 from training.data.prepared import Part, Ragged
 from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.engine.batch_plan import BatchOptions, BatchPlan
-from training.gpt import LossOptions, Sequences, summed_loss
+from training.gpt import LossOptions, Sequences
 from training.models.gpt import GPT, GPTOptions, causal_attention
+from training.translation import summed_loss
 
 VOCABULARY = 50
 KINDS = [pytest.param(*kind, id="-".join(kind)) for kind in product(("learned", "rotary"), ("layer", "rms"))]
@@ -261,7 +262,7 @@ def test_loss_of_a_step_is_the_mean_over_all_its_tokens(sequences, source_weight
     model = model_of(context=CONTEXT)
     options = LossOptions(source_weight=source_weight, label_smoothing=label_smoothing, r_drop=r_drop)
     batches = BatchOptions(tokens_per_micro_batch=40, micro_batches_per_step=3)
-    plan = BatchPlan(sequences.lengths, sequences.weights(source_weight), batches, seed=1, epochs=2)
+    plan = BatchPlan(sequences.lengths, sequences.weights(options), batches, seed=1, epochs=2)
     cpu = torch.device("cpu")
     for step in range(plan.steps):
         parts = [summed_loss(model, sequences, batch.samples, options, cpu) for batch in plan.step(step)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,5 @@ def test_every_config_trains(config: str, launch: Launch, data: Path, tmp_path: 
     words = ("--data", data, "--run_dir", tmp_path / "run", "--precision", "fp32", "--dry-run")
     result = launch(ROOT / "configs/seq2seq" / config, *words, module="training.seq2seq").wait()
     assert result.status == 0 and "dry run: loss" in result.out, result
+    figures = json.loads(result.out.splitlines()[-1])
+    assert figures["steps"] > 0 and 0 < figures["step_s"] < 60

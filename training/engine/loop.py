@@ -1,12 +1,13 @@
 """The training loop: from a config and a task to a finished, or resumable, run folder.
 
-The same command starts and resumes. The loop knows no task: a script gives it a model, a batch plan, the summed loss of
-a micro-batch and a validation, and every rank calls `train` with the same ones. It knows two kinds of places: a step,
-and the boundary behind it, where it reports, validates and saves, and where alone a session ends.
+The same command starts and resumes. The loop knows nothing of the task but that it has a model, a batch plan, the loss
+of a micro-batch and a validation; every rank calls `train` with the same one. There are two kinds of places: a step,
+and the boundary behind it, where the loop reports, validates and saves, and where alone a session ends.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -25,7 +26,7 @@ from training.base.durations import format_duration
 from training.base.environment import process_age_s
 from training.base.options import to_yaml
 from training.base.progress import Progress
-from training.engine.batch_plan import MicroBatch, in_rounds
+from training.engine.batch_plan import in_rounds
 from training.engine.checkpoint import Checkpoint
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.logbook import Logbook
@@ -123,13 +124,14 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
 
 
 def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster) -> int:
+    """Two steps, and what a run would take, in words; the last line is a JSON object with the figures."""
     say("\n" + to_yaml(config))
     if engine.derived_config is not None:
         say("derived from it, for DeepSpeed:\n" + yaml.safe_dump(engine.derived_config, sort_keys=False))
     times = []
     for step in (0, 1):  # the first pass also sets things up; the second is the measure
         began = time.monotonic()
-        loss = cluster.sum(_forward_backward(config, task, engine, cluster, step))
+        loss = cluster.sum(forward_backward(config, task, engine, cluster, step))
         engine.step(learning_rate(step, task.plan.steps, config.optim))
         value = float(loss)
         times.append(time.monotonic() - began)
@@ -138,7 +140,9 @@ def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster)
     whole = format_duration(times[-1] * task.plan.steps)
     say(f"dry run: loss {value:.4f}; a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}")
     say(_price_of_a_kill(config, engine, times[-1], start_s))
-    say(f"{memory_mb(cluster.device):,.0f} MB of memory a process; nothing was written")
+    used_mb = memory_mb(cluster.device)
+    say(f"{used_mb:,.0f} MB of memory a process; nothing was written")
+    say(json.dumps({"steps": task.plan.steps, "step_s": times[-1], "start_s": start_s, "memory_mb": round(used_mb, 1)}))
     return 0
 
 
@@ -155,7 +159,7 @@ def _price_of_a_kill(config: RunOptions, engine: Parallel, step_s: float, start_
     return f"{price_of_a_kill(every, step_s, save_s, published_s)}; a start takes {format_duration(start_s)}"
 
 
-def _forward_backward(
+def forward_backward(
     config: RunOptions,
     task: Task,
     engine: Parallel,
@@ -163,22 +167,33 @@ def _forward_backward(
     step: int,
     beat: Callable[[str], None] = lambda doing: None,
 ) -> Tensor:
+    """The gradient of `step`, from this rank's micro-batches. beat(doing): tells the watchdog what goes on.
+
+    Every loss is divided by the weight of the whole step, so that the gradient does not depend on how the micro-batches
+    were spread over the ranks. Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks
+    is the step's loss.
+    """
+    batches = task.plan.share(step, cluster.rank, cluster.world_size)
+    weight = task.plan.weight(step)
+    total = torch.zeros((), device=cluster.device)
+    for batch in batches:
+        with engine.micro_batch(last=batch is batches[-1]):
+            beat(f"step {step + 1}, forward pass")
+            seed_dropout(config.seed, step, batch.number, cluster.device)
+            with engine.autocast():
+                loss = task.loss(engine.replica, batch.samples) / weight
+            total += loss.detach()
+            beat(f"step {step + 1}, backward pass")
+            engine.backward(loss)
+    return total
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
+    """Dropout depends on the micro-batch, never on the rank or the session that runs it."""
+    words = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
     # torch.manual_seed also notes where it was called, for GPUs that it might find later: 0.2 ms and more each time.
-    set_seed = torch.default_generator.manual_seed if cluster.device.type == "cpu" else torch.manual_seed
-
-    def seed(batch: MicroBatch) -> None:
-        """Dropout depends on the micro-batch, never on the rank or the session that runs it."""
-        beat(f"step {step + 1}, forward pass")
-        words = np.random.SeedSequence([config.seed, step, batch.number]).generate_state(1, np.uint64)
-        set_seed(int(words[0] >> np.uint64(1)))
-
-    return engine.forward_backward(
-        task.plan.share(step, cluster.rank, cluster.world_size),
-        task.plan.weight(step),
-        lambda model, batch: task.loss(model, batch.samples),
-        seed,
-        lambda: beat(f"step {step + 1}, backward pass"),
-    )
+    set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+    set_seed(int(words[0] >> np.uint64(1)))
 
 
 class _Run:
@@ -299,7 +314,7 @@ class _Run:
         self.logbook.status("running", "training", self.step, restart=True, **self.best)
 
     def _train_step(self) -> None:
-        loss = _forward_backward(self.config, self.task, self.engine, self.cluster, self.step, self.watchdog.beat)
+        loss = forward_backward(self.config, self.task, self.engine, self.cluster, self.step, self.watchdog.beat)
         self.lr = learning_rate(self.step, self.task.plan.steps, self.config.optim)
         self.norm = self.engine.step(self.lr)
         self.window.add(self.step, loss)

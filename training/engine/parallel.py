@@ -1,15 +1,10 @@
-"""Data-parallel training of one model: the small interface between the loop and whatever runs the step.
-
-prepare (the constructor), forward_backward, step, state. The gradient of a step is the sum over all its micro-batches
-divided once by the step's weight, so it does not depend on how they were spread over ranks.
-"""
+"""Data-parallel training of one model: the small interface between the loop and whatever brings the ranks together."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,57 +21,35 @@ from training.engine.precision import Precision
 class Parallel(ABC):
     """A strategy, as the loop uses it. Every method is called by all ranks together.
 
-    model: to be called in validations. derived_config: what a library was told, None where none is in use. in_step:
-    whether the ranks must call the model equally often, in validations too. skipped_in_a_row: steps that were left out
-    because their gradient was not finite, up to now, a scalar on the device. ema: the exponential moving average of the
-    model over its steps, if asked for: the same module, averaged; None otherwise.
+    replica: the model as a step calls it; model: as a validation does. skipped_in_a_row: steps that were left out
+    because their gradient was not finite, up to now, a scalar on the device.
     """
 
-    derived_config: dict[str, Any] | None = None
-    in_step = False
+    derived_config: dict[str, Any] | None = None  # what a library was told; None where none is in use
+    in_step = False  # whether the ranks must call the model equally often, in validations too
 
     def __init__(self, model: nn.Module, cluster: Cluster, precision: Precision, ema_decay: float | None):
         self._cluster, self._precision = cluster, precision
-        self._plain = self.model = self._replica = model
-        # Of what every rank holds alike, so every rank averages alike.
+        self._plain = self.model = self.replica = model
+        # Every rank averages the same weights, so all averages are the same.
         self._ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         self._scaler = precision.scaler()
         self.skipped_in_a_row = torch.zeros((), device=cluster.device)
 
-    def forward_backward(
-        self,
-        batches: Sequence[Any],
-        weight: float,
-        loss: Callable[[nn.Module, Any], Tensor],
-        seed: Callable[[Any], None],
-        before_backward: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        """Runs this rank's micro-batches.
-
-        loss(replica, batch): the weighted sum over a micro-batch. weight: the whole step's denominator, over all ranks.
-        seed(batch): called before each forward pass, so that dropout belongs to the micro-batch. before_backward():
-        called between the two passes.
-
-        Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks is the step's loss.
-        """
-        total = torch.zeros((), device=self._cluster.device)
-        for batch in batches:
-            with self._micro_batch(last=batch is batches[-1]):
-                seed(batch)
-                with self._precision.autocast():
-                    share = loss(self._replica, batch) / weight
-                total += share.detach()
-                before_backward()
-                # Both DDP and DeepSpeed average over ranks, and a sum is wanted.
-                self._backward(share * self._cluster.world_size)
-        return total
-
     @abstractmethod
-    def _micro_batch(self, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         """Around both passes of a micro-batch. last: of the step, on this rank."""
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around a forward pass."""
+        return self._precision.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` to the step's, which is the sum over all micro-batches of all ranks."""
+        self._backward(loss * self._cluster.world_size)  # both DDP and DeepSpeed average over ranks
+
     @abstractmethod
-    def _backward(self, share: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         """The backward pass, its loss scaled where there is a scaler."""
 
     @abstractmethod
@@ -100,6 +73,7 @@ class Parallel(ABC):
 
     @property
     def ema(self) -> nn.Module | None:
+        """The exponential moving average of the model over its steps: the same module, averaged; None if not wanted."""
         return None if self._ema is None else self._ema.module
 
     def _scaler_searches(self) -> bool:
@@ -147,7 +121,7 @@ class DataParallel(Parallel):
             # Its successor is not in every torch that this runs on.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             device_ids = [cluster.device.index] if cluster.device.type == "cuda" else None
-            self._replica = DistributedDataParallel(
+            self.replica = DistributedDataParallel(
                 model,
                 device_ids=device_ids,
                 gradient_as_bucket_view=True,
@@ -155,13 +129,13 @@ class DataParallel(Parallel):
                 broadcast_buffers=False,  # buffers are constants here (tables of positions), equal from the start
             )
 
-    def _micro_batch(self, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         # The forward pass must be inside no_sync as well: DDP decides there whether this backward communicates.
-        ddp = isinstance(self._replica, DistributedDataParallel)
-        return self._replica.no_sync() if ddp and not last else contextlib.nullcontext()
+        ddp = isinstance(self.replica, DistributedDataParallel)
+        return self.replica.no_sync() if ddp and not last else contextlib.nullcontext()
 
-    def _backward(self, share: Tensor) -> None:
-        (share if self._scaler is None else self._scaler.scale(share)).backward()
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def step(self, lr: float) -> Tensor:
         """See `Parallel`. All ranks hold the same sum, so all skip alike. With AdamW nothing waits for the device."""

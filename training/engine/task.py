@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,27 +78,27 @@ class Validation:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a script hands to the loop.
-
-    loss(model, samples): the weighted loss summed over a micro-batch, a scalar; its weights add up to the plan's.
-    validate(model, share): held-out scores, computed by all ranks together and equal on each. share(batches) gives this
-    rank's part of a list of batches; it ends the validation, with `Stopped`, when a stop has been agreed.
-    flops_per_token: forward and backward, per real token. memory: what a process needs, in words. built_on: what the
-    run depends on besides data and config, such as a base model's fingerprint: another one is another run. may_change:
-    keys of the config that do not define the run, besides the usual ones. libraries: whose versions go on record.
-    calls_vary: whether how often a pass calls a layer depends on the batch, as with one call a word.
-    """
+class Task(ABC):
+    """What a script hands to the loop: a model, the order of its samples, and what it is to learn of them."""
 
     name: str
     model: nn.Module
     plan: BatchPlan
-    loss: Callable[[nn.Module, np.ndarray], Tensor]
-    validate: Callable[[nn.Module, Share], Validation]
-    flops_per_token: float
-    memory: str | None = None
-    built_on: dict[str, Any] = field(default_factory=dict)
-    may_change: frozenset[str] = frozenset()
-    libraries: tuple[str, ...] = ()
-    calls_vary: bool = False
+    flops_per_token: float  # forward and backward, per real token
+    memory: str | None = None  # what a process needs, in words
+    built_on: Mapping[str, Any] = {}  # what the run depends on besides data and config: another one is another run
+    may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
+    libraries: tuple[str, ...] = ()  # whose versions go on record
+    calls_vary = False  # whether how often a pass calls a layer depends on the batch, as with one call a word
+
+    @abstractmethod
+    def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
+        """The weighted loss summed over a micro-batch, a scalar with gradient; its weights add up to the plan's."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module, share: Share) -> Validation:
+        """Held-out scores, computed by all ranks together and equal on each.
+
+        share(batches) gives this rank's part of a list of batches; it ends the validation, with `Stopped`, when a stop
+        has been agreed.
+        """

@@ -157,7 +157,7 @@ class Zero(Parallel):
         )
         self._engine = _initialize(_CallersAutocast(model), optimizer, self.derived_config, cluster)
         # Calls go through DeepSpeed in validations too: in stage 3 it brings the weights together.
-        self.model = self._replica = self._engine
+        self.model = self.replica = self._engine
         self._own = self._engine.optimizer
         if options.stage == 3:
             from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -174,12 +174,12 @@ class Zero(Parallel):
             self._scaler.scale(self._probe.detach())  # makes its state
             self._own.override_loss_scale(self._scaler.get_scale())
 
-    def _micro_batch(self, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def _backward(self, share: Tensor) -> None:
-        self._engine.backward(share, scale_wrt_gas=False)
+    def _backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
         if self.in_step:
             # Its list of modules in progress. Where a layer is computed again, that ends as soon as nothing is missing,
             # and what was in progress then would stay on the list for ever.

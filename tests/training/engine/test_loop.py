@@ -25,10 +25,10 @@ from torch import nn
 
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, status_of
 from training.base.console import TryLaterError, UserError
-from training.engine import run_folder, session
+from training.engine import loop, run_folder, session
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster
-from training.engine.loop import _forward_backward, train
+from training.engine.loop import train
 from training.engine.metrics import Record, read_metrics
 from training.engine.optim import OptimOptions, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
@@ -90,7 +90,7 @@ def engine_of(
 def forward_backward(engine: DataParallel, step: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
     shares = SimpleNamespace(rank=rank, world_size=ranks, device=CPU)
     task = SimpleNamespace(plan=plan(), loss=summed_loss)
-    return _forward_backward(SimpleNamespace(seed=11), task, engine, shares, step)
+    return loop.forward_backward(SimpleNamespace(seed=11), task, engine, shares, step)
 
 
 def gradient_of(model: nn.Module) -> torch.Tensor:
@@ -133,9 +133,9 @@ def test_every_micro_batch_of_every_step_has_a_dropout_of_its_own():
         return model(torch.ones(1, 1)).sum() * nn.Parameter(torch.ones(()))
 
     engine, task = engine_of(nn.Sequential(Dropout(0.5), nn.Linear(1, 1))), SimpleNamespace(plan=plan(), loss=loss)
-    engine._replica = Dropout(0.5)
+    engine.replica = Dropout(0.5)
     for seed, step in ((11, 0), (11, 1), (12, 0)):
-        _forward_backward(SimpleNamespace(seed=seed), task, engine, ONE, step)
+        loop.forward_backward(SimpleNamespace(seed=seed), task, engine, ONE, step)
     assert len(set(masks)) == len(masks) == 12
 
 
@@ -254,25 +254,28 @@ def train_here(folder: Path, name: str = "run", *, stop_at: int | None = None, *
     (folder / "data/tokenizer").mkdir(parents=True, exist_ok=True)
     (folder / "data/meta.json").write_text("{}", encoding="utf-8")
     (folder / name).mkdir(exist_ok=True)
-    config, passes = config_of(folder / name, **more), 0
+    config = config_of(folder / name, **more)
 
-    def loss(model: nn.Module, samples: np.ndarray) -> torch.Tensor:
-        nonlocal passes
-        passes += 1
-        if stop_at is not None and passes == 4 * stop_at:
-            (folder / name / "STOP").touch()
-        return summed_loss(model, samples)
+    class Toy(Task):
+        name, flops_per_token, passes = "toy", 1.0, 0
 
-    @torch.no_grad()
-    def validate(model: nn.Module, share: Share) -> Validation:
-        right = sum(
-            float((model(INPUTS[samples]).argmax(-1) == LABELS[samples]).sum()) for samples in share([slice(0, 60)])
-        )
-        return Validation(1.0, right / SAMPLES)
+        def loss(self, model: nn.Module, samples: np.ndarray) -> torch.Tensor:
+            self.passes += 1
+            if stop_at is not None and self.passes == 4 * stop_at:
+                (folder / name / "STOP").touch()
+            return summed_loss(model, samples)
+
+        @torch.no_grad()
+        def validate(self, model: nn.Module, share: Share) -> Validation:
+            right = sum(
+                float((model(INPUTS[samples]).argmax(-1) == LABELS[samples]).sum()) for samples in share([slice(0, 60)])
+            )
+            return Validation(1.0, right / SAMPLES)
 
     data = SimpleNamespace(folder=folder / "data", identity={"fingerprint": "f00"})
     with Cluster() as cluster:
-        task = Task("toy", model_of(), plan(), loss, validate, flops_per_token=1.0)
+        task = Toy()
+        task.model, task.plan = model_of(), plan()
         return train(config, task, data, cluster)
 
 

@@ -18,7 +18,8 @@ from training.data.tokenizers import EOS, PAD, SOS
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.evaluation.translations.decoders import AttentionGRUDecoder
 from training.models.attention_gru import GRU, AttentionGRU, AttentionGRUOptions, ContextGRU, additive_attention
-from training.seq2seq import LossOptions, TwoSides, predictions, summed_loss, validation_scores
+from training.seq2seq import LossOptions, TwoSides
+from training.translation import held_out_scores, summed_loss
 
 SOURCE, TARGET = 23, 19  # vocabularies
 SHAPES = [
@@ -58,7 +59,7 @@ def pairs_of(count: int = 12, longest: int = 9) -> TwoSides:
 
 
 def logits_of(model: AttentionGRU, pairs: TwoSides, sample: int) -> Tensor:
-    return predictions(model, pairs, np.array([sample]), torch.device("cpu"))[0]
+    return pairs.predictions(model, np.array([sample]), torch.device("cpu"))[0]
 
 
 def test_additive_attention_is_the_formula_and_never_looks_at_padding():
@@ -104,7 +105,7 @@ def test_recurrent_layers_stay_in_fp32_where_autocast_says_bf16():
 def test_a_sentence_gets_the_same_logits_alone_and_beside_longer_ones(options):
     model, pairs = tiny(**options), pairs_of()
     everything = np.arange(len(pairs.lengths))
-    together, labels = predictions(model, pairs, everything, torch.device("cpu"))
+    together, labels, _ = pairs.predictions(model, everything, torch.device("cpu"))
     alone = torch.cat([logits_of(model, pairs, sample) for sample in everything])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert labels.tolist() == [token for row in pairs.part.target for token in [*row.tolist(), EOS]]
@@ -162,9 +163,9 @@ def test_share_of_own_words_is_what_the_option_says(monkeypatch):
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *inputs: drawn.append(inputs[4]) or forward(*inputs))
     torch.manual_seed(3)
-    predictions(model, pairs, np.arange(400), torch.device("cpu"), teacher_forcing=0.8)
+    pairs.predictions(model, np.arange(400), torch.device("cpu"), LossOptions(teacher_forcing=0.8))
     assert drawn[0].float().mean().item() == pytest.approx(0.2, abs=0.03)
-    predictions(model, pairs, np.arange(400), torch.device("cpu"))
+    pairs.predictions(model, np.arange(400), torch.device("cpu"))
     assert drawn[1] is None
 
 
@@ -199,7 +200,7 @@ def test_validation_is_the_mean_over_real_target_tokens_without_dropout_whatever
     model.train()
     for most in (15, 40, 2048):
         monkeypatch.setattr(translation, "VALIDATION_TOKENS", most)
-        found = validation_scores(model, pairs, SimpleNamespace(device="cpu", share=list, sum=lambda values: values))
+        found = held_out_scores(model, pairs, SimpleNamespace(device="cpu", share=list, sum=lambda values: values))
         assert (found.loss, found.accuracy) == (pytest.approx(loss / tokens, rel=1e-5), pytest.approx(right / tokens))
         assert model.training
 
@@ -213,7 +214,7 @@ def test_r_drop_reads_every_pair_under_two_dropout_masks():
         return summed_loss(model, pairs, samples, LossOptions(r_drop=agreement), cpu).item()
 
     torch.manual_seed(5)
-    logits, labels = predictions(model, pairs, np.concatenate([samples, samples]), cpu)
+    logits, labels, _ = pairs.predictions(model, np.concatenate([samples, samples]), cpu)
     first, second = logits.log_softmax(-1).chunk(2)
     assert not torch.allclose(first, second)
     apart = ((first.exp() - second.exp()) * (first - second)).sum().item()

@@ -18,6 +18,7 @@ from tests.bench.common import Arguments, held_bytes, peak_of_tensors
 from tests.bench.qlora import prepare_records
 from tests.support.base_models import SMALL, WIDE, make_model
 from tests.support.commands import Launch
+from tests.support.steps import run_micro_batches
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.parallel import DataParallel
@@ -97,7 +98,7 @@ def compared(
     batches = [batch(), batch()]  # in the second one, gradients are there already
 
     def step() -> None:
-        engine.forward_backward(batches, 2.0 * shape.supervised, lambda m, b: m(*b)[0].sum(), lambda b: None)
+        run_micro_batches(engine, batches, 2.0 * shape.supervised, lambda m, b: m(*b)[0].sum())
         engine.step(1e-3)
 
     step()

@@ -22,7 +22,7 @@ from training.evaluation.translations.attention_maps import Sheet, alignment_map
 from training.evaluation.translations.decoding import Decoder
 from training.models.attention_gru import AttentionGRU, State
 from training.models.gpt import GPT, Cache
-from training.translation import Pairs
+from training.translation import Pairs, held_out_scores
 
 
 class Family(Protocol):
@@ -63,7 +63,7 @@ class GPTFamily:
 
     def score(self, model: GPT, config: gpt.GPTConfig, part: Part, cluster: Cluster) -> tuple[Validation, Pairs]:
         pairs = gpt.Sequences(part, config.model.context)
-        return gpt.validation_scores(model, pairs, cluster), pairs
+        return held_out_scores(model, pairs, cluster), pairs
 
     @torch.inference_mode()
     def attention(
@@ -99,7 +99,7 @@ class Seq2SeqFamily:
         self, model: AttentionGRU, config: seq2seq.Seq2SeqConfig, part: Part, cluster: Cluster
     ) -> tuple[Validation, Pairs]:
         pairs = seq2seq.TwoSides(part, config.model.max_length)
-        return seq2seq.validation_scores(model, pairs, cluster), pairs
+        return held_out_scores(model, pairs, cluster), pairs
 
     @torch.inference_mode()
     def attention(
