@@ -162,7 +162,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
         else:
             try:
                 record = corpus.read(text, corpus.files[number])
-                _check_speakable(record)
+                check_template_accepts(record)
             except Malformed as error:
                 piece.malformed.append((line, str(error), text[:80].decode("utf-8", "replace")))
             else:
@@ -174,7 +174,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
     return piece
 
 
-def _check_speakable(record: Record) -> None:
+def check_template_accepts(record: Record) -> None:
     """Raises Malformed if the template has no place for a turn, or a text would be read as a control token.
 
     As an end of turn, for one: training would learn to stop there.

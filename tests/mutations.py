@@ -197,7 +197,7 @@ FAULTS = (
     Fault(
         "skips of the gradient scaler count as failures",
         "training/engine/parallel.py",
-        "torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad",
+        "torch.zeros_like(bad) if scaler_skip else (self.skipped_in_a_row + 1) * bad",
         "(self.skipped_in_a_row + 1) * bad",
         "tests/training/engine/test_loop.py::test_steps_that_the_scaler_skips_in_search_of_its_range_are_not_counted",
     ),

@@ -27,7 +27,7 @@ from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import RunOptions, Share, Task, Validation
-from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
+from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
     find_base_model,
@@ -40,7 +40,7 @@ from training.models.base_model import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from training.models.memory_estimate import Memory
+    from training.models.memory_estimate import MemoryEstimate
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("transformers", "peft", "bitsandbytes")
@@ -183,14 +183,14 @@ def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
 
 def build_model(
     config: QLoRAConfig, folder: Path, compute_type: torch.dtype, device: torch.device, *, trains: bool = True
-) -> AnswerModel:
+) -> AdaptedModel:
     """The base model in `folder` with new adapters, on `device`. Equal seeds of torch give equal adapters."""
     base = load_base_model(folder, config.quantisation, compute_type, device)
     adapted = add_adapters(base, config.lora)
     if trains and config.spreads_weights:
         spread_by_layer(adapted)
     memory = config.memory
-    model = AnswerModel(
+    model = AdaptedModel(
         adapted, logits_tokens=memory.logits_tokens, checkpoint_layers=trains and memory.checkpoint_layers
     )
     model.check()
@@ -204,7 +204,7 @@ def memory_of(
     compute_type: torch.dtype,
     device_type: str,
     ranks: int,
-) -> Memory:
+) -> MemoryEstimate:
     """What a process will need, from the model's config and the largest micro-batch of the plan."""
     from training.models.memory_estimate import Shape, estimate
 
@@ -234,7 +234,7 @@ def checked_memory(
     compute_type: torch.dtype,
     cluster: Cluster,
     dry_run: bool,
-) -> Memory:
+) -> MemoryEstimate:
     """Tells what a process will need; where the card is too small, warns and says what to change.
 
     In a dry run a card that is too small is a UserError: nothing has been loaded yet, and need not be.
@@ -254,7 +254,7 @@ def checked_memory(
     return memory
 
 
-def advice(config: QLoRAConfig, memory: Memory, card: float, ranks: int) -> list[str]:
+def advice(config: QLoRAConfig, memory: MemoryEstimate, card: float, ranks: int) -> list[str]:
     """What to change so that a process fits into `card` bytes, what costs least first."""
     room = memory.room_for_activations(card)
     found = []

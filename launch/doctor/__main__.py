@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from launch.doctor import machine, ranks, run
-from launch.doctor.findings import Check, Finding, Report, examine, first_words, merge, print_report, rank_name
+from launch.doctor.findings import Check, DoctorReport, Finding, examine, first_words, merge, print_report, rank_name
 from launch.scripts import script_of
 from training.base.console import PeerError, UserError, run_main, say_as_any_rank, tell_launcher
 from training.base.environment import Launcher, Ranks, read_ranks, without_local_rank
@@ -83,7 +83,7 @@ def checks_of(asked: Asked, place: Ranks, launcher: Launcher | None, device: tor
     ]
 
 
-def together(cluster: Cluster, reports: Sequence[Report], asked: Asked, findings: list[Finding]) -> bool:
+def together(cluster: Cluster, reports: Sequence[DoctorReport], asked: Asked, findings: list[Finding]) -> bool:
     """Adds to `findings` what the ranks find out together; whether this process can only leave at once."""
     hosts, names = [report.host for report in reports], [rank_name(report) for report in reports]
     findings += ranks.threads(cluster, hosts)
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell_alone(error, place, host, lambda: findings or merge(checks, [report]))
 
 
-def _tell(findings: Sequence[Finding], reports: Sequence[Report]) -> int:
+def _tell(findings: Sequence[Finding], reports: Sequence[DoctorReport]) -> int:
     nodes = len({report.host for report in reports})
     status = print_report(findings, f"{nodes} node(s), {len(reports)} rank(s)")
     if status:

@@ -30,7 +30,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Alike:
+class MustMatch:
     """A value that must be the same for all who look. level and advice: of a difference."""
 
     subject: str
@@ -46,26 +46,26 @@ class Check:
 
     subject: str
     asked: Literal["first", "node", "rank"]
-    look: Callable[[], Iterable[Finding | Alike]]
+    look: Callable[[], Iterable[Finding | MustMatch]]
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """What one rank found, by check: a list for each check that it was asked for."""
 
     host: str
     rank: int
-    found: tuple[tuple[Finding | Alike, ...] | None, ...]
+    found: tuple[tuple[Finding | MustMatch, ...] | None, ...]
 
 
-def examine(checks: Sequence[Check], ranks: Ranks, host: str) -> Report:
+def examine(checks: Sequence[Check], ranks: Ranks, host: str) -> DoctorReport:
     """Makes this rank's part of the checks; raises nothing that a check raises."""
     asks = {"first": ranks.rank == 0, "node": ranks.local_rank == 0, "rank": True}
-    return Report(host, ranks.rank, tuple(_look(check) if asks[check.asked] else None for check in checks))
+    return DoctorReport(host, ranks.rank, tuple(_look(check) if asks[check.asked] else None for check in checks))
 
 
-def _look(check: Check) -> tuple[Finding | Alike, ...]:
-    found: list[Finding | Alike] = []
+def _look(check: Check) -> tuple[Finding | MustMatch, ...]:
+    found: list[Finding | MustMatch] = []
     try:
         for each in check.look():
             found.append(each)  # one by one: what was found before an error counts
@@ -82,7 +82,7 @@ def first_words(error: Exception) -> str:
     return said if isinstance(error, UserError | PeerError) else f"{type(error).__name__}: {said}"
 
 
-def merge(checks: Sequence[Check], reports: Sequence[Report]) -> list[Finding]:
+def merge(checks: Sequence[Check], reports: Sequence[DoctorReport]) -> list[Finding]:
     """All reports as one list of findings, in the order of the checks."""
     merged: list[Finding] = []
     for index, check in enumerate(checks):
@@ -91,12 +91,12 @@ def merge(checks: Sequence[Check], reports: Sequence[Report]) -> list[Finding]:
     return merged
 
 
-def rank_name(report: Report) -> str:
+def rank_name(report: DoctorReport) -> str:
     """A rank in words."""
     return f"rank {report.rank} on {report.host}"
 
 
-def _merge_one(said: Sequence[tuple[str, Sequence[Finding | Alike]]]) -> list[Finding]:
+def _merge_one(said: Sequence[tuple[str, Sequence[Finding | MustMatch]]]) -> list[Finding]:
     speakers: dict[Finding, list[str]] = {}
     values: dict[tuple[str, str, Level, str], dict[str, list[str]]] = {}
     for name, found in said:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from launch.doctor.findings import Alike, Finding
+from launch.doctor.findings import Finding, MustMatch
 from training.base.durations import format_duration
 from training.base.environment import Launcher, Ranks, gpus_of_node, job_id, time_left
 from training.engine.precision import PrecisionName, choose_precision
@@ -27,16 +27,18 @@ _OPEN_FILES = 1024
 _LITTLE_TIME_S = 180
 
 
-def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | Alike]:
+def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]:
     """What is installed, against what requirements.txt pins."""
     build = {"torch": torch.__version__}
     if torch.version.cuda is not None:
         build["CUDA"] = torch.version.cuda
     if torch.version.cuda is not None and torch.distributed.is_nccl_available():
         build["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    yield Alike("versions", "Python", platform.python_version(), "warning", "give all nodes the same environment")
+    yield MustMatch("versions", "Python", platform.python_version(), "warning", "give all nodes the same environment")
     for name, found in build.items():
-        yield Alike("versions", name, found, "error", "the ranks must run the same libraries: share one environment")
+        yield MustMatch(
+            "versions", name, found, "error", "the ranks must run the same libraries: share one environment"
+        )
     pinned, others = 0, 0
     for line in requirements.read_text(encoding="utf-8").splitlines():
         name, _, wanted = line.partition("==")
@@ -49,7 +51,7 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | Alike]:
             others += 1
             yield Finding("error", "versions", f"{name} is not installed: pip install {name}=={wanted}")
             continue
-        yield Alike("versions", name, installed, "warning", "give all nodes the same environment")
+        yield MustMatch("versions", name, installed, "warning", "give all nodes the same environment")
         if installed.split("+")[0] != wanted:  # behind a plus: for which CUDA it was built
             others += 1
             text = f"{name} {installed} is installed, {wanted} was tested: pip install {name}=={wanted}"
@@ -76,7 +78,7 @@ def gpus(ranks: Ranks) -> Iterator[Finding]:
         yield Finding("ok", "GPUs", used)
 
 
-def card(device: torch.device) -> Iterator[Finding | Alike]:
+def card(device: torch.device) -> Iterator[Finding | MustMatch]:
     """This rank's own GPU: what it is, whether torch can use it, and whether it is free."""
     if device.type != "cuda":
         return
@@ -85,8 +87,8 @@ def card(device: torch.device) -> Iterator[Finding | Alike]:
     text = f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 1e9:.1f} GB, driver {driver}"
     yield Finding("ok", "GPU", text)
     advice = "the slowest sets the pace of all; ask for one type (SLURM: --gres=gpu:TYPE:N, or --constraint)"
-    yield Alike("GPU", "type", about.name, "warning", advice)
-    yield Alike("GPU", "driver", driver, "warning", "ask for nodes with the same one if NCCL fails")
+    yield MustMatch("GPU", "type", about.name, "warning", advice)
+    yield MustMatch("GPU", "driver", driver, "warning", "ask for nodes with the same one if NCCL fails")
     built_for = torch.cuda.get_arch_list()
     if not has_kernels((about.major, about.minor), built_for):
         text = (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
-from launch.doctor.findings import Alike, Finding, Level
+from launch.doctor.findings import Finding, Level, MustMatch
 from launch.scripts import read_options
 from training.base.console import UserError
 from training.base.environment import staged
@@ -130,15 +130,15 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e6:,.1f} MB"
 
 
-def data(folder: Path, *, chat: bool) -> Iterator[Finding | Alike]:
+def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:
     """The prepared data set, as the training opens it. chat: conversations, no sentence pairs."""
     opened = open_conversations(staged(folder)) if chat else open_prepared(staged(folder))
     yield Finding("ok", "data", f"{folder} opens")
     for name, value in opened.identity.items():
-        yield Alike("data", name, value[:12], "error", "bring the same prepared data to all nodes")
+        yield MustMatch("data", name, value[:12], "error", "bring the same prepared data to all nodes")
 
 
-def base_model(name: str, revision: str | None) -> Iterator[Finding | Alike]:
+def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]:
     """The base model's files; nothing is fetched."""
     from training.models.base_model import find_base_model, fingerprint_of
 
@@ -155,7 +155,9 @@ def base_model(name: str, revision: str | None) -> Iterator[Finding | Alike]:
         return
     folder = find_base_model(name, revision)
     yield Finding("ok", "base model", f"{folder} is complete")
-    yield Alike("base model", "fingerprint", fingerprint_of(folder)[:12], "error", "bring the same model to all nodes")
+    yield MustMatch(
+        "base model", "fingerprint", fingerprint_of(folder)[:12], "error", "bring the same model to all nodes"
+    )
 
 
 def wandb(mode: str) -> Iterator[Finding]:

@@ -114,18 +114,18 @@ def to_continue(record: Record, kernels: Sequence[str]) -> Session | None:
     return max(usable, key=lambda each: (each.step or 0, each.number), default=None)
 
 
-def vain_sessions(sessions: Sequence[Session]) -> int:
+def sessions_without_progress(sessions: Sequence[Session]) -> int:
     """How many sessions have ended in a row without a later step to continue from.
 
     What a failed kernel did further than that is lost to the next one, see `to_continue`; counted as progress, a run
     whose every session is cut off would use up all GPU hours and come nowhere.
     """
-    furthest, vain = 0, 0
+    furthest, fruitless = 0, 0
     for session in sessions:
         came = (session.step or 0) if session.state == "complete" else 0
-        vain = 0 if came > furthest else vain + 1
+        fruitless = 0 if came > furthest else fruitless + 1
         furthest = max(furthest, came)
-    return vain
+    return fruitless
 
 
 def hours_between(sessions: Sequence[Session], start: float, now: float) -> float:

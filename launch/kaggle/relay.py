@@ -33,9 +33,9 @@ from launch.kaggle.record import (
     end_of,
     hours_between,
     seconds,
+    sessions_without_progress,
     to_continue,
     utc,
-    vain_sessions,
 )
 from launch.kaggle.session import SUMMARY
 from launch.scripts import script_of
@@ -224,9 +224,9 @@ class Relay:
         fresh = [session for session in sessions if not session.told]
         if not fresh:
             return None
-        last, vain = fresh[-1], min(vain_sessions(sessions), len(fresh))
+        last, fruitless = fresh[-1], min(sessions_without_progress(sessions), len(fresh))
         over = last.restart is False
-        if not over and vain < FAILURE_LIMIT:
+        if not over and fruitless < FAILURE_LIMIT:
             return None
         for session in fresh:
             session.told = True  # the same command again means that the user wants another session
@@ -238,8 +238,8 @@ class Relay:
         if over:
             raise UserError(f"{last.name} failed: {last.reason}{log}. Mend that; the same command then goes on")
         raise UserError(
-            f"{vain} sessions in a row brought nothing that the next one could continue from; the last, {last.name}: "
-            f"{last.reason}{log}. The same command tries again"
+            f"{fruitless} sessions in a row brought nothing that the next one could continue from; the last, "
+            f"{last.name}: {last.reason}{log}. The same command tries again"
         )
 
     # The next session.

@@ -55,7 +55,7 @@ _MARGIN_S = 300.0
 _RESERVE = 0.05
 
 # Attempts in a row that bring no checkpoint of a later step, and the session is given up.
-_VAIN_ATTEMPTS = 3
+_ATTEMPTS_WITHOUT_PROGRESS = 3
 
 # How often the disk and the clock are looked at.
 _LOOK_EVERY_S = 0.5
@@ -294,14 +294,14 @@ class Session:
         self.working.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        vain = 0
-        while vain < _VAIN_ATTEMPTS:
+        fruitless = 0
+        while fruitless < _ATTEMPTS_WITHOUT_PROGRESS:
             before = self._step()
             self.training.run(self.margin)
             self.disk.tidy()
             if self._is_over():
                 break
-            vain = vain + 1 if self._step() <= before else 0
+            fruitless = fruitless + 1 if self._step() <= before else 0
             say("the training has ended, and starts again")
         return self.summary()
 

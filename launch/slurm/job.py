@@ -129,13 +129,15 @@ def judge(
     else:
         reason = status["reason"]
     step = last_step(run_dir)
-    vain = 1 + _vain_sessions(events) if step <= began["step"] else 0
-    if vain >= failure_limit:
-        return Verdict("failed", f"{vain} sessions in a row came no further than step {step:,}; the last: {reason}")
+    fruitless = 1 + _sessions_without_progress(events) if step <= began["step"] else 0
+    if fruitless >= failure_limit:
+        return Verdict(
+            "failed", f"{fruitless} sessions in a row came no further than step {step:,}; the last: {reason}"
+        )
     return Verdict("again", reason)
 
 
-def _vain_sessions(events: Sequence[dict[str, Any]]) -> int:
+def _sessions_without_progress(events: Sequence[dict[str, Any]]) -> int:
     """How many sessions have ended in a row without a checkpoint of a later step, until the last that had one."""
     count = 0
     for event in reversed(events):

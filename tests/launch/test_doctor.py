@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from launch.doctor import machine, ranks, run
-from launch.doctor.findings import Alike, Check, Finding, Report, examine, merge
+from launch.doctor.findings import Check, DoctorReport, Finding, MustMatch, examine, merge
 from launch.doctor.ranks import bus_bandwidth, offset_s
 from tests.support.commands import ROOT, Launch, Result, Started
 from tests.support.ranks import free_port, task
@@ -243,9 +243,9 @@ def test_what_all_find_is_said_once_and_what_some_find_with_their_names():
     full, same = Finding("error", "disk", "full"), Finding("ok", "disk", "there")
     busy = Finding("warning", "GPU", "in use")
     reports = [
-        Report("a", 0, ((same,), (busy, Alike("GPU", "type", "T4", "warning", "take one")))),
-        Report("a", 1, (None, (Alike("GPU", "type", "T4", "warning", "take one"),))),
-        Report("b", 2, ((same, full), (Alike("GPU", "type", "P100", "warning", "take one"),))),
+        DoctorReport("a", 0, ((same,), (busy, MustMatch("GPU", "type", "T4", "warning", "take one")))),
+        DoctorReport("a", 1, (None, (MustMatch("GPU", "type", "T4", "warning", "take one"),))),
+        DoctorReport("b", 2, ((same, full), (MustMatch("GPU", "type", "P100", "warning", "take one"),))),
     ]
     assert [each.text for each in merge(checks, reports)] == [
         "there",

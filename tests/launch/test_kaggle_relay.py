@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launch.kaggle.client import Clock, Kaggle, LostAnswer
-from launch.kaggle.record import Record, Session, hours_between, to_continue, utc, vain_sessions
+from launch.kaggle.record import Record, Session, hours_between, sessions_without_progress, to_continue, utc
 from tests.support.commands import ROOT, Launch, Result, Started
 from tests.support.kaggle_stand_in import OWNER, TOKEN
 from training.base.console import UserError
@@ -442,8 +442,8 @@ def test_next_session_continues_what_can_be_attached(tmp_path: Path) -> None:
 
 def test_progress_that_cannot_be_continued_does_not_count() -> None:
     done = [session(1), session(2, state="error"), session(3, state="cancelled"), session(4, state="error")]
-    assert vain_sessions(done) == 3
-    assert vain_sessions([*done, session(5)]) == 0
+    assert sessions_without_progress(done) == 3
+    assert sessions_without_progress([*done, session(5)]) == 0
 
 
 def test_record_survives_being_written_and_read(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.precision import choose_precision
 from training.engine.zero import Zero, ZeroOptions
-from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters, spread_by_layer
+from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import QuantisationOptions, load_base_model
 from training.models.memory_estimate import Shape
 from training.qlora import COMPUTE_TYPES
@@ -58,7 +58,7 @@ def measure(
     adapted = add_adapters(base, LORA)
     if stage == 3:
         spread_by_layer(adapted)
-    model = AnswerModel(adapted, logits_tokens=50, checkpoint_layers=True)
+    model = AdaptedModel(adapted, logits_tokens=50, checkpoint_layers=True)
     optimizer = build_optimizer(model, OptimOptions(warmup_steps=0), steps=4)
     chosen = choose_precision(precision, cluster.device)
     engine = Zero(model, optimizer, cluster, chosen, 1.0, None, ZeroOptions(stage=stage))

@@ -179,14 +179,14 @@ class Cluster:
         if kind is None:
             dist.barrier(self._control)
         if isinstance(error, UserError) and error.speaks is None:
-            error.speaks = self._tells_first(str(error))
+            error.speaks = self._claims_message(str(error))
         # NCCL first brings to an end what is queued, which after an error of this rank alone never comes.
         if self.device.type != "cuda" or kind is None or isinstance(error, UserError):
             dist.destroy_process_group()
         if error is not None and means_lost_peer(error):
             raise peer_error(error) from error
 
-    def _tells_first(self, message: str) -> bool:
+    def _claims_message(self, message: str) -> bool:
         """Whether no other rank has told this yet: some errors are one rank's alone, others those of all."""
         if self._store is None:
             return self.is_first

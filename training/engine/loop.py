@@ -292,7 +292,7 @@ class _Run:
             if self.saved_step != self.step:
                 self._save(due=False)
             self.cluster.on_first(self._finish_saving)
-        return self._end(stopped, rests=self.stop.clear())
+        return self._end(stopped, wants_rest=self.stop.clear())
 
     def _open_books(self) -> None:
         config, cluster = self.config, self.cluster
@@ -414,8 +414,8 @@ class _Run:
         self.saver.drain()
         self.saver.check()
 
-    def _end(self, stop: Stopped | None, *, rests: bool) -> int:
-        """Writes down how the session ended. stop: None if all steps are done. rests: whether somebody wants that."""
+    def _end(self, stop: Stopped | None, *, wants_rest: bool) -> int:
+        """Writes down how the session ended. stop: None if all steps are done. wants_rest: whether no other shall follow."""
         # A save that failed is known to one rank; all must leave with the same status.
         error = self.saver.error if self.saver is not None else None
         (unsaved,) = self.cluster.maximum([error is not None])
@@ -423,7 +423,7 @@ class _Run:
             self._close("finished", "all steps done", restart=False)
             return 0
         reason = stop.reason if stop else "the last save, which failed"
-        self._close("resumable", f"{reason} ({error})" if error else reason, restart=not rests)
+        self._close("resumable", f"{reason} ({error})" if error else reason, restart=not wants_rest)
         where = f"the last checkpoint ({error})" if error else "there"
         stopped = f"stopped by {reason} at step {self.step:,} of {self.task.plan.steps:,}"
         say(f"{stopped}; the same command continues from {where}")

@@ -80,9 +80,9 @@ class Parallel(ABC):
         """Whether an overflow of this step is the scaler's own: above 1 it searches its range, at first by design."""
         return self._scaler is not None and self._scaler.get_scale() > 1
 
-    def _stepped(self, bad: Tensor, own_skip: bool) -> None:
-        """What follows a step. bad: 1 where the gradient was not finite, else 0; own_skip: of the scaler."""
-        self.skipped_in_a_row = torch.zeros_like(bad) if own_skip else (self.skipped_in_a_row + 1) * bad
+    def _stepped(self, bad: Tensor, scaler_skip: bool) -> None:
+        """What follows a step. bad: 1 where the gradient was not finite, else 0; scaler_skip: of the scaler."""
+        self.skipped_in_a_row = torch.zeros_like(bad) if scaler_skip else (self.skipped_in_a_row + 1) * bad
         if self._ema is not None:
             self._ema.update_parameters(self._plain)
 
@@ -146,7 +146,7 @@ class DataParallel(Parallel):
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        bad, own_skip = (~norm.isfinite()).float(), self._scaler_searches()
+        bad, scaler_skip = (~norm.isfinite()).float(), self._scaler_searches()
         if self._scaler is None:
             if isinstance(self.optimizer, torch.optim.AdamW):
                 self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
@@ -157,7 +157,7 @@ class DataParallel(Parallel):
             self._scaler.step(self.optimizer)
             self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._stepped(bad, own_skip)
+        self._stepped(bad, scaler_skip)
         return norm
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -192,14 +192,14 @@ class Zero(Parallel):
         # It skips what is not finite, on all ranks alike.
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._cluster.device, dtype=torch.float32)
         bad = torch.tensor(float(self._own.overflow), device=self._cluster.device)
-        own_skip = self._scaler_searches()
+        scaler_skip = self._scaler_searches()
         if self._scaler is not None:
             self._probe.grad = torch.where(bad > 0, torch.inf, 0.0)
             self._scaler.unscale_(self._probe_optimizer)
             self._scaler.step(self._probe_optimizer)
             self._scaler.update()
             self._own.override_loss_scale(self._scaler.get_scale())
-        self._stepped(bad, own_skip)
+        self._stepped(bad, scaler_skip)
         return norm
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -94,7 +94,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)  # a layer in 4 bits is one, too
 
 
-class AnswerModel(nn.Module):
+class AdaptedModel(nn.Module):
     """The training's view of a language model with adapters."""
 
     def __init__(self, model: PeftModel, *, logits_tokens: int, checkpoint_layers: bool):

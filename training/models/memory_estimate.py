@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from training.engine.zero import ZeroOptions, deepspeed_config
-from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters
+from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters
 from training.models.base_model import QuantisationOptions, freeze, linear_layers, on_meta
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one process. trained: numbers in the adapters, of all processes.
 
     activations: with what ZeRO 3 brings together of the weights at that moment. loading: at the start, when every
@@ -110,7 +110,7 @@ def estimate(
     device_type: str = "cuda",
     ranks: int = 1,
     zero: ZeroOptions | None = None,
-) -> Memory:
+) -> MemoryEstimate:
     """The memory of a training of `config` with these options, its largest micro-batch being of `shape`.
 
     device_type: where it trains, `cuda` or `cpu`; with 16 bits the latter copies more. zero: None without DeepSpeed.
@@ -134,11 +134,11 @@ def estimate(
         for module in adapted.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
-    model = AnswerModel(adapted, logits_tokens=logits_tokens, checkpoint_layers=checkpoint_layers)
+    model = AdaptedModel(adapted, logits_tokens=logits_tokens, checkpoint_layers=checkpoint_layers)
     sizes = [each.numel() for each in model.parameters() if each.requires_grad]
     trained = sum(sizes)
     if zero is None:
-        return Memory(
+        return MemoryEstimate(
             weights=whole,
             adapters=4 * trained,
             gradients=4 * trained * (2 if ranks > 1 else 1),  # DDP's buckets, and what is added up before them
@@ -158,7 +158,7 @@ def estimate(
         gradients = bucket + 2 * part  # what is added up, and what the optimizer gets
         size = 1 if in_4_bits else compute_type.itemsize
         spread = _Spread(small, size * told["stage3_max_live_parameters"])
-    return Memory(
+    return MemoryEstimate(
         weights=weights,
         adapters=adapters,
         gradients=gradients,
@@ -300,7 +300,7 @@ class _Spread:
         self._layer.clear()
 
 
-def _activations(model: AnswerModel, shape: Shape, compute_type: torch.dtype, spread: _Spread | None = None) -> int:
+def _activations(model: AdaptedModel, shape: Shape, compute_type: torch.dtype, spread: _Spread | None = None) -> int:
     """Bytes of what a forward and backward pass holds at its peak, besides parameters and gradients."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -23,9 +23,9 @@ from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.parallel import DataParallel
 from training.engine.precision import choose_precision
-from training.models.adapted_model import AnswerModel, LoraOptions, add_adapters
+from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters
 from training.models.base_model import QuantisationOptions, load_base_model, read_config
-from training.models.memory_estimate import Memory, Shape, estimate
+from training.models.memory_estimate import MemoryEstimate, Shape, estimate
 from training.qlora import COMPUTE_TYPES
 
 TALKATIVE = {**SMALL, "vocab_size": 8192}
@@ -64,7 +64,7 @@ def compared(
     optimizer: str = "adamw",
     checkpoint_layers: bool = True,
     logits_tokens: int = 256,
-) -> tuple[Memory, int, dict[str, int]]:
+) -> tuple[MemoryEstimate, int, dict[str, int]]:
     """The estimate; the bytes that the second step of a real training has at its peak; and parts of these."""
     quantisation = QuantisationOptions(kind=kind, double=double)
     lora = LoraOptions(rank=rank, dropout=dropout)
@@ -84,7 +84,7 @@ def compared(
     cluster = Cluster()
     base = load_base_model(folder, quantisation, compute_type, cluster.device)
     weights = held_bytes(base)
-    model = AnswerModel(add_adapters(base, lora), logits_tokens=logits_tokens, checkpoint_layers=checkpoint_layers)
+    model = AdaptedModel(add_adapters(base, lora), logits_tokens=logits_tokens, checkpoint_layers=checkpoint_layers)
     model.train()
     built = build_optimizer(model, OptimOptions(kind=optimizer, warmup_steps=0), steps=2)
     engine = DataParallel(model, built, cluster, choose_precision(precision, cluster.device), clip_norm=1.0)
@@ -135,7 +135,7 @@ QWEN_7B = {
 }
 
 
-def of_true_shape(shape: dict[str, object], micro_batch: Shape) -> Memory:
+def of_true_shape(shape: dict[str, object], micro_batch: Shape) -> MemoryEstimate:
     """The estimate on a T4, with the recipe's adapters."""
     return estimate(
         transformers.Qwen2Config(**shape),

@@ -23,7 +23,7 @@ from training.data.chat import ChatTokenizer, load_chat_tokenizer
 from training.engine.checkpoint import Checkpoint, load_model_state
 from training.engine.precision import Precision, PrecisionName, choose_precision
 from training.evaluation.translations.trained import Weights
-from training.models.adapted_model import AnswerModel
+from training.models.adapted_model import AdaptedModel
 from training.models.base_model import find_base_model, fingerprint_of, on_meta
 from training.qlora import COMPUTE_TYPES, QLoRAConfig, build_model
 
@@ -42,7 +42,7 @@ class TrainedAdapters:
     config: QLoRAConfig
     data: dict[str, Any]
     base: Path
-    model: AnswerModel
+    model: AdaptedModel
     precision: Precision
 
     @property
