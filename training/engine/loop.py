@@ -415,7 +415,7 @@ class _Run:
         self.saver.check()
 
     def _end(self, stop: Stopped | None, *, wants_rest: bool) -> int:
-        """Writes down how the session ended. stop: None if all steps are done. wants_rest: whether no other shall follow."""
+        """Writes down how the session ended. stop: None if all steps are done."""
         # A save that failed is known to one rank; all must leave with the same status.
         error = self.saver.error if self.saver is not None else None
         (unsaved,) = self.cluster.maximum([error is not None])
