@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node=2 -m training.evaluation.evaluate runs/NAME   # the ranks share the sentences
 
 Writes runs/NAME/report.html and, under runs/NAME/evaluation/, LABEL-translations.jsonl (source, reference, translation
-of every row), LABEL-attention-N.svg (with --png as .png, too) and LABEL.json (scores). LABEL says what was evaluated
+of every row), LABEL-attention-N.svg and LABEL.json (scores). LABEL says what was evaluated
 and how, see `training.evaluation.setting`: `test` is the usual, `test-beam5` the same with --beam_size 5. Those with
 other labels stand beside it; `training.evaluation.compare` compares them. The report also shows the scores under the
 same label of the other runs in the folder of this one. A run that wandb shows gets the scores there, too.
@@ -31,7 +31,7 @@ from training.engine.metrics import read_metrics
 from training.engine.status import read_sessions
 from training.engine.wandb.tracker import publish_evaluation
 from training.evaluation.setting import Search, Setting, add_options, search_of
-from training.evaluation.translations.attention_maps import Sheet, chinese_font
+from training.evaluation.translations.attention_maps import Sheet
 from training.evaluation.translations.decoding import Translation, translate
 from training.evaluation.translations.report import (
     SYNTHETIC,
@@ -62,17 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(parser)
     parser.add_argument("--data", type=Path, help="prepared data to score on (default: what the run was trained on)")
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")
-    parser.add_argument("--png", action="store_true", help="attention maps as PNG files, too")
-    parser.add_argument("--font", type=Path, metavar="FILE", help="for --png (default: one installed with Chinese)")
     arguments = parser.parse_args(without_local_rank(sys.argv[1:] if argv is None else argv))
     search = search_of(arguments)
-    if arguments.font is not None and not arguments.png:
-        raise UserError("--font has no effect without --png: add --png, or leave it out")
-    font = chinese_font(arguments.font) if arguments.png else None
     with Cluster() as cluster:
         trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         data = _open_data(trained, arguments.data)
-        evaluate(trained, data, arguments.part, search, cluster, font)
+        evaluate(trained, data, arguments.part, search, cluster)
     return 0
 
 
@@ -88,12 +83,10 @@ def _open_data(trained: TrainedModel, named: Path | None) -> Prepared:
     return data
 
 
-def evaluate(
-    trained: TrainedModel, data: Prepared, part_name: str, search: Search, cluster: Cluster, font: Path | None = None
-) -> Path:
+def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Search, cluster: Cluster) -> Path:
     """Decodes and scores one part of `data`, writes everything the module names, and returns the report's path.
 
-    font: of attention maps as PNG files; None for none. Raises UserError when the part has nothing that can be scored.
+    Raises UserError when the part has nothing that can be scored.
     """
     part = data.part(part_name)
     _check_part(trained, data, part)
@@ -168,12 +161,9 @@ def evaluate(
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{label}-translations.jsonl", _translations(part, translations, results))
         for earlier in range(1, SHEETS + 1):
-            for kind in ("svg", "png"):
-                (folder / f"{label}-attention-{earlier}.{kind}").unlink(missing_ok=True)
-        for number, ((_, svg), (_, sheet)) in enumerate(zip(report.attention, sheets, strict=True), 1):
+            (folder / f"{label}-attention-{earlier}.svg").unlink(missing_ok=True)
+        for number, (_, svg) in enumerate(report.attention, 1):
             write_atomically(folder / f"{label}-attention-{number}.svg", svg)
-            if font is not None:
-                write_atomically(folder / f"{label}-attention-{number}.png", sheet.png(font))
         # The scores last: where they stand, their translations do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_atomically(path, render(report))
@@ -251,7 +241,7 @@ def _attention(
 
 
 def _versions(trained: TrainedModel) -> dict[str, str]:
-    own = {name: version(name) for name in ("torch", "sacrebleu", "matplotlib")}
+    own = {name: version(name) for name in ("torch", "sacrebleu")}
     return {
         **{f"{name}, training": found for name, found in trained.checkpoint.manifest["versions"].items()},
         **{f"{name}, evaluation": found for name, found in own.items()},

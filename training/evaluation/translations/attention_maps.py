@@ -2,36 +2,27 @@
 
 Promises: the same input gives the same bytes; in an SVG tokens are real text, so that Chinese shows wherever it is
 read, whatever fonts the training machine has; it takes its ink from the page around it, so that it can be read on dark
-and on light ground. A PNG needs a font with Chinese, see `chinese_font`.
+and on light ground.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
-import math
-import re
+import struct
 import unicodedata
-import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from training.base.console import UserError, warn
 from training.evaluation.report.markup import escaped, number
-
-if TYPE_CHECKING:
-    from matplotlib.ft2font import FT2Font
 
 CELL = 13  # side of a cell, in the user units that are pixels on a page at its natural size
 FONT = 10
-SHOWN = 16  # characters of a token; in an SVG the rest of a longer one shows when it is pointed at
+SHOWN = 16  # characters of a token; the rest of a longer one shows when it is pointed at
 PAD = 4  # between labels and cells
 GAP = 14  # between panels
 TITLE = 18
@@ -39,9 +30,6 @@ INK = (37, 114, 235)  # full attention; less lets the ground through, so it suit
 
 # The reader's fonts, not the training machine's: only these names stand in the file.
 FAMILIES = "'DejaVu Sans','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif"
-
-PNG_SCALE = 2  # pixels of a PNG per user unit
-PNG_PIXELS = 25_000_000  # of a larger sheet, which is scaled down to it: four bytes each in memory
 
 Line = tuple[tuple[int, int], tuple[int, int]]
 
@@ -105,53 +93,6 @@ class Sheet:
             f"{''.join(parts)}</svg>\n"
         )
 
-    def png(self, font: Path) -> bytes:
-        """The sheet as a PNG file, black on white. font: as `chinese_font` finds it.
-
-        Labels stand at the edges of the sheet only, where a picture that is seen as a whole has them. What the font
-        does not have shows as a box, with a warning.
-        """
-        # Needed for this alone, and slow to load.
-        from matplotlib.collections import LineCollection
-        from matplotlib.figure import Figure
-        from matplotlib.font_manager import FontProperties
-
-        (left, top), (width, height) = self._labels, self._cells
-        across, down = width + GAP, height + TITLE + GAP  # from panel to panel
-        full_width = left + max(map(len, self.panels)) * across
-        full_height = top + len(self.panels) * down - TITLE
-        figure = Figure(figsize=(full_width / 100, full_height / 100))  # a unit is 1/100 inch, a point 1/72
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        text = partial(axes.text, fontproperties=FontProperties(fname=font, size=0.72 * FONT), parse_math=False)
-        segments = []
-        for row, line in enumerate(self.panels):
-            y = top + row * down
-            for place, token in enumerate(self.row_tokens):
-                text(left - PAD, y + _baseline(place), _shown(token), horizontalalignment="right")
-            for column, (title, weights) in enumerate(line):
-                x = left + column * across
-                axes.imshow(_coloured(weights), extent=(x, x + width, y + height, y), interpolation="nearest")
-                text(x, y - PAD if row else FONT + PAD, title)
-                segments.append([(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)])
-                segments += [[(x + CELL * across, y + CELL * down) for across, down in ends] for ends in self.lines]
-        for column in range(max(map(len, self.panels))):
-            for place, token in enumerate(self.column_tokens):
-                x = left + column * across + _baseline(place)
-                text(x, top - PAD, _shown(token), rotation=90, rotation_mode="anchor")
-        axes.add_collection(LineCollection(segments, colors="black", alpha=0.5, linewidths=0.4), autolim=False)
-        axes.set(xlim=(0, full_width), ylim=(full_height, 0), aspect="auto")
-        scale = min(PNG_SCALE, math.sqrt(PNG_PIXELS / (full_width * full_height)))
-        file = io.BytesIO()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            figure.savefig(file, format="png", dpi=100 * scale, metadata={"Software": None})
-        missing = {code for each in caught for code in re.findall(r"^Glyph (\d+) ", str(each.message))}
-        if missing:
-            names = ", ".join(f"U+{code:04X}" for code in sorted(map(int, missing)))
-            warn(f"{font} has no {names}: boxes stand for them in the PNG; --font FILE names another font")
-        return file.getvalue()
-
 
 def attention_sheet(maps: Sequence[Tensor], tokens: Sequence[str], separator: int) -> Sheet:
     """The attention weights `maps` of a GPT, per layer [heads, T, T], over a sequence of T `tokens`.
@@ -172,47 +113,6 @@ def alignment_map(weights: Tensor, source_tokens: Sequence[str], target_tokens: 
     return Sheet([[("", _array(weights))]], target_tokens, source_tokens)
 
 
-def chinese_font(named: Path | None = None) -> Path:
-    """The font file for PNGs: `named`, else one of those installed with Chinese, a regular one if there is any.
-
-    Raises UserError when it is no font with Chinese, or there is none.
-    """
-    from matplotlib.font_manager import findSystemFonts
-
-    if named is not None:
-        if not named.is_file():
-            raise UserError(f"--font {named}: there is no such file; name a .ttf, .otf or .ttc file")
-        font = _opened(named)
-        if font is None:
-            raise UserError(f"--font {named} cannot be read as a font; name a .ttf, .otf or .ttc file")
-        if not _chinese_of(font):
-            raise UserError(f"--font {named} has no Chinese; name a font that has, or leave --font out to look for one")
-        return named
-    fonts = {
-        path: font for path in findSystemFonts() if (font := _opened(Path(path))) is not None and _chinese_of(font)
-    }
-    if not fonts:
-        raise UserError(
-            "--png needs a font with Chinese, and none is installed: install one (apt install fonts-noto-cjk), or name "
-            "the file of one with --font FILE; without --png, the SVG files need none"
-        )
-    return Path(min(fonts, key=lambda path: (-_chinese_of(fonts[path]), fonts[path].style_name != "Regular", path)))
-
-
-def _opened(path: Path) -> FT2Font | None:
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        return FT2Font(str(path))
-    except (OSError, RuntimeError):
-        return None
-
-
-def _chinese_of(font: FT2Font) -> int:
-    """How many of simplified and traditional characters the font has."""
-    return sum(font.get_char_index(ord(character)) > 0 for character in "们們")
-
-
 def _array(weights: Tensor) -> np.ndarray:
     return weights.detach().float().cpu().numpy()
 
@@ -226,12 +126,16 @@ def _coloured(weights: np.ndarray) -> np.ndarray:
 
 
 def _pixels(weights: np.ndarray) -> str:
-    """The weights [rows, columns] as a PNG of one pixel each, in base64."""
-    from matplotlib.image import imsave
+    """The weights [rows, columns] as a PNG (ISO/IEC 15948) of one pixel each, in base64."""
+    height, width = weights.shape
+    lines = b"".join(b"\0" + line.tobytes() for line in _coloured(weights))  # 0: the line as it is
 
-    file = io.BytesIO()
-    imsave(file, _coloured(weights), format="png", metadata={"Software": None})
-    return base64.b64encode(file.getvalue()).decode()
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)  # 8 bits each of red, green, blue, opacity
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunks).decode()
 
 
 def _labels(tokens: Sequence[str], x: float) -> str:
