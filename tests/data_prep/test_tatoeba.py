@@ -16,7 +16,7 @@ from threading import Thread
 import pytest
 
 from data_prep import sources, tatoeba
-from data_prep.sample_corpus import sample_lines
+from data_prep.sources import sample_lines
 from tests.support.commands import ROOT, Result, run
 from training.base.console import UserError
 from training.base.files import temporary_folder

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep import tatoeba
-from data_prep.sample_corpus import sample_pairs
+from data_prep.sources import sample_lines
 from tests.support.commands import ROOT
 from training.base.console import UserError
 from training.base.files import open_atomically, publish_folder, recover, sha256_of, temporary_folder, write_atomically
@@ -36,7 +36,7 @@ def copy(sample, tmp_path) -> Path:
 
 
 def test_ids_are_views_on_the_file_and_decode_to_the_texts(sample):
-    pairs = sample_pairs()
+    pairs = [tuple(line.split("\t")[:2]) for line in sample_lines()]
     for name in PARTS:
         allocated = pa.total_allocated_bytes()
         part = sample.part(name)

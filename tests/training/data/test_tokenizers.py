@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from data_prep import tatoeba
-from data_prep.sample_corpus import ATTRIBUTION, sample_lines, sample_pairs
+from data_prep.sources import SAMPLE_ATTRIBUTION, sample_lines
 from tests.support.commands import ROOT
 from training.base.console import UserError
 from training.data.prepared import PARTS, Prepared, open_prepared
@@ -79,7 +79,7 @@ def test_joint_vocabulary_is_one_and_separate_ones_are_two(sets):
 def test_sentencepiece_gives_back_every_sample_sentence_as_it_was(sets):
     for name in ("sentencepiece-joint", "sentencepiece-separate"):
         source, target = sets[name].source_tokenizer, sets[name].target_tokenizer
-        for english, chinese in sample_pairs()[::7]:
+        for english, chinese, _ in (line.split("\t") for line in sample_lines()[::7]):
             if UNK not in source.encode(chinese):
                 assert source.decode(source.encode(chinese)) == chinese
             assert target.decode(target.encode(english)) == english
@@ -146,7 +146,7 @@ def test_vocabulary_never_sees_validation_or_test_rows(kind, vocabularies, tmp_p
     assert tatoeba.main([*words, str(tmp_path / "plain")]) == 0
     plain = open_prepared(tmp_path / "plain")
     for row in (*plain.part("validation").rows, *plain.part("test").rows):
-        lines[row] = f"Zyzzyva qwertz {row}.\t龘靐龘齉 {row}。\t{ATTRIBUTION}"
+        lines[row] = f"Zyzzyva qwertz {row}.\t龘靐龘齉 {row}。\t{SAMPLE_ATTRIBUTION}"
     (tmp_path / "cmn.txt").write_text("\n".join(lines), encoding="utf-8")
     assert tatoeba.main([*words, str(tmp_path / "planted")]) == 0
     planted = open_prepared(tmp_path / "planted")
@@ -217,9 +217,9 @@ def test_training_is_the_same_in_another_process(sets):
 
 
 def test_sample_corpus_is_distinct_on_both_sides_and_never_taken_for_real(sets):
-    pairs = sample_pairs()
+    pairs = [line.split("\t") for line in sample_lines()]
     assert len(pairs) == 6_000
-    assert len({english for english, _ in pairs}) == len({chinese for _, chinese in pairs}) == 6_000
+    assert len({english for english, _, _ in pairs}) == len({chinese for _, chinese, _ in pairs}) == 6_000
     for data in sets.values():
         assert data.meta["synthetic"] is True
         assert "Not real data" in data.meta["source"]["licence"]
