@@ -128,6 +128,11 @@ class PreparedFolder:
         """Identity of the content: equal if and only if tokenizers, rows and ids of all parts are equal."""
         return self.meta["fingerprint"]
 
+    @property
+    def kept(self) -> dict[str, Path]:
+        """What a run keeps of it: the description, and the tokenizers."""
+        return {"data.json": self.folder / META, "tokenizer": self.folder / "tokenizer"}
+
     def verify(self) -> None:
         """Reads every file and compares its SHA-256 with meta.json. Raises UserError naming the first that differs."""
         for name, about in self.meta["files"].items():

@@ -1,7 +1,8 @@
 """A run's folder: held by one run at a time, its sessions on record, its end written down.
 
 runs/NAME/
-  config.yaml  data.json  tokenizer/   what the run is
+  config.yaml                          what the run is
+  data.json  tokenizer/                what it keeps of its data; other kinds of data keep other files
   checkpoints/                         see training.engine.checkpoint
   metrics.jsonl                        see training.engine.metrics
   sessions.json                        every session: when, where, from which step to which, why it ended
@@ -15,6 +16,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -37,16 +39,18 @@ _LOCK_PATIENCE_S = 10.0
 
 
 class Data(Protocol):
-    """A prepared data set, as far as the engine cares: where it lies, and what identifies its content.
-
-    folder: with meta.json and tokenizer/, which a run folder gets a copy of. identity: goes into every checkpoint.
-    """
+    """What a run is trained on, as far as the engine cares."""
 
     @property
-    def folder(self) -> Path: ...
+    def identity(self) -> dict[str, str]:
+        """What defines its content; goes into every checkpoint, and a run goes on with equal content only."""
 
     @property
-    def identity(self) -> dict[str, str]: ...
+    def kept(self) -> Mapping[str, Path]:
+        """Files and folders of which a run keeps a copy, by their names in the run folder.
+
+        With these the run can be understood and used without its data.
+        """
 
 
 class RunFolder:
@@ -62,9 +66,8 @@ class RunFolder:
         """Locks the folder and finds the newest valid checkpoint, here or in `source`, whose run is then copied here.
 
         about: the definition of the run: task, config (of which the keys `may_change` do not count), data, and what it
-        is built on. A new run's folder gets `config` (YAML), data description and tokenizer instead of a checkpoint, so
-        that it can be understood and used without its data. Raises UserError when the folder is in use or is another
-        run's.
+        is built on. A new run's folder gets `config` (YAML) and what it keeps of its data instead of a checkpoint.
+        Raises UserError when the folder is in use or is another run's.
         """
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -79,15 +82,18 @@ class RunFolder:
                 other = newest_valid(source, set_aside=False)
                 if other is not None and (latest is None or other.step > latest.step):
                     _check_same_run(other, about, may_change)
-                    latest = _carry_over(source, self.run_dir, other)
+                    latest = _carry_over(source, self.run_dir, other, data)
             if latest is None:
                 known = self.run_dir / "config.yaml"
                 if known.exists() and known.read_text(encoding="utf-8") != config:
                     # Another run was begun here and never came to a checkpoint: its name in wandb is not ours.
                     (self.run_dir / WANDB_FILE).unlink(missing_ok=True)
                 write_atomically(known, config)
-                write_atomically(self.run_dir / "data.json", (data.folder / "meta.json").read_bytes())
-                shutil.copytree(data.folder / "tokenizer", self.run_dir / "tokenizer", dirs_exist_ok=True)
+                for name, path in data.kept.items():
+                    if path.is_dir():
+                        shutil.copytree(path, self.run_dir / name, dirs_exist_ok=True)
+                    else:
+                        write_atomically(self.run_dir / name, path.read_bytes())
         return latest
 
     def close(self) -> None:
@@ -141,7 +147,7 @@ def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[s
         )
 
 
-def _carry_over(source: Path, run_dir: Path, newest: Checkpoint) -> Checkpoint:
+def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> Checkpoint:
     """Copies what the run in `source` needs to go on in `run_dir`: record, sessions, newest and best checkpoint.
 
     `source` is only read. `newest` is its newest valid checkpoint; the copy of it, which is made last, is returned: a
@@ -152,7 +158,7 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint) -> Checkpoint:
         for path in source.iterdir():
             if path.is_file() and path.name not in ("lock", "status.json"):
                 write_atomically(run_dir / path.name, path.read_bytes())
-        for name in ("tokenizer", "wandb"):
+        for name in (*data.kept, "wandb"):
             if (source / name).is_dir():
                 shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
         (run_dir / METRICS).touch()

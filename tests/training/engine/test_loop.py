@@ -251,8 +251,6 @@ def handlers() -> Iterator[None]:
 
 def train_here(folder: Path, name: str = "run", *, stop_at: int | None = None, **more: Any) -> int:
     """A session of a run; somebody makes the file STOP during its step `stop_at`."""
-    (folder / "data/tokenizer").mkdir(parents=True, exist_ok=True)
-    (folder / "data/meta.json").write_text("{}", encoding="utf-8")
     (folder / name).mkdir(exist_ok=True)
     config = config_of(folder / name, **more)
 
@@ -272,7 +270,7 @@ def train_here(folder: Path, name: str = "run", *, stop_at: int | None = None, *
             )
             return Validation(1.0, right / SAMPLES)
 
-    data = SimpleNamespace(folder=folder / "data", identity={"fingerprint": "f00"})
+    data = SimpleNamespace(kept={}, identity={"fingerprint": "f00"})
     with Cluster() as cluster:
         task = Toy()
         task.model, task.plan = model_of(), plan()
@@ -307,9 +305,7 @@ def test_run_with_another_definition_is_refused_and_what_may_change_is_not(tmp_p
 
 def test_run_folder_is_held_by_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "meta.json").write_text("{}", encoding="utf-8")
-    data = SimpleNamespace(folder=tmp_path, identity={})
+    data = SimpleNamespace(kept={}, identity={})
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     begin = {"about": {}, "data": data, "config": "", "source": None, "may_change": set()}
     first.open(**begin)
