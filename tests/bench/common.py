@@ -68,9 +68,11 @@ class Arguments:
     more: argparse.Namespace
     smoke: bool = False
 
-    def sized(self, *, whole: T, quick: T, smoke: T) -> T:
+    def sized(self, *, whole: T, quick: T, smoke: T | None = None) -> T:
         """How much to do: the one of these that was asked for."""
-        return smoke if self.smoke else quick if self.quick else whole
+        if self.smoke and smoke is not None:
+            return smoke
+        return quick if self.quick else whole
 
     @property
     def about_data(self) -> str:
@@ -104,8 +106,8 @@ def read_arguments(
     size.add_argument(
         "--smoke",
         action="store_true",
-        help="a few seconds: two steps of everything, in one process where that is possible. It shows that the bench "
-        "runs; its speeds mean nothing",
+        help="a few seconds: two steps of everything, in one process; its speeds mean nothing. As --quick where what "
+        "is measured is processes of their own",
     )
     parser.add_argument(
         "--data",

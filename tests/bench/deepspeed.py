@@ -16,7 +16,7 @@ memory" is no other than the rest, and offload saves nothing.
 - `_loss_difference`: the largest relative one to DDP's training loss, in fp32, over the same 102 (--quick: 8) steps.
 - `_resume_ratio`: from the command to the first step, with the checkpoint that the DDP run left.
 
-A start takes longer than all of the rest: --quick leaves out the resumed runs, and offload; --smoke ZeRO 2 and 3 too.
+A start takes longer than all of the rest: --quick leaves out the resumed runs, and offload.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return train(*sys.argv[2:])
     arguments = read_arguments("deepspeed", __doc__, words)
     rounds, steps, sides = arguments.sized(
-        whole=(10, 10, list(SIDES)), quick=(3, 2, ["ddp", "zero1", "zero2", "zero3"]), smoke=(1, 1, ["ddp", "zero1"])
+        whole=(10, 10, list(SIDES)), quick=(3, 2, ["ddp", "zero1", "zero2", "zero3"])
     )
     resumed = () if arguments.quick else RESUMED
     step_s: defaultdict[str, list[float]] = defaultdict(list)

@@ -40,7 +40,7 @@ TRAINING = ("--optim.steps", 2 * STEP, "--checkpoint.every_steps", 2, "--log.eve
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("resume_time", __doc__, words)
-    rounds = arguments.sized(whole=7, quick=2, smoke=1)
+    rounds = arguments.sized(whole=7, quick=2)
     new: list[float] = []
     resumed: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:

@@ -54,10 +54,7 @@ class Run:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("wandb_gone", __doc__, words)
-    # With --smoke, too, the server has to go away in the middle: many steps, but small ones.
-    rounds, steps, tokens, batches = arguments.sized(
-        whole=(5, 400, 512, 4), quick=(1, 200, 256, 2), smoke=(1, 200, 64, 1)
-    )
+    rounds, steps, tokens, batches = arguments.sized(whole=(5, 400, 512, 4), quick=(1, 200, 256, 2))
     without: list[Run] = []
     gone: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
