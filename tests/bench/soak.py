@@ -32,7 +32,7 @@ TRAINING = (
 
 
 def add_more(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, help="how many (default 200, with --quick 5, with --smoke 1)")
+    parser.add_argument("--kills", type=int, help="how many (default 200, with --quick 5)")
     parser.add_argument("--hours", type=float, help="go on for so long, however many kills that makes")
     parser.add_argument("--random-seed", type=int, default=0, help="of the moments (default %(default)s)")
 
@@ -40,7 +40,7 @@ def add_more(parser: argparse.ArgumentParser) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("soak", __doc__, words, add_more)
     more = arguments.more
-    wanted = more.kills or arguments.sized(whole=200, quick=5, smoke=1)
+    wanted = more.kills or arguments.sized(whole=200, quick=5)
     end = time.monotonic() + more.hours * 3600 if more.hours else None
     dice = random.Random(more.random_seed)
     events: list[Event] = []

@@ -23,9 +23,7 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import conversation_rows as conversation_passes
-from data_prep import disc_law, disc_law_records, tatoeba
-from data_prep import prepare_conversations as making_conversations
+from data_prep import conversation_rows, disc_law, disc_law_records, export, prepare_conversations, tatoeba
 from data_prep.disc_law_records import CUT_MARK, FILES, MIN_KEPT, TASK_NAMES, TASKS, shortened
 from data_prep.splits import stratified_split
 from tests.support import commands
@@ -43,7 +41,6 @@ from tests.support.legal_records import (
 )
 from training.base.console import UserError
 from training.base.files import temporary_folder
-from training.data import conversations
 from training.data.chat import load_chat_tokenizer
 from training.data.conversations import Conversations, open_conversations
 from training.data.prepared import PARTS, open_prepared
@@ -358,7 +355,7 @@ def test_last_line_cut_off_crlf_and_byte_order_mark(tmp_path, make, law):
 
 
 def test_pieces_of_a_file_meet_at_line_ends(tmp_path, make, law, source, monkeypatch):
-    monkeypatch.setattr(conversation_passes, "BYTES_PER_PIECE", 700)
+    monkeypatch.setattr(conversation_rows, "BYTES_PER_PIECE", 700)
     made = make(source)
     assert made.fingerprint == law.fingerprint and made.meta["counts"] == law.meta["counts"]
 
@@ -606,7 +603,7 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_not_done(
     assert 0 < len(finished) < 8
     made = []
     monkeypatch.setattr(
-        conversation_passes, "_make_shard", lambda shard: (made.append(shard.path.name), make_shard(shard))[1]
+        conversation_rows, "_make_shard", lambda shard: (made.append(shard.path.name), make_shard(shard))[1]
     )
     resumed = make(large_source, output=output)
     resumed.verify()
@@ -620,33 +617,33 @@ def test_shards_of_other_options_are_not_used(tmp_path, make, source, law, monke
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    assemble = making_conversations.assemble
-    monkeypatch.setattr(making_conversations, "assemble", killed)
+    assemble = prepare_conversations.assemble
+    monkeypatch.setattr(prepare_conversations, "assemble", killed)
     with pytest.raises(KeyboardInterrupt):
         make(source, "--reference", "false", output=tmp_path / "x")
     assert len(list((tmp_path / ".x.shards").glob("*.arrow"))) == 3
-    monkeypatch.setattr(making_conversations, "assemble", assemble)
+    monkeypatch.setattr(prepare_conversations, "assemble", assemble)
     assert make(source, output=tmp_path / "x").fingerprint == law.fingerprint
 
 
 def test_number_of_workers_and_size_of_shards_change_nothing(law, make, source, monkeypatch):
-    monkeypatch.setattr(making_conversations, "ROWS_PER_SHARD", 7)
+    monkeypatch.setattr(prepare_conversations, "ROWS_PER_SHARD", 7)
     one = make(source)  # law was made by two workers, in shards of a thousand
     assert one.fingerprint == law.fingerprint and one.meta["files"] == law.meta["files"]
 
 
-def killed_at_the_third(shard: conversation_passes.Shard) -> int:
+def killed_at_the_third(shard: conversation_rows.Shard) -> int:
     if shard.path.name == "train-00003.arrow":
         time.sleep(1)  # until the other process has done something
         os.kill(os.getpid(), signal.SIGKILL)
     return make_shard(shard)
 
 
-make_shard = conversation_passes._make_shard
+make_shard = conversation_rows._make_shard
 
 
 def test_worker_that_is_killed_is_named_and_what_is_done_is_kept(make, large_source, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversation_passes, "_make_shard", killed_at_the_third)
+    monkeypatch.setattr(conversation_rows, "_make_shard", killed_at_the_third)
     with pytest.raises(UserError, match=r"worker process was killed.*fewer --workers"):
         make(large_source, "--workers", 2, output=tmp_path / "x")
     assert list((tmp_path / ".x.shards").glob("*.arrow")) and not (tmp_path / "x").exists()
@@ -856,7 +853,7 @@ def test_exports_hold_every_conversation_in_the_form_that_is_read_elsewhere(law,
     for name, reader in readers.items():
         output = tmp_path / f"{name}.jsonl"
         words = [str(law.folder), "--part", "validation", "--format", name, "--output", str(output)]
-        assert conversations.main(words) == 0
+        assert export.main(words) == 0
         lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
         assert all(set(line) == keys[name] for line in lines)
         assert [reader(line) for line in lines] == [list(zip(speakers[name], texts, strict=True)) for texts in expected]
@@ -870,7 +867,7 @@ def test_export_started_as_people_do_it_and_its_mistakes(law, tmp_path):
     assert done.status == 0 and len((tmp_path / "x.jsonl").read_bytes().splitlines()) == len(law.part("train"))
     for output, expected in ((tmp_path / "no/x.jsonl", "there is no folder"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=expected):
-            conversations.main([str(word) for word in (*words, "--output", output)])
+            export.main([str(word) for word in (*words, "--output", output)])
     with pytest.raises(UserError, match="there is no prepared data set"):
-        conversations.main(["nothing", "--part", "train", "--format", "alpaca", "--output", str(tmp_path / "y")])
+        export.main(["nothing", "--part", "train", "--format", "alpaca", "--output", str(tmp_path / "y")])
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

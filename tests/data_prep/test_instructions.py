@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import disc_law, instructions
+from data_prep import disc_law, export, instructions
 from tests.support.base_models import CHATML, make_tiny_qwen2, make_tokenizer
 from tests.support.commands import Launch
 from tests.support.legal_records import sentence
 from training.base.console import UserError
-from training.data import conversations
 from training.data.conversations import Conversations, open_conversations
 from training.data.prepared import PARTS
 
@@ -392,11 +391,11 @@ def test_several_turns_are_exported_where_the_form_has_a_place_for_them(make: Ma
     ):  # fmt: skip
         output = tmp_path / f"{form}.jsonl"
         words = (data.folder, "--part", part, "--format", form, "--output", output)
-        assert conversations.main([str(word) for word in words]) == 0
+        assert export.main([str(word) for word in words]) == 0
         assert expected in [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     words = (data.folder, "--part", part, "--format", "alpaca", "--output", tmp_path / "alpaca.jsonl")
     with pytest.raises(UserError, match="--format messages"):
-        conversations.main([str(word) for word in words])
+        export.main([str(word) for word in words])
     assert not (tmp_path / "alpaca.jsonl").exists()
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, status_of
 from training.base.console import TryLaterError, UserError
-from training.engine import loop, run_folder, session
+from training.engine import loop, run_folder, stopping
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
@@ -279,7 +279,7 @@ def train_here(folder: Path, name: str = "run", *, stop_at: int | None = None, *
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_stopped_run_ends_with_every_bit_of_the_uninterrupted_one(tmp_path, monkeypatch, handlers, precision):
-    monkeypatch.setattr(session, "_AGREE_EVERY_S", 0)  # the ranks agree at every step, however short
+    monkeypatch.setattr(stopping, "_AGREE_EVERY_S", 0)  # the ranks agree at every step, however short
     assert train_here(tmp_path, "whole", precision=precision) == 0
     for steps, reached in ((7, 7), (6, 13)):
         assert train_here(tmp_path, stop_at=steps, precision=precision) == 75
@@ -382,8 +382,8 @@ def test_all_ranks_stop_at_the_same_step_though_one_alone_has_a_reason(tmp_path,
 def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
     tmp_path, monkeypatch, handlers, left_s, save_s, stops
 ):
-    monkeypatch.setattr(session, "process_age_s", lambda: 0.0)
-    monkeypatch.setattr(session, "time_left", lambda: None)
+    monkeypatch.setattr(stopping, "process_age_s", lambda: 0.0)
+    monkeypatch.setattr(stopping, "time_left", lambda: None)
     cluster = SimpleNamespace(rank=0, is_first=True, maximum=list)
     flag = StopFlag(tmp_path, cluster, SessionOptions(time_limit=left_s, margin=30))
     flag.reserve_s = lambda: save_s

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from training.base.console import UserError
-from training.engine import saving
+from training.engine import saver as saver_module
 from training.engine.checkpoint import checkpoints, newest_valid
 from training.engine.saver import FAILED_SAVES_LIMIT, CheckpointOptions, Saver, best_interval_s
 
@@ -44,7 +44,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._open, self.running, self.most = threading.Event(), 0, 0
-        real = saving.publish
+        real = saver_module.publish
 
         def publish(*words: Any, **more: Any) -> None:
             self.running += 1
@@ -53,7 +53,7 @@ class Gate:
             real(*words, **more)
             self.running -= 1
 
-        monkeypatch.setattr(saving, "publish", publish)
+        monkeypatch.setattr(saver_module, "publish", publish)
 
     def open(self) -> None:
         self._open.set()
@@ -123,7 +123,7 @@ def test_state_of_another_shape_is_saved_too(tmp_path):
 def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[int]:
     """Makes the next `times` publications fail with this error of the system; gives back the attempts."""
     attempts: list[int] = []
-    real = saving.publish
+    real = saver_module.publish
 
     def publish(run_dir: Path, step: int, *words: Any, **more: Any) -> None:
         attempts.append(step)
@@ -131,8 +131,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[in
             raise OSError(number, os.strerror(number))
         real(run_dir, step, *words, **more)
 
-    monkeypatch.setattr(saving, "publish", publish)
-    monkeypatch.setattr(saving, "_PAUSES_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(saver_module, "publish", publish)
+    monkeypatch.setattr(saver_module, "_PAUSES_S", (0.01, 0.01, 0.01))
     return attempts
 
 

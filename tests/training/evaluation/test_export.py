@@ -456,5 +456,5 @@ def test_a_full_disk_is_named_and_nothing_is_left(run, small_disk):
 def test_without_transformers_the_command_says_what_to_install(run, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "training.evaluation.exports.hugging_face")
-    monkeypatch.delattr(training.evaluation, "hugging_face")
+    monkeypatch.delattr(training.evaluation.exports, "hugging_face")
     assert f"needs {package}: `pip install -r requirements.txt`" in refused(run, tmp_path / "export")
