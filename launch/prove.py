@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=5, help="accidents (default %(default)s)")
     parser.add_argument("--processes", type=int, help="ranks on this machine (default: one per GPU, 2 on a CPU)")
     parser.add_argument("--random-seed", type=int, default=0, help="of the moments (default %(default)s)")
-    parser.add_argument("--script", help="module to run (default: training.NAME for configs/NAME/...)")
+    parser.add_argument("--script", help="module to run (default: what the config says)")
     arguments, options = parser.parse_known_args(argv)
     _check(arguments)
     gpus = _gpus()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from training.base.console import UserError
-from training.base.options import parse
+from training.base.options import parse, raw_values
 from training.engine.task import RunOptions
 
 
 def script_of(config: Path) -> str:
-    """The module that trains by a config file: `training.NAME` for configs/NAME/..."""
-    return f"training.{config.resolve().parent.name}"
+    """The module that trains by a config file: what its key `training` says, or `training.NAME` for configs/NAME/..."""
+    named = None
+    if config.is_file():
+        with suppress(UserError):  # whoever reads all of it tells what is wrong with it
+            named = raw_values([str(config)]).get("training")
+    return str(named) if named else f"training.{config.resolve().parent.name}"
 
 
 def read_options(script: str, words: Sequence[str]) -> RunOptions:

@@ -51,7 +51,7 @@ def read_command_line(argv: Sequence[str]) -> Asked:
     parser = command_line(
         "python -m launch.doctor", __doc__, usage="%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]"
     )
-    parser.add_argument("--script", help="the training (default: training.NAME for configs/NAME/...)")
+    parser.add_argument("--script", help="the training (default: what the config says)")
     arguments, words = parser.parse_known_args(without_local_rank(argv))
     config = Path(words[0]) if words and not words[0].startswith("--") else None
     return Asked(arguments.script or (config and script_of(config)), tuple(words))

@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--slug", help="the notebook's name on Kaggle (default: relay- and the run's name)")
     add("--dataset", metavar="OWNER/SLUG", help="data set with code, config and data (default: one is made to upload)")
     add("--previous", action="append", default=[], metavar="OWNER/SLUG", help="notebook whose output to go on from")
-    add("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    add("--script", help="module that trains (default: what the config says)")
     arguments, words = parser.parse_known_args(argv)
     mistakes, options, slug = [], None, arguments.slug or "relay"
     try:

@@ -444,7 +444,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("--owner", help="your name on Kaggle (default: the one that the token belongs to)")
     parser.add_argument("--every", default="5m", help="how often to look at a session (default %(default)s)")
-    parser.add_argument("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    parser.add_argument("--script", help="module that trains (default: what the config says)")
     arguments, words = parser.parse_known_args(argv)
     try:
         every_s = parse_duration(arguments.every)

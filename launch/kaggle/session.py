@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m launch.kaggle session", __doc__, usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]"
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    parser.add_argument("--script", help="module that trains (default: what the config says)")
     parser.add_argument(
         "--expect-step", type=int, default=0, metavar="N", help="end at once where the run has not come to step N yet"
     )

@@ -133,7 +133,7 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     add("--failure-limit", type=int, default=3, help="sessions in a row without progress (default %(default)s)")
     add("--no-preflight", action="store_true", help="leave out launch.doctor before the first session")
     add("--no-dry-run", action="store_true", help="do not try a step here first")
-    add("--script", help="module that trains (default: training.NAME for configs/NAME/...)")
+    add("--script", help="module that trains (default: what the config says)")
     add("--print", action="store_true", help="print the batch script and do nothing")
     arguments, words = parser.parse_known_args(argv)
     if not arguments.config.is_file():

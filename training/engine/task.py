@@ -34,6 +34,9 @@ class RunOptions(Options):
 
     run_dir: Path = Field(description="the run's folder: config, metrics, checkpoints, status, report")
     data: Path = Field(description="prepared data set, made by data_prep")
+    training: str | None = Field(
+        None, description="the module that a config file is for; null: training.NAME for configs/NAME/..."
+    )
     seed: int = Field(1234, ge=0, description="fixes initial weights, order of data and dropout")
     precision: PrecisionName = Field("auto", description="auto: bf16 from sm_80 on, fp16 below, fp32 on a CPU")
     deterministic: bool = Field(
@@ -63,7 +66,7 @@ class RunOptions(Options):
 
 # What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
-    *("run_dir", "data", "deterministic", "parallel", "zero", "resume_from"),
+    *("run_dir", "data", "training", "deterministic", "parallel", "zero", "resume_from"),
     *("checkpoint", "log", "session", "wandb"),
 }
 
