@@ -133,9 +133,13 @@ def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission,
     job = submission.submit(*limit, pause_s=240 / STEPS / 2, words=("--session.margin", "5"))
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
-    restarts = int(cluster.about(job, "Restarts"))
-    assert restarts >= 4
-    assert submission.ends() == [*restarts * [("again", "signal SIGUSR1")], ("finished", "all steps done")]
+    *again, last = submission.ends()
+    assert last == ("finished", "all steps done")
+    assert len(again) == int(cluster.about(job, "Restarts"))
+    # On a machine so busy that a start takes a minute, the signal comes before there is anything to save.
+    too_early = ("again", "it ended with status 1 before it came to train")
+    told = [each for each in again if each != too_early]
+    assert set(told) == {("again", "signal SIGUSR1")} and len(told) >= 4
 
 
 def test_signal_to_the_batch_shell_saves_and_requeues_on_two_nodes(submission, cluster, uninterrupted):
