@@ -34,6 +34,7 @@ NEEDS = (
     "sacremoses==0.2.0",
     "subword-nmt==0.3.8",
     "seaborn==0.13.2",
+    "matplotlib==3.11.2",
     "plotly==7.1.0",
 )
 
@@ -42,7 +43,8 @@ def python() -> Path:
     """The interpreter of JoeyNMT's environment, made when first asked for. Raises UserError where it cannot be made."""
     folder = CACHE / PACKAGE.replace("==", "-")
     interpreter, ready = folder / "bin/python", folder / "ready"
-    if ready.exists():
+    installed = "\n".join((PACKAGE, *NEEDS))
+    if ready.exists() and ready.read_text() == installed:
         return interpreter
     say(f"installing {PACKAGE} into {folder}")
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -57,7 +59,7 @@ def python() -> Path:
             raise UserError(f"{PACKAGE} cannot be installed: {done.stderr.strip()[-500:]}")
         if command[1:3] == ["-m", "venv"]:  # behind its own packages it finds ours, torch above all
             (packages / "relay.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    ready.touch()
+    ready.write_text(installed)
     return interpreter
 
 
