@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.commands import REAL_TATOEBA, Launch, launching, prepare
+from tests.support.disks import mounted
 from tests.support.once import make_shared_folder, once, remove_shared_folder
 
 if TYPE_CHECKING:
@@ -116,15 +115,5 @@ def cluster(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 2 MB that can be filled, at no one else's cost; skips where mounting is not allowed."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no `mount` command to make a small disk with (apt install mount)")
-    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    mounted = subprocess.run(words, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs the right to mount, which root has: {mounted.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "disk", "size=2m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -213,7 +213,7 @@ class Relay:
         def loss(model: nn.Module, samples: np.ndarray) -> Tensor:
             return losses_of(model, self.answers, samples, self.cluster.device)[0].sum()
 
-        total = run_micro_batches(self.engine, batches, weight, loss)
+        total = run_micro_batches(self.engine, self.cluster, batches, weight, loss)
         self.engine.step(self.config.optim.lr)
         total.item()
 

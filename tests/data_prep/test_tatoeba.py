@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,6 +17,7 @@ import pytest
 from data_prep import sources, tatoeba
 from data_prep.sources import sample_lines
 from tests.support.commands import ROOT, Result, run
+from tests.support.disks import mounted
 from training.base.console import UserError
 from training.base.files import temporary_folder
 from training.data.prepared import open_prepared
@@ -156,20 +156,6 @@ def test_groups_that_no_part_has_room_for_are_named(tmp_path: Path):
     (tmp_path / "mine.tsv").write_text("Hi.\t嗨。\n" * 50, encoding="utf-8")
     with pytest.raises(UserError, match=r"50 sentence pairs .*in 1 groups that share sentences.*or --split random"):
         prepare_here("--source", tmp_path / "mine.tsv", "--output", tmp_path / "x", "--split", "grouped")
-
-
-@contextmanager
-def mounted(folder: Path, options: str):
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"mounting a tmpfs needs root: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")

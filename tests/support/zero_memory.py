@@ -67,7 +67,7 @@ def measure(
     batches = [(tokens, scored, labels), (tokens.clone(), scored, labels)]
 
     def step() -> None:
-        run_micro_batches(engine, batches, 4.0 * SHAPE.supervised, lambda m, b: m(*b)[0].sum())
+        run_micro_batches(engine, cluster, batches, 4.0 * SHAPE.supervised, lambda m, b: m(*b)[0].sum())
         engine.step(1e-3)
 
     for _ in range(4):  # DeepSpeed fetches ahead once it knows the order of modules

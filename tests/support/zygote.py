@@ -69,8 +69,7 @@ def fork(
     module: str, words: Sequence[str], environment: Mapping[str, str], out: BinaryIO, err: BinaryIO, ranks: int | None
 ) -> Forked:
     """`python -m module words`, or so many ranks of it with their launcher; out, err: where they print."""
-    request = {"module": module, "words": list(words), "ranks": ranks, "env": dict(environment), "folder": str(ROOT)}
-    return Forked(shared_folder(), _kind_of(module, words), request, out, err)
+    return Forked(_kind_of(module, words), module, words, environment, out, err, ranks)
 
 
 def _kind_of(module: str, words: Sequence[str]) -> str:
@@ -83,9 +82,20 @@ def _kind_of(module: str, words: Sequence[str]) -> str:
 class Forked:
     """A process of a zygote, to be used as a `subprocess.Popen` is."""
 
-    def __init__(self, folder: Path, kind: str, request: dict[str, Any], out: BinaryIO, err: BinaryIO):
+    def __init__(
+        self,
+        kind: str,
+        module: str,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        out: BinaryIO,
+        err: BinaryIO,
+        ranks: int | None = None,
+    ):
+        folder = shared_folder()
         self._log = folder / f"{kind}.log"
         self._connection = _connect(folder, kind)
+        request = {"module": module, "words": [*words], "ranks": ranks, "env": {**environment}, "folder": str(ROOT)}
         socket.send_fds(self._connection, [json.dumps(request).encode()], [out.fileno(), err.fileno()])
         self.pid: int = self._answer(None)
         self.returncode: int | None = None
@@ -137,8 +147,7 @@ def _connect(folder: Path, kind: str) -> socket.socket:
             zygote: subprocess.Popen[bytes] | Forked
             with (folder / f"{kind}.log").open("wb") as log:
                 if kind in _BEFORE:
-                    request = {"module": __name__, "words": words, "ranks": None, "env": environment}
-                    zygote = Forked(folder, _BEFORE[kind], {**request, "folder": str(ROOT)}, log, log)
+                    zygote = Forked(_BEFORE[kind], __name__, words, environment, log, log)
                 else:
                     command = [sys.executable, "-m", __name__, *words]
                     how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}

@@ -51,6 +51,7 @@ from training.evaluation.translations.scores import (
 )
 from training.evaluation.translations.seen import seen_rows, training_part
 from training.evaluation.translations.trained import TrainedModel, open_trained
+from training.translation import held_out_scores
 
 SHEETS = 3  # sentences with attention maps
 SHEET_TOKENS = 32  # longer ones make a sheet that nobody can take in
@@ -196,7 +197,8 @@ def _setting(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
 
 def _token_scores(trained: TrainedModel, part: Part, cluster: Cluster) -> dict[str, Any]:
     """Loss and accuracy as validation computes them in training; `unscored_pairs` are too long for the model."""
-    validation, pairs = trained.family.score(trained.model, trained.config, part, cluster)
+    pairs = trained.family.pairs(trained.config, part)
+    validation = held_out_scores(trained.model, pairs, cluster)
     trained.model.eval()  # validation hands the model back for training
     return {
         "loss": round(validation.loss, 5),

@@ -98,7 +98,7 @@ def compared(
     batches = [batch(), batch()]  # in the second one, gradients are there already
 
     def step() -> None:
-        run_micro_batches(engine, batches, 2.0 * shape.supervised, lambda m, b: m(*b)[0].sum())
+        run_micro_batches(engine, cluster, batches, 2.0 * shape.supervised, lambda m, b: m(*b)[0].sum())
         engine.step(1e-3)
 
     step()

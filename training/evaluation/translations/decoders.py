@@ -16,13 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from training import gpt, seq2seq
 from training.data.prepared import Part
 from training.data.tokenizers import EOS, PAD, SEP, SOS, Tokenizer
-from training.engine.cluster import Cluster
-from training.engine.task import RunOptions, Validation
+from training.engine.task import RunOptions
 from training.evaluation.translations.attention_maps import Sheet, alignment_map, attention_sheet
 from training.evaluation.translations.decoding import Decoder
 from training.models.attention_gru import AttentionGRU, State
 from training.models.gpt import GPT, Cache
-from training.translation import Pairs, held_out_scores
+from training.translation import Pairs
 
 
 class Family(Protocol):
@@ -36,8 +35,8 @@ class Family(Protocol):
     def decoder(self, model: Any) -> Decoder:
         """The model as `training.evaluation.translations.decoding` asks it."""
 
-    def score(self, model: Any, config: Any, part: Part, cluster: Cluster) -> tuple[Validation, Pairs]:
-        """Loss and accuracy over the pairs that fit the model, by all ranks together; and these pairs."""
+    def pairs(self, config: Any, part: Part) -> Pairs:
+        """The pairs of the part that fit the model, as its training reads them."""
 
     def attention(
         self,
@@ -61,9 +60,8 @@ class GPTFamily:
     def decoder(self, model: GPT) -> GPTDecoder:
         return GPTDecoder(model)
 
-    def score(self, model: GPT, config: gpt.GPTConfig, part: Part, cluster: Cluster) -> tuple[Validation, Pairs]:
-        pairs = gpt.Sequences(part, config.model.context)
-        return held_out_scores(model, pairs, cluster), pairs
+    def pairs(self, config: gpt.GPTConfig, part: Part) -> gpt.Sequences:
+        return gpt.Sequences(part, config.model.context)
 
     @torch.inference_mode()
     def attention(
@@ -95,11 +93,8 @@ class Seq2SeqFamily:
     def decoder(self, model: AttentionGRU) -> AttentionGRUDecoder:
         return AttentionGRUDecoder(model)
 
-    def score(
-        self, model: AttentionGRU, config: seq2seq.Seq2SeqConfig, part: Part, cluster: Cluster
-    ) -> tuple[Validation, Pairs]:
-        pairs = seq2seq.TwoSides(part, config.model.max_length)
-        return held_out_scores(model, pairs, cluster), pairs
+    def pairs(self, config: seq2seq.Seq2SeqConfig, part: Part) -> seq2seq.TwoSides:
+        return seq2seq.TwoSides(part, config.model.max_length)
 
     @torch.inference_mode()
     def attention(
