@@ -353,6 +353,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(run, small_disk, words):
 
 @pytest.mark.parametrize("package", ["peft", "bitsandbytes", "transformers"])
 def test_without_a_library_the_command_says_what_to_install(run, tmp_path, monkeypatch, package):
+    opened(run)  # first: transformers would remember for the other tests of this process that the library is missing
     monkeypatch.setitem(sys.modules, package, None)
     assert f"needs {package}: `pip install -r requirements.txt`" in refused(run, tmp_path / "export")
 
