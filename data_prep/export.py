@@ -8,7 +8,6 @@ file is complete or absent. Of several turns only the last answer is learned her
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from training.base.console import UserError, run_main, say
 from training.base.files import open_atomically, writing_to
+from training.base.options import CommandLine
 from training.base.progress import Progress
 from training.data.conversations import Messages, open_conversations
 from training.data.prepared import PARTS
@@ -55,9 +55,9 @@ EXPORTS: dict[str, tuple[Callable[[Messages], dict[str, Any]], dict[str, Any]]] 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.export",
-        description="Writes a part of prepared conversations for other programs, one JSON object a line.",
+    parser = CommandLine(
+        "python -m data_prep.export",
+        "Writes a part of prepared conversations for other programs, one JSON object a line.",
     )
     parser.add_argument("prepared", type=Path, metavar="PREPARED", help="the folder, for example prepared/disc-law")
     parser.add_argument("--part", choices=PARTS, required=True, help="which part")

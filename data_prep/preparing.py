@@ -66,7 +66,7 @@ def refuse_to_replace(output: Path, differences: list[str]) -> None:
     """Raises the UserError that names what `output` was made with and is not asked for now."""
     raise UserError(
         f"{output} was prepared differently ({'; '.join(differences)}); choose another --output, or replace it "
-        "with --overwrite true"
+        "with --overwrite"
     )
 
 

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
 from training.base.durations import format_duration
-from training.base.options import command_line
+from training.base.options import CommandLine
 from training.base.processes import children, family_of, is_alive, kill_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
@@ -189,7 +189,7 @@ def differences(one: Training, other: Training) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if both runs end the same, else 1."""
-    parser = command_line("python -m launch.prove", __doc__)
+    parser = CommandLine("python -m launch.prove", __doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="for example configs/gpt/sample.yaml")
     parser.add_argument("--steps", type=int, default=300, help="steps to train (default %(default)s)")
     parser.add_argument("--kills", type=int, default=5, help="accidents (default %(default)s)")

@@ -27,7 +27,7 @@ from launch.doctor.findings import Check, DoctorReport, Finding, examine, first_
 from launch.scripts import script_of
 from training.base.console import PeerError, UserError, run_main, say_as_any_rank, tell_launcher
 from training.base.environment import Launcher, Ranks, read_ranks, without_local_rank
-from training.base.options import command_line
+from training.base.options import CommandLine
 from training.engine.cluster import Cluster
 
 # torchrun ends all ranks as soon as one has failed, and the first one is to speak before: the others leave after it.
@@ -48,7 +48,7 @@ class Asked:
 
 def read_command_line(argv: Sequence[str]) -> Asked:
     """[CONFIG.yaml] [--script MODULE] [--key value ...]; `--help` prints and exits."""
-    parser = command_line(
+    parser = CommandLine(
         "python -m launch.doctor", __doc__, usage="%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]"
     )
     parser.add_argument("--script", help="the training (default: what the config says)")

@@ -27,7 +27,7 @@ from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import KAGGLE_INPUT, KAGGLE_WORKING
 from training.base.files import open_atomically, sha256_of, write_atomically, writing_to
-from training.base.options import command_line
+from training.base.options import CommandLine
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -319,7 +319,7 @@ def _write_tar(file: io.BufferedIOBase, members: dict[str, Path]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command_line(
+    parser = CommandLine(
         "python -m launch.kaggle notebook",
         __doc__,
         usage="%(prog)s CONFIG.yaml --owner ME --output DIR [options] [--key value ...]",

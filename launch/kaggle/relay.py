@@ -42,7 +42,7 @@ from launch.scripts import script_of
 from training.base.console import TryLaterError, UserError, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import writing_to
-from training.base.options import command_line, raw_values
+from training.base.options import CommandLine, raw_values
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 try:
@@ -436,7 +436,7 @@ def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
 
 def main(argv: Sequence[str]) -> int:
     """Reads the command line and drives the run; returns its exit status. Raises UserError."""
-    parser = command_line(
+    parser = CommandLine(
         "python -m launch.kaggle relay",
         __doc__,
         usage="%(prog)s CONFIG.yaml [--key value ...] [--owner NAME] [--every 5m]",

@@ -41,7 +41,7 @@ from training.base.environment import (
     time_left,
 )
 from training.base.files import write_atomically, writing_to
-from training.base.options import command_line
+from training.base.options import CommandLine
 from training.base.processes import children, family_of, kill_all
 from training.engine.status import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
@@ -362,7 +362,7 @@ def _ranks() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = command_line(
+    parser = CommandLine(
         "python -m launch.kaggle session", __doc__, usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]"
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")

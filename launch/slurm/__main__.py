@@ -31,7 +31,7 @@ from launch.slurm.job import last_step, note
 from launch.slurm.status import jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
-from training.base.options import command_line
+from training.base.options import FLAG, CommandLine
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
 # SLURM's signal comes so long before the end of a job: for the step and the save that are under way.
@@ -117,7 +117,7 @@ def _time_limit(text: str) -> int:
 
 
 def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
-    parser = command_line("python -m launch.slurm", __doc__, usage="%(prog)s CONFIG.yaml [options] [--key value ...]")
+    parser = CommandLine("python -m launch.slurm", __doc__, usage="%(prog)s CONFIG.yaml [options] [--key value ...]")
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG.yaml")
     add("--nodes", type=int, default=1, help="nodes of a job (default %(default)s)")
@@ -131,10 +131,10 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     add("--chain", type=int, default=0, metavar="N", help="submit N jobs in a row, where requeueing is not allowed")
     add("--stage-to", metavar="FOLDER", help="copy data and .venv to this folder on a disk of each node first")
     add("--failure-limit", type=int, default=3, help="sessions in a row without progress (default %(default)s)")
-    add("--no-preflight", action="store_true", help="leave out launch.doctor before the first session")
-    add("--no-dry-run", action="store_true", help="do not try a step here first")
+    add("--no-preflight", **FLAG, help="leave out launch.doctor before the first session")
+    add("--no-dry-run", **FLAG, help="do not try a step here first")
     add("--script", help="module that trains (default: what the config says)")
-    add("--print", action="store_true", help="print the batch script and do nothing")
+    add("--print", **FLAG, help="print the batch script and do nothing")
     arguments, words = parser.parse_known_args(argv)
     if not arguments.config.is_file():
         raise UserError(f"there is no config file {arguments.config}; for example configs/gpt/base.yaml")

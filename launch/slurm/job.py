@@ -12,7 +12,6 @@ Nothing here imports torch: on a node whose file system is slow that takes a min
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -25,7 +24,7 @@ from typing import Any, Literal
 from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, time_left
-from training.base.options import raw_values
+from training.base.options import FLAG, CommandLine, raw_values
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 JOBS = "slurm.jsonl"
@@ -198,9 +197,7 @@ def _print_run(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine("python -m launch.slurm.job", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("run", add_help=False)
     for name in ("begin", "end"):
@@ -208,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb.add_argument("run_dir", type=Path)
         if name == "end":
             verb.add_argument("--status", type=int, required=True)
-            verb.add_argument("--taken", action="store_true")
+            verb.add_argument("--taken", **FLAG)
             verb.add_argument("--failure-limit", type=int, default=3)
     arguments, words = parser.parse_known_args(argv)
     if arguments.verb == "run":

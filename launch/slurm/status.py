@@ -5,7 +5,6 @@ Everything is read from the runs' own files, and SLURM is asked about their jobs
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
+from training.base.options import CommandLine
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
 # So much of the end of metrics.jsonl holds its last line of training for certain.
@@ -55,8 +55,9 @@ def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
 
 
 def stop(argv: Sequence[str]) -> int:
-    """`stop RUN_DIR`: a running session saves and ends, and waiting jobs are taken out of the queue."""
-    parser = argparse.ArgumentParser(prog="python -m launch.slurm stop")
+    """`stop RUN_DIR`; says what it did. Raises UserError if the run has no jobs on record."""
+    about = "A running session saves and ends, and waiting jobs are taken out of the queue."
+    parser = CommandLine("python -m launch.slurm stop", about)
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args(argv).run_dir
     if not (run_dir / JOBS).exists():
@@ -77,7 +78,7 @@ def stop(argv: Sequence[str]) -> int:
 
 def print_status(argv: Sequence[str]) -> int:
     """`status [FOLDER]`: a line for every run below it."""
-    parser = argparse.ArgumentParser(prog="python -m launch.slurm status")
+    parser = CommandLine("python -m launch.slurm status", "Prints a line for every run below a folder.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
     folder = parser.parse_args(argv).folder
     runs = sorted({path.parent for name in ("status.json", JOBS) for path in folder.rglob(name)})

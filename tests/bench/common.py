@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from training.base.console import UserError, say
 from training.base.environment import keep_freed_memory
-from training.base.options import parse
+from training.base.options import FLAG, CommandLine, parse
 from training.data.prepared import Prepared, PreparedFolder, open_prepared
 from training.engine.metrics import read_metrics
 from training.engine.optim import OptimOptions, build_optimizer
@@ -98,14 +98,12 @@ def read_arguments(
     Without --data `data`, which is `what`, where it lies beside the checkout, else the sample. add_more: adds the
     arguments that this bench alone has.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m tests.bench.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(f"python -m tests.bench.{name}", about)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="about a minute; the same figures, noisier")
+    size.add_argument("--quick", **FLAG, help="about a minute; the same figures, noisier")
     size.add_argument(
         "--smoke",
-        action="store_true",
+        **FLAG,
         help="a few seconds: two steps of everything, in one process; its speeds mean nothing. As --quick where what "
         "is measured is processes of their own",
     )

@@ -657,7 +657,7 @@ def test_same_command_again_does_nothing_other_options_are_named(tmp_path, sourc
     assert again.status == 0 and "nothing to do" in again.out, again
     assert_refused(
         run(*words, "--fraction", 0.5, "--max_length", 512),
-        "fraction: 1.0 -> 0.5", "max_length: 1024 -> 512", "--overwrite true",
+        "fraction: 1.0 -> 0.5", "max_length: 1024 -> 512", "--overwrite",
     )  # fmt: skip
     other = make_tokenizer(tmp_path / "other", CHATML.replace("help", "serve"))
     with pytest.raises(UserError, match=f"tokenizer: {small}"):

@@ -359,7 +359,7 @@ def test_what_was_made_with_other_options_or_by_the_other_command_is_not_replace
     source.write_bytes(lines_of([qa(number) for number in range(40)]))
     first = make(source, output=output).fingerprint
     assert make(source, output=output).fingerprint == first and "nothing to do" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"max_length: 1024 -> 512; tasks: field -> file.*--overwrite true"):
+    with pytest.raises(UserError, match=r"max_length: 1024 -> 512; tasks: field -> file.*--overwrite"):
         make(source, "--max_length", 512, "--tasks", "file", output=output)
     law = {"id": "leg_case_cls-1", "input": "问题", "output": "答案"}
     (tmp_path / "law").mkdir()

@@ -230,7 +230,7 @@ def test_other_options_or_an_edited_source_are_named_and_replaced_only_when_told
     first = open_prepared(output).fingerprint
     assert_refused(
         prepare("--source", source, "--output", output, "--split", "grouped", "--seed", 5),
-        "seed: 1234 -> 5", "split: random -> grouped", "--overwrite true",
+        "seed: 1234 -> 5", "split: random -> grouped", "--overwrite",
     )  # fmt: skip
     with source.open("a", encoding="utf-8") as file:
         file.write("One line more.\t又一行。\n")
@@ -260,7 +260,7 @@ def test_part_of_a_copy_is_prepared_again_and_damage_is_refused(tmp_path):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    assert_refused(prepare("--source", source, "--output", output), "changed or damaged", "--overwrite true")
+    assert_refused(prepare("--source", source, "--output", output), "changed or damaged", "--overwrite")
     prepare_here("--source", source, "--output", output, "--overwrite", "true")
     open_prepared(output).verify()
 

@@ -11,7 +11,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -43,35 +43,90 @@ Duration = Annotated[
 OptionsType = TypeVar("OptionsType", bound=Options)
 
 
-def command_line(prog: str, about: str | None, usage: str | None = None) -> argparse.ArgumentParser:
-    """A parser for a command that hands on to a training what it does not know: nothing may be abbreviated."""
-    return argparse.ArgumentParser(
-        prog=prog,
-        usage=usage,
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+_TRUE_OR_FALSE = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in _TRUE_OR_FALSE:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text}")
+    return _TRUE_OR_FALSE[text.lower()]
+
+
+# Makes an option of a CommandLine a flag, false where it is not given: `add_argument("--merge", **FLAG, help=...)`.
+FLAG: dict[str, Any] = {
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "type": _true_or_false,
+    "metavar": "true|false",
+}
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The options of a command, in one style for all of them.
+
+    Nothing may be abbreviated, `-` and `_` are the same in a name, a FLAG alone is true and `--flag false` undoes it,
+    and a mistake is a UserError. A command that hands on to a training what it does not know asks `parse_known_args`.
+    """
+
+    def __init__(self, prog: str, about: str | None = None, usage: str | None = None, **more: Any):
+        layout = argparse.RawDescriptionHelpFormatter
+        more = {"description": about, "formatter_class": layout, "allow_abbrev": False, **more}
+        super().__init__(prog=prog, usage=usage, **more)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        names = {name.replace("_", "-"): name for name in self._option_string_actions}
+        given, words = list(sys.argv[1:] if args is None else args), []
+        while given:
+            word = given.pop(0)
+            name, equals, value = word.partition("=")
+            name = names.get(name.replace("_", "-"), name) if name.startswith("--") else name
+            action = self._option_string_actions.get(name)
+            if action is not None and action.type is _true_or_false and not equals:
+                # The next word is the value only if it is one: what stands behind a flag may be a file.
+                equals, value = "=", given.pop(0) if given and given[0].lower() in _TRUE_OR_FALSE else "true"
+            words.append(name + equals + value)
+        return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"{unknown[0]} is none of the options" + (f" (nearest: {near[0]})" if near else ""))
+        return found
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. All options: {self.prog} --help")
 
 
 def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str) -> tuple[OptionsType, bool]:
-    """Options from `argv`: an optional YAML file first, then `--key value`, `--key=value` and `--dry-run`.
+    """Options from `argv`: an optional YAML file, `--key value`, `--key=value`, and `--dry-run`.
 
-    Returns the options and whether `--dry-run` was given. Raises UserError with every mistake found; `--help` prints
-    all keys and exits.
+    A key of type bool is true where it stands alone. Returns the options and whether `--dry-run` was given. Raises
+    UserError with every mistake found; `--help` prints all keys and exits.
     """
     argv = without_local_rank(argv)
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(cls, prog=prog, about=about))
         sys.exit(0)
-    files, overrides, dry_run, mistakes = _split_words(argv)
+    flags = {key for key, field in all_keys(cls).items() if field.annotation is bool} | {"dry_run"}
+    files, overrides, mistakes = _split_words(argv, flags)
+    dry_run = "false"
     values: dict[str, Any] = {}
     origin = "the command line"
     for file in files:
         values = _read_yaml(Path(file))
         origin = file
     for key, text in overrides:
-        _place(values, key, text, mistakes)
+        if key == "dry_run":
+            dry_run = text
+        else:
+            _place(values, key, text, mistakes)
+    if dry_run.lower() not in _TRUE_OR_FALSE:
+        mistakes.append(f"--dry-run: expected true or false, got {dry_run}")
     options = None
     try:
         options = cls.model_validate(values)
@@ -80,7 +135,7 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
     if mistakes or options is None:
         found = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
         raise UserError(f"{found} in the options ({origin}): " + "; ".join(mistakes) + f". All keys: {prog} --help")
-    return options, dry_run
+    return options, _TRUE_OR_FALSE[dry_run.lower()]
 
 
 def raw_values(argv: Sequence[str]) -> dict[str, Any]:
@@ -88,7 +143,7 @@ def raw_values(argv: Sequence[str]) -> dict[str, Any]:
 
     Raises UserError when the file cannot be read or a word has no place.
     """
-    files, overrides, _, mistakes = _split_words(argv)
+    files, overrides, mistakes = _split_words(argv, None)
     values = _read_yaml(Path(files[0])) if files else {}
     for key, text in overrides:
         _place(values, key, text, mistakes)
@@ -97,27 +152,34 @@ def raw_values(argv: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], bool, list[str]]:
+def _split_words(
+    argv: Sequence[str], flags: Collection[str] | None
+) -> tuple[list[str], list[tuple[str, str]], list[str]]:
+    """Config files, overrides (key, text) and mistakes.
+
+    flags: the keys that are true where they stand alone; None: it is not known which, so every key that has no value.
+    """
     files: list[str] = []
     overrides: list[tuple[str, str]] = []
     mistakes: list[str] = []
-    dry_run = False
     words = list(argv)
     while words:
         word = words.pop(0)
-        if word == "--dry-run":
-            dry_run = True
-        elif word.startswith("--") and len(word) > 2:
-            key, equals, text = word[2:].partition("=")
-            if not equals:
-                if not words or (words[0].startswith("--") and len(words[0]) > 2):
-                    mistakes.append(f"--{key} has no value (write --{key} VALUE)")
+        if word.startswith("--") and len(word) > 2:
+            name, equals, text = word[2:].partition("=")
+            key = name.replace("-", "_")
+            alone = not words or (words[0].startswith("--") and len(words[0]) > 2)
+            if not equals and (alone if flags is None else key in flags):
+                text = words.pop(0) if words and words[0].lower() in _TRUE_OR_FALSE else "true"
+            elif not equals:
+                if alone:
+                    mistakes.append(f"--{name} has no value (write --{name} VALUE)")
                     continue
                 text = words.pop(0)
             if not text:
-                mistakes.append(f"--{key} has an empty value (write --{key} VALUE, or leave it out)")
+                mistakes.append(f"--{name} has an empty value (write --{name} VALUE, or leave it out)")
                 continue
-            overrides.append((key.replace("-", "_"), text))
+            overrides.append((key, text))
         elif word.startswith("-"):
             mistakes.append(f"{word}: options begin with two dashes, as in --key VALUE")
             if words and not words[0].startswith("-"):
@@ -126,7 +188,7 @@ def _split_words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]],
             files.append(word)
     if len(files) > 1:
         mistakes.append(f"one config file is expected, found {len(files)}: {', '.join(files)}")
-    return files[:1], overrides, dry_run, mistakes
+    return files[:1], overrides, mistakes
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -14,7 +14,6 @@ and how a running training saves is the business of `training.engine.saver`.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import json
@@ -45,6 +44,7 @@ from training.base.files import (
     write_atomically,
     writing_to,
 )
+from training.base.options import CommandLine
 from training.engine.status import saved_steps
 
 MANIFEST = "manifest.json"
@@ -359,9 +359,9 @@ def _retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Lists and verifies; the exit status is 1 if a checkpoint is damaged or there is none."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.engine.checkpoint",
-        description="Lists the checkpoints of a run and verifies every byte of them; changes nothing.",
+    parser = CommandLine(
+        "python -m training.engine.checkpoint",
+        "Lists the checkpoints of a run and verifies every byte of them; changes nothing.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
     run_dir = parser.parse_args(argv).run_dir

@@ -13,7 +13,6 @@ Of two runs with adapters it compares the answers after training, task by task, 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF
 
 from training.base.console import UserError, run_main, say
+from training.base.options import CommandLine
 from training.data.conversations import FORMAT as CONVERSATIONS
 from training.data.prepared import FORMAT as PAIRS
 from training.data.prepared import PARTS
@@ -66,7 +66,7 @@ class Verdict(Paired):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation.compare", description=__doc__.split("\n")[0])
+    parser = CommandLine("python -m training.evaluation.compare", __doc__.split("\n")[0])
     for name in ("first", "second"):
         parser.add_argument(
             name, metavar="RUN[:LABEL]", help="run folder and evaluation, for example runs/a:test-beam5"

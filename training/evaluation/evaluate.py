@@ -12,7 +12,6 @@ same label of the other runs in the folder of this one. A run that wandb shows g
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from training.base.console import UserError, run_main, say
 from training.base.environment import without_local_rank
 from training.base.files import write_atomically, writing_to
+from training.base.options import CommandLine
 from training.data.prepared import PARTS, Part, Prepared, open_prepared
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
@@ -59,7 +59,7 @@ SHEET_TOKENS = 32  # longer ones make a sheet that nobody can take in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation.evaluate", description=__doc__.split("\n")[0])
+    parser = CommandLine("python -m training.evaluation.evaluate", __doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument("--data", type=Path, help="prepared data to score on (default: what the run was trained on)")
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")

@@ -11,7 +11,6 @@ nothing left over, and its logits were the run's. Nothing is replaced but an ear
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,6 +21,7 @@ import torch
 
 from training.base.console import UserError, run_main, say
 from training.base.files import check_room
+from training.base.options import CommandLine
 from training.evaluation.exports.folder import (
     add_output_options,
     needing,
@@ -43,7 +43,7 @@ _ROOM_BESIDE_WEIGHTS = 10_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation.export", description=__doc__.split("\n")[0])
+    parser = CommandLine("python -m training.evaluation.export", __doc__.split("\n")[0])
     add_model_options(parser)
     add_output_options(parser)
     arguments = parser.parse_args(argv)

@@ -17,7 +17,6 @@ Merging needs as much memory as the merged model, and about 3 GB: 18 GB for 7 bi
 
 from __future__ import annotations
 
-import argparse
 import gc
 import shutil
 import warnings
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from training.base.console import UserError, run_main, say, warn
 from training.base.files import check_room
+from training.base.options import FLAG, CommandLine
 from training.data.chat import load_chat_tokenizer
 from training.data.conversations import open_conversations
 from training.engine.checkpoint import checkpoints
@@ -96,15 +96,15 @@ class Prompts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluation.export_adapters",
-        description="Writes the adapters of a QLoRA training for peft, or merged into a model of their own.",
+    parser = CommandLine(
+        "python -m training.evaluation.export_adapters",
+        "Writes the adapters of a QLoRA training for peft, or merged into a model of their own.",
         epilog="Merging needs as much memory as the merged model and about 3 GB: 18 GB for 7 billion parameters.",
     )
     add_model_options(parser)
     add_output_options(parser)
     parser.add_argument("--base_model", metavar="FOLDER", help="where the base model is, if not where the config says")
-    parser.add_argument("--merge", action="store_true", help="one model of base and adapters, instead of adapters")
+    parser.add_argument("--merge", **FLAG, help="one model of base and adapters, instead of adapters")
     parser.add_argument("--dtype", choices=list(DTYPES), help="type of a merged model (default bfloat16)")
     arguments = parser.parse_args(argv)
     if arguments.dtype and not arguments.merge:

@@ -12,7 +12,6 @@ text, and counted; a file larger than memory is no problem.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import BinaryIO
 
 from training.base.console import UserError, run_main, say, warn
 from training.base.files import open_atomically, writing_to
+from training.base.options import CommandLine
 from training.data.text import HAN
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
@@ -38,7 +38,7 @@ _HAN = re.compile(f"[{HAN}]")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation.translate", description=__doc__.split("\n")[0])
+    parser = CommandLine("python -m training.evaluation.translate", __doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="Chinese sentences (default: standard input)")
     parser.add_argument("--input", type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")

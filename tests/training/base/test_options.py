@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch.distributed.run import get_args_parser
 
 from tests.support.commands import ROOT, Launch
 from training.base.console import UserError
-from training.base.options import all_keys, parse, to_yaml
+from training.base.options import FLAG, CommandLine, Options, all_keys, parse, raw_values, to_yaml
 from training.gpt import GPTConfig
 from training.seq2seq import Seq2SeqConfig
 
@@ -264,3 +266,48 @@ def test_no_plain_key_abbreviates_an_option_of_torchrun():
     theirs = [text for action in get_args_parser()._actions for text in action.option_strings]
     plain = [key for key in all_keys(GPTConfig) if "." not in key]
     assert [(key, text) for key in plain for text in theirs if text.startswith(f"--{key}")] == []
+
+
+class Switches(Options):
+    run_dir: str = "runs/x"
+    fast: bool = False
+    slow_start: bool = True
+
+
+@pytest.mark.parametrize(
+    ("words", "fast", "slow_start", "dry_run"),
+    [
+        ([], False, True, False),
+        (["--fast"], True, True, False),
+        (["--fast", "--run-dir", "runs/y"], True, True, False),
+        (["--slow-start", "false", "--fast", "on"], True, False, False),
+        (["--slow_start=no", "--dry_run"], False, False, True),
+        (["--dry-run", "false", "--fast=false"], False, True, False),
+    ],
+)
+def test_a_key_of_true_or_false_is_true_alone_and_undone_by_false(words, fast, slow_start, dry_run, tmp_path):
+    file = config_file(tmp_path, "run_dir: runs/z\n")
+    for argv in (words, [file, *words], [*words, file]):
+        options, dry = parse(Switches, argv, prog="prog", about="")
+        assert (options.fast, options.slow_start, dry) == (fast, slow_start, dry_run)
+        assert raw_values([file, *words]).get("fast", False) in ((True, "true", "on") if fast else (False, "false"))
+
+
+def test_commands_without_a_config_read_their_options_in_the_same_style():
+    def read(*words: str) -> argparse.Namespace:
+        parser = CommandLine("prog", "What it does.")
+        parser.add_argument("run_dir")
+        parser.add_argument("--beam_size", type=int, default=1)
+        parser.add_argument("--no-dry-run", **FLAG)
+        return parser.parse_args(words)
+
+    assert read("--no_dry_run", "runs/x", "--beam-size", "4") == read("runs/x", "--beam_size=4", "--no-dry-run", "true")
+    assert not read("--no-dry-run", "false", "runs/x").no_dry_run
+    for words, said in (
+        (("runs/x", "--no-dry-run=perhaps"), "expected true or false, got perhaps"),
+        (("runs/x", "--beam"), "--beam is none of the options (nearest: --beam_size). All options: prog --help"),
+        (("runs/x", "--beam-size", "two"), "argument --beam_size: invalid int value: 'two'"),
+        ((), "the following arguments are required: run_dir"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            read(*words)

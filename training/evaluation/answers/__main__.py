@@ -12,7 +12,6 @@ LABEL-disc-law-eval-open.html. LABEL is the part, and behind it whatever is not 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import random
@@ -29,6 +28,7 @@ import torch
 from training.base.console import UserError, run_main, say
 from training.base.environment import without_local_rank
 from training.base.files import write_atomically, writing_to
+from training.base.options import CommandLine
 from training.base.progress import Progress
 from training.data.conversations import ConversationPart, Conversations, open_conversations, question_of
 from training.data.prepared import PARTS
@@ -83,7 +83,7 @@ class Asking:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluation.answers", description=__doc__.split("\n")[0])
+    parser = CommandLine("python -m training.evaluation.answers", __doc__.split("\n")[0])
     add_model_options(parser)
     parser.add_argument("--base_model", metavar="FOLDER", help="where the base model is (default: where it was)")
     parser.add_argument("--data", type=Path, help="prepared data to score on (default: what the run was trained on)")

@@ -14,20 +14,18 @@ The folder objective is found in the folders above the file, or named by --objec
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from training.base.console import run_main, say
+from training.base.options import CommandLine
 from training.evaluation.disc_law_eval.scoring import score_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluation.disc_law_eval", description=__doc__.split("\n")[0]
-    )
+    parser = CommandLine("python -m training.evaluation.disc_law_eval", __doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser("score", help="score files of answers")
     score.add_argument("files", nargs="+", type=Path, metavar="FILE", help="as multi/nje_results.csv")

@@ -16,6 +16,7 @@ from typing import Any
 from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
 from training.data.prepared import list_files
 from training.base.console import UserError, say
+from training.base.options import FLAG
 from training.engine.checkpoint import EMA, Checkpoint, checkpoints
 from training.evaluation.translations.trained import Weights
 
@@ -29,7 +30,7 @@ WHICH = {"best": "the best on validation", "last": "the newest", "ema": "the mov
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """The options that say where an export goes."""
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export that was not changed since")
+    parser.add_argument("--overwrite", **FLAG, help="replace an earlier export that was not changed since")
 
 
 def output_of(arguments: argparse.Namespace, *, example: str) -> Path:
