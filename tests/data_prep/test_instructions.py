@@ -421,7 +421,7 @@ def test_own_records_are_trained_on_and_scored_as_free_text_by_the_usual_command
     ).wait()
     assert result.status == 0, result
     words = ("--max_new_tokens", 8, "--answers_per_task", 3)
-    result = launch(run_dir, *words, module="training.evaluation.answers").wait()
+    result = launch(run_dir, *words, module="training.evaluation.evaluate").wait()
     assert result.status == 0, result
     scores = json.loads((run_dir / "evaluation/test-3answers-8tokens.json").read_text("utf-8"))
     assert [(task["task"], task["metric"]) for task in scores["tasks"]] == [("chat", "ROUGE-L"), ("facts", "ROUGE-L")]

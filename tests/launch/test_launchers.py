@@ -38,6 +38,8 @@ from training.base.console import UserError
 from training.base.environment import without_local_rank
 from training.base.options import parse
 from training.base.processes import children, command_line
+from training.data.conversations import FORMAT as CONVERSATIONS
+from training.data.prepared import FORMAT as PAIRS
 from training.gpt import GPTConfig
 
 
@@ -265,8 +267,11 @@ def test_local_rank_is_a_launchers_word_and_no_users(monkeypatch):
     assert without_local_rank(["--local_rank=1", "runs/a", "--beam_size", "5"]) == ["runs/a", "--beam_size", "5"]
 
 
-@pytest.mark.parametrize("module", ["training.evaluation.evaluate", "training.evaluation.answers"])
-def test_evaluation_takes_the_launchers_word_too(launch, tmp_path, module):
+@pytest.mark.parametrize("data", [PAIRS, CONVERSATIONS])
+def test_evaluation_takes_the_launchers_word_too(launch, tmp_path, data):
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    result = launch("--local_rank=0", tmp_path / "none", module=module, environment=alone).wait()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/data.json").write_text(json.dumps({"format": data}))
+    words = ("--local_rank=0", tmp_path / "none")
+    result = launch(*words, module="training.evaluation.evaluate", environment=alone).wait()
     assert_only_one_line_is_said(result, str(tmp_path / "none"))

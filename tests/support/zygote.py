@@ -76,7 +76,9 @@ def _kind_of(module: str, words: Sequence[str]) -> str:
     """The zygote that has imported what the command needs."""
     if "deepspeed" in words or "zero" in module:
         return "deepspeed"
-    return "chat" if any(name in each for each in (module, *words[:1]) for name in _CHAT) else "plain"
+    about = Path(words[0], "data.json") if words else ROOT / "none"  # of a run that is evaluated
+    data = json.loads(about.read_text(encoding="utf-8"))["format"] if about.is_file() else ""
+    return "chat" if any(name in each for each in (module, *words[:1], data) for name in _CHAT) else "plain"
 
 
 class Forked:

@@ -36,7 +36,7 @@ def test_real_chat_model_killed_twice_learns_to_answer_legal_questions(launch: L
     assert result.status == 0 and status_of(run_dir)["status"] == "finished", result
     assert len(json.loads((run_dir / "sessions.json").read_text("utf-8"))) == 3 and len(losses(run_dir)) == STEPS
     words = ("--answers_per_task", 1, "--max_new_tokens", 16)
-    result = launch(run_dir, *words, module="training.evaluation.answers", ranks=2).wait()
+    result = launch(run_dir, *words, module="training.evaluation.evaluate", ranks=2).wait()
     assert result.status == 0, result
     scores = json.loads((run_dir / "evaluation/test-1answers-16tokens.json").read_text("utf-8"))
     held_out = scores["losses"][-1]

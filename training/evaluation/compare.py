@@ -1,67 +1,22 @@
-"""Compares two evaluations of the same sentences: which one is better, and whether that can be told at all.
+"""Compares two evaluations of one kind on the same items: which one is better, and whether that can be told at all.
 
     python -m training.evaluation.compare runs/a runs/b
     python -m training.evaluation.compare runs/a:test runs/a:test-beam5
 
 A name is a run folder, and behind a colon the label of an evaluation (default test; runs/NAME/evaluation/LABEL.json).
-The test is a two-sided paired bootstrap (Koehn 2004) of BLEU and chrF: p is how often the choice of the sentences alone
-makes a difference as large as this one, in either direction. Both must have translated the same rows, with the same
-references. sacrebleu's own p counts one direction only, so it is about half of this one.
-
-Of two runs with adapters it compares the answers after training, task by task, as `training.evaluation.answers` scores.
+Two translators are compared by BLEU and chrF of the same sentences (see `training.evaluation.translations.comparison`),
+two chat models by their answers to the same questions after training, task by task (see
+`training.evaluation.answers.comparison`). Both tests are a paired bootstrap.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from sacrebleu.metrics import BLEU, CHRF
-
-from training.base.console import UserError, run_main, say
+from training.base.console import UserError, run_main
 from training.base.options import CommandLine
-from training.data.conversations import FORMAT as CONVERSATIONS
-from training.data.prepared import FORMAT as PAIRS
-from training.data.prepared import PARTS
-from training.evaluation.answers.comparison import compare_answer_runs, open_answers, print_comparison
-from training.evaluation.bootstrap import LEVEL, Paired, paired
-from training.evaluation.setting import Setting
-from training.evaluation.translations.scores import score_of, sentence_counts, signature_of
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation as it lies in its run folder. rows: those of LABEL-translations.jsonl."""
-
-    name: str
-    scores: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def translations(self) -> list[str]:
-        return [row["translation"] for row in self.rows]
-
-    @property
-    def references(self) -> list[str]:
-        return [row["reference"] for row in self.rows]
-
-
-@dataclass(frozen=True)
-class Verdict(Paired):
-    """What the test says of one metric."""
-
-    metric: str
-    signature: str
-
-    def words(self, names: Sequence[str]) -> str:
-        """The verdict as a sentence."""
-        if self.p >= LEVEL:
-            return f"{self.metric}: no difference can be told at p < {LEVEL:g} (p = {self.p:.3f})"
-        return f"{self.metric}: {names[self.difference > 0]} is better, p = {self.p:.3f}"
+from training.evaluation.runs import QLORA, TRANSLATION, kind_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,28 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     names = arguments.first, arguments.second
     parts = [_parts_of(name) for name in names]
-    forms = [_form_of_data(run_dir) for run_dir, _ in parts]
-    if CONVERSATIONS in forms and PAIRS in forms:
+    for run_dir, _ in parts:
+        if not run_dir.is_dir():
+            raise UserError(f"there is no run folder {run_dir}; a run is made by one of the training scripts")
+    kinds = [kind_of(run_dir) for run_dir, _ in parts]
+    if QLORA in kinds and TRANSLATION in kinds:
         raise UserError(
-            f"{names[forms.index(CONVERSATIONS)]} answers questions and {names[forms.index(PAIRS)]} translates: only "
+            f"{names[kinds.index(QLORA)]} answers questions and {names[kinds.index(TRANSLATION)]} translates: only "
             "runs of one kind can be compared"
         )
-    if CONVERSATIONS in forms:
-        runs = [open_answers(name, *each) for name, each in zip(names, parts, strict=True)]
-        print_comparison(*runs, compare_answer_runs(*runs))
-        return 0
-    first, second = (open_evaluation(name) for name in names)
-    check_comparable(first, second)
-    _print(first, second, compare(first, second))
+    if QLORA in kinds:
+        from training.evaluation.answers.comparison import compare, open_evaluation, print_comparison
+    else:
+        from training.evaluation.translations.comparison import compare, open_evaluation, print_comparison
+    first, second = (open_evaluation(name, *each) for name, each in zip(names, parts, strict=True))
+    print_comparison(first, second, compare(first, second))
     return 0
-
-
-def _form_of_data(run_dir: Path) -> str | None:
-    """What a run was trained on: CONVERSATIONS or PAIRS; None where nothing tells it."""
-    try:
-        return json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _parts_of(name: str) -> tuple[Path, str]:
@@ -104,90 +53,6 @@ def _parts_of(name: str) -> tuple[Path, str]:
         path, _, label = name.rpartition(":")
         return Path(path), label
     return Path(name), "test"
-
-
-def open_evaluation(name: str) -> Evaluation:
-    """The evaluation called RUN or RUN:LABEL. Raises UserError, with the command to run, when there is none."""
-    folder, label = _parts_of(name)
-    if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}; a run is made by training.gpt or training.seq2seq")
-    setting = Setting.of_label(label)
-    done = sorted(path.stem for path in (folder / "evaluation").glob("*.json"))
-    found = f"; there is {', '.join(done)}" if done else ""
-    if setting is None:
-        raise UserError(
-            f"{label!r} is no label of an evaluation: it begins with {', '.join(PARTS)}, as in test-beam5{found}"
-        )
-    scores, translations = (folder / "evaluation" / f"{label}{end}" for end in (".json", "-translations.jsonl"))
-    for path in (scores, translations):
-        if not path.is_file():
-            raise UserError(f"{folder} was not evaluated as {label}: run `{setting.command(folder)}`{found}")
-    try:
-        about = json.loads(scores.read_text(encoding="utf-8"))
-        # As bytes: a text may hold what Python takes for a line end in strings.
-        rows = [json.loads(line) for line in translations.read_bytes().splitlines()]
-        evaluation = Evaluation(name if label != "test" else str(folder), about, rows)
-        parts = [row["row"] for row in rows], evaluation.references, evaluation.translations
-        complete = {len(part) for part in parts} == {about["sentences"]} and {"part", "split"} <= about.keys()
-    except (ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise UserError(f"{scores} and {translations.name} are damaged: run `{setting.command(folder)}` again")
-    return evaluation
-
-
-def check_comparable(first: Evaluation, second: Evaluation) -> None:
-    """Raises UserError, naming what differs, unless both have the same rows with the same references."""
-    if [(row["row"], row["reference"]) for row in first.rows] == [
-        (row["row"], row["reference"]) for row in second.rows
-    ]:
-        return
-    differences = [
-        f"{key} {first.scores[key]} and {second.scores[key]}"
-        for key in ("part", "split", "sentences")
-        if first.scores[key] != second.scores[key]
-    ]
-    for one, other in zip(first.rows, second.rows, strict=False):
-        if (one["row"], one["reference"]) != (other["row"], other["reference"]):
-            differences.append(
-                f"first, row {one['row']} ({one['reference']!r}) and row {other['row']} ({other['reference']!r})"
-            )
-            break
-    mend = "Evaluate both on one data set (--data FOLDER) and part"
-    if first.scores["split"] != second.scores["split"]:
-        mend = "Two splits have other sentences to train on and to be scored on: no test compares runs across them"
-    raise UserError(
-        f"{first.name} and {second.name} were not scored on the same rows with the same references: "
-        f"{'; '.join(differences)}. {mend}"
-    )
-
-
-def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
-    """Tests BLEU and chrF on the rows of both, which must be comparable."""
-    references = [[reference] for reference in first.references]
-    verdicts = []
-    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
-        both = [sentence_counts(metric, one.translations, references) for one in (first, second)]
-        test = paired(partial(score_of, metric), *both)
-        verdicts.append(Verdict(**vars(test), metric=name, signature=signature_of(metric)))
-    return verdicts
-
-
-def _print(first: Evaluation, second: Evaluation, verdicts: Sequence[Verdict]) -> None:
-    names = first.name, second.name
-    width = max(map(len, (*names, "difference")))
-    say(f"{first.scores['part']} part, {first.scores['split']} split, {len(first.rows):,} sentences")
-    for verdict in verdicts:
-        say(f"\n  {verdict.metric:<{width}}   score   95 % interval")
-        for name, score, (low, high) in zip(names, verdict.scores, verdict.intervals, strict=True):
-            say(f"  {name:<{width}}  {score:6.2f}   {low:.2f} to {high:.2f}")
-        low, high = verdict.difference_interval
-        say(f"  {'difference':<{width}}  {verdict.difference:+6.2f}   {low:+.2f} to {high:+.2f}, p = {verdict.p:.3f}")
-        say(f"  {verdict.signature}")
-    same = sum(one == other for one, other in zip(first.translations, second.translations, strict=True))
-    say(f"\n{same:,} of {len(first.rows):,} translations are identical ({same / len(first.rows):.1%})")
-    for verdict in verdicts:
-        say(verdict.words(names))
 
 
 if __name__ == "__main__":

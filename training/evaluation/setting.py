@@ -1,8 +1,8 @@
-"""How a run's translations are made, and what the results are called: a label that says all that was not usual.
+"""How a run is evaluated, and what the results are called: a label that says whatever is not the usual.
 
 `test` is the test part, translated greedily by the best checkpoint; `test-last-beam5-penalty0.6-on-grouped` is the same
 part of the data set in the folder `grouped`, translated by the last checkpoint with a beam of 5 and another length
-penalty than the usual one.
+penalty than the usual one. `test-20answers` is the test part of a QLoRA run, with answers to 20 questions of each task.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from training.base.console import UserError
-from training.data.prepared import PARTS
+from training.data.prepared import PARTS, PreparedFolder
+from training.evaluation.runs import TrainedRun
 from training.evaluation.translations.decoding import check_search
 
 LENGTH_PENALTY = 1.0
+ANSWERS_PER_TASK, NEW_TOKENS = 100, 512
 
 _LABEL = re.compile(
     rf"({'|'.join(PARTS)})(?:-(ema|last\d*|best\d+))?(?:-beam(\d+))?(?:-penalty([\d.e+-]+?))?(?:-on-(.+))?"
@@ -39,6 +42,36 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """How much a chat model is asked to write; raises UserError for what cannot be. None for no limit."""
+
+    answers_per_task: int | None = ANSWERS_PER_TASK
+    max_new_tokens: int = NEW_TOKENS
+    disc_law_eval: Path | None = None
+    disc_law_eval_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("answers_per_task", "max_new_tokens", "disc_law_eval_limit"):
+            least, value = 0 if name == "answers_per_task" else 1, getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} must be at least {least}")
+        if self.disc_law_eval_limit is not None and self.disc_law_eval is None:
+            raise UserError(
+                "--disc_law_eval_limit has no effect without --disc_law_eval FOLDER: add it, or leave it out"
+            )
+
+    @property
+    def label(self) -> str:
+        """Whatever is not the usual, for the end of a label."""
+        found = ""
+        if self.answers_per_task != ANSWERS_PER_TASK:
+            found += f"-{self.answers_per_task or 'all'}answers"
+        if self.max_new_tokens != NEW_TOKENS:
+            found += f"-{self.max_new_tokens}tokens"
+        return found + (f"-{self.disc_law_eval_limit}ofexam" if self.disc_law_eval_limit else "")
+
+
+@dataclass(frozen=True)
 class Setting:
     """What is evaluated and how. weights: as --checkpoint takes them; data: the folder name of another data set."""
 
@@ -48,7 +81,7 @@ class Setting:
     data: str | None = None
 
     def _unusual(self) -> Iterator[tuple[str, str]]:
-        """Of whatever is not the usual, but the part: its word in the label, and the option that asks for it."""
+        """For whatever is not the usual, except the part: its word in the label, and the option that asks for it."""
         if self.weights != "best":
             yield self.weights.replace(":", ""), f"--checkpoint {self.weights}"
         if self.search.beam_size > 1:
@@ -63,6 +96,12 @@ class Setting:
     def label(self) -> str:
         """The part, and behind it whatever is not the usual."""
         return "-".join([self.part, *(word for word, _ in self._unusual())])
+
+    @classmethod
+    def of(cls, run: TrainedRun, data: PreparedFolder, part: str, search: Search = Search()) -> Setting:
+        """The setting in which these weights of a run meet one part of `data`."""
+        other = None if run.is_trained_on(data) else data.folder.resolve().name
+        return cls(part, str(run.weights), search, other)
 
     @classmethod
     def of_label(cls, label: str) -> Setting | None:
@@ -96,10 +135,30 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model translates and how: those of every command that translates."""
-    add_model_options(parser)
-    parser.add_argument("--beam_size", type=int, default=1, metavar="N", help="default 1: greedy")
+class OptionsOf:
+    """Those options of a command that runs of one kind have; one that is not given must be None, or false."""
+
+    def __init__(self, kind: str, parser: argparse.ArgumentParser):
+        self.kind = kind
+        self._group = parser.add_argument_group(f"options for {kind} runs")
+        self._actions: list[argparse.Action] = []
+
+    def add_argument(self, name: str, **about: Any) -> None:
+        self._actions.append(self._group.add_argument(name, **about))
+
+    def check(self, arguments: argparse.Namespace, kind: str | None) -> None:
+        """Raises UserError, naming them, if some were given for a run of another kind. None for one not known."""
+        values = {action.option_strings[0]: getattr(arguments, action.dest) for action in self._actions}
+        given = [name for name, value in values.items() if value is not None and value is not False]
+        if given and kind not in (None, self.kind):
+            raise UserError(
+                f"{arguments.run_dir} is a {kind} run: leave out {', '.join(given)}, which would have no effect"
+            )
+
+
+def add_search_options(parser: argparse.ArgumentParser | OptionsOf) -> None:
+    """The options that say how sentences are decoded."""
+    parser.add_argument("--beam_size", type=int, metavar="N", help="default 1: greedy")
     parser.add_argument(
         "--length_penalty",
         type=float,
@@ -110,9 +169,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def search_of(arguments: argparse.Namespace) -> Search:
     """The search that these options ask for. Raises UserError for values that cannot be, or have no effect."""
+    beam_size = 1 if arguments.beam_size is None else arguments.beam_size
     if arguments.length_penalty is None:
-        return Search(arguments.beam_size)
-    search = Search(arguments.beam_size, arguments.length_penalty)
+        return Search(beam_size)
+    search = Search(beam_size, arguments.length_penalty)
     if search.beam_size == 1:
         raise UserError("--length_penalty has no effect on greedy decoding: add --beam_size 5, or leave it out")
     return search
+
+
+def add_asking_options(parser: argparse.ArgumentParser | OptionsOf) -> None:
+    """The options that say what a chat model is asked."""
+    parser.add_argument(
+        "--answers_per_task",
+        type=int,
+        metavar="N",
+        help=f"questions of each task to answer, drawn by a fixed seed (default {ANSWERS_PER_TASK}; 0: all)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help=f"of an answer (default {NEW_TOKENS})")
+    parser.add_argument(
+        "--disc_law_eval", type=Path, metavar="FOLDER", help="DISC-Law-Eval's data: ask its questions, four-shot"
+    )
+    parser.add_argument(
+        "--disc_law_eval_limit", type=int, metavar="N", help="the first N questions of each exam only (default all)"
+    )
+
+
+def asking_of(arguments: argparse.Namespace) -> Asking:
+    """What these options ask for. Raises UserError for values that cannot be, or have no effect."""
+    names = ("answers_per_task", "max_new_tokens", "disc_law_eval", "disc_law_eval_limit")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    asking = Asking(**given)
+    return replace(asking, answers_per_task=asking.answers_per_task or None)

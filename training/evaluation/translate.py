@@ -26,7 +26,8 @@ from training.base.options import CommandLine
 from training.data.text import HAN
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
-from training.evaluation.setting import Search, add_options, search_of
+from training.evaluation.runs import QLORA, kind_of
+from training.evaluation.setting import Search, add_model_options, add_search_options, search_of
 from training.evaluation.translations.decoding import translate
 from training.evaluation.translations.trained import TrainedModel, open_trained
 
@@ -39,7 +40,8 @@ _HAN = re.compile(f"[{HAN}]")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = CommandLine("python -m training.evaluation.translate", __doc__.split("\n")[0])
-    add_options(parser)
+    add_model_options(parser)
+    add_search_options(parser)
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="Chinese sentences (default: standard input)")
     parser.add_argument("--input", type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default standard output; appears when complete")
@@ -47,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.input and arguments.sentences:
         raise UserError("both sentences and --input were given; leave one out")
     search = search_of(arguments)
+    if kind_of(arguments.run_dir) == QLORA:
+        raise UserError(
+            f"{arguments.run_dir} is a {QLORA} run, which answers questions and does not translate: "
+            f"`python -m training.evaluation.evaluate {arguments.run_dir}` shows its answers"
+        )
     with Cluster() as cluster, ExitStack() as files:
         if cluster.world_size > 1:
             raise UserError("translation runs as one process: start it with python, not with torchrun")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.browser import browser
 from tests.support.pages import HOSTILE, Page, Poison, make_session
-from training.evaluation.answers.evaluation import AnswerEvaluation
+from training.evaluation.answers.before_after import scores_of
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import (
     FOLDED,
@@ -46,7 +46,7 @@ def make_scores() -> dict[str, Any]:
         **{"base_model": "Qwen2.5-0.5B-Instruct", "decoding": "greedy, at most 512 tokens"},
         "data_fingerprint": "d" * 64,
     }
-    return AnswerEvaluation(about, compared, losses).to_json()
+    return scores_of(about, compared, losses)
 
 
 def make_report() -> AnswerReport:

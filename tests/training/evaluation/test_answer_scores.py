@@ -15,7 +15,7 @@ import pytest
 from data_prep.disc_law_records import TASK_NAMES
 from tests.support.commands import ROOT
 from training.evaluation import bootstrap
-from training.evaluation.answers.evaluation import AnswerEvaluation
+from training.evaluation.answers.before_after import scores_of
 from training.evaluation.answers.losses import ALL_TASKS, compare_losses, loss_by_task
 from training.evaluation.answers.metrics import (
     common_subsequence,
@@ -457,7 +457,7 @@ def test_losses_are_compared_on_the_same_tokens():
 def test_an_evaluation_as_json_says_everything_that_was_measured():
     before, after = {"exam": exams([False, True])}, {"exam": exams([True, True])}
     losses = compare_losses(loss_by_task(["exam"], [8.0], [4]), loss_by_task(["exam"], [4.0], [4]))
-    found = AnswerEvaluation({"label": "test", "step": 600}, compare_tasks(before, after), losses).to_json()
+    found = scores_of({"label": "test", "step": 600}, compare_tasks(before, after), losses)
     assert json.loads(json.dumps(found)) == found
     assert (found["label"], found["step"], found["items"]) == ("test", 600, 2)
     (task,) = found["tasks"]

@@ -1,4 +1,4 @@
-"""`python -m training.evaluation.answers`: a model with its adapters against itself without them, asked for real."""
+"""A QLoRA run evaluated by the command: a model with its adapters against itself without them, asked for real."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from training.base.console import UserError
 from training.data.conversations import open_conversations
 from training.data.prepared import FORMAT as PAIRS
 from training.engine.cluster import Cluster
-from training.evaluation.answers.__main__ import losses_by_row, questions_of
+from training.evaluation.answers.before_after import losses_by_row, questions_of
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
 from training.evaluation.chat_model.generation import generate
 from training.evaluation.compare import main as compare
+from training.evaluation.evaluate import main as evaluate
 from training.qlora import Answers
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def evaluated(launch: Launch, run_dir: Path, *words: object, ranks: int | None =
     """Scores, answers and what was printed."""
     words = ("--max_new_tokens", 12, "--answers_per_task", 2, *words)
     label = "test-2answers-12tokens" + ("-1ofexam" if "--disc_law_eval" in words else "")
-    result = launch(run_dir, *words, module="training.evaluation.answers", ranks=ranks).wait()
+    result = launch(run_dir, *words, module="training.evaluation.evaluate", ranks=ranks).wait()
     assert result.status == 0, result
     return *found_in(run_dir, label), result.out
 
@@ -145,7 +146,7 @@ def test_penalties_in_the_base_models_own_settings_play_no_part(trained: Trained
 
 
 def test_wrong_folder_of_disc_law_eval_is_refused_before_the_work(launch: Launch, run_dir: Path, tmp_path: Path):
-    result = launch(run_dir, "--disc_law_eval", tmp_path, module="training.evaluation.answers").wait()
+    result = launch(run_dir, "--disc_law_eval", tmp_path, module="training.evaluation.evaluate").wait()
     assert_only_one_line_is_said(result, str(tmp_path))
     assert "losses before" not in result.err
 
@@ -182,14 +183,26 @@ def test_adapters_on_another_model_are_refused(run_dir: Path, base: Path, tmp_pa
 
 def test_base_model_that_was_moved_is_named(launch: Launch, run_dir: Path, base: Path, tmp_path: Path):
     tell_otherwise(run_dir, base, tmp_path / "gone/base")
-    result = launch(run_dir, module="training.evaluation.answers").wait()
+    result = launch(run_dir, module="training.evaluation.evaluate").wait()
     assert_only_one_line_is_said(result, str(tmp_path / "gone/base"), "there is no such folder")
     assert open_adapters(run_dir, device=CPU, base_model=str(base)).step == STEPS
 
 
-def test_translation_commands_name_the_right_one(launch: Launch, run_dir: Path):
-    result = launch(run_dir, module="training.evaluation.evaluate").wait()
-    assert_only_one_line_is_said(result, "training.evaluation.answers")
+def test_what_is_for_translators_is_refused_on_a_qlora_run(launch: Launch, run_dir: Path, tmp_path: Path):
+    result = launch(run_dir, "你好。", module="training.evaluation.translate").wait()
+    assert_only_one_line_is_said(result, "does not translate", f"training.evaluation.evaluate {run_dir}")
+    result = launch(run_dir, "--beam-size", 5, module="training.evaluation.evaluate").wait()
+    assert_only_one_line_is_said(result, f"{run_dir} is a QLoRA run: leave out --beam_size")
+
+
+def test_what_cannot_be_asked_is_refused_by_name(run_dir: Path):
+    for words, answer in (
+        (("--answers_per_task", -1), "--answers_per_task must be at least 0"),
+        (("--max_new_tokens", 0), "--max_new_tokens must be at least 1"),
+        (("--disc_law_eval_limit", 3), "no effect without --disc_law_eval FOLDER"),
+    ):
+        with pytest.raises(UserError, match=answer):
+            evaluate([str(run_dir), *map(str, words)])
 
 
 def test_two_runs_are_compared_on_the_same_questions(evaluated_run: Path, tmp_path: Path, capsys):

@@ -14,6 +14,7 @@ from tests.support.commands import Launch
 from training.base.console import UserError
 from training.evaluation import compare, evaluate
 from training.evaluation.bootstrap import p_value
+from training.evaluation.translations import comparison
 
 WORDS = [f"{first}{second}" for first in "bdgklm" for second in ("a", "e", "i")]
 
@@ -102,8 +103,8 @@ def plain_counts(translation: str, reference: str) -> list[int]:
 def test_scores_and_p_are_those_of_a_plain_bootstrap(tmp_path: Path):
     slightly_worse = with_mistakes(REFERENCES, 0.16, seed=5)
     runs = {"a": GOOD, "b": slightly_worse}
-    first, second = (compare.open_evaluation(str(evaluated(tmp_path / name, runs[name], REFERENCES))) for name in runs)
-    verdict, _ = compare.compare(first, second)
+    folders = [evaluated(tmp_path / name, translations, REFERENCES) for name, translations in runs.items()]
+    verdict, _ = comparison.compare(*(comparison.open_evaluation(folder.name, folder, "test") for folder in folders))
 
     counts = np.array([[plain_counts(*pair) for pair in zip(said, REFERENCES, strict=True)] for said in runs.values()])
     scores = [plain_bleu(own) for own in counts.sum(1)]

@@ -27,6 +27,7 @@ from training.data.prepared import Prepared, Ragged, list_files, open_prepared, 
 from training.engine.status import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate
 from training.evaluation.setting import Search
+from training.evaluation.translations.evaluation import SHEETS
 from training.evaluation.translations.report import EXAMPLES, SYNTHETIC
 from training.evaluation.translations.scores import score_texts
 from training.evaluation.translations.trained import open_trained
@@ -162,7 +163,7 @@ def test_evaluation_writes_scores_translations_maps_and_report(evaluated, data):
     assert [row["reference"] for row in rows] == list(test.target_texts)
     again = score_texts([row["translation"] for row in rows], list(test.target_texts)).to_json()
     assert again == {key: scores[key] for key in again}
-    assert len(list(folder.glob("test-attention-*.svg"))) == evaluate.SHEETS
+    assert len(list(folder.glob("test-attention-*.svg"))) == SHEETS
     assert (evaluated / "report.html").is_file()
 
 
@@ -196,6 +197,19 @@ def test_ranks_that_share_the_sentences_write_what_one_process_writes(evaluated,
     assert run(run_copy, module="training.evaluation.evaluate", ranks=2).status == 0
     for name in ("test.json", "test-translations.jsonl"):
         assert (run_copy / "evaluation" / name).read_text() == (evaluated / "evaluation" / name).read_text()
+
+
+def test_scoring_a_translator_imports_nothing_of_chat_models(evaluated, tmp_path):
+    run_dir = shutil.copytree(evaluated, tmp_path / "run")
+    script = (
+        "import sys; from training.evaluation import evaluate\n"
+        f"assert evaluate.main([{str(run_dir)!r}]) == 0\n"
+        "print([name for name in ('transformers', 'peft', 'bitsandbytes') if name in sys.modules])"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n[]\n"), done
 
 
 @pytest.mark.parametrize("task", ["gpt", "seq2seq"])
@@ -267,6 +281,7 @@ def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq
             (untrained,): f"{untrained} has no valid checkpoint: train first",
             (moved,): f"trained on the data in {tmp_path}/gone, and there is no such folder here: name where it is now",
             (moved, "--beam_size", 0): "the beam size must be 1 (greedy) or more, got 0",
+            (moved, "--answers-per-task", 5): f"{moved} is a translation run: leave out --answers_per_task",
             (moved, "--data", empty): f"the test part of {empty} is empty: choose another --part",
             (moved, "--data", long): f"none of the 2 pairs in the test part of {long} fits the model",
         }

@@ -35,7 +35,7 @@ from training.data.prepared import PARTS, open_prepared
 from training.data.text import clean
 from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS
 from training.evaluation import evaluate, export
-from training.evaluation.exports import hugging_face
+from training.evaluation.exports import hugging_face, translator
 from training.evaluation.translations.decoders import GPTDecoder
 from training.evaluation.translations.decoding import translate
 from training.evaluation.translations.trained import TrainedModel, open_trained
@@ -105,7 +105,7 @@ def exported(request, run, tmp_path_factory) -> tuple[TrainedModel, Path]:
     positions, norm = request.param
     trained = with_another_model(open_trained(run, device=CPU), positions=positions, norm=norm)
     folder = tmp_path_factory.mktemp("-".join(request.param)) / "export"
-    export.export(trained, folder)
+    translator.export(trained, folder)
     return trained, folder
 
 
@@ -366,7 +366,7 @@ def test_a_run_on_words_is_exported_with_its_tokenizer(run, sample_data, tmp_pat
     tokenizers = {"source_tokenizer": words.source_tokenizer, "target_tokenizer": words.target_tokenizer}
     config = trained.config.model_copy(update={"data": sample_data})
     trained = with_another_model(replace(trained, run_dir=sample_data, config=config, data=words.meta, **tokenizers))
-    export.export(trained, tmp_path / "export")
+    translator.export(trained, tmp_path / "export")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     for text in sentences(trained, 5):
@@ -412,10 +412,10 @@ def test_only_an_earlier_export_that_nobody_changed_is_replaced(run, tmp_path):
         export.main([str(run), "--output", str(output / "README.md")])
 
 
-def refused(run: Path, output: Path) -> str:
+def refused(run: Path, output: Path, *words: str) -> str:
     """What the command says; it must leave nothing behind."""
     with pytest.raises(UserError) as error:
-        export.main([str(run), "--output", str(output)])
+        export.main([str(run), "--output", str(output), *words])
     assert list(output.parent.glob("*export*")) + list(output.parent.glob(".*export*")) == []
     return str(error.value)
 
@@ -423,11 +423,13 @@ def refused(run: Path, output: Path) -> str:
 def test_a_model_that_transformers_does_not_have_is_refused_with_the_reason(run, pieces, tmp_path):
     unknown = with_another_model(open_trained(run, device=CPU), positions="learned", norm="rms")
     with pytest.raises(UserError, match="no architecture with learned positions and rms norm"):
-        export.export(unknown, tmp_path / "export")
+        translator.export(unknown, tmp_path / "export")
     small = ("--model.embedding_width", 16, "--model.hidden_width", 16)
     seq2seq = train(tmp_path, pieces, *small, module="training.seq2seq")
     assert "holds a seq2seq model: transformers has no architecture" in refused(seq2seq, tmp_path / "export")
     assert "there is no run folder" in refused(tmp_path / "nowhere", tmp_path / "export")
+    said = refused(run, tmp_path / "export", "--merge", "--dtype", "float16")
+    assert f"{run} is a translation run: leave out --merge, --dtype, which would have no effect" in said
 
 
 @pytest.mark.parametrize("damage", ["value", "key"])

@@ -26,17 +26,18 @@ from tests.support.base_models import make_tiny_qwen2, make_tokenizer
 from tests.support.commands import launching
 from tests.support.exports import content_of, nobody_asked
 from training.base.console import UserError
-from training.evaluation import export, export_adapters
+from training.evaluation import export
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
-from training.evaluation.export_adapters import Export, prompts_of, trained_in
+from training.evaluation.exports import adapters
 from training.evaluation.exports.adapter_card import licence_of
+from training.evaluation.exports.adapters import Export, prompts_of, trained_in
 from training.evaluation.exports.merging import difference, logits_of
 from training.models.adapted_model import LoraOptions
 from training.models.base_model import QuantisationOptions
 from training.qlora import build_model
 
 CPU = torch.device("cpu")
-MODULE = "training.evaluation.export_adapters"
+MODULE = "training.evaluation.export"
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 ADAPTERS = {"README.md", "adapter_config.json", "adapter_model.safetensors", "export.json", *TOKENIZER}
 MERGED = {"README.md", "config.json", "export.json", "generation_config.json", "model.safetensors", *TOKENIZER}
@@ -238,7 +239,7 @@ def test_generation_ends_where_answers_end_in_training(run, base, tmp_path):
     settings |= {"eos_token_id": 0, "do_sample": True, "temperature": 0.7}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     words = [str(run), "--output", str(tmp_path / "export"), "--merge", "--base_model", str(folder)]
-    assert export_adapters.main(words) == 0
+    assert export.main(words) == 0
     written = json.loads((tmp_path / "export/generation_config.json").read_text())
     end = AutoTokenizer.from_pretrained(tmp_path / "export").convert_tokens_to_ids("<|im_end|>")
     assert written["eos_token_id"] == [end, 0] and written["temperature"] == 0.7
@@ -250,16 +251,16 @@ def test_only_an_earlier_export_that_nobody_changed_is_replaced(run, tmp_path):
     def refusal(*words: str) -> str:
         before = content_of(tmp_path)
         with pytest.raises(UserError) as error:
-            export_adapters.main([str(run), "--output", str(output), *words])
+            export.main([str(run), "--output", str(output), *words])
         assert content_of(tmp_path) == before
         return str(error.value)
 
-    assert export_adapters.main([str(run), "--output", str(output)]) == 0
+    assert export.main([str(run), "--output", str(output)]) == 0
     first = content_of(output)
     assert "already; choose another --output, or replace it with --overwrite" in refusal()
-    assert export_adapters.main([str(run), "--output", str(output), "--overwrite"]) == 0
+    assert export.main([str(run), "--output", str(output), "--overwrite"]) == 0
     assert content_of(output) == first  # the same checkpoint gives the same bytes
-    assert export_adapters.main([str(run), "--output", str(output), "--overwrite", "--merge"]) == 0
+    assert export.main([str(run), "--output", str(output), "--overwrite", "--merge"]) == 0
     assert {path.name for path in output.iterdir()} == MERGED
     (output / "notes.txt").write_text("mine")
     assert "was changed since it was exported (notes.txt)" in refusal("--overwrite")
@@ -267,10 +268,10 @@ def test_only_an_earlier_export_that_nobody_changed_is_replaced(run, tmp_path):
     assert "holds something else than an export" in refusal("--overwrite")
 
 
-def refused(run: Path, output: Path, *words: object, command=export_adapters) -> str:
+def refused(run: Path, output: Path, *words: object) -> str:
     """What the command says, in one line; it must leave nothing behind."""
     with pytest.raises(UserError) as error:
-        command.main([str(run), "--output", str(output), *map(str, words)])
+        export.main([str(run), "--output", str(output), *map(str, words)])
     assert list(output.parent.glob("*export*")) + list(output.parent.glob(".*export*")) == []
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -285,8 +286,6 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, run_copy, base, tmp
     assert "there is no such folder" in refused(run, output, "--base_model", tmp_path / "gone/model/folder")
     other = make_tiny_qwen2(tmp_path / "other", base, seed=1)
     assert "is not the one that the adapters" in refused(run, output, "--base_model", other)
-    said = refused(run, output, command=export)
-    assert f"`python -m training.evaluation.export_adapters {run} --output {output}`" in said
 
     tokenizer = run_copy / "tokenizer/tokenizer.json"
     content = tokenizer.read_text(encoding="utf-8")
@@ -296,8 +295,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, run_copy, base, tmp
     assert "copy tokenizer/ from the run's prepared data" in refused(run_copy, output)
     for manifest in run_copy.glob("checkpoints/*/manifest.json"):
         manifest.write_text(manifest.read_text().replace('"task": "qlora"', '"task": "gpt"'))
-    said = refused(run_copy, output)
-    assert f"`python -m training.evaluation.export {run_copy} --output {output}`" in said
+    assert f"{run_copy} holds a gpt model; only those of training.qlora" in refused(run_copy, output)
     shutil.rmtree(run_copy / "checkpoints")
     (run_copy / "checkpoints").mkdir()
     assert "has no valid checkpoint" in refused(run_copy, output)
@@ -331,7 +329,7 @@ def test_what_would_be_loaded_as_another_model_is_not_published(run, base, tmp_p
             original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             return peft.PeftModel.from_pretrained(original, tmp_path / "adapters").merge_and_unload().to(dtype)
 
-        monkeypatch.setattr(export_adapters, "merged", merged_into_the_original)
+        monkeypatch.setattr(adapters, "merged", merged_into_the_original)
     said = refused(run, tmp_path / "export", "--merge")
     assert ("keys that do not fit" if damage == "missing weight" else "is another one than the run's") in said
 

@@ -9,7 +9,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
 from training.base.console import UserError
-from training.evaluation.setting import Search, Setting, add_options, search_of
+from training.evaluation.setting import Search, Setting, add_search_options, search_of
 from training.evaluation.translations.scores import (
     measure,
     resample,
@@ -162,8 +162,8 @@ def test_what_no_evaluation_is_called_is_no_label():
 
 def search_asked_for(*words: str) -> Search:
     parser = argparse.ArgumentParser()
-    add_options(parser)
-    return search_of(parser.parse_args(["runs/a", *words]))
+    add_search_options(parser)
+    return search_of(parser.parse_args(words))
 
 
 def test_a_search_that_cannot_be_or_an_option_without_effect_is_refused():

@@ -1,8 +1,9 @@
-"""Compares the answers of two runs with adapters: both to the same questions, after training."""
+"""Compares the answers of two chat models after training: both to the same questions, task by task and in the mean."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,18 @@ class AnswerRun:
     rows: list[dict[str, Any]]
 
 
-def open_answers(name: str, run_dir: Path, label: str) -> AnswerRun:
+def open_evaluation(name: str, run_dir: Path, label: str) -> AnswerRun:
     """The answers called `label` of a run. Raises UserError where there are none or they cannot be read.
 
     name: what the run is called in messages.
     """
     path = run_dir / "evaluation" / f"{label}{ENDING}"
-    command = f"`python -m training.evaluation.answers {run_dir}`"
-    if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}")
+    command = f"`python -m training.evaluation.evaluate {run_dir}`"
     if not path.is_file():
         labels = sorted(each.name.removesuffix(ENDING) for each in path.parent.glob(f"*{ENDING}"))
         found = f"; there is {', '.join(labels)}" if labels else ""
         raise UserError(
-            f"{run_dir} has no answers called {label}{found}: name one as {run_dir}:LABEL, or make them with {command} "
-            "(a run with adapters is compared by its answers, and with another such run only)"
+            f"{run_dir} has no answers called {label}{found}: name one as {run_dir}:LABEL, or make them with {command}"
         )
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -47,7 +45,7 @@ def open_answers(name: str, run_dir: Path, label: str) -> AnswerRun:
     return AnswerRun(name, rows)
 
 
-def compare_answer_runs(first: AnswerRun, second: AnswerRun) -> AnswerComparison:
+def compare(first: AnswerRun, second: AnswerRun) -> AnswerComparison:
     """Tests the answers after training of two runs. Raises UserError unless both were asked the same questions."""
     asked = [[(row["uid"], row["reference"]) for row in run.rows] for run in (first, second)]
     if asked[0] != asked[1]:
@@ -65,11 +63,21 @@ def compare_answer_runs(first: AnswerRun, second: AnswerRun) -> AnswerComparison
 
 def print_comparison(first: AnswerRun, second: AnswerRun, compared: AnswerComparison) -> None:
     """A table of the tasks, and of their mean."""
-    say(f"{len(first.rows):,} questions; the difference is {second.name} minus {first.name}")
-    say(f"\n  {'':<44} {'items':>6} {'first':>8} {'second':>8} {'difference (95 %)':>28} {'p':>6}")
-    rows = [(f"{task.after.task} ({task.after.metric})", task.after.items, task.test) for task in compared.tasks]
-    for name, items, test in [*rows, ("mean of tasks", len(first.rows), compared.macro)]:
-        low, high = test.difference_interval
-        difference = f"{test.difference:+.2f} ({low:+.2f} to {high:+.2f})"
-        one, other = test.scores
-        say(f"  {name:<44} {items:>6,} {one:>8.2f} {other:>8.2f} {difference:>28} {test.p:>6.3f}")
+    say(f"{len(first.rows):,} questions; the difference is {second.name} minus {first.name}\n")
+    say_head("first", "second")
+    for task in compared.tasks:
+        say_row(f"{task.after.task} ({task.after.metric})", task.after.items, task.test.scores, task.test.to_json(2))
+    say_row("mean of tasks", len(first.rows), compared.macro.scores, compared.macro.to_json(2))
+
+
+def say_head(first: str, second: str) -> None:
+    """The head of a table of `say_row`."""
+    say(f"  {'':<44} {'items':>6} {first:>8} {second:>8} {'difference (95 %)':>28} {'p':>6}")
+
+
+def say_row(name: str, items: int, scores: Sequence[float], compared: Mapping[str, Any], *, digits: int = 2) -> None:
+    """Two scores on the same items, and what `Paired.to_json` says of them."""
+    low, high = compared["difference_interval"]
+    difference = f"{compared['difference']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    first, second = (f"{score:.{digits}f}" for score in scores)
+    say(f"  {name:<44} {items:>6,} {first:>8} {second:>8} {difference:>28} {compared['p']:>6.3f}")

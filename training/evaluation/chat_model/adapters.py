@@ -7,53 +7,33 @@ machine, as in training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from training.base.console import UserError
 from training.data.chat import ChatTokenizer, load_chat_tokenizer
-from training.engine.checkpoint import Checkpoint, load_model_state
+from training.data.conversations import Conversations
+from training.engine.checkpoint import load_model_state
 from training.engine.precision import Precision, PrecisionName, choose_precision
-from training.evaluation.translations.trained import Weights
+from training.evaluation.runs import TrainedRun, open_run
 from training.models.adapted_model import AdaptedModel
 from training.models.base_model import find_base_model, fingerprint_of, on_meta
 from training.qlora import COMPUTE_TYPES, QLoRAConfig, build_model
 
 
 @dataclass(frozen=True)
-class TrainedAdapters:
-    """A base model with a run's adapters, in evaluation mode.
+class TrainedAdapters(TrainedRun):
+    """A base model with a run's adapters, in evaluation mode."""
 
-    checkpoints: those that the adapters are the mean of, one if they are no mean. data: the meta.json of the data that
-    they were trained on. base: the base model's folder.
-    """
-
-    run_dir: Path
-    weights: Weights
-    checkpoints: list[Checkpoint]
     config: QLoRAConfig
-    data: dict[str, Any]
-    base: Path
+    base: Path  # the base model's folder
     model: AdaptedModel
     precision: Precision
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The first of `checkpoints`."""
-        return self.checkpoints[0]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that the adapters have seen; of a mean, the first's of its checkpoints."""
-        return self.checkpoint.step
 
     @cached_property
     def tokenizer(self) -> ChatTokenizer:
@@ -74,6 +54,14 @@ class TrainedAdapters:
             with self.model.model.disable_adapter():
                 yield
 
+    def check_fits(self, data: Conversations) -> None:
+        """Raises UserError unless `data` was tokenised as the run's own: its ids mean nothing else."""
+        if data.identity["tokenizer"] != self.checkpoint.manifest["data"]["tokenizer"]:
+            raise UserError(
+                f"{data.folder} was prepared with another tokenizer or chat template than {self.run_dir} was trained "
+                "with: name the data set of this run, or one prepared with the same --tokenizer"
+            )
+
 
 def open_adapters(
     run_dir: str | Path,
@@ -88,29 +76,16 @@ def open_adapters(
     base_model: where the base model is now, if not where the config says. precision: None for the run's own. Raises
     UserError when the folder is no run of adapters, has no valid checkpoint, or the base model is missing or another.
     """
-    run_dir, wanted = Path(run_dir), Weights.parse(weights)
-    if not (run_dir / "checkpoints").is_dir() or not (run_dir / "data.json").is_file():
-        raise UserError(f"{run_dir} is not a run folder: data.json and checkpoints/ are expected in it")
-    checkpoints, state = wanted.load(run_dir)
-    manifest = checkpoints[0].manifest
-    if manifest["task"] != "qlora":
-        raise UserError(f"{run_dir} holds a {manifest['task']} model, and no adapters of training.qlora")
-    try:
-        config = QLoRAConfig.model_validate(manifest["config"])
-    except ValidationError as error:
-        keys = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
-        raise UserError(
-            f"{checkpoints[0].folder} was written by another version: its config differs in {keys}"
-        ) from None
+    run, state = open_run(run_dir, weights, {"qlora": QLoRAConfig}, what="answer questions")
+    config = run.config
     base = find_base_model(base_model or config.base_model, config.base_revision)
-    if fingerprint_of(base) != manifest["built_on"]["base_model"]:
+    if fingerprint_of(base) != run.checkpoint.manifest["built_on"]["base_model"]:
         raise UserError(
-            f"the model in {base} is not the one that the adapters in {run_dir} were trained on (config.yaml says "
+            f"the model in {base} is not the one that the adapters in {run.run_dir} were trained on (config.yaml says "
             f"{config.base_model}): on another model they mean nothing; name the right one with --base_model"
         )
     chosen = choose_precision(precision or config.precision, device)
     model = build_model(config, base, COMPUTE_TYPES[chosen.name], device, trains=False)
     load_model_state(model, state)
     model.eval()
-    data = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
-    return TrainedAdapters(run_dir, wanted, checkpoints, config, data, base, model, chosen)
+    return TrainedAdapters(**vars(run), base=base, model=model, precision=chosen)

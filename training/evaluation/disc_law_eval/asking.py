@@ -15,7 +15,7 @@ from training.engine.cluster import Cluster
 from training.evaluation.answers.report import law_eval_table
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.chat_model.generation import answers_to
-from training.evaluation.disc_law_eval.open_questions import Answers, OpenQuestion, open_questions, render
+from training.evaluation.disc_law_eval.open_questions import ModelAnswers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import compare_sides, write_results
 from training.evaluation.report.markup import escaped
@@ -60,7 +60,7 @@ class LawAnswers:
             + f'<p><a href="evaluation/{escaped(page_name)}">Answers to the {len(self.open_questions):,} open '
             "questions, side by side</a></p>"
         )
-        texts = [Answers("before", self.open_answers), Answers("after", after.open_answers)]
+        texts = [ModelAnswers("before", self.open_answers), ModelAnswers("after", after.open_answers)]
         return section, scores, render("DISC-Law-Eval, open questions", self.open_questions, texts, "greedy")
 
 

@@ -15,8 +15,6 @@ from training.base.console import UserError
 from training.evaluation.report.markup import isolated
 from training.evaluation.report.page import page
 
-PAGE = "disc-law-eval-open.html"  # what `render`'s page is called in a run folder
-
 
 @dataclass(frozen=True)
 class OpenQuestion:
@@ -28,7 +26,7 @@ class OpenQuestion:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelAnswers:
     """What one model says to all questions. name: what stands over its answers, as "before: Qwen2.5-3B-Instruct"."""
 
     name: str
@@ -56,7 +54,7 @@ def open_questions(folder: Path) -> list[OpenQuestion]:
     return questions
 
 
-def side_by_side(questions: Sequence[OpenQuestion], answers: Sequence[Answers], about: str = "") -> str:
+def side_by_side(questions: Sequence[OpenQuestion], answers: Sequence[ModelAnswers], about: str = "") -> str:
     """Every question with its reference answer and each model's, as the body of a section of HTML.
 
     Next to each other where there is room, one below the other where there is not. about: how the answers were made.
@@ -92,6 +90,6 @@ def _text(text: str) -> str:
     return isolated(text.strip()) if text.strip() else '<span class="faint" lang="en">(no answer)</span>'
 
 
-def render(title: str, questions: Sequence[OpenQuestion], answers: Sequence[Answers], about: str = "") -> str:
+def render(title: str, questions: Sequence[OpenQuestion], answers: Sequence[ModelAnswers], about: str = "") -> str:
     """`side_by_side` as a page of its own."""
     return page(title, side_by_side(questions, answers, about), {})

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
-from training.data.prepared import list_files
 from training.base.console import UserError, say
+from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
 from training.base.options import FLAG
-from training.engine.checkpoint import EMA, Checkpoint, checkpoints
-from training.evaluation.translations.trained import Weights
+from training.data.prepared import list_files
+from training.engine.checkpoint import EMA
+from training.evaluation.runs import TrainedRun, Weights
 
 FORMAT = "relay-export-1"
 ABOUT = "export.json"
@@ -92,15 +92,16 @@ def publish(folder: Path, output: Path, card: str, about: dict[str, Any]) -> Non
     publish_folder(folder, output, replace=output.exists())
 
 
-def origin(run_dir: Path, step: int, weights: Weights, chosen: Sequence[Checkpoint]) -> dict[str, Any]:
+def origin(run: TrainedRun) -> dict[str, Any]:
     """What an export was made from: the beginning of its export.json."""
-    name = EMA if weights.which == "ema" else "model.safetensors"
+    name = EMA if run.weights.which == "ema" else "model.safetensors"
     return {
         "format": FORMAT,
-        "run": run_dir.resolve().name,
-        "step": step,
-        "weights": str(weights),
-        "checkpoints": {checkpoint.step: checkpoint.manifest["files"][name]["sha256"] for checkpoint in chosen},
+        "run": run.run_dir.resolve().name,
+        "step": run.step,
+        "weights": str(run.weights),
+        "checkpoints": {each.step: each.manifest["files"][name]["sha256"] for each in run.checkpoints},
+        "data_fingerprint": run.data["fingerprint"],
     }
 
 
@@ -117,14 +118,6 @@ def origin_rows(about: dict[str, Any], weights: Weights) -> str:
 def place_of(source: dict[str, Any]) -> str:
     """Where data came from, for others: a path on somebody's machine means nothing elsewhere."""
     return source["place"] if source["kind"] in ("download", "hub") else Path(source["place"]).name
-
-
-def task_of(run_dir: Path) -> str | None:
-    """The training that made the run, as its newest checkpoint says; None where that cannot be read."""
-    try:
-        return checkpoints(run_dir)[-1].manifest["task"]
-    except (IndexError, OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextmanager

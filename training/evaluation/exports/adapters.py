@@ -1,16 +1,11 @@
-"""Writes the adapters of a QLoRA training as a folder that peft loads, or merged into a model that needs no peft.
+"""Adapters of a QLoRA training as a folder that peft loads, or merged into a model that needs no peft.
 
-    python -m training.evaluation.export_adapters runs/NAME --output FOLDER [--checkpoint WHICH] [--overwrite]
-    python -m training.evaluation.export_adapters runs/NAME --output FOLDER --merge [--dtype bfloat16]
+Not merged: the adapters as `PeftModel.from_pretrained` takes them, some megabytes, for the base model in 4 bits.
+Merged: base and adapters as one model in 16 bits, which `AutoModelForCausalLM` loads alone. Either way with tokenizer
+and chat template.
 
-Without --merge: the adapters as `PeftModel.from_pretrained` takes them, some megabytes, for the base model in 4 bits.
-With it: base and adapters as one model in 16 bits, which `AutoModelForCausalLM` loads alone. Either way with tokenizer
-and chat template, a model card (README.md), and export.json: what it was made from, how far its logits are from the
-run's, and the size and SHA-256 of every other file.
-
-Promises: the folder is complete or absent. Before it appears it has been loaded as users load it: adapters give the
-run's logits to the bit, a merged model up to what computing in its type changes. Nothing is replaced but an earlier
-export that nobody has changed.
+Promises: before the folder appears it has been loaded as users load it. Adapters give the run's logits to the bit, a
+merged model up to what computing in its type changes.
 
 Merging needs as much memory as the merged model, and about 3 GB: 18 GB for 7 billion parameters, on a CPU.
 """
@@ -20,7 +15,6 @@ from __future__ import annotations
 import gc
 import shutil
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.base.console import UserError, run_main, say, warn
+from training.base.console import UserError, say, warn
 from training.base.files import check_room
-from training.base.options import FLAG, CommandLine
 from training.data.chat import load_chat_tokenizer
 from training.data.conversations import open_conversations
 from training.engine.checkpoint import checkpoints
@@ -40,15 +33,7 @@ from training.engine.precision import PrecisionName
 from training.engine.status import read_sessions
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
 from training.evaluation.exports.adapter_card import card, merged_rows
-from training.evaluation.exports.folder import (
-    add_output_options,
-    needing,
-    origin,
-    output_of,
-    publish,
-    task_of,
-    unpublished,
-)
+from training.evaluation.exports.folder import origin, publish, unpublished
 from training.evaluation.exports.merging import (
     Difference,
     compute_in_fp32,
@@ -59,12 +44,11 @@ from training.evaluation.exports.merging import (
     memory_of,
     merged,
 )
-from training.evaluation.setting import add_model_options
 from training.models.base_model import load_base_model, on_meta, read_config
 from training.qlora import COMPUTE_TYPES, LIBRARIES
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
 CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -94,52 +78,19 @@ class Prompts:
         return f"{int(self.lengths.sum()):,} tokens of {self.origin}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; raises UserError for everything the user can mend."""
-    parser = CommandLine(
-        "python -m training.evaluation.export_adapters",
-        "Writes the adapters of a QLoRA training for peft, or merged into a model of their own.",
-        epilog="Merging needs as much memory as the merged model and about 3 GB: 18 GB for 7 billion parameters.",
-    )
-    add_model_options(parser)
-    add_output_options(parser)
-    parser.add_argument("--base_model", metavar="FOLDER", help="where the base model is, if not where the config says")
-    parser.add_argument("--merge", **FLAG, help="one model of base and adapters, instead of adapters")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="type of a merged model (default bfloat16)")
-    arguments = parser.parse_args(argv)
-    if arguments.dtype and not arguments.merge:
-        raise UserError("--dtype has no effect on adapters, which are in fp32: add --merge, or leave it out")
-    output = output_of(arguments, example="exports/qlora")
-    run_dir: Path = arguments.run_dir
-    if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}; a run is made by training.qlora")
-    task = task_of(run_dir)
-    if task is not None and task != "qlora":
-        raise UserError(
-            f"{run_dir} holds a {task} model and no adapters: export it with `python -m training.evaluation.export "
-            f"{run_dir} --output {arguments.output}`"
-        )
-    with needing(*LIBRARIES):
-        import transformers
+def open_run(run_dir: Path, weights: str, base_model: str | None) -> TrainedAdapters:
+    """The adapters as `open_adapters` has them, computed as they were trained; raises UserError as that does.
 
-        transformers.utils.logging.disable_progress_bar()
-        give_memory_back()
-        trained = open_adapters(
-            run_dir,
-            arguments.checkpoint,
-            device=CPU,
-            base_model=arguments.base_model,
-            # The 4 bits are those that the weights have in this type.
-            precision=trained_in(run_dir),
-        )
+    Raises UserError too where the run's tokenizer is missing or another one.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    give_memory_back()
+    # The 4 bits are those that the weights have in this type.
+    trained = open_adapters(run_dir, weights, device=CPU, base_model=base_model, precision=trained_in(run_dir))
     _check_tokenizer(trained)
-    export = Export(trained)
-    del trained  # so that the base model can go when it is no longer needed
-    if arguments.merge:
-        export.merged(output, arguments.dtype or "bfloat16")
-    else:
-        export.adapters(output)
-    return 0
+    return trained
 
 
 def trained_in(run_dir: Path) -> PrecisionName | None:
@@ -191,8 +142,7 @@ class Export:
         self.trained = trained
         self.prompts = prompts_of(trained)
         self.about: dict[str, Any] = {
-            **origin(trained.run_dir, trained.step, trained.weights, trained.checkpoints),
-            "data_fingerprint": trained.data["fingerprint"],
+            **origin(trained),
             "base_model": trained.config.base_model,
             "base_revision": trained.config.base_revision,
             "base_fingerprint": trained.checkpoint.manifest["built_on"]["base_model"],
@@ -250,37 +200,16 @@ class Export:
     def merged(self, output: Path, dtype_name: str) -> None:
         """Publishes base and adapters as one model in the type of this name."""
         trained, dtype = replace(self.trained, model=None), DTYPES[dtype_name]
-        model = self.trained.model.model
         config = read_config(trained.base, trained.config.quantisation)
-        logits = 4 * int(self.prompts.lengths.sum()) * config.get_text_config().vocab_size
-        needed = memory_of(config, dtype, logits, in_4_bits=trained.config.quantisation.kind == "nf4")
-        say(f"merging in {dtype_name} needs about {needed / 1e9:.1f} GB of memory")
-        free = _free_memory()
-        if free is not None and needed > free:
-            warn(f"{free / 1e9:.1f} GB of memory are free: the system may end this process; nothing would be lost")
+        self._tell_memory(config, dtype_name)
         with unpublished(output) as folder:
             size = sum(parameter.nbytes for parameter in on_meta(config, dtype).parameters())
             check_room(folder, size + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS)
-            compute_in_fp32(model)
-            expected = self._logits(model)
-            with model.disable_adapter():
-                learned = difference(self._logits(model), expected)
-            rounding = None
-            if dtype != torch.float32:
-                with torch.autocast("cpu", dtype=dtype):
-                    rounding = difference(self._logits(model), expected)
+            expected, learned, rounding = self._measured(dtype)
             self._check_range(rounding, dtype_name)
-            plain = merged(model, config, dtype)
-            numbers = plain.num_parameters()
-            architecture = type(plain).__name__
-            plain.generation_config = _generation_of(trained)
-            plain.save_pretrained(folder, max_shard_size=_SHARD)
-            self._copy_tokenizer(folder)
-            del model, plain
+            written = self._write_merged(folder, config, dtype)
             self._let_go()
-            loaded = load_plain(folder)
-            apart = difference(self._logits(loaded), expected)
-            del loaded
+            apart = difference(self._logits(load_plain(folder)), expected)
             self._check_range(apart, dtype_name)
             most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
             if not apart.mean <= most:
@@ -290,9 +219,8 @@ class Export:
                 )
             self.about |= {
                 "kind": "merged",
-                "architecture": architecture,
+                **written,
                 "dtype": dtype_name,
-                "parameters": numbers,
                 "versions": self.versions,
                 "compared_on": str(self.prompts),
                 "difference": apart.rounded(),
@@ -301,12 +229,43 @@ class Export:
             }
             rows = merged_rows(apart, rounding, learned, dtype_name)
             publish(folder, output, card(trained, self.about, difference=rows), self.about)
-        say(f"{output}: {self.title} merged into {trained.config.base_model}, {numbers:,} parameters in {dtype_name}")
+        numbers = f"{written['parameters']:,} parameters in {dtype_name}"
+        say(f"{output}: {self.title} merged into {trained.config.base_model}, {numbers}")
         say(f"  checked   loaded by transformers {self.versions['transformers']} without peft and bitsandbytes")
         say(f"  logits    differ from the run's by {apart}, on {self.prompts}")
         if rounding:
             say(f"            computing the run's model in {dtype_name} makes a difference of {rounding}")
         say(f"            the base model without adapters differs by {learned}")
+
+    def _tell_memory(self, config: PretrainedConfig, dtype_name: str) -> None:
+        """Says how much memory merging needs, and warns where less is free."""
+        logits = 4 * int(self.prompts.lengths.sum()) * config.get_text_config().vocab_size
+        in_4_bits = self.trained.config.quantisation.kind == "nf4"
+        needed = memory_of(config, DTYPES[dtype_name], logits, in_4_bits=in_4_bits)
+        say(f"merging in {dtype_name} needs about {needed / 1e9:.1f} GB of memory")
+        free = _free_memory()
+        if free is not None and needed > free:
+            warn(f"{free / 1e9:.1f} GB of memory are free: the system may end this process; nothing would be lost")
+
+    def _measured(self, dtype: torch.dtype) -> tuple[Tensor, Difference, Difference | None]:
+        """The run's logits in fp32; how far from them those of the base model are, and the run's own in 16 bits."""
+        model = self.trained.model.model
+        compute_in_fp32(model)
+        expected = self._logits(model)
+        with model.disable_adapter():
+            learned = difference(self._logits(model), expected)
+        if dtype == torch.float32:
+            return expected, learned, None
+        with torch.autocast("cpu", dtype=dtype):
+            return expected, learned, difference(self._logits(model), expected)
+
+    def _write_merged(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+        """The merged model, its tokenizer and settings; returns what it is, for export.json."""
+        plain = merged(self.trained.model.model, config, dtype)
+        plain.generation_config = _generation_of(self.trained)
+        plain.save_pretrained(folder, max_shard_size=_SHARD)
+        self._copy_tokenizer(folder)
+        return {"architecture": type(plain).__name__, "parameters": plain.num_parameters()}
 
     @property
     def _compute_type(self) -> torch.dtype:
@@ -360,7 +319,3 @@ def _free_memory() -> int | None:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
-
-
-if __name__ == "__main__":
-    run_main(main)
