@@ -50,7 +50,7 @@ from training.base.console import UserError, run_main, say
 from training.base.environment import keep_freed_memory
 from training.data.prepared import open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
-from training.evaluation.translations.decoders import FAMILIES
+from training.evaluation.translations.decoders import DECODERS
 from training.evaluation.translations.decoding import Decoder, translate
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.models.gpt import GPT, GPTOptions
@@ -166,11 +166,11 @@ class Sentences:
         data = open_prepared(folder)
         test = data.part("test")
         torch.manual_seed(1234)
-        family = FAMILIES["seq2seq" if name == "seq2seq" else "gpt"]
-        config = family.config(run_dir="unused", data=folder, model=MODELS[name])
+        kind = DECODERS["seq2seq" if name == "seq2seq" else "gpt"]
+        config = kind.config(run_dir="unused", data=folder, model=MODELS[name])
         sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
-        self.model = family.build(config, *sizes).eval()
-        decoder = family.decoder(self.model)
+        self.model = kind.build(config, *sizes).eval()
+        decoder = kind(self.model)
         self.sources: list[list[int]] = []
         # A source may stand several times with several references: the first one's length is that of all.
         self.lengths: dict[tuple[int, ...], int] = {}

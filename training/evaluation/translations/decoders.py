@@ -1,132 +1,36 @@
-"""The kinds of models that are evaluated here: what is particular to each, and nothing else.
+"""The translators that are evaluated here, as `Decoder`s; and what else is particular to each.
 
-A family is one training script's: its options, its model, and how that is decoded, scored and looked into.
+Each belongs to a training script: `config` are its options, `build` makes its untrained model, `pairs` reads the pairs
+of a part that fit the model as the training reads them. `attention` is what the model looked at from a source to a
+target; None without attention, or where both together are too long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from training import gpt, seq2seq
 from training.data.prepared import Part
 from training.data.tokenizers import EOS, PAD, SEP, SOS, Tokenizer
-from training.engine.task import RunOptions
 from training.evaluation.translations.attention_maps import Sheet, alignment_map, attention_sheet
-from training.evaluation.translations.decoding import Decoder
 from training.models.attention_gru import AttentionGRU, State
 from training.models.gpt import GPT, Cache
-from training.translation import Pairs
-
-
-class Family(Protocol):
-    """See the module's docstring."""
-
-    config: type[RunOptions]
-
-    def build(self, config: Any, source_vocabulary_size: int, target_vocabulary_size: int) -> nn.Module:
-        """The untrained model."""
-
-    def decoder(self, model: Any) -> Decoder:
-        """The model as `training.evaluation.translations.decoding` asks it."""
-
-    def pairs(self, config: Any, part: Part) -> Pairs:
-        """The pairs of the part that fit the model, as its training reads them."""
-
-    def attention(
-        self,
-        model: Any,
-        source: Sequence[int],
-        target: Sequence[int],
-        source_tokenizer: Tokenizer,
-        target_tokenizer: Tokenizer,
-    ) -> Sheet | None:
-        """What the model looked at from `source` to `target`; None without attention, or where both are too long."""
-
-
-class GPTFamily:
-    """Models of `training.gpt`."""
-
-    config = gpt.GPTConfig
-
-    def build(self, config: gpt.GPTConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> GPT:
-        return GPT(config.model, target_vocabulary_size)
-
-    def decoder(self, model: GPT) -> GPTDecoder:
-        return GPTDecoder(model)
-
-    def pairs(self, config: gpt.GPTConfig, part: Part) -> gpt.Sequences:
-        return gpt.Sequences(part, config.model.context)
-
-    @torch.inference_mode()
-    def attention(
-        self,
-        model: GPT,
-        source: Sequence[int],
-        target: Sequence[int],
-        source_tokenizer: Tokenizer,
-        target_tokenizer: Tokenizer,
-    ) -> Sheet | None:
-        begin, end = [SOS, *source, SEP], [*target, EOS]
-        if len(begin) + len(end) > model.options.context:
-            return None
-        labels = [*source_tokenizer.token_texts(begin), *target_tokenizer.token_texts(end)]
-        maps = model.attention_maps(torch.tensor([*begin, *end], device=device_of(model)))
-        return attention_sheet(maps, labels, separator=len(source) + 1)
-
-
-class Seq2SeqFamily:
-    """Models of `training.seq2seq`."""
-
-    config = seq2seq.Seq2SeqConfig
-
-    def build(
-        self, config: seq2seq.Seq2SeqConfig, source_vocabulary_size: int, target_vocabulary_size: int
-    ) -> AttentionGRU:
-        return AttentionGRU(config.model, source_vocabulary_size, target_vocabulary_size)
-
-    def decoder(self, model: AttentionGRU) -> AttentionGRUDecoder:
-        return AttentionGRUDecoder(model)
-
-    def pairs(self, config: seq2seq.Seq2SeqConfig, part: Part) -> seq2seq.TwoSides:
-        return seq2seq.TwoSides(part, config.model.max_length)
-
-    @torch.inference_mode()
-    def attention(
-        self,
-        model: AttentionGRU,
-        source: Sequence[int],
-        target: Sequence[int],
-        source_tokenizer: Tokenizer,
-        target_tokenizer: Tokenizer,
-    ) -> Sheet | None:
-        if model.options.attention == "none":
-            return None
-        read, said = [*source, EOS], [*target, EOS]
-        device = device_of(model)
-        weights = model.attention_map(torch.tensor(read, device=device), torch.tensor([SOS, *target], device=device))
-        return alignment_map(weights, source_tokenizer.token_texts(read), target_tokenizer.token_texts(said))
-
-
-FAMILIES: dict[str, Family] = {"gpt": GPTFamily(), "seq2seq": Seq2SeqFamily()}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
 
 
 class GPTDecoder:
     """A GPT as a `Decoder`: the prompt is `<sos> source <sep>`, the state is the key-value cache."""
 
+    config = gpt.GPTConfig
+
     def __init__(self, model: GPT):
         self.model = model
-        self.device = device_of(model)
+        self.device = next(model.parameters()).device
 
     @property
     def longest_source(self) -> int:
@@ -147,13 +51,38 @@ class GPTDecoder:
     def extend(self, tokens: Tensor, state: Cache) -> Tensor:
         return self.model.extend(tokens, state)
 
+    @staticmethod
+    def build(config: gpt.GPTConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> GPT:
+        return GPT(config.model, target_vocabulary_size)
+
+    @staticmethod
+    def pairs(config: gpt.GPTConfig, part: Part) -> gpt.Sequences:
+        return gpt.Sequences(part, config.model.context)
+
+    @torch.inference_mode()
+    def attention(
+        self,
+        source: Sequence[int],
+        target: Sequence[int],
+        source_tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+    ) -> Sheet | None:
+        begin, end = [SOS, *source, SEP], [*target, EOS]
+        if len(begin) + len(end) > self.model.options.context:
+            return None
+        labels = [*source_tokenizer.token_texts(begin), *target_tokenizer.token_texts(end)]
+        maps = self.model.attention_maps(torch.tensor([*begin, *end], device=self.device))
+        return attention_sheet(maps, labels, separator=len(source) + 1)
+
 
 class AttentionGRUDecoder:
     """An encoder-decoder as a `Decoder`: the encoder reads `source <eos>`, the decoder begins with `<sos>`."""
 
+    config = seq2seq.Seq2SeqConfig
+
     def __init__(self, model: AttentionGRU):
         self.model = model
-        self.device = device_of(model)
+        self.device = next(model.parameters()).device
 
     @property
     def longest_source(self) -> int:
@@ -172,6 +101,29 @@ class AttentionGRUDecoder:
     def extend(self, tokens: Tensor, state: SourceState) -> Tensor:
         return self.model.extend(tokens, state.state)
 
+    @staticmethod
+    def build(config: seq2seq.Seq2SeqConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> AttentionGRU:
+        return AttentionGRU(config.model, source_vocabulary_size, target_vocabulary_size)
+
+    @staticmethod
+    def pairs(config: seq2seq.Seq2SeqConfig, part: Part) -> seq2seq.TwoSides:
+        return seq2seq.TwoSides(part, config.model.max_length)
+
+    @torch.inference_mode()
+    def attention(
+        self,
+        source: Sequence[int],
+        target: Sequence[int],
+        source_tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+    ) -> Sheet | None:
+        if self.model.options.attention == "none":
+            return None
+        read, said = [*source, EOS], [*target, EOS]
+        inputs = (torch.tensor(ids, device=self.device) for ids in (read, [SOS, *target]))
+        weights = self.model.attention_map(*inputs)
+        return alignment_map(weights, source_tokenizer.token_texts(read), target_tokenizer.token_texts(said))
+
 
 @dataclass
 class SourceState:
@@ -187,3 +139,6 @@ class SourceState:
         if not torch.equal(sources, self.sources):
             memory = memory.select(rows)
         return SourceState(State([hidden[rows] for hidden in self.state.hidden], memory), sources)
+
+
+DECODERS: dict[str, Any] = {"gpt": GPTDecoder, "seq2seq": AttentionGRUDecoder}  # by the name of the training

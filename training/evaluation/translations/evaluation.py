@@ -133,7 +133,7 @@ def _translated(trained: TrainedModel, part: Part, search: Search, cluster: Clus
 
 def _token_scores(trained: TrainedModel, part: Part, cluster: Cluster) -> dict[str, Any]:
     """Loss and accuracy as validation computes them in training; `unscored_pairs` are too long for the model."""
-    pairs = trained.family.pairs(trained.config, part)
+    pairs = trained.decoder.pairs(trained.config, part)
     validation = held_out_scores(trained.model, pairs, cluster)
     trained.model.eval()  # validation hands the model back for training
     return {
@@ -214,7 +214,7 @@ def _attention(
         if not result.ended or len(source) + len(result.ids) + 3 > SHEET_TOKENS or len(sheets) == SHEETS:
             continue
         tokenizers = trained.source_tokenizer, trained.target_tokenizer
-        sheet = trained.family.attention(trained.model, source, result.ids, *tokenizers)
+        sheet = trained.decoder.attention(source, result.ids, *tokenizers)
         if sheet is not None:
             sheets[part.source_texts[row]] = sheet  # the same sentence would give the same map
     return list(sheets.items())

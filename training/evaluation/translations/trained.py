@@ -18,19 +18,17 @@ from training.data.prepared import Prepared
 from training.data.text import clean, simplify
 from training.data.tokenizers import Tokenizer, load_tokenizer
 from training.evaluation.runs import TrainedRun, open_run
-from training.evaluation.translations.decoders import FAMILIES, Family
-from training.evaluation.translations.decoding import Decoder
+from training.evaluation.translations.decoders import DECODERS, AttentionGRUDecoder, GPTDecoder
 
 
 @dataclass(frozen=True)
 class TrainedModel(TrainedRun):
     """A translator in evaluation mode and what belongs to it."""
 
-    family: Family
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
     model: nn.Module
-    decoder: Decoder
+    decoder: GPTDecoder | AttentionGRUDecoder
 
     def encode(self, text: str) -> list[int]:
         """Ids of a source sentence, its characters treated as those of the training data; none for a blank one."""
@@ -55,21 +53,16 @@ def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.de
     Raises UserError when the folder is no run, has no valid checkpoint, or when its tokenizers are missing or not the
     model's.
     """
-    configs = {task: family.config for task, family in FAMILIES.items()}
+    configs = {task: decoder.config for task, decoder in DECODERS.items()}
     run, state = open_run(run_dir, weights, configs, what="translate")
     manifest = run.checkpoint.manifest
-    family = FAMILIES[manifest["task"]]
+    decoder = DECODERS[manifest["task"]]
     source, target = (_tokenizer(run.run_dir, side, manifest) for side in ("source", "target"))
-    model = family.build(run.config, source.vocabulary_size, target.vocabulary_size)
+    model = decoder.build(run.config, source.vocabulary_size, target.vocabulary_size)
     model.load_state_dict(state)
     model.to(device).eval()
     return TrainedModel(
-        **vars(run),
-        family=family,
-        source_tokenizer=source,
-        target_tokenizer=target,
-        model=model,
-        decoder=family.decoder(model),
+        **vars(run), source_tokenizer=source, target_tokenizer=target, model=model, decoder=decoder(model)
     )
 
 
