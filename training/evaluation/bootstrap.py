@@ -4,8 +4,8 @@ A score here is a function of counts summed over items (sentences, answers), so 
 comes from counting each item once. The bootstrap (Efron and Tibshirani 1993; for translation, Koehn 2004) draws as many
 items as there are, with replacement, RESAMPLES times. Two systems are compared on the same draws. It says nothing about
 another training with another seed. Fewer than about twenty items make intervals too narrow and p too small (of ten that
-do not differ on average, a difference is found once in ten times instead of twenty); what a handful can never show is
-kept from being claimed, see `p_value`.
+do not differ on average, a difference is found once in ten times instead of twenty); `p_value` keeps a handful from
+claiming what it can never show.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def choices(items: int, seed: int | Sequence[int] = SEED) -> Iterator[np.ndarray
 
 
 def seed_for(name: str) -> list[int]:
-    """A seed of the group's own: by the same one, groups of equal size would go up and down together."""
+    """A seed of the group's own: with the same one, groups of equal size would go up and down together."""
     return [SEED, crc32(name.encode("utf-8", "surrogatepass"))]
 
 

@@ -73,12 +73,12 @@ class Asking:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is evaluated and how. weights: as --checkpoint takes them; data: the folder name of another data set."""
+    """What is evaluated and how."""
 
     part: str = "test"
-    weights: str = "best"
+    weights: str = "best"  # as --checkpoint takes them
     search: Search = Search()
-    data: str | None = None
+    data: str | None = None  # the folder name of another data set than the run's
 
     def _unusual(self) -> Iterator[tuple[str, str]]:
         """For whatever is not the usual, except the part: its word in the label, and the option that asks for it."""

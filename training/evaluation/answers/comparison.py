@@ -66,7 +66,9 @@ def print_comparison(first: AnswerRun, second: AnswerRun, compared: AnswerCompar
     say(f"{len(first.rows):,} questions; the difference is {second.name} minus {first.name}\n")
     say_head("first", "second")
     for task in compared.tasks:
-        say_row(f"{task.after.task} ({task.after.metric})", task.after.items, task.test.scores, task.test.to_json(2))
+        say_row(
+            f"{task.after.task} ({task.after.metric.name})", task.after.items, task.test.scores, task.test.to_json(2)
+        )
     say_row("mean of tasks", len(first.rows), compared.macro.scores, compared.macro.to_json(2))
 
 

@@ -22,17 +22,14 @@ ALL_TASKS = "all tasks"
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Nats per answer token of one task, or of all, and perplexity, their exponential, each with its interval of 95 %.
-
-    counts: [items, 2], nats and tokens.
-    """
+    """How well the answers of one task, or of all, were foreseen, with intervals of 95 %."""
 
     task: str
     items: int
     tokens: int
-    loss: float
+    loss: float  # nats per answer token
     interval: Interval
-    counts: np.ndarray = field(repr=False, compare=False)
+    counts: np.ndarray = field(repr=False, compare=False)  # [items, 2], nats and tokens
 
     @property
     def perplexity(self) -> float:
@@ -45,7 +42,7 @@ class TaskLoss:
         return _exp(self.interval[0]), _exp(self.interval[1])
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is said of the task and not of the model."""
+        """What is said of the model, not of the task."""
         return {
             "loss": round(self.loss, 5),
             "interval": rounded(self.interval, 5),

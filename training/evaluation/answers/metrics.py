@@ -26,28 +26,22 @@ Counts = tuple[float, float] | tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Item:
-    """One answer: what the metric counts in it, and whether it says exactly the same as the reference.
-
-    in_form, reference_in_form: whether the answer, and whether the reference itself, has the form of the task.
-    """
+    """One answer: what the metric counts in it, and what is to be known of it beside that."""
 
     counts: Counts
-    exact: bool
-    in_form: bool = True
-    reference_in_form: bool = True
+    exact: bool  # it says exactly what the reference says
+    in_form: bool = True  # it has the form of the task
+    reference_in_form: bool = True  # so does the reference itself
 
 
 @dataclass(frozen=True)
 class Metric:
-    """name, and in words how it is computed. items: scores answers against their references, which go together.
-
-    score: 0 to 100 from summed counts.
-    """
+    """A way to score the answers of a task."""
 
     name: str
-    words: str
-    items: Callable[[Sequence[str], Sequence[str]], list[Item]]
-    score: Callable[[np.ndarray], float]
+    words: str  # how it is computed
+    items: Callable[[Sequence[str], Sequence[str]], list[Item]]  # of all answers and their references together
+    score: Callable[[np.ndarray], float]  # 0 to 100 from summed counts
 
 
 def mean(summed_counts: np.ndarray) -> float:
@@ -195,8 +189,8 @@ def _letters(answers: Sequence[str], references: Sequence[str]) -> list[Item]:
 def options_chosen(text: str) -> tuple[frozenset[str], bool]:
     """The letters of the options that an answer chooses, and whether it begins with them, as it should ("B. …").
 
-    Several may stand at the start (AC), or on lines of their own up to the explanation. Of an answer that begins
-    otherwise the last letters count that it says to be right or to choose, else the only letter that it has.
+    Several may stand at the start (AC), or on lines of their own up to the explanation. If an answer begins otherwise,
+    the last letters count that it calls right or says to choose, else the only letter that it has.
     """
     text = unicodedata.normalize("NFKC", text)
     stated = _EXPLANATION.split(text.strip(), maxsplit=1)[0]
@@ -223,10 +217,10 @@ def _cases(answers: Sequence[str], references: Sequence[str]) -> list[Item]:
 
 
 def nearer_case(text: str) -> tuple[str | None, bool]:
-    """B or C, the case that an answer finds nearer to A, and whether it is nothing but JSON: {"LABEL": "C"}.
+    """B or C, the case that an answer finds nearer to A, and whether the answer is nothing but JSON: {"LABEL": "C"}.
 
-    Else the LABEL within the answer, else the case that is called near, else the only one of the two letters that it
-    has. None where these contradict each other, or there is none.
+    Otherwise the LABEL within the answer counts, else the case that is called near, else the only one of the two
+    letters in it. None where these contradict each other, or there is none.
     """
     try:
         answer = json.loads(text)

@@ -1,12 +1,11 @@
 """How good generated answers are, task by task, and whether those of a trained model are better than its base model's.
 
-Each task has the score that suits the form of its answers, see TASKS; one that is not in that table is free text.
+Each task has the score that suits the form of its answers, see TASKS; a task that is not in that table is free text.
 Nothing is left out: an answer that is empty, cut off or in no readable form counts as it stands. Scores of two models
 are comparable only on the same items, and ROUGE-L says how alike two texts are, not whether an answer is good law.
 
-An interval is where 95 % of the scores lie that a bootstrap over the items of the task finds, and p is that of a
-two-sided paired one, see `bootstrap`. The macro average weighs every task the same, however many items it has; it
-is one over these tasks, not over others like them.
+Intervals (95 %) and p are those of a bootstrap over the items of the task, see `bootstrap`. The macro average gives
+every task the same weight, however many items it has; it is one over these tasks, not over others like them.
 """
 
 from __future__ import annotations
@@ -59,34 +58,30 @@ def metric_of(task: str) -> Metric:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The score of one task, 0 to 100, and its interval of 95 %.
-
-    exact: answers that say exactly what the reference says. format_errors: those not in the form of the task; what
-    could be read in them counts in the score. odd_references: references that are not in that form themselves.
-    references_sha256: of all references in order; scores with the same one are of the same items. counts: [items, k] of
-    the metric.
-    """
+    """The score of one task, 0 to 100, and its interval of 95 %."""
 
     task: str
-    metric: str
-    how: str
     value: float
     interval: Interval
     items: int
-    exact: int
-    format_errors: int
+    exact: int  # answers that say exactly what the reference says
+    format_errors: int  # answers not in the form of the task; what could be read in them counts in the score
     empty: int
-    odd_references: int
-    references_sha256: str
-    counts: np.ndarray = field(repr=False, compare=False)
+    odd_references: int  # references not in that form themselves
+    references_sha256: str  # of all references in order: equal ones belong to the same items
+    counts: np.ndarray = field(repr=False, compare=False)  # [items, k], of the metric
+
+    @property
+    def metric(self) -> Metric:
+        """The task's."""
+        return metric_of(self.task)
 
     def of_items(self) -> list[float]:
-        """The score of each item for itself."""
-        score = metric_of(self.task).score
-        return [score(counts) for counts in self.counts]
+        """The score of each single item."""
+        return [self.metric.score(counts) for counts in self.counts]
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is said of the task and not of the answers."""
+        """What is said of the answers, not of the task."""
         return {
             "score": round(self.value, 2),
             "interval": rounded(self.interval, 2),
@@ -106,8 +101,6 @@ def score_task(task: str, answers: Sequence[str], references: Sequence[str]) -> 
     (resampled,) = resample(metric.score, counts, seed=seed_for(task))
     return TaskScore(
         task=task,
-        metric=metric.name,
-        how=metric.words,
         value=metric.score(counts.sum(0)),
         interval=interval_of(resampled),
         items=len(items),
@@ -151,8 +144,8 @@ class TaskComparison:
         """As one of the `tasks` of an evaluation."""
         return {
             "task": self.after.task,
-            "metric": self.after.metric,
-            "how": self.after.how,
+            "metric": self.after.metric.name,
+            "how": self.after.metric.words,
             "items": self.after.items,
             "odd_references": self.after.odd_references,
             "references_sha256": self.after.references_sha256,
@@ -196,22 +189,22 @@ def compare_tasks(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore
         first = before[task]
         if first.references_sha256 != second.references_sha256:
             raise ValueError(f"{task}: not scored against the same references, {first.items} and {second.items} items")
-        test = paired(metric_of(task).score, first.counts, second.counts, seed_for(task))
+        test = paired(first.metric.score, first.counts, second.counts, seed_for(task))
         compared.append(TaskComparison(first, second, test))
     return AnswerComparison(compared, _macro_average(compared))
 
 
 def _macro_average(compared: Sequence[TaskComparison]) -> Paired:
-    """Drawn from the items of all tasks together, the average being over those tasks that a draw has something of.
+    """The items of all tasks are drawn together, and a draw's average is over the tasks that it has items of.
 
-    Within each task for itself, one of a single item would always be drawn alike: a dozen of those have no spread, and
-    would show any difference to be real.
+    If each task were drawn for itself, a task of one item would always be drawn alike: a dozen of those have no spread,
+    and would show any difference to be real.
     """
     ends = np.cumsum([task.after.items for task in compared])[:-1]
     resampled = [
         np.mean(
             [
-                [metric_of(task.after.task).score(own @ side.counts) for side in (task.before, task.after)]
+                [side.metric.score(own @ side.counts) for side in (task.before, task.after)]
                 for task, own in zip(compared, np.split(times, ends), strict=True)
                 if own.any()
             ],

@@ -1,7 +1,7 @@
 """Answers of a chat model to prompts: batched, with a key-value cache, each ending at its end token.
 
-Greedy and without penalties, whatever the model's own generation config says, so an answer depends on the model alone;
-in 16 bits also on its batch, where two words are equally likely up to rounding.
+Greedy and without penalties, whatever the model's own generation config says: an answer depends on the model alone. In
+16 bits it depends on its batch, too, where two words are equally likely up to rounding.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ TOKENS = 16384
 
 @dataclass(frozen=True)
 class Generated:
-    """ids: of the answer, without its end token. ended: whether it came to one before the limit."""
+    """An answer as the model gave it."""
 
-    ids: list[int]
-    ended: bool
+    ids: list[int]  # without the end token
+    ended: bool  # with an end token before the limit
 
 
 @torch.inference_mode()
@@ -58,7 +58,7 @@ def generate(
     settings = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end_id, pad_token_id=pad_id, use_cache=True
     )
-    # What the settings leave open the library takes from the model's own: Qwen2.5 has a penalty on repetition there.
+    # The library takes what the settings leave open from the model's own: Qwen2.5 has a penalty on repetition there.
     for each in (model, getattr(model, "get_base_model", lambda: model)()):
         each.generation_config = transformers.GenerationConfig()
     device = model.get_input_embeddings().weight.device
@@ -107,7 +107,7 @@ def answers_to(
 
 
 def _batches(lengths: Sequence[int], more: int, tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of about equally long prompts, the longest first: what does not fit is known at once."""
+    """Indices in batches of about equally long prompts, the longest first, so that what does not fit fails at once."""
     batch: list[int] = []
     for row in np.argsort([-length for length in lengths], kind="stable").tolist():
         if batch and (len(batch) + 1) * (lengths[batch[0]] + more) > tokens:

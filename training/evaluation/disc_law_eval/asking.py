@@ -26,13 +26,13 @@ MAX_LETTER_TOKENS = 64
 
 @dataclass(frozen=True)
 class LawAnswers:
-    """One model's answers to both kinds of questions. too_long: questions that did not fit its context, unanswered."""
+    """One model's answers to both kinds of questions."""
 
     questions: list[Question]
     answers: list[str]
     open_questions: list[OpenQuestion]
     open_answers: list[str]
-    too_long: int
+    too_long: int  # questions that did not fit the model's context and stay unanswered
 
     def write(self, folder: Path) -> None:
         """Writes the answers to the multiple-choice questions in the released form; raises OSError."""
@@ -66,10 +66,10 @@ class LawAnswers:
 
 @dataclass(frozen=True)
 class LawQuestions:
-    """What is asked. prompts: of the multiple-choice questions, with four samples each."""
+    """What is asked."""
 
     questions: list[Question]
-    prompts: list[str]
+    prompts: list[str]  # of `questions`, with four solved samples each
     open_questions: list[OpenQuestion]
 
 
@@ -91,7 +91,6 @@ def ask_law_eval(
     def ask(texts: Sequence[str], most: int, what: str) -> tuple[list[str], int]:
         prompts = tokenizer.encode([tokenizer.prompt([user(text)]) for text in texts])
         room = config.max_position_embeddings - most
-
         fitting = [place for place, prompt in enumerate(prompts) if len(prompt) <= room]
         too_long = len(prompts) - len(fitting)
         if too_long:

@@ -1,8 +1,8 @@
 """Which of the letters A to D an answer to a multiple-choice question chooses, by the rule of DISC-Law-Eval.
 
-It gives the verdict that was released with the benchmark for each of the 3 x 2,563 published answers, so scores by it
-can be put beside the published ones. It is not what a careful reader would find in every answer, and is not meant to
-be: a better reader would give other scores than the published models got.
+The rule gives the verdict that was released with the benchmark for each of the 3 x 2,563 published answers, so scores
+by it can be put beside the published ones. A careful reader would find other letters in some answers, but also give
+other scores than the published models got.
 """
 
 from __future__ import annotations

@@ -18,18 +18,18 @@ from training.evaluation.report.page import page
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """number: its id in the file. reference: the answer that the benchmark gives."""
+    """A question with an answer in words."""
 
-    number: int
+    number: int  # its id in the file
     text: str
-    reference: str
+    reference: str  # the answer that the benchmark gives
 
 
 @dataclass(frozen=True)
 class ModelAnswers:
-    """What one model says to all questions. name: what stands over its answers, as "before: Qwen2.5-3B-Instruct"."""
+    """What one model says to all questions."""
 
-    name: str
+    name: str  # stands over the answers, as "before: Qwen2.5-3B-Instruct"
     texts: Sequence[str]
 
 

@@ -1,8 +1,8 @@
-"""Which questions of DISC-Law-Eval the training data holds: a model may know their answers by heart.
+"""Which questions of DISC-Law-Eval stand in the training data: a model may know their answers by heart.
 
-DISC-Law-SFT was made from the same bar examinations in part, and not only its task `exam`: some questions and answers
-of its other tasks ask whether one option of an exam question is right. A score on the benchmark is worth what the score
-on the other questions is.
+Parts of DISC-Law-SFT were made from the same bar examinations, and not its task `exam` alone: some records of other
+tasks ask whether one option of an exam question is right. A score on the benchmark is worth what the score on the other
+questions is.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _NOT_COMPARED = re.compile(r"[\W_]+")
 
 
 def overlapping(questions: Sequence[Question], texts: Iterable[str]) -> np.ndarray:
-    """Whether a text has OVERLAP characters in a row that stand in a question, too, or in one option of it; [questions]
+    """Whether a text shares OVERLAP characters in a row with a question or with one of its options, [questions].
 
-    Rather too many than too few: a statute that both quote counts. Takes two minutes for all of DISC-Law-SFT.
+    It rather finds too many than too few: a statute that both quote counts. All of DISC-Law-SFT takes two minutes.
     """
     places: defaultdict[str, set[int]] = defaultdict(set)
     for place, question in enumerate(questions):

@@ -20,12 +20,12 @@ SHOTS = 4
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two kinds of questions: what it is called in names of files and in the prompt, and its exams."""
+    """One of the two kinds of questions."""
 
     name: str
-    objective: str
-    results: str
-    chinese: str
+    objective: str  # its word in the names of files of questions
+    results: str  # the name of a folder of answers
+    chinese: str  # its word in the prompt
     exams: tuple[str, ...]
 
 
@@ -37,17 +37,14 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Question:
-    """kind: single or multiple. exam: as NJE. number: its place in its file, from 1. text: as it stands in the file.
+    """A multiple-choice question."""
 
-    options: those of A to D. gold: the right letters, in order.
-    """
-
-    kind: str
-    exam: str
-    number: int
-    text: str
-    options: tuple[str, str, str, str]
-    gold: str
+    kind: str  # single or multiple
+    exam: str  # as NJE
+    number: int  # its place in its file, from 1
+    text: str  # as it stands in the file
+    options: tuple[str, str, str, str]  # of A to D
+    gold: str  # the right letters, in order
 
 
 @dataclass(frozen=True)

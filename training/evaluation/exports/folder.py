@@ -35,7 +35,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def output_of(arguments: argparse.Namespace, *, example: str) -> Path:
     """The folder that these options ask for. Raises UserError if it cannot be made, or holds what must be kept."""
-    # Of a link to a folder, the folder is replaced, not the link.
+    # A link to a folder stays; the folder is replaced.
     output: Path = arguments.output.resolve() if arguments.output.is_symlink() else arguments.output
     if output.name in ("", "..") or output.is_file():
         raise UserError(f"--output {output} is not the name of a folder to make; choose one, for example {example}")
@@ -85,7 +85,7 @@ def publish(folder: Path, output: Path, card: str, about: dict[str, Any]) -> Non
     """
     write_atomically(folder / CARD, card)
     for weights in folder.glob("*.safetensors"):
-        # The libraries make them for their owner's eyes only; an export is for others too.
+        # The libraries make them for their owner's eyes only; an export is for others, too.
         weights.chmod((folder / CARD).stat().st_mode)
     about["files"] = list_files(folder)
     write_atomically(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")

@@ -37,11 +37,11 @@ _PROCESS = 900_000_000
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are from others. same: share of positions at which the same token has the largest one."""
+    """How far logits are from others."""
 
     max: float
     mean: float
-    same: float
+    same: float  # share of positions at which the same token has the largest one
 
     def __str__(self) -> str:
         return f"{self.max:.1e} at most, {self.mean:.1e} in the mean, the same token first at {self.same:.2%}"
@@ -72,7 +72,7 @@ def logits_of(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def compute_in_fp32(model: PeftModel) -> None:
-    """Makes an adapted model compute in fp32, whatever it was loaded for: with the same 4 bits, rounding no product."""
+    """Makes an adapted model compute in fp32, whatever it was loaded for: the 4 bits stay, no product is rounded."""
     from bitsandbytes.nn import Linear4bit
 
     for parameter in model.parameters():
@@ -150,8 +150,8 @@ def load_plain(folder: Path) -> PreTrainedModel:
 def memory_of(config: PretrainedConfig, dtype: torch.dtype, logits: int, *, in_4_bits: bool) -> int:
     """Bytes that merging needs at its peak. logits: bytes of one set of them, fp32.
 
-    That is when the last layer is unpacked while the merged model is there, or when the model is checked. The base in 4
-    bits, with its head and embedding in fp32, is smaller at any time; an unquantised one is in fp32 as a whole.
+    The peak is when the last layer is unpacked beside the merged model, or when the model is checked. A base in 4 bits,
+    with head and embedding in fp32, is smaller at any time; an unquantised one is in fp32 as a whole.
     """
     plain = on_meta(config, dtype)
     layer = max((layer.weight.numel() for layer in linear_layers(plain)), default=0)
@@ -162,9 +162,10 @@ def memory_of(config: PretrainedConfig, dtype: torch.dtype, logits: int, *, in_4
 
 
 def give_memory_back() -> None:
-    """Lets the C library return the memory of freed tensors to the system at once, where it can be asked to: glibc.
+    """Asks the C library, if it is glibc, to return the memory of freed tensors to the system at once.
 
-    In its heap, what is freed lies between what is not: merging 1.2 billion parameters took 5.6 GB, and 3.2 GB so.
+    Otherwise it stays in the heap, between what is still in use: merging 1.2 billion parameters took 5.6 GB instead of
+    3.2 GB.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

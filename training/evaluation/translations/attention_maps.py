@@ -1,8 +1,7 @@
-"""Attention as pictures: of a GPT a sheet with a panel per layer and head, of an encoder-decoder one alignment.
+"""Attention as pictures: a GPT's sheet has a panel per layer and head, an encoder-decoder's is one alignment.
 
-Promises: the same input gives the same bytes; in an SVG tokens are real text, so that Chinese shows wherever it is
-read, whatever fonts the training machine has; it takes its ink from the page around it, so that it can be read on dark
-and on light ground.
+Promises: the same input gives the same bytes; tokens are real text, so that Chinese shows wherever it is read, whatever
+fonts the training machine has; the ink is that of the page around it, on dark and on light ground.
 """
 
 from __future__ import annotations
@@ -36,19 +35,16 @@ Line = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A grid of panels, each a title and weights [rows, columns] from 0 to 1, all over the same tokens.
+    """A grid of panels, all over the same tokens."""
 
-    lines: from (x, y) to (x, y) in cells, over every panel.
-    """
-
-    panels: Sequence[Sequence[tuple[str, np.ndarray]]]
+    panels: Sequence[Sequence[tuple[str, np.ndarray]]]  # a title and weights [rows, columns] from 0 to 1
     row_tokens: Sequence[str]
     column_tokens: Sequence[str]
-    lines: Sequence[Line] = ()
+    lines: Sequence[Line] = ()  # from (x, y) to (x, y) in cells, over every panel
 
     @property
     def _labels(self) -> tuple[float, float]:
-        """What labels take at the left, and above the cells with the title, if there are any."""
+        """The room at the left for labels, and the room above the cells for labels and titles."""
         titles = any(title for row in self.panels for title, _ in row)
         left, top = (max(map(_width, tokens), default=0) + PAD for tokens in (self.row_tokens, self.column_tokens))
         return left, top + (TITLE if titles else 0)

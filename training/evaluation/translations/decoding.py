@@ -52,18 +52,14 @@ class Decoder(Protocol):
 
 @dataclass
 class Translation:
-    """What became of one source.
+    """What became of one source."""
 
-    ids: the target without special tokens. ended: the model said `<eos>`; otherwise the length limit cut it off.
-    problem: why the source was not translated at all (then `ids` is empty), else None.
-    """
-
-    ids: list[int]
-    ended: bool = False
-    problem: str | None = None
+    ids: list[int]  # the target without special tokens
+    ended: bool = False  # by `<eos>`; otherwise the length limit cut it off
+    problem: str | None = None  # why the source was not translated at all; then `ids` is empty
 
 
-MAX_BEAM_SIZE = 1000  # far beyond what helps; what is meant by more is a slip, which would be killed for memory
+MAX_BEAM_SIZE = 1000  # far beyond what helps: more is a slip, and would be killed for memory
 
 
 def check_search(beam_size: int, length_penalty: float) -> None:
