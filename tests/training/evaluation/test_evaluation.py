@@ -161,7 +161,7 @@ def test_evaluation_writes_scores_translations_maps_and_report(evaluated, data):
     rows = [json.loads(line) for line in (folder / "test-translations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["source"] for row in rows] == list(test.source_texts)
     assert [row["reference"] for row in rows] == list(test.target_texts)
-    again = score_texts([row["translation"] for row in rows], list(test.target_texts)).to_json()
+    again = score_texts([row["translation"] for row in rows], list(test.target_texts))
     assert again == {key: scores[key] for key in again}
     assert len(list(folder.glob("test-attention-*.svg"))) == SHEETS
     assert (evaluated / "report.html").is_file()

@@ -148,7 +148,7 @@ def _text_scores(part: Part, translations: Sequence[str], seen: Sequence[bool] |
     """Scores of the translations against the references, in all and by kind of sentence."""
     references = list(part.target_texts)
     return {
-        **score_texts(translations, references).to_json(),
+        **score_texts(translations, references),
         "all_references": score_with_all_references(list(part.source_texts), translations, references),
         "by_length": score_by_length(part.source.lengths.tolist(), translations, references),
         "by_seen": None if seen is None else score_by_seen(seen, translations, references),

@@ -13,7 +13,7 @@ seed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -23,7 +23,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from training.data.tokenizers import cut
 from training.evaluation import bootstrap
-from training.evaluation.bootstrap import RESAMPLES, SEED, Interval, interval_of
+from training.evaluation.bootstrap import RESAMPLES, SEED, Interval, interval_of, rounded
 
 # Longest source, in tokens, of each group that is scored for itself; the last one has no end.
 LENGTH_GROUPS = (5, 10, 15, 25, None)
@@ -73,6 +73,11 @@ class Measured:
     interval: Interval
     signature: str
 
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Its entries in a JSON object, rounded to what can be told apart."""
+        interval = rounded(self.interval, 2)
+        return {name: round(self.score, 2), f"{name}_interval": interval, f"{name}_signature": self.signature}
+
 
 def measure(metric: BLEU | CHRF, translations: Sequence[str], references: Sequence[Sequence[str]]) -> Measured:
     """Scores translations, each against its own references; see `sentence_counts`."""
@@ -81,49 +86,26 @@ def measure(metric: BLEU | CHRF, translations: Sequence[str], references: Sequen
     return Measured(score_of(metric, counts.sum(0)), interval_of(resampled), signature_of(metric))
 
 
-@dataclass(frozen=True)
-class TextScores:
-    """Scores of translations as texts. BLEU (Papineni et al. 2002) and chrF (Popović 2015) go from 0 to 100."""
+def score_texts(translations: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Scores plain texts, one reference per translation, as a JSON object.
 
-    sentences: int
-    bleu: float
-    bleu_interval: Interval
-    bleu_signature: str
-    chrf: float
-    chrf_interval: Interval
-    chrf_signature: str
-    bleu_normalised: float  # both sides in lower case and without punctuation
-    bleu_normalised_interval: Interval
-    bleu_normalised_signature: str
-    exact_matches: int
-    exact_matches_normalised: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object, scores rounded to what can be told apart."""
-        return {key: _rounded(value) for key, value in asdict(self).items()}
-
-
-def score_texts(translations: Sequence[str], references: Sequence[str]) -> TextScores:
-    """Scores plain texts, one reference per translation. Raises ValueError when their numbers differ or are zero."""
+    bleu (Papineni et al. 2002) and chrf (Popović 2015) go from 0 to 100; for bleu_normalised both sides are in lower case
+    and without punctuation. Raises ValueError when the numbers of texts differ or are zero.
+    """
     normalised, normalised_references = [_normalise(t) for t in translations], [_normalise(r) for r in references]
     bleu = measure(BLEU(), translations, [[reference] for reference in references])
     chrf = measure(CHRF(), translations, [[reference] for reference in references])
     # The normalised text is words and blanks already, there is nothing left for sacrebleu to cut.
     words = measure(BLEU(tokenize="none"), normalised, [[reference] for reference in normalised_references])
-    return TextScores(
-        sentences=len(references),
-        bleu=bleu.score,
-        bleu_interval=bleu.interval,
-        bleu_signature=bleu.signature,
-        chrf=chrf.score,
-        chrf_interval=chrf.interval,
-        chrf_signature=chrf.signature,
-        bleu_normalised=words.score,
-        bleu_normalised_interval=words.interval,
-        bleu_normalised_signature=words.signature + " on lower-cased words without punctuation",
-        exact_matches=_matches(translations, references),
-        exact_matches_normalised=_matches(normalised, normalised_references),
-    )
+    words = replace(words, signature=f"{words.signature} on lower-cased words without punctuation")
+    return {
+        "sentences": len(references),
+        **bleu.to_json("bleu"),
+        **chrf.to_json("chrf"),
+        **words.to_json("bleu_normalised"),
+        "exact_matches": _matches(translations, references),
+        "exact_matches_normalised": _matches(normalised, normalised_references),
+    }
 
 
 def score_with_all_references(
@@ -141,17 +123,12 @@ def score_with_all_references(
         known.setdefault(source, {})[reference] = None
     everything = [list(own) for own in known.values()]
     bleu, chrf = (measure(metric, list(first.values()), everything) for metric in (BLEU(), CHRF()))
-    scores = {
+    return {
         "sentences": len(everything),
         "references": sum(map(len, everything)),
-        "bleu": bleu.score,
-        "bleu_interval": bleu.interval,
-        "bleu_signature": bleu.signature,
-        "chrf": chrf.score,
-        "chrf_interval": chrf.interval,
-        "chrf_signature": chrf.signature,
+        **bleu.to_json("bleu"),
+        **chrf.to_json("chrf"),
     }
-    return {key: _rounded(value) for key, value in scores.items()}
 
 
 def score_by_length(
@@ -189,13 +166,7 @@ def _score_rows(rows: Sequence[int], translations: Sequence[str], references: Se
         return {"sentences": 0, "bleu": None, "chrf": None}
     chosen = [translations[row] for row in rows], [[references[row]] for row in rows]
     bleu, chrf = (score_of(metric, sentence_counts(metric, *chosen).sum(0)) for metric in (BLEU(), CHRF()))
-    return {"sentences": len(rows), "bleu": _rounded(bleu), "chrf": _rounded(chrf)}
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 2)
-    return [_rounded(bound) for bound in value] if isinstance(value, tuple) else value
+    return {"sentences": len(rows), "bleu": round(bleu, 2), "chrf": round(chrf, 2)}
 
 
 def _normalise(text: str) -> str:
