@@ -27,16 +27,14 @@ from training.base.files import write_atomically, writing_to
 from training.data.prepared import PARTS, Part, Prepared, open_prepared
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
-from training.engine.metrics import read_metrics
-from training.engine.status import read_sessions
 from training.engine.wandb.tracker import publish_evaluation
+from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Search, Setting, add_options, search_of
 from training.evaluation.translations.attention_maps import Sheet
 from training.evaluation.translations.decoding import Translation, translate
 from training.evaluation.translations.report import (
     SYNTHETIC,
     Example,
-    Report,
     example_rows,
     ranked_rows,
     render,
@@ -142,28 +140,27 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     examples = [example(row) for row in rows]
     ranked = ranked_rows(translations, references)
     sheets = _attention(trained, part, rows, results)
-    report = Report(
-        name=trained.run_dir.resolve().name,
-        scores=scores,
-        data=data.meta,
-        training_data=trained.data,
-        checkpoint=trained.checkpoint.manifest,
-        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
-        metrics=read_metrics(trained.run_dir),
-        sessions=read_sessions(trained.run_dir),
-        examples=examples,
-        ranked=[(kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()],
-        attention=[(caption, sheet.svg()) for caption, sheet in sheets],
-        beside=runs_beside(trained.run_dir, label, scores["task"]),
-        versions=_versions(trained),
-    )
+    report = {
+        **run_record(trained.run_dir, trained.checkpoint.manifest),
+        "scores": scores,
+        "data": data.meta,
+        "training_data": trained.data,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "examples": examples,
+        "ranked": [
+            (kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()
+        ],
+        "attention": [(caption, sheet.svg()) for caption, sheet in sheets],
+        "beside": runs_beside(trained.run_dir, label, scores["task"]),
+        "versions": _versions(trained),
+    }
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{label}-translations.jsonl", _translations(part, translations, results))
         for earlier in range(1, SHEETS + 1):
             (folder / f"{label}-attention-{earlier}.svg").unlink(missing_ok=True)
-        for number, (_, svg) in enumerate(report.attention, 1):
+        for number, (_, svg) in enumerate(report["attention"], 1):
             write_atomically(folder / f"{label}-attention-{number}.svg", svg)
         # The scores last: where they stand, their translations do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")

@@ -34,19 +34,18 @@ from training.data.conversations import ConversationPart, Conversations, open_co
 from training.data.prepared import PARTS
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.metrics import read_metrics
 from training.engine.precision import PrecisionName
-from training.engine.status import read_sessions
 from training.engine.wandb.tracker import publish_evaluation
 from training.evaluation.answers.comparison import ENDING
 from training.evaluation.answers.evaluation import AnswerEvaluation
 from training.evaluation.answers.losses import compare_losses, loss_by_task
-from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, about_overlap, render
+from training.evaluation.answers.report import AnsweredQuestion, render
 from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
 from training.evaluation.chat_model.generation import Generated, answers_to
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
-from training.evaluation.disc_law_eval.overlap import overlapping
+from training.evaluation.disc_law_eval.overlap import about_overlap, overlapping
+from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Setting, add_model_options
 from training.evaluation.translations.report import example_rows
 from training.qlora import LIBRARIES, Answers, losses_of
@@ -230,26 +229,24 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         )
 
     everything = [answered(place) for place in range(len(rows))]
-    section, law_scores, open_page = "", None, None
+    law_eval, open_page = None, None
+    page_name = f"{label}-disc-law-eval-open.html"
     if law:
         overlap = overlapping(law["after"].questions, _texts_of(data.part("train"))) if own else None
-        page_name = f"{label}-disc-law-eval-open.html"
-        section, law_scores, open_page = law["before"].compared(law["after"], page_name, overlap)
-        scores["disc_law_eval"] = law_scores
-    report = AnswerReport(
-        name=trained.run_dir.resolve().name,
-        scores=scores,
-        data=data.meta,
-        checkpoint=trained.checkpoint.manifest,
-        parameters=trained.parameters,
-        trained_parameters=sum(each.numel() for each in trained.model.parameters() if each.requires_grad),
-        questions=[everything[rows.index(row)] for row in table],
-        examples=[everything[place] for place in example_rows(len(rows))],
-        metrics=read_metrics(trained.run_dir),
-        sessions=read_sessions(trained.run_dir),
-        versions=_versions(trained),
-        law_eval=section,
-    )
+        scores["disc_law_eval"], open_page = law["before"].compared(law["after"], overlap)
+        law_eval = {**scores["disc_law_eval"], "open_questions": len(law["after"].open_questions), "page": page_name}
+    shown_questions = [everything[rows.index(row)] for row in table]
+    report = {
+        **run_record(trained.run_dir, trained.checkpoint.manifest),
+        "scores": scores,
+        "data": data.meta,
+        "parameters": trained.parameters,
+        "trained_parameters": sum(each.numel() for each in trained.model.parameters() if each.requires_grad),
+        "questions": shown_questions,
+        "examples": [everything[place] for place in example_rows(len(rows))],
+        "versions": _versions(trained),
+        "law_eval": law_eval,
+    }
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
         lines = (_line(part.uids[row], each) for row, each in zip(rows, everything, strict=True))
@@ -257,13 +254,13 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         for side, given in law.items():
             given.write(folder / f"{label}-disc-law-eval" / side)
         if open_page is not None:
-            write_atomically(folder / f"{label}-disc-law-eval-open.html", open_page)
+            write_atomically(folder / page_name, open_page)
         # The scores last: where they stand, the answers do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_atomically(path, render(report))
-    _print(scores, report.questions)
+    _print(scores, shown_questions)
     say(f"\nscores: {folder / label}.json\nreport: {path}")
-    shown = [(each.question, each.reference, each.after, each.notes[1]) for each in report.questions]
+    shown = [(each.question, each.reference, each.after, each.notes[1]) for each in shown_questions]
     publish_evaluation(trained.run_dir, trained.config.wandb, _figures(scores), shown, path, part=label)
     return path
 
