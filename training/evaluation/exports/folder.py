@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from training.base.console import UserError, say
 from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
 from training.data.prepared import list_files
-from training.base.console import UserError, say
 from training.engine.checkpoint import EMA, Checkpoint, checkpoints
 from training.evaluation.translations.trained import Weights
 
@@ -103,14 +103,11 @@ def origin(run_dir: Path, step: int, weights: Weights, chosen: Sequence[Checkpoi
     }
 
 
-def origin_rows(about: dict[str, Any], weights: Weights) -> str:
-    """The same as rows of the model card's last table."""
+def weights_in_words(about: dict[str, Any], weights: Weights) -> str:
+    """The same for the model card: which weights of which run."""
     steps = ", ".join(f"{step:,}" for step in about["checkpoints"])
     which = f"the mean of steps {steps}" if len(about["checkpoints"]) > 1 else f"step {steps}"
-    return (
-        f"| weights | {which} of the run {about['run']}, {WHICH[weights.which]} |\n"
-        f"| their files, SHA-256 | {', '.join(f'`{sha256}`' for sha256 in about['checkpoints'].values())} |"
-    )
+    return f"{which} of the run {about['run']}, {WHICH[weights.which]}"
 
 
 def place_of(source: dict[str, Any]) -> str:
