@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from training.data.prepared import PARTS, Part, Prepared, open_prepared
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
 from training.engine.wandb.tracker import publish_evaluation
+from training.evaluation.report.examples import example_rows
 from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Search, Setting, add_options, search_of
 from training.evaluation.translations.attention_maps import Sheet
@@ -35,7 +34,6 @@ from training.evaluation.translations.decoding import Translation, translate
 from training.evaluation.translations.report import (
     SYNTHETIC,
     Example,
-    example_rows,
     ranked_rows,
     render,
     runs_beside,
@@ -141,7 +139,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     ranked = ranked_rows(translations, references)
     sheets = _attention(trained, part, rows, results)
     report = {
-        **run_record(trained.run_dir, trained.checkpoint.manifest),
+        **run_record(trained.run_dir, trained.checkpoint.manifest, ("torch", "sacrebleu")),
         "scores": scores,
         "data": data.meta,
         "training_data": trained.data,
@@ -152,7 +150,6 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
         ],
         "attention": [(caption, sheet.svg()) for caption, sheet in sheets],
         "beside": runs_beside(trained.run_dir, label, scores["task"]),
-        "versions": _versions(trained),
     }
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
@@ -237,15 +234,6 @@ def _attention(
         if sheet is not None:
             sheets[part.source_texts[row]] = sheet  # the same sentence would give the same map
     return list(sheets.items())
-
-
-def _versions(trained: TrainedModel) -> dict[str, str]:
-    own = {name: version(name) for name in ("torch", "sacrebleu")}
-    return {
-        **{f"{name}, training": found for name, found in trained.checkpoint.manifest["versions"].items()},
-        **{f"{name}, evaluation": found for name, found in own.items()},
-        "python, evaluation": platform.python_version(),
-    }
 
 
 def _print(scores: dict[str, Any], examples: Sequence[Example]) -> None:

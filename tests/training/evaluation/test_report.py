@@ -13,14 +13,13 @@ import torch
 from tests.support.browser import browser
 from tests.support.pages import Page, Poison, brightness, make_session
 from training.evaluation.report.curves import HEIGHT, WIDTH, Line, curve
+from training.evaluation.report.examples import EXAMPLES, example_rows
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.evaluation.translations.report import (
     BESIDE,
-    EXAMPLES,
     RANKED,
     SYNTHETIC,
     Example,
-    example_rows,
     ranked_rows,
     render,
     runs_beside,

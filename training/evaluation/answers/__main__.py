@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,9 +43,9 @@ from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapte
 from training.evaluation.chat_model.generation import Generated, answers_to
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
 from training.evaluation.disc_law_eval.overlap import about_overlap, overlapping
+from training.evaluation.report.examples import example_rows
 from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Setting, add_model_options
-from training.evaluation.translations.report import example_rows
 from training.qlora import LIBRARIES, Answers, losses_of
 
 # Positions of a batch of losses; a single conversation may be longer.
@@ -237,14 +235,13 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         law_eval = {**scores["disc_law_eval"], "open_questions": len(law["after"].open_questions), "page": page_name}
     shown_questions = [everything[rows.index(row)] for row in table]
     report = {
-        **run_record(trained.run_dir, trained.checkpoint.manifest),
+        **run_record(trained.run_dir, trained.checkpoint.manifest, ("torch", *LIBRARIES)),
         "scores": scores,
         "data": data.meta,
         "parameters": trained.parameters,
         "trained_parameters": sum(each.numel() for each in trained.model.parameters() if each.requires_grad),
         "questions": shown_questions,
         "examples": [everything[place] for place in example_rows(len(rows))],
-        "versions": _versions(trained),
         "law_eval": law_eval,
     }
     folder = trained.run_dir / "evaluation"
@@ -336,15 +333,6 @@ def _line(uid: str, each: AnsweredQuestion) -> str:
         "notes": list(each.notes),
     }
     return json.dumps(content, ensure_ascii=False) + "\n"
-
-
-def _versions(trained: TrainedAdapters) -> dict[str, str]:
-    own = {name: version(name) for name in ("torch", *LIBRARIES)}
-    return {
-        **{f"{name}, training": found for name, found in trained.checkpoint.manifest["versions"].items()},
-        **{f"{name}, evaluation": found for name, found in own.items()},
-        "python, evaluation": platform.python_version(),
-    }
 
 
 def _figures(scores: dict[str, Any]) -> dict[str, Any]:

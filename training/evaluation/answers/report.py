@@ -12,9 +12,9 @@ from typing import Any
 
 from training.evaluation.bootstrap import LEVEL, verdict
 from training.evaluation.disc_law_eval.overlap import about_overlap
+from training.evaluation.report.examples import EXAMPLES_SEED
 from training.evaluation.report.templates import page
 from training.evaluation.report.training_history import history
-from training.evaluation.translations.report import EXAMPLES_SEED
 
 SYNTHETIC = "made-up sample data: these scores say nothing about real legal questions"
 DATA_NOT_SHOWN = {"files", "lengths", "questions", "tasks", "versions"}  # of meta.json
@@ -42,8 +42,8 @@ def render(record: Mapping[str, Any]) -> str:
 
     scores: the object of `AnswerEvaluation.to_json`, which is written to LABEL.json. data: meta.json of the data.
     parameters: of the whole model; trained_parameters: of the adapters. questions: held-out ones picked beforehand, as
-    one of each task; examples: rows that `example_rows` draws. versions: of libraries. law_eval: the scores of
-    `LawAnswers.compared`, and with them open_questions, how many there are, and the name of their page; None for none.
+    one of each task; examples: rows that `example_rows` draws. law_eval: the scores of `LawAnswers.compared`, with
+    open_questions, how many these are, and the name of their page; None if it was not asked.
     """
     scores, law_eval = record["scores"], record["law_eval"]
     measures: dict[tuple[str, str], list[str]] = {}

@@ -6,7 +6,9 @@ was killed had no time to write down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -18,17 +20,22 @@ from training.engine.status import read_sessions
 from training.evaluation.report.curves import Line, curve
 
 
-def run_record(run_dir: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def run_record(run_dir: Path, manifest: Mapping[str, Any], libraries: Iterable[str]) -> dict[str, Any]:
     """What every page about a run is made of, as the run's folder has it now.
 
     name: the folder's. checkpoint: `manifest`, of one of its checkpoints. metrics: lines of metrics.jsonl. sessions: as
-    sessions.json has them.
+    sessions.json has them. versions: of Python and libraries, in training and, of these `libraries`, here.
     """
     return {
         "name": run_dir.resolve().name,
         "checkpoint": manifest,
         "metrics": read_metrics(run_dir),
         "sessions": read_sessions(run_dir),
+        "versions": {
+            **{f"{name}, training": found for name, found in manifest["versions"].items()},
+            **{f"{name}, evaluation": version(name) for name in libraries},
+            "python, evaluation": platform.python_version(),
+        },
     }
 
 

@@ -7,7 +7,6 @@ never stands without the name of the data, the split and the signature it was co
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from typing import Any
 
 from sacrebleu.metrics import CHRF
 
+from training.evaluation.report.examples import EXAMPLES_SEED
 from training.evaluation.report.templates import page
 from training.evaluation.report.training_history import history
 
-EXAMPLES = 12
-EXAMPLES_SEED = 1234
 RANKED = 5  # examples of each kind among the best, the typical and the worst
 
 # What is shown of another run's scores.
@@ -41,11 +39,6 @@ class Example:
     reference: str
     translation: str
     note: str = ""
-
-
-def example_rows(count: int) -> list[int]:
-    """Which of `count` rows are shown: the same for every model, so that runs can be compared row by row."""
-    return random.Random(EXAMPLES_SEED).sample(range(count), min(EXAMPLES, count))
 
 
 def ranked_rows(translations: Sequence[str], references: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
@@ -98,7 +91,7 @@ def render(record: Mapping[str, Any]) -> str:
 
     scores: the object that `evaluate` writes to LABEL.json. data: meta.json of the data that was scored; training_data:
     that of the data trained on. parameters: of the model. examples: of `example_rows`; ranked: pairs of kind and
-    examples, of `ranked_rows`. attention: pairs of caption and SVG. beside: of `runs_beside`. versions: of libraries.
+    examples, of `ranked_rows`. attention: pairs of caption and SVG. beside: of `runs_beside`.
     """
     model = record["checkpoint"]["config"]["model"]
     return page(
