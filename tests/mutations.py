@@ -420,9 +420,9 @@ FAULTS = (
     ),
     Fault(
         "a script in a translation runs in the report",
-        "training/evaluation/report/markup.py",
-        'return html.escape(_UNWRITABLE.sub("\\ufffd", str(value)))',
-        'return _UNWRITABLE.sub("\\ufffd", str(value))',
+        "training/evaluation/report/templates.py",
+        "autoescape=True,",
+        "autoescape=False,",
         "tests/training/evaluation/test_report.py::test_hostile_text_stays_text_in_every_field",
     ),
 )

@@ -472,7 +472,9 @@ def test_archives_that_kaggle_has_unpacked_serve_as_well(config, sample_data, tm
     again = [sys.executable, "-m", "launch.kaggle", *map(str, words)]
     subprocess.run(again, cwd=tmp_path / "relay", check=True)
     with tarfile.open(tmp_path / "again/dataset" / CODE) as archive:
-        assert {"launch/kaggle/session.py", "configs/gpt/run.yaml", "requirements.txt"} < set(archive.getnames())
+        names = set(archive.getnames())
+    assert {"launch/kaggle/session.py", "configs/gpt/run.yaml", "requirements.txt"} < names
+    assert {"training/evaluation/report/page.html", "training/evaluation/exports/card.md"} < names
     shutil.rmtree(mounted)
     failed = subprocess.run([sys.executable, "-c", unpack], env=environment, capture_output=True, text=True)
     assert "add the data set me/relay-files to the notebook's input" in failed.stderr

@@ -10,7 +10,7 @@ claiming what it can never show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -114,3 +114,10 @@ def p_value(difference: float, resampled: np.ndarray, differing: int | None = No
     by_chance = np.abs(resampled - resampled.mean())
     p = float(((by_chance >= abs(difference)).sum() + 1) / (len(resampled) + 1))
     return p if differing is None else max(p, min(1.0, 2.0 ** (1 - differing)))
+
+
+def verdict(compared: Mapping[str, Any], better: int) -> str:
+    """What the test says, of the JSON of a `Paired`, in words. better: 1 where more is better, -1 where less is."""
+    if compared["p"] >= LEVEL:
+        return f"no difference can be told at p < {LEVEL:g} (p = {compared['p']:.3f})"
+    return f"{'better' if compared['difference'] * better > 0 else 'worse'} after training, p = {compared['p']:.3f}"

@@ -6,11 +6,9 @@ Promises: the weights have passed their checksums, and the mean of several is co
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,14 +103,6 @@ class TrainedRun:
                 "where it is now, or a data set that was prepared with the same tokenizer, with --data FOLDER"
             )
         return named or self.config.data
-
-    def versions(self, *libraries: str) -> dict[str, str]:
-        """For the report: the versions that the run was trained with, and those of `libraries` here."""
-        return {
-            **{f"{name}, training": found for name, found in self.checkpoint.manifest["versions"].items()},
-            **{f"{name}, evaluation": version(name) for name in libraries},
-            "python, evaluation": platform.python_version(),
-        }
 
 
 def open_run(

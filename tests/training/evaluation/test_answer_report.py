@@ -16,14 +16,12 @@ from training.evaluation.answers.report import (
     FOLDED,
     SYNTHETIC,
     AnsweredQuestion,
-    AnswerReport,
-    law_eval_table,
     render,
 )
 from training.evaluation.answers.scores import compare_tasks, score_answers
 
 
-def shown(report: AnswerReport) -> str:
+def shown(report: dict[str, Any]) -> str:
     """The text of the page, blanks that no line ends at being blanks like others."""
     return Page(render(report)).text.replace("\N{NO-BREAK SPACE}", " ")
 
@@ -49,7 +47,26 @@ def make_scores() -> dict[str, Any]:
     return scores_of(about, compared, losses)
 
 
-def make_report() -> AnswerReport:
+def make_law_side(accuracy: float, exam: str = "NJE") -> dict[str, Any]:
+    side = {
+        **{"items": 1500, "accuracy": accuracy, "accuracy_interval": [accuracy - 2, accuracy + 2]},
+        "without_letters": 13,
+    }
+    return {**side, "kinds": {"single": side}, "exams": [{"exam": exam, "kind": "single", **side}]}
+
+
+def make_law_eval(exam: str = "NJE", overlap: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "before": make_law_side(20.0, exam),
+        "after": make_law_side(23.0, exam),
+        "compared": {"difference": 3.0, "difference_interval": [1.5, 4.5], "p": 0.002, "gained": 61, "lost": 16},
+        "overlap": overlap,
+        "open_questions": 300,
+        "page": "test-disc-law-eval-open.html",
+    }
+
+
+def make_report() -> dict[str, Any]:
     questions = [
         AnsweredQuestion("exam", "问题：\nA. 甲", "A. 甲", "B", "A", (0, 100)),
         AnsweredQuestion(
@@ -64,10 +81,10 @@ def make_report() -> AnswerReport:
         for step in range(10, 601, 10)
     ]
     counts = {"records": 300, "duplicates": 17, "too_short": 3, "truncated": 5, "train": 270, "test": 30}
-    return AnswerReport(
-        name="qlora-sample",
-        scores=make_scores(),
-        data={
+    return {
+        "name": "qlora-sample",
+        "scores": make_scores(),
+        "data": {
             "format": "relay-conversations-1",
             "fingerprint": "f" * 64,
             "source": {
@@ -82,31 +99,31 @@ def make_report() -> AnswerReport:
             "questions": ["not-shown-uid"],
             "lengths": {"exam": 31337},
         },
-        checkpoint={
+        "checkpoint": {
             "config": {"run_dir": "runs/qlora", "seed": 1234, "checkpoint": {"every_steps": 100}},
             "data": {"fingerprint": "e" * 64},
             "files": {"model.safetensors": {"sha256": "1" * 64}},
         },
-        parameters=494_032_768,
-        trained_parameters=8_798_208,
-        questions=questions,
-        examples=[replace(questions[0], question="例题", scores=(12.34, 56.78))],
-        metrics=[*train, {"kind": "validation", "step": 600, "loss": 3.0, "accuracy": 0.4}],
-        sessions=[make_session(1, 0, 600, "all 600 steps were done", saves=4, stall_s=0.012, save_s=0.5)],
-        versions={"torch, training": "2.13.0"},
-        law_eval="<p>published: 37.10</p>",
-    )
+        "parameters": 494_032_768,
+        "trained_parameters": 8_798_208,
+        "questions": questions,
+        "examples": [replace(questions[0], question="例题", scores=(12.34, 56.78))],
+        "metrics": [*train, {"kind": "validation", "step": 600, "loss": 3.0, "accuracy": 0.4}],
+        "sessions": [make_session(1, 0, 600, "all 600 steps were done", saves=4, stall_s=0.012, save_s=0.5)],
+        "versions": {"torch, training": "2.13.0"},
+        "law_eval": make_law_eval(),
+    }
 
 
 @pytest.fixture(scope="module")
-def report() -> AnswerReport:
+def report() -> dict[str, Any]:
     return make_report()
 
 
 def test_the_page_tells_all_of_the_run(report):
     text = shown(report)
-    exam, summary = report.scores["tasks"]
-    macro, losses = report.scores["macro_average"], report.scores["losses"]
+    exam, summary = report["scores"]["tasks"]
+    macro, losses = report["scores"]["macro_average"], report["scores"]["losses"]
     for expected in (
         # summary
         *(
@@ -135,7 +152,13 @@ def test_the_page_tells_all_of_the_run(report):
         ),
         *("1 rows of the test part drawn by a fixed seed (1234)", "例题", "score 12.3", "score 56.8"),
         # DISC-Law-Eval, training, sessions
-        *("published: 37.10", "5,000 tokens/s", "node7 (job 4711)", "all 600 steps were done"),
+        *(
+            "23.00 (21.00 to 25.00)",
+            "Answers to the 300 open questions",
+            "5,000 tokens/s",
+            "node7 (job 4711)",
+            "all 600 steps were done",
+        ),
         # data: rows by part and task, what was left out, licence and hashes
         *("exam3001735270", "op_sum3001935270", "all6003661054060", "counts, malformed11", "too short", "truncated"),
         *(
@@ -158,20 +181,21 @@ def test_the_page_comes_alone_and_the_same_every_time(report):
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     ids = [value for name, value in page.attributes if name == "id"]
     links = [value for name, value in page.attributes if name == "href"]
+    links.remove("evaluation/test-disc-law-eval-open.html")
     assert len(ids) == len(set(ids)) and {link[1:] for link in links} == set(ids) and len(ids) == 10
     assert not re.search(r"@import|url\((?!#)", html)
 
 
 def test_a_long_text_is_folded_and_stands_in_the_page_in_full(report):
     short, long = "甲" * FOLDED, "乙" * (FOLDED + 1)
-    question = replace(report.questions[0], question=short, reference=long)
-    html = render(replace(report, questions=[question], examples=[]))
+    question = replace(report["questions"][0], question=short, reference=long)
+    html = render({**report, "questions": [question], "examples": []})
     assert html.count("<details>") == 1 and "161 characters" in html
     assert html.count(short) == 1 and html.count(long) == 1 and html.count(long[:FOLDED]) == 2
 
 
-def poisoned(report: AnswerReport, poison: Poison) -> AnswerReport:
-    """The report with hostile texts in all fields but law_eval, which is HTML already."""
+def poisoned(report: dict[str, Any], poison: Poison) -> dict[str, Any]:
+    """The report with hostile texts in all fields."""
 
     def into(value: Any, place: str) -> Any:
         if isinstance(value, AnsweredQuestion):
@@ -180,12 +204,12 @@ def poisoned(report: AnswerReport, poison: Poison) -> AnswerReport:
             return [into(each, f"{place} {number}") for number, each in enumerate(value)]
         return poison.into(value, place)
 
-    changed = {f.name: into(getattr(report, f.name), f.name) for f in fields(report) if f.name != "law_eval"}
+    changed = {name: into(value, name) for name, value in report.items()}
     changed["versions"] = {poison.text("version's name"): poison.text("version")}
     changed["data"][poison.text("fact's name")] = poison.text("fact")
     changed["data"]["counts"]["tasks"] = {poison.text("task's name"): {poison.text("count's name"): 1}}
     changed["checkpoint"]["files"] = {poison.text("file's name"): {"sha256": poison.text("file's hash")}}
-    return AnswerReport(**changed)
+    return changed
 
 
 def test_hostile_text_stays_text_in_every_field(report):
@@ -200,17 +224,18 @@ def test_hostile_text_stays_text_in_every_field(report):
     assert {re.sub(r"\.references_sha256$", "", place) for place in kept_out} == {
         *("scores.label", "scores.task", "scores.data_fingerprint", "scores.tasks"),
         *("sessions.started", "sessions.seen", "sessions.ended", "data.questions", "versions.torch, training"),
+        *("law_eval.after.exams.exam", "law_eval.after.exams.kind"),
     }
 
 
 def test_a_script_in_an_answer_is_shown_as_it_was_written(report):
-    question = replace(report.questions[0], after="<script>alert('甲')</script>\n</td>")
-    html = render(replace(report, questions=[question]))
-    assert "&lt;script&gt;alert(&#x27;甲&#x27;)&lt;/script&gt;\n&lt;/td&gt;" in html and "<script" not in html
+    question = replace(report["questions"][0], after="<script>alert('甲')</script>\n</td>")
+    html = render({**report, "questions": [question]})
+    assert "&lt;script&gt;alert(&#39;甲&#39;)&lt;/script&gt;\n&lt;/td&gt;" in html and "<script" not in html
 
 
 def test_a_run_without_a_record_has_a_report_all_the_same(report):
-    bare = replace(report, metrics=[], sessions=[], questions=[], examples=[], law_eval="")
+    bare = {**report, "metrics": [], "sessions": [], "questions": [], "examples": [], "law_eval": None}
     text = shown(bare)
     assert "metrics.jsonl has no training steps" in text
     for section in ("Sessions", "Before and after", "Random examples", "DISC-Law-Eval"):
@@ -219,8 +244,8 @@ def test_a_run_without_a_record_has_a_report_all_the_same(report):
 
 def test_what_training_made_worse_or_did_not_change_is_called_so(report):
     def summary(**macro: float) -> str:
-        scores = {**report.scores, "macro_average": {**report.scores["macro_average"], **macro}}
-        return re.search("mean score(.*?)perplexity", shown(replace(report, scores=scores)))[1]
+        scores = {**report["scores"], "macro_average": {**report["scores"]["macro_average"], **macro}}
+        return re.search("mean score(.*?)perplexity", shown({**report, "scores": scores}))[1]
 
     assert "worse after training, p = 0.010" in summary(difference=-3.0, p=0.01)
     assert "no difference can be told at p < 0.05 (p = 0.300)" in summary(difference=3.0, p=0.3)
@@ -230,34 +255,24 @@ def test_what_training_made_worse_or_did_not_change_is_called_so(report):
 
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):
     assert SYNTHETIC not in render(report)
-    assert SYNTHETIC in render(replace(report, scores={**report.scores, "synthetic": True}))
+    assert SYNTHETIC in render({**report, "scores": {**report["scores"], "synthetic": True}})
 
 
-def test_disc_law_eval_is_shown_by_exam_and_kind_with_the_test():
-    def side(accuracy: float) -> dict[str, Any]:
-        return {
-            **{"items": 1500, "accuracy": accuracy, "accuracy_interval": [accuracy - 2, accuracy + 2]},
-            "without_letters": 13,
-        }
+def test_disc_law_eval_is_shown_by_exam_and_kind_with_the_test(report):
+    def shown_with(overlap: dict[str, Any] | None) -> str:
+        return shown({**report, "law_eval": make_law_eval(exam=HOSTILE, overlap=overlap)})
 
-    def scores(accuracy: float) -> dict[str, Any]:
-        exams = [{"exam": HOSTILE, "kind": "single", **side(accuracy)}]
-        return {**side(accuracy), "kinds": {"single": side(accuracy)}, "exams": exams}
-
-    compared = {"difference": 3.0, "difference_interval": [1.5, 4.5], "p": 0.002, "gained": 61, "lost": 16}
-    all_of_it = {"before": scores(20.0), "after": scores(23.0), "compared": compared}
-    html = law_eval_table({**all_of_it, "overlap": None})
-    assert "was not looked at" in html and "all but" not in html
-    less = {**compared, "difference": 1.0, "difference_interval": [-0.5, 2.5], "p": 0.2}
-    without = {"before": scores(19.0), "after": scores(20.0), "compared": less}
-    html = law_eval_table({**all_of_it, "overlap": {"questions": 37, "without": without}})
-    text = Page(html).text.replace("\N{NO-BREAK SPACE}", " ")
+    text = shown_with(None)
+    assert "was not looked at" in text and "all but" not in text
+    less = {"difference": 1.0, "difference_interval": [-0.5, 2.5], "p": 0.2, "gained": 61, "lost": 16}
+    without = {"before": make_law_side(19.0), "after": make_law_side(20.0), "compared": less}
+    text = shown_with({"questions": 37, "without": without})
     assert "all1,50020.00 (18.00 to 22.00)23.00 (21.00 to 25.00)+3.0013 / 13" in text
     assert "all of single choice" in text and "single choice1,500" in text and "<script>alert(1)" in text
     assert "all but those in the training data1,50019.00 (17.00 to 21.00)20.00 (18.00 to 22.00)+1.00" in text
     assert "37 of the 1,500 questions share 20 characters in a row or more with the training data. Without" in text
     assert "+1.00 (-0.50 to +2.50): no difference can be told at p < 0.05 (p = 0.200)" in text
-    nothing = law_eval_table({**all_of_it, "overlap": {"questions": 0, "without": None}})
+    nothing = shown_with({"questions": 0, "without": None})
     assert "0 of the 1,500 questions share" in nothing and "all but" not in nothing
     assert (
         "+3.00 (+1.50 to +4.50): better after training, p = 0.002." in text and "61 answers have become right" in text
@@ -267,9 +282,17 @@ def test_disc_law_eval_is_shown_by_exam_and_kind_with_the_test():
 @pytest.mark.whole
 def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk(report, tmp_path):
     wide = replace(
-        report.questions[0], task="t" * 60, question="q" * 3000, reference="x" * 150, before="y" * 900, after="我" * 150
+        report["questions"][0],
+        task="t" * 60,
+        question="q" * 3000,
+        reference="x" * 150,
+        before="y" * 900,
+        after="我" * 150,
     )
-    long = replace(report, name="n" * 500, versions={"v" * 300: "w" * 3000}, questions=[wide], examples=[wide])
+    long = {
+        **{**report, "name": "n" * 500, "versions": {"v" * 300: "w" * 3000}},
+        **{"questions": [wide], "examples": [wide]},
+    }
     pages = {"plain": report, "long": long, "hostile": poisoned(report, Poison())}
     with browser() as reader:
         for name, each in pages.items():

@@ -23,13 +23,7 @@ from training.base.console import UserError
 from training.evaluation.disc_law_eval import __main__ as disc_law_eval
 from training.evaluation.disc_law_eval.asking import LawAnswers
 from training.evaluation.disc_law_eval.letters import letters_of
-from training.evaluation.disc_law_eval.open_questions import (
-    ModelAnswers,
-    OpenQuestion,
-    open_questions,
-    render,
-    side_by_side,
-)
+from training.evaluation.disc_law_eval.open_questions import ModelAnswers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.overlap import overlapping
 from training.evaluation.disc_law_eval.questions import KINDS, Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import COLUMNS, compare_answers, score_answers, score_file, write_results
@@ -520,10 +514,8 @@ def page_of(count: int = 3, text: str = "短") -> str:
 def test_the_open_questions_are_those_of_the_release_and_all_are_shown():
     questions = open_questions(RELEASED)
     assert len(questions) == 300 == len({question.number for question in questions})
-    body = side_by_side(
-        questions, [ModelAnswers("before", ["先"] * 300), ModelAnswers("after", ["后"] * 300)], "greedy"
-    )
-    text = Page(body).text
+    answers = [ModelAnswers("before", ["先"] * 300), ModelAnswers("after", ["后"] * 300)]
+    text = Page(render("page", questions, answers, "greedy")).text
     assert "300 open questions" in text and "Answers: greedy." in text
     assert text.count("reference") >= 300 and (text.count("先"), text.count("后")) >= (300, 300)
     for question in questions:
@@ -533,18 +525,16 @@ def test_the_open_questions_are_those_of_the_release_and_all_are_shown():
 def test_each_question_stands_with_its_reference_and_every_answer_to_it(small: Path):
     questions = open_questions(small)
     assert questions[1] == OpenQuestion(2, "问2？", "答2。")
-    before, after = (
-        ModelAnswers("before: base", ["先1", "先2", "先3"]),
-        ModelAnswers("after: tuned", ["后1", " \n", "后3"]),
-    )
-    text = Page(side_by_side(questions, [before, after])).text
+    before = ModelAnswers("before: base", ["先1", "先2", "先3"])
+    after = ModelAnswers("after: tuned", ["后1", " \n", "后3"])
+    text = Page(render("page", questions, [before, after])).text
     order = "1问1？reference答1。before: base先1after: tuned后1"
     assert text.replace("\n", "").endswith(
         order + "2问2？reference答2。before: base先2after: tuned(no answer)" + order.replace("1", "3")
     )
-    assert "答1。" in side_by_side(questions, []), "the benchmark alone can be shown, too"
+    assert "答1。" in render("page", questions, []), "the benchmark alone can be shown, too"
     with pytest.raises(ValueError, match="2 answers by after: tuned to 3 questions"):
-        side_by_side(questions, [before, replace(after, texts=["", ""])])
+        render("page", questions, [before, replace(after, texts=["", ""])])
 
 
 def test_the_page_comes_alone_and_hostile_text_stays_text():

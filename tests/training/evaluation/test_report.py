@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ import torch
 from tests.support.browser import browser
 from tests.support.pages import Page, Poison, brightness, make_session
 from training.evaluation.report.curves import HEIGHT, WIDTH, Line, curve
+from training.evaluation.report.examples import EXAMPLES, example_rows
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.evaluation.translations.report import (
     BESIDE,
-    EXAMPLES,
     RANKED,
     SYNTHETIC,
     Example,
-    Report,
-    example_rows,
     ranked_rows,
     render,
     runs_beside,
@@ -65,7 +63,7 @@ def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str,
     }
 
 
-def make_report() -> Report:
+def make_report() -> dict[str, Any]:
     tokens = ["<sos>", *"他是医生。", "<sep>", "He", "is", "a", "doctor", ".", "<eos>"]
     gpt = attention_sheet([torch.eye(13).expand(8, 13, 13)] * 6, tokens, 6)
     scores = make_scores()
@@ -89,12 +87,12 @@ def make_report() -> Report:
         },
         "fingerprint": "d" * 64,
     }
-    return Report(
-        name="gpt-base",
-        scores=scores,
-        data=data,
-        training_data=data,
-        checkpoint={
+    return {
+        "name": "gpt-base",
+        "scores": scores,
+        "data": data,
+        "training_data": data,
+        "checkpoint": {
             "task": "gpt",
             "step": 600,
             "config": {
@@ -104,32 +102,32 @@ def make_report() -> Report:
             "data": {"fingerprint": "e" * 64},
             "files": {"model.safetensors": {"sha256": "1" * 64}},
         },
-        parameters=5_234_567,
-        metrics=[*train, *validations],
-        sessions=[
+        "parameters": 5_234_567,
+        "metrics": [*train, *validations],
+        "sessions": [
             make_session(1, 0, 250, "killed, or its machine went down"),
             make_session(2, 200, 450, "signal SIGTERM", **saves),
             make_session(3, 450, 600, "all 600 steps were done", **saves),
         ],
-        examples=examples,
-        ranked=[("best", examples[:2]), ("typical", []), ("worst", [replace(examples[5], note="chrF 3.2")])],
-        attention=[
+        "examples": examples,
+        "ranked": [("best", examples[:2]), ("typical", []), ("worst", [replace(examples[5], note="chrF 3.2")])],
+        "attention": [
             ("他是医生。", gpt.svg()),
             ("你好。", alignment_map(torch.eye(2, 3), list("你好。"), ["Hi", "."]).svg()),
         ],
-        beside=[("gpt-base-grouped", make_scores("grouped", "0" * 64) | {"bleu": 26.01})],
-        versions={"torch, training": "2.13.0"},
-    )
+        "beside": [("gpt-base-grouped", make_scores("grouped", "0" * 64) | {"bleu": 26.01})],
+        "versions": {"torch, training": "2.13.0"},
+    }
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> dict[str, Any]:
     return make_report()
 
 
-def poisoned(report: Report, poison: Poison) -> Report:
+def poisoned(report: dict[str, Any], poison: Poison) -> dict[str, Any]:
     """The report with hostile texts in all fields."""
-    changed = {field.name: poison.into(getattr(report, field.name), field.name) for field in fields(report)}
+    changed = {name: poison.into(value, name) for name, value in report.items()}
     # Where keys are data, too.
     changed["versions"] = {poison.text("version's name"): poison.text("version")}
     changed["checkpoint"]["config"]["model"][poison.text("option's name")] = poison.text("option")
@@ -139,12 +137,12 @@ def poisoned(report: Report, poison: Poison) -> Report:
     changed["data"]["leakage"][changed["scores"]["part"]] = {"words": poison.text("leakage of the part")}
     sheet = attention_sheet([torch.eye(3)[None]], [poison.text("token"), "]]>", ' id="x'], 1)
     changed["attention"] = [(poison.text("caption"), sheet.svg())]
-    return Report(**changed)
+    return changed
 
 
 def test_the_page_tells_all_of_the_run(report):
     text = Page(render(report)).text
-    scores = report.scores
+    scores = report["scores"]
     for expected in (
         # summary
         *("gpt-base: gpt", "5,234,567 parameters", "step 600 (best:5), beam 5", "3 sessions, at least 6h00m in all"),
@@ -191,7 +189,7 @@ def test_the_page_comes_alone_and_the_same_every_time(report):
     assert html == render(make_report())
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert page.tags.count("svg") == 4 + len(report.attention)
+    assert page.tags.count("svg") == 4 + len(report["attention"])
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "href", "xlink:href"):
@@ -224,30 +222,29 @@ def test_hostile_text_stays_text_in_every_field(report):
 
 
 def test_a_run_without_a_record_has_a_report_all_the_same(report):
-    bare = replace(report, metrics=[], sessions=[], ranked=[], attention=[], beside=[])
-    text = Page(render(replace(bare, scores={**report.scores, "by_seen": None}))).text
+    bare = {**report, "metrics": [], "sessions": [], "ranked": [], "attention": [], "beside": []}
+    text = Page(render({**bare, "scores": {**report["scores"], "by_seen": None}})).text
     assert "metrics.jsonl has no training steps" in text and "No map" in text and "is not known" in text
     assert "Sessions" not in text and "Beside other evaluations" not in text
 
 
 def test_a_run_that_did_nothing_but_save_has_no_pace_to_tell_of(report):
     session = make_session(1, 600, 600, "all steps done", saves=1, stall_s=0.01, save_s=0.02) | {"seconds": 0.0}
-    text = Page(render(replace(report, sessions=[session]))).text
+    text = Page(render({**report, "sessions": [session]})).text
     assert "1 checkpoints" in text and "At this pace" not in text
 
 
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):
-    synthetic = {**report.data, "synthetic": True}
+    synthetic = {**report["data"], "synthetic": True}
     assert SYNTHETIC not in render(report)
-    assert SYNTHETIC in render(replace(report, data=synthetic))
-    assert SYNTHETIC in render(replace(report, training_data=synthetic))
+    assert SYNTHETIC in render({**report, "data": synthetic})
+    assert SYNTHETIC in render({**report, "training_data": synthetic})
 
 
 @pytest.mark.whole
 def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk_in_light_and_dark(report, tmp_path):
-    long = replace(
-        report, name="n" * 500, versions={"v" * 300: "w" * 3000}, examples=[Example("我" * 300, "x" * 3000, "y" * 3000)]
-    )
+    examples = [Example("我" * 300, "x" * 3000, "y" * 3000)]
+    long = {**report, "name": "n" * 500, "versions": {"v" * 300: "w" * 3000}, "examples": examples}
     pages = {"plain": report, "long": long, "hostile": poisoned(report, Poison())}
     with browser() as reader:
         for name, each in pages.items():

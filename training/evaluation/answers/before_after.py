@@ -23,19 +23,18 @@ from training.base.progress import Progress
 from training.data.conversations import ConversationPart, Conversations, question_of
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.metrics import read_metrics
-from training.engine.status import read_sessions
 from training.engine.wandb.tracker import publish_evaluation
 from training.evaluation.answers.comparison import ENDING, say_head, say_row
 from training.evaluation.answers.losses import LossComparison, compare_losses, loss_by_task
-from training.evaluation.answers.report import AnsweredQuestion, AnswerReport, about_overlap, render
+from training.evaluation.answers.report import AnsweredQuestion, render
 from training.evaluation.answers.scores import AnswerComparison, TaskScore, compare_tasks, score_answers
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.chat_model.generation import Generated, answers_to
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
-from training.evaluation.disc_law_eval.overlap import overlapping
+from training.evaluation.disc_law_eval.overlap import about_overlap, overlapping
+from training.evaluation.report.examples import example_rows
+from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Asking, Setting
-from training.evaluation.translations.report import example_rows
 from training.qlora import LIBRARIES, Answers, losses_of
 
 # Positions of a batch of losses; a single conversation may be longer.
@@ -80,25 +79,23 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     losses = compare_losses(*(loss_by_task(tasks, side.nats.tolist(), counts) for side in (before, after)))
     compared, answered = _scored(trained, part, rows, before, after)
     scores = scores_of(_about(trained, data, part_name, label, asking), compared, losses)
-    section, page_name = "", f"{label}-disc-law-eval-open.html"
+    law_eval, page_name = None, f"{label}-disc-law-eval-open.html"
     if before.law and after.law:
         own = trained.is_trained_on(data)
         overlap = overlapping(after.law.questions, _texts_of(data.part("train"))) if own else None
-        section, scores["disc_law_eval"], law_page = before.law.compared(after.law, page_name, overlap)
-    report = AnswerReport(
-        name=trained.run_dir.resolve().name,
-        scores=scores,
-        data=data.meta,
-        checkpoint=trained.checkpoint.manifest,
-        parameters=trained.parameters,
-        trained_parameters=sum(each.numel() for each in trained.model.parameters() if each.requires_grad),
-        questions=[answered[rows.index(row)] for row in table],
-        examples=[answered[place] for place in example_rows(len(rows))],
-        metrics=read_metrics(trained.run_dir),
-        sessions=read_sessions(trained.run_dir),
-        versions=trained.versions("torch", *LIBRARIES),
-        law_eval=section,
-    )
+        scores["disc_law_eval"], law_page = before.law.compared(after.law, overlap)
+        law_eval = {**scores["disc_law_eval"], "open_questions": len(after.law.open_questions), "page": page_name}
+    held_out = [answered[rows.index(row)] for row in table]
+    report = {
+        **run_record(trained.run_dir, trained.checkpoint.manifest, ("torch", *LIBRARIES)),
+        "scores": scores,
+        "data": data.meta,
+        "parameters": trained.parameters,
+        "trained_parameters": sum(each.numel() for each in trained.model.parameters() if each.requires_grad),
+        "questions": held_out,
+        "examples": [answered[place] for place in example_rows(len(rows))],
+        "law_eval": law_eval,
+    }
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
         lines = (_line(part.uids[row], each) for row, each in zip(rows, answered, strict=True))
@@ -110,9 +107,9 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         # The scores last: where they stand, the answers do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_atomically(path, render(report))
-    _print(scores, report.questions)
+    _print(scores, held_out)
     say(f"\nscores: {folder / label}.json\nreport: {path}")
-    shown = [(each.question, each.reference, each.after, each.notes[1]) for each in report.questions]
+    shown = [(each.question, each.reference, each.after, each.notes[1]) for each in held_out]
     publish_evaluation(trained.run_dir, trained.config.wandb, _figures(scores), shown, path, part=label)
     return path
 

@@ -12,13 +12,11 @@ import numpy as np
 from training.base.console import warn
 from training.data.chat import user
 from training.engine.cluster import Cluster
-from training.evaluation.answers.report import law_eval_table
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.chat_model.generation import answers_to
 from training.evaluation.disc_law_eval.open_questions import ModelAnswers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import compare_sides, write_results
-from training.evaluation.report.markup import escaped
 
 # A model that was shown four answers of a letter or two needs no more; one that explains is read from its beginning.
 MAX_LETTER_TOKENS = 64
@@ -38,15 +36,12 @@ class LawAnswers:
         """Writes the answers to the multiple-choice questions in the released form; raises OSError."""
         write_results(folder, self.questions, self.answers)
 
-    def compared(
-        self, after: LawAnswers, page_name: str, overlap: np.ndarray | None
-    ) -> tuple[str, dict[str, Any], str]:
-        """The section of the report, the scores as a JSON object, and the page of the open questions.
+    def compared(self, after: LawAnswers, overlap: np.ndarray | None) -> tuple[dict[str, Any], str]:
+        """The scores as a JSON object, and the page of the open questions.
 
-        page_name: its file name in the folder evaluation/. overlap: which questions the training data holds, [n] as
-        `overlapping` finds them; None where that is not known. The scores are before, after, compared, too_long; and
-        overlap: None, or questions, how many these are, and without, which holds before, after and compared of the
-        others (None where all or none of them overlap).
+        overlap: which questions the training data holds, [n] as `overlapping` finds them; None where that is not known.
+        The scores are before, after, compared, too_long; and overlap: None, or questions, how many these are, and
+        without, which holds before, after and compared of the others (None where all or none of them overlap).
         """
         sides = self.answers, after.answers
         scores = {**compare_sides(self.questions, *sides), "too_long": self.too_long, "overlap": None}
@@ -55,13 +50,8 @@ class LawAnswers:
             own = ([each[place] for place in others] for each in (self.questions, *sides))
             without = compare_sides(*own) if 0 < len(others) < len(overlap) else None
             scores["overlap"] = {"questions": int(overlap.sum()), "without": without}
-        section = (
-            law_eval_table(scores)
-            + f'<p><a href="evaluation/{escaped(page_name)}">Answers to the {len(self.open_questions):,} open '
-            "questions, side by side</a></p>"
-        )
         texts = [ModelAnswers("before", self.open_answers), ModelAnswers("after", after.open_answers)]
-        return section, scores, render("DISC-Law-Eval, open questions", self.open_questions, texts, "greedy")
+        return scores, render("DISC-Law-Eval, open questions", self.open_questions, texts, "greedy")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.base.console import UserError
-from training.evaluation.report.markup import isolated
-from training.evaluation.report.page import page
+from training.evaluation.report.templates import page
 
 
 @dataclass(frozen=True)
@@ -54,42 +53,13 @@ def open_questions(folder: Path) -> list[OpenQuestion]:
     return questions
 
 
-def side_by_side(questions: Sequence[OpenQuestion], answers: Sequence[ModelAnswers], about: str = "") -> str:
-    """Every question with its reference answer and each model's, as the body of a section of HTML.
+def render(title: str, questions: Sequence[OpenQuestion], answers: Sequence[ModelAnswers], about: str = "") -> str:
+    """A page with every question, its reference answer and each model's, side by side where there is room.
 
-    Next to each other where there is room, one below the other where there is not. about: how the answers were made.
-    Raises ValueError unless every model has one answer per question.
+    about: how the answers were made. Raises ValueError unless every model has one answer per question.
     """
     for each in answers:
         if len(each.texts) != len(questions):
             raise ValueError(f"{len(each.texts)} answers by {each.name} to {len(questions)} questions")
-    words = f"{len(questions):,} open questions of DISC-Law-Eval with its reference answers"
-    made = f" Answers: {isolated(about)}." if about else ""
-    rows = zip(questions, *(each.texts for each in answers), strict=True)
-    names = [each.name for each in answers]
-    return f"<p class=faint>{words}.{made} They are here to be read; no score is made of them.</p>\n" + "\n".join(
-        _question(question, names, texts) for question, *texts in rows
-    )
-
-
-def _question(question: OpenQuestion, names: Sequence[str], texts: Sequence[str]) -> str:
-    columns = zip(("reference", *names), (question.reference, *texts), strict=True)
-    place = f"open-{question.number}"
-    return (
-        f'<article class="open" id="{place}"><h3><a href="#{place}">{question.number}</a></h3>'
-        f'<div class="text" lang="zh">{_text(question.text)}</div><dl class="beside">'
-        + "".join(
-            f'<div><dt>{isolated(name)}</dt><dd class="text" lang="zh">{_text(text)}</dd></div>'
-            for name, text in columns
-        )
-        + "</dl></article>"
-    )
-
-
-def _text(text: str) -> str:
-    return isolated(text.strip()) if text.strip() else '<span class="faint" lang="en">(no answer)</span>'
-
-
-def render(title: str, questions: Sequence[OpenQuestion], answers: Sequence[ModelAnswers], about: str = "") -> str:
-    """`side_by_side` as a page of its own."""
-    return page(title, side_by_side(questions, answers, about), {})
+    data = {"title": title, "questions": questions, "answers": answers, "about": about, "sections": {}}
+    return page("open_questions.html", data)

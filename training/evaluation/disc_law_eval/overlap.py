@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from training.evaluation.bootstrap import verdict
 from training.evaluation.disc_law_eval.questions import Question
 
 # Characters in a row, punctuation and blanks aside. A law's name and "which of the following is right" have fewer.
@@ -44,3 +46,26 @@ def _runs(text: str) -> Iterable[str]:
     """All pieces of OVERLAP characters."""
     compared = _NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text))
     return (compared[start : start + OVERLAP] for start in range(len(compared) - OVERLAP + 1))
+
+
+def about_overlap(scores: Mapping[str, Any]) -> str:
+    """How much of DISC-Law-Eval was in the training data, and what remains without it, in words.
+
+    scores: of `LawAnswers.compared`.
+    """
+    overlap = scores["overlap"]
+    if overlap is None:
+        return (
+            "Whether the training data holds any of these questions was not looked at, since other data was scored: "
+            "without --data it is."
+        )
+    said = (
+        f"{overlap['questions']:,} of the {scores['after']['items']:,} questions share {OVERLAP} characters in a row "
+        "or more with the training data."
+    )
+    if overlap["without"] is None:
+        return said
+    compared = overlap["without"]["compared"]
+    low, high = compared["difference_interval"]
+    difference = f"{compared['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{said} Without them the difference is {difference}: {verdict(compared, better=1)}."

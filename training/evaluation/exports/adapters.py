@@ -32,7 +32,7 @@ from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
 from training.engine.status import read_sessions
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
-from training.evaluation.exports.adapter_card import card, merged_rows
+from training.evaluation.exports.adapter_card import card, merged_differences
 from training.evaluation.exports.folder import origin, publish, unpublished
 from training.evaluation.exports.merging import (
     Difference,
@@ -191,8 +191,8 @@ class Export:
                 "compared_on": str(self.prompts),
                 "difference": apart.rounded(),
             }
-            rows = "| difference from the run's | none, bit for bit |"
-            publish(folder, output, card(trained, self.about, difference=rows), self.about)
+            found = [("difference from the run's", "none, bit for bit")]
+            publish(folder, output, card(trained, self.about, found), self.about)
         say(f"{output}: {self.title} as adapters for peft, {numbers:,} numbers")
         say(f"  checked   loaded by peft {self.versions['peft']} on {trained.base}; logits are the run's, bit for bit")
         say(f"  base      {trained.config.base_model}, which is not in the folder; --merge makes a model of both")
@@ -227,8 +227,8 @@ class Export:
                 "of_computing_in_this_type": rounding and rounding.rounded(),
                 "of_the_base_model": learned.rounded(),
             }
-            rows = merged_rows(apart, rounding, learned, dtype_name)
-            publish(folder, output, card(trained, self.about, difference=rows), self.about)
+            found = merged_differences(apart, rounding, learned, dtype_name)
+            publish(folder, output, card(trained, self.about, found), self.about)
         numbers = f"{written['parameters']:,} parameters in {dtype_name}"
         say(f"{output}: {self.title} merged into {trained.config.base_model}, {numbers}")
         say(f"  checked   loaded by transformers {self.versions['transformers']} without peft and bitsandbytes")

@@ -105,14 +105,11 @@ def origin(run: TrainedRun) -> dict[str, Any]:
     }
 
 
-def origin_rows(about: dict[str, Any], weights: Weights) -> str:
-    """The same as rows of the model card's last table."""
+def weights_in_words(about: dict[str, Any], weights: Weights) -> str:
+    """The same for the model card: which weights of which run."""
     steps = ", ".join(f"{step:,}" for step in about["checkpoints"])
     which = f"the mean of steps {steps}" if len(about["checkpoints"]) > 1 else f"step {steps}"
-    return (
-        f"| weights | {which} of the run {about['run']}, {WHICH[weights.which]} |\n"
-        f"| their files, SHA-256 | {', '.join(f'`{sha256}`' for sha256 in about['checkpoints'].values())} |"
-    )
+    return f"{which} of the run {about['run']}, {WHICH[weights.which]}"
 
 
 def place_of(source: dict[str, Any]) -> str:

@@ -37,9 +37,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from training.base.console import UserError
 from training.data.text import HAN
 from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS, UNK, SentencePieceTokenizer, load_tokenizer
-from training.base.console import UserError
 from training.evaluation.translations.decoding import NEVER_PRODUCED
 from training.models.gpt import GPT
 
@@ -53,7 +53,8 @@ ROTARY_BASE = 10_000.0  # of `training.models.gpt.rotary_table`
 def model_of(gpt: GPT) -> PreTrainedModel:
     """The same model as transformers computes it, with its generation settings. Raises UserError where there is none.
 
-    Generation is greedy, produces what `training.evaluation.translations.decoding` does, and ends with the model's context.
+    Generation is greedy, produces what `training.evaluation.translations.decoding` does, and ends with the model's
+    context.
     """
     options = gpt.options
     convert = {("learned", "layer"): _gpt2, ("rotary", "layer"): _gpt_neox, ("rotary", "rms"): _arcee}.get(
@@ -222,9 +223,9 @@ def check_same(folder: Path, gpt: GPT) -> float:
 def tokenizer_of(folder: Path, context: int) -> PreTrainedTokenizerFast:
     """The tokenizer that `Tokenizer.save` wrote to `folder`: `<sos> Chinese <sep>` from a text, English from ids.
 
-    A text is cleaned as `training.data.text.clean` does, but not simplified. Batches are padded on the left, as generation
-    wants it; `context` is the longest sequence that the model takes. The word tokenizer's ids can differ from the run's
-    where Unicode's tables do: on characters from after Unicode 11, and on a Greek word's last sigma.
+    A text is cleaned as `training.data.text.clean` does, but not simplified. Batches are padded on the left, as
+    generation wants it; `context` is the longest sequence that the model takes. The word tokenizer's ids can differ
+    from the run's where Unicode's tables do: on characters from after Unicode 11, and on a Greek word's last sigma.
     """
     tokenizer = load_tokenizer(folder)
     if isinstance(tokenizer, SentencePieceTokenizer):

@@ -15,7 +15,8 @@ from typing import Any
 
 from training.base.console import UserError, say
 from training.base.files import check_room
-from training.evaluation.exports.folder import needing, origin, origin_rows, place_of, publish, unpublished
+from training.evaluation.exports.folder import needing, origin, place_of, publish, unpublished, weights_in_words
+from training.evaluation.report import templates
 from training.evaluation.setting import Setting
 from training.evaluation.translations.trained import TrainedModel
 from training.models.gpt import GPT
@@ -77,101 +78,24 @@ def _scores(trained: TrainedModel) -> dict[str, Any] | None:
 
 
 def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str:
-    """The model card, Markdown with the header that the Hugging Face Hub reads. `about`: the content of export.json."""
-    data, options = trained.data, trained.config.model
-    source = data["source"]
-    licence = "cc-by-2.0" if "CC BY 2.0" in source["licence"] else "unknown"
-    norm = {"layer": "LayerNorm", "rms": "RMSNorm"}[options.norm]
-    notes = [
-        "A prompt is `<sos> Chinese <sep>`, which the tokenizer makes of a text; the answer ends with `<eos>`. Batches "
-        "are padded on the left. Generation is greedy and ends with the model's context "
-        f"({options.context} tokens, prompt and padding included) unless it is given another `max_length`."
-    ]
-    if data["options"]["simplify"]:
-        notes.append(
-            "The model was trained on simplified characters. The tokenizer does not convert traditional ones: do it "
-            'before, with `opencc.OpenCC("t2s").convert(text)` of the package OpenCC.'
-        )
-    if trained.source_tokenizer.kind == "word":
-        notes.append(
-            "The tokenizer takes single Han characters and lower-case Latin words, and drops punctuation: the "
-            "translations are lower-case words without punctuation too. Its ids can differ from those in training on "
-            "characters that joined Unicode after version 11, and on a Greek word's last sigma."
-        )
-    if about["architecture"] == "ArceeForCausalLM" and options.dropout:
-        notes.append(
-            f"It was trained with dropout {options.dropout:g} on embeddings and on the outputs of each block, which "
-            "this architecture does not have; that matters for training it further only."
-        )
-    usage = "\n\n".join(notes)
-    return f"""---
-language:
-- zh
-- en
-license: {licence}
-library_name: transformers
-tags:
-- translation
----
-
-# {about["run"]}
-
-A GPT that translates Chinese to English, trained from scratch with Relay: {about["parameters"]:,} parameters,
-{options.layers} layers, width {options.width}, {options.heads} heads, {options.positions} positions, {norm}. For
-transformers it is a `{about["architecture"]}`.
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # where this file is
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-inputs = tokenizer(["你好。", "他喜欢买书。"], padding=True, return_tensors="pt")
-outputs = model.generate(**inputs)
-answers = outputs[:, inputs["input_ids"].shape[1] :]
-print(tokenizer.batch_decode(answers, skip_special_tokens=True))
-```
-
-{usage}
-
-It needs transformers 5 or newer; it was written and checked with {about["transformers"]}.
-
-## Scores
-
-{_score_table(trained)}
-
-## Where it comes from
-
-| | |
-| --- | --- |
-{origin_rows(about, trained.weights)}
-| difference from them | at most {difference:.1e} in the logits of {options.context} random tokens, fp32 on a CPU |
-| trained on | {data["rows"]["train"]:,} sentence pairs of {place_of(source)}, {data["options"]["split"]} split |
-| its source, SHA-256 | `{source["sha256"]}` |
-| prepared data | `{data["fingerprint"]}` |
-
-Licence of the sentences that it was trained on: {source["licence"]}
-"""
-
-
-def _score_table(trained: TrainedModel) -> str:
-    scores = _scores(trained)
-    if scores is None:
-        return "These weights have not been evaluated."
-    rows = [
-        ("BLEU", f"{scores['bleu']:.2f}", f"`{scores['bleu_signature']}`"),
-        ("chrF", f"{scores['chrf']:.2f}", f"`{scores['chrf_signature']}`"),
-        ("BLEU, normalised", f"{scores['bleu_normalised']:.2f}", f"`{scores['bleu_normalised_signature']}`"),
-        ("loss", f"{scores['loss']:.4f}", "nats per target token"),
-    ]
-    lines = [f"The {scores['sentences']:,} test sentences of the {scores['split']} split."]
-    if scores["synthetic"]:
-        lines[0] += " They are a synthetic sample corpus: these scores say nothing about real translation."
-    else:
-        lines[0] += f" Leakage: {trained.data['leakage']['test']['words']}."
-    lines += ["", "| score | value | how |", "| --- | --- | --- |"]
-    # A bar parts cells even in code, as signatures have it.
-    cells = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in rows]
-    return "\n".join([*lines, *(f"| {row} |" for row in cells)])
+    """The model card. `about`: the content of export.json."""
+    source = trained.data["source"]
+    header = {
+        "language": ["zh", "en"],
+        "license": "cc-by-2.0" if "CC BY 2.0" in source["licence"] else "unknown",
+        "library_name": "transformers",
+        "tags": ["translation"],
+    }
+    return templates.card(
+        "gpt_card.md",
+        {
+            "header": header,
+            "about": about,
+            "weights": weights_in_words(about, trained.weights),
+            "options": trained.config.model,
+            "data": trained.data,
+            "place": place_of(source),
+            "scores": _scores(trained),
+            "difference": difference,
+        },
+    )

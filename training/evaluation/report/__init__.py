@@ -1,1 +1,1 @@
-"""Pages: their parts and their look."""
+"""Pages: their templates, their figures and their look."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.evaluation.report.markup import escaped, number
+from training.evaluation.report.templates import escaped
 
 # User units. On a page a figure is about this wide, on a phone somewhat less: the text is readable in both.
 WIDTH, HEIGHT = 440, 230
@@ -129,6 +129,11 @@ def _path(places: Sequence[Point | None]) -> str:
             words.append(f"{'L' if pen_down else 'M'}{number(place[0])} {number(place[1])}")
         pen_down = place is not None
     return "".join(words)
+
+
+def number(value: float) -> str:
+    """A coordinate, to a hundredth: enough for the eye, and no more bytes than that."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _words(tick: float) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from training.evaluation.report.markup import escaped, number
+from training.evaluation.report.curves import number
+from training.evaluation.report.templates import escaped
 
 CELL = 13  # side of a cell, in the user units that are pixels on a page at its natural size
 FONT = 10

@@ -17,21 +17,13 @@ from training.base.files import write_atomically, writing_to
 from training.data.prepared import Part, Prepared
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
-from training.engine.metrics import read_metrics
-from training.engine.status import read_sessions
 from training.engine.wandb.tracker import publish_evaluation
+from training.evaluation.report.examples import example_rows
+from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Search, Setting
 from training.evaluation.translations.attention_maps import Sheet
 from training.evaluation.translations.decoding import Translation, translate
-from training.evaluation.translations.report import (
-    SYNTHETIC,
-    Example,
-    Report,
-    example_rows,
-    ranked_rows,
-    render,
-    runs_beside,
-)
+from training.evaluation.translations.report import SYNTHETIC, Example, ranked_rows, render, runs_beside
 from training.evaluation.translations.scores import (
     score_by_length,
     score_by_seen,
@@ -89,14 +81,14 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
         write_atomically(folder / f"{label}-translations.jsonl", _lines(part, translations, results))
         for earlier in range(1, SHEETS + 1):
             (folder / f"{label}-attention-{earlier}.svg").unlink(missing_ok=True)
-        for number, (_, svg) in enumerate(report.attention, 1):
+        for number, (_, svg) in enumerate(report["attention"], 1):
             write_atomically(folder / f"{label}-attention-{number}.svg", svg)
         # The scores last: where they stand, their translations do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_atomically(path, render(report))
-    _print(scores, report.examples)
+    _print(scores, report["examples"])
     say(f"\nscores: {folder / label}.json\nreport: {path}")
-    shown = [(example.source, example.reference, example.translation, example.note) for example in report.examples]
+    shown = [(example.source, example.reference, example.translation, example.note) for example in report["examples"]]
     # Numbers can be compared there; tables are in the report.
     figures = {key: value for key, value in scores.items() if not isinstance(value, dict | list)}
     publish_evaluation(trained.run_dir, trained.config.wandb, figures, shown, path, part=label)
@@ -162,28 +154,28 @@ def _report(
     results: Sequence[Translation],
     translations: Sequence[str],
     scores: dict[str, Any],
-) -> Report:
+) -> dict[str, Any]:
+    """What the page shows, see `render`."""
+
     def example(row: int, *notes: str) -> Example:
         note = "; ".join(filter(None, (*notes, _note(results[row]))))
         return Example(part.source_texts[row], part.target_texts[row], translations[row], note)
 
     rows = example_rows(len(part))
     ranked = ranked_rows(translations, list(part.target_texts))
-    return Report(
-        name=trained.run_dir.resolve().name,
-        scores=scores,
-        data=data.meta,
-        training_data=trained.data,
-        checkpoint=trained.checkpoint.manifest,
-        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
-        metrics=read_metrics(trained.run_dir),
-        sessions=read_sessions(trained.run_dir),
-        examples=[example(row) for row in rows],
-        ranked=[(kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()],
-        attention=[(caption, sheet.svg()) for caption, sheet in _attention(trained, part, rows, results)],
-        beside=runs_beside(trained.run_dir, scores["label"], scores["task"]),
-        versions=trained.versions("torch", "sacrebleu"),
-    )
+    return {
+        **run_record(trained.run_dir, trained.checkpoint.manifest, ("torch", "sacrebleu")),
+        "scores": scores,
+        "data": data.meta,
+        "training_data": trained.data,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "examples": [example(row) for row in rows],
+        "ranked": [
+            (kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()
+        ],
+        "attention": [(caption, sheet.svg()) for caption, sheet in _attention(trained, part, rows, results)],
+        "beside": runs_beside(trained.run_dir, scores["label"], scores["task"]),
+    }
 
 
 def _note(result: Translation) -> str:

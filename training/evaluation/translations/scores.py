@@ -89,7 +89,7 @@ def measure(metric: BLEU | CHRF, translations: Sequence[str], references: Sequen
 def score_texts(translations: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Scores plain texts, one reference per translation, as a JSON object.
 
-    bleu (Papineni et al. 2002) and chrf (Popović 2015) go from 0 to 100; for bleu_normalised both sides are in lower case
+    bleu (Papineni et al. 2002) and chrf (Popović 2015) go from 0 to 100; bleu_normalised is of both sides in lower case
     and without punctuation. Raises ValueError when the numbers of texts differ or are zero.
     """
     normalised, normalised_references = [_normalise(t) for t in translations], [_normalise(r) for r in references]

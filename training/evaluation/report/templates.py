@@ -1,0 +1,67 @@
+"""Pages and model cards out of templates: HTML stands beside this file, Markdown in exports/.
+
+Promises: whatever a text holds, it stays text. Data, options, host names and reasons come from elsewhere; nothing of
+theirs becomes an element, an attribute, a link, another cell of a table, or a character that a browser drops or that
+UTF-8 cannot write. A page is one file with no scripts, and fetches nothing. The same data gives the same bytes, and
+data that a template asks for and does not get is an error.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from training.base.durations import format_duration
+
+# What XML or HTML cannot hold: control characters but tab and line feed, half surrogate pairs, non-characters.
+_UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_MARKS = re.compile(r"[\\`*\[\]<|]")  # of Markdown
+
+
+def page(template: str, data: Mapping[str, Any]) -> str:
+    """The HTML page that `template` makes of `data`."""
+    return _writable(_PAGES.get_template(template).render(data))
+
+
+def card(template: str, data: Mapping[str, Any]) -> str:
+    """The model card that `template` makes of `data`: Markdown with the header that the Hugging Face Hub reads."""
+    return _writable(_CARDS.get_template(template).render(data))
+
+
+def escaped(value: object) -> str:
+    """`value` as text for an element of SVG or a quoted attribute; what cannot be written becomes U+FFFD."""
+    return html.escape(_writable(str(value)))
+
+
+def _writable(text: str) -> str:
+    return _UNWRITABLE.sub("\ufffd", text)
+
+
+def _in_markdown(value: object) -> object:
+    """`value` on one line, Markdown's marks in it being plain characters; JSON and what is marked as safe stay."""
+    return value if hasattr(value, "__html__") else _MARKS.sub(r"\\\g<0>", re.sub(r"[\r\n]+", " ", str(value)))
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).resolve().parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_PAGES.filters |= {"number": format, "duration": format_duration, "yaml": _yaml}
+_PAGES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+_CARDS = _PAGES.overlay(
+    loader=FileSystemLoader(Path(__file__).resolve().parents[1] / "exports"), autoescape=False, finalize=_in_markdown
+)
