@@ -1,6 +1,6 @@
 """Scores a chat model with its trained adapters against the same model without them, and writes the run's report.
 
-Both meet the same rows: the loss of every answer in the part, and answers of their own to some questions of every task.
+Both are given the same rows: every answer of the part, for its loss, and some questions of every task, to answer them.
 Under runs/NAME/evaluation/ it leaves LABEL-answers.jsonl (question, reference, both answers), LABEL.json (scores) and,
 if asked for, LABEL-disc-law-eval/ (answers in the released form) and LABEL-disc-law-eval-open.html.
 """
@@ -64,7 +64,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     if len(part) == 0:
         raise UserError(f"the {part_name} part of {data.folder} is empty: choose another --part, or other --data")
     label = Setting.of(trained, data, part_name).label + asking.label
-    # Before the work, which takes long: what would stop it at its end.
+    # The work takes long, so what would stop it at its end is looked for before.
     cluster.on_first(lambda: _check_writable(trained.run_dir))
     # The questions of the table are asked in any case.
     table = [row for row, uid in enumerate(part.uids) if uid in set(data.meta["questions"])]
@@ -159,7 +159,7 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
-    """Which rows are asked: of each task `per_task`, drawn by a fixed seed; more of them hold the fewer ones, too."""
+    """Which rows are asked: `per_task` of each task, drawn by a fixed seed; a larger number has those of a smaller."""
     chosen = []
     for task in dict.fromkeys(tasks):
         own = [row for row, name in enumerate(tasks) if name == task]
@@ -216,18 +216,18 @@ def _scored(
     tasks = [part.tasks[row] for row in rows]
     texts = [[trained.tokenizer.decode(each.ids) for each in side.said] for side in (before, after)]
     scored = [score_answers(tasks, said, references) for said in texts]
-    notes = ([_note(each) for each in side.said] for side in (before, after))
+    items = [_in_order(tasks, side) for side in scored]
     answered = [
-        AnsweredQuestion(task, question_of(messages), reference, *said, scores, notes)
-        for task, messages, reference, said, scores, notes in zip(
-            tasks,
-            turns,
-            references,
-            zip(*texts, strict=True),
-            zip(*(_in_order(tasks, side) for side in scored), strict=True),
-            zip(*notes, strict=True),
-            strict=True,
+        AnsweredQuestion(
+            task=tasks[place],
+            question=question_of(turns[place]),
+            reference=references[place],
+            before=texts[0][place],
+            after=texts[1][place],
+            scores=(items[0][place], items[1][place]),
+            notes=(_note(before.said[place]), _note(after.said[place])),
         )
+        for place in range(len(rows))
     ]
     return compare_tasks(*scored), answered
 

@@ -1,8 +1,8 @@
 """A trained GPT and its tokenizer as Hugging Face transformers has them, loadable without custom code.
 
 Promises: the model has the GPT's logits, up to the order of floating-point sums; the tokenizer gives the run's ids,
-between `<sos>` and `<sep>`, and the run's text of ids. What no architecture of transformers computes is refused, not
-approximated. transformers is imported here and nowhere else.
+between `<sos>` and `<sep>`, and the run's text of ids. A model that no architecture of transformers computes is refused,
+not approximated.
 
 | positions | norm      | architecture                                                                  |
 | --------- | --------- | ----------------------------------------------------------------------------- |
@@ -43,8 +43,8 @@ from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS, UNK, Sentence
 from training.evaluation.translations.decoding import NEVER_PRODUCED
 from training.models.gpt import GPT
 
-# Two fp32 implementations of one model differ by rounding, about a millionth of the largest logit; another base of the
-# rotary positions moves even those of a model that has learned nothing by more than this share of it.
+# Two fp32 implementations of one model differ by rounding, about a millionth of the largest logit. Another base of the
+# rotary positions moves the logits of even an untrained model by more than this share of the largest.
 TOLERANCE = 2e-5
 
 ROTARY_BASE = 10_000.0  # of `training.models.gpt.rotary_table`
@@ -276,7 +276,7 @@ def _pieces(model_file: Path) -> Tokenizer:
     # A run of unknown characters is one <unk>, as sentencepiece has it.
     backend = Tokenizer(BPE(vocabulary, merges, unk_token=SPECIALS[UNK], fuse_unk=True))
     backend.normalizer = normalizers.Sequence([*_CLEAN, normalizers.Replace(" ", "▁")])
-    # Not decoders.Strip, which dies of a text without anything else.
+    # Not decoders.Strip, which fails on a text of nothing else.
     at_the_ends = Regex(r"\A +| +\z")
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Replace(at_the_ends, "")]

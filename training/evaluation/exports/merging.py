@@ -2,7 +2,8 @@
 
 The 4 bits are unpacked, the adapters' products are added in fp32, and the sum is rounded once to the type that is
 wanted. Merging into the original weights gives another model, since the adapters have learned to live with what 4 bits
-leave of them; merging in 4 bits rounds what was learned away.
+leave of them. Merging in 4 bits, as peft's merge_and_unload does, rounds away what was learned; and peft on a base that
+was unpacked as a whole would hold all of it in fp32.
 
 Promises: no weight exists twice for longer than its layer takes, so that memory is that of the merged model.
 """
