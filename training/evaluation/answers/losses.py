@@ -1,8 +1,8 @@
 """How well a model foresees the answers of a data set, task by task, before and after training.
 
 The loss of a task is the sum of nats over its answer tokens divided by their number, never a mean of means; perplexity
-is its exponential. Only losses of the same tokens are compared, that is, of models with the same tokenizer. Intervals and p
-are those of `bootstrap`, over items.
+is its exponential. Only losses of the same tokens are compared, that is, of models with the same tokenizer. Intervals
+and p are those of `bootstrap`, over items.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A trained GPT and its tokenizer as Hugging Face transformers has them, loadable without custom code.
 
 Promises: the model has the GPT's logits, up to the order of floating-point sums; the tokenizer gives the run's ids,
-between `<sos>` and `<sep>`, and the run's text of ids. A model that no architecture of transformers computes is refused,
-not approximated.
+between `<sos>` and `<sep>`, and the run's text of ids. What no architecture of transformers computes is refused, not
+approximated.
 
 | positions | norm      | architecture                                                                  |
 | --------- | --------- | ----------------------------------------------------------------------------- |
