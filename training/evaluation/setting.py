@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,18 @@ class Search:
 
 @dataclass(frozen=True)
 class Asking:
-    """How much a chat model is asked to write; raises UserError for what cannot be. None for no limit."""
+    """What a chat model is asked; raises UserError for what cannot be, or has no effect."""
 
-    answers_per_task: int | None = ANSWERS_PER_TASK
-    max_new_tokens: int = NEW_TOKENS
-    disc_law_eval: Path | None = None
-    disc_law_eval_limit: int | None = None
+    answers_per_task: int = ANSWERS_PER_TASK  # 0: all
+    max_new_tokens: int = NEW_TOKENS  # of an answer
+    disc_law_eval: Path | None = None  # the benchmark's folder; None: it is not asked
+    disc_law_eval_limit: int | None = None  # questions of each of its exams; None: all
 
     def __post_init__(self) -> None:
-        for name in ("answers_per_task", "max_new_tokens", "disc_law_eval_limit"):
-            least, value = 0 if name == "answers_per_task" else 1, getattr(self, name)
+        for name, least in (("answers_per_task", 0), ("max_new_tokens", 1), ("disc_law_eval_limit", 1)):
+            value = getattr(self, name)
             if value is not None and value < least:
-                raise UserError(f"--{name} must be at least {least}")
+                raise UserError(f"--{name} must be at least {least}, got {value}")
         if self.disc_law_eval_limit is not None and self.disc_law_eval is None:
             raise UserError(
                 "--disc_law_eval_limit has no effect without --disc_law_eval FOLDER: add it, or leave it out"
@@ -198,6 +198,4 @@ def add_asking_options(parser: argparse.ArgumentParser | OptionsOf) -> None:
 def asking_of(arguments: argparse.Namespace) -> Asking:
     """What these options ask for. Raises UserError for values that cannot be, or have no effect."""
     names = ("answers_per_task", "max_new_tokens", "disc_law_eval", "disc_law_eval_limit")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    asking = Asking(**given)
-    return replace(asking, answers_per_task=asking.answers_per_task or None)
+    return Asking(**{name: value for name in names if (value := getattr(arguments, name)) is not None})

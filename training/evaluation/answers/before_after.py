@@ -68,7 +68,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     cluster.on_first(lambda: _check_writable(trained.run_dir))
     # The questions of the table are asked in any case.
     table = [row for row, uid in enumerate(part.uids) if uid in set(data.meta["questions"])]
-    rows = sorted({*questions_of(list(part.tasks), asking.answers_per_task), *table})
+    rows = sorted({*questions_of(list(part.tasks), asking.answers_per_task or None), *table})
     answers = Answers(part, data.meta["tokenizer"]["pad_id"])
     before, after = _both_sides(trained, answers, rows, asking, cluster)
     path = trained.run_dir / "report.html"
