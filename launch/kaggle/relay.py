@@ -38,11 +38,11 @@ from launch.kaggle.record import (
     utc,
 )
 from launch.kaggle.session import SUMMARY
-from launch.scripts import script_of
+from launch.scripts import run_and_data, script_of
 from training.base.console import TryLaterError, UserError, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import writing_to
-from training.base.options import command_line, raw_values
+from training.base.options import command_line
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 try:
@@ -453,11 +453,7 @@ def main(argv: Sequence[str]) -> int:
     if every_s <= 0:
         raise UserError("--every must be longer than nothing, for example 5m")
     script = arguments.script or script_of(Path(arguments.config))
-    values = raw_values([arguments.config, *words])
-    missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
-    if missing:
-        raise UserError(f"{arguments.config} and the options do not say {' and '.join(missing)}")
-    run_dir, data = Path(values["run_dir"]), Path(values["data"])
+    run_dir, data = run_and_data([arguments.config, *words])
     if not data.is_dir():
         raise UserError(f"there is no prepared data at {data}; README.md says how to prepare it")
     with writing_to(run_dir, option="--run_dir"):

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.scripts import script_of
+from launch.scripts import run_and_data, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, time_left
-from training.base.options import raw_values
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 JOBS = "slurm.jsonl"
@@ -187,13 +186,10 @@ def _print_run(words: Sequence[str]) -> int:
     """The training script, the run's folder and its data, as the batch scripts need them before it runs."""
     if not words or words[0].startswith("--"):
         raise UserError("name a config file: sbatch slurm/torchrun.sbatch configs/gpt/base.yaml [--key value ...]")
-    values = raw_values(words)
-    missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
-    if missing:
-        raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
+    run_dir, data = run_and_data(words)
     say(script_of(Path(words[0])))
-    say(values["run_dir"])
-    say(values["data"])
+    say(str(run_dir))
+    say(str(data))
     return 0
 
 
