@@ -38,8 +38,7 @@ def fetch_snapshot(
     import huggingface_hub.errors  # neither module is there before someone has imported it
 
     cache, endpoint = Path(hub.constants.HF_HUB_CACHE), hub.constants.ENDPOINT
-    by_hand = f"hf download {name}" + (" --repo-type dataset" if kind == "dataset" else "")
-    by_hand += (f" --revision {revision}" if revision else "") + " --local-dir FOLDER"
+    by_hand = _by_hand(name, revision, kind)
     elsewhere = f"on a machine with a network run `{by_hand}`, copy the folder here, and name it instead"
 
     def snapshot(*, only_cached: bool) -> Path:
@@ -82,3 +81,10 @@ def fetch_snapshot(
     if not is_complete(folder):
         raise UserError(f"{name} has not all the files that are needed ({', '.join(patterns)}); is the name right?")
     return folder
+
+
+def _by_hand(name: str, revision: str | None, kind: str) -> str:
+    words = ["hf", "download", name, "--local-dir", "FOLDER"]
+    words += ["--repo-type", kind] if kind != "model" else []
+    words += ["--revision", revision] if revision else []
+    return " ".join(words)
