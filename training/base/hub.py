@@ -54,8 +54,7 @@ def fetch_snapshot(
             return None
         return folder if is_complete(folder) else None
 
-    found = cached()
-    if found is not None:
+    if found := cached():
         return found
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
@@ -63,8 +62,7 @@ def fetch_snapshot(
     with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        found = cached()  # by the process that had the lock before
-        if found is not None:
+        if found := cached():  # by the process that had the lock before
             return found
         obstacle = why_unreachable(endpoint, _CONNECT_LIMIT_S)
         if obstacle is not None:
