@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,8 @@ _CLOCK_WARNING_S, _CLOCK_ERROR_S = 1.0, 60.0
 # For a file to be seen by another node: NFS remembers for a while what was in a folder.
 _SEEN_WITHIN_S = 30.0
 
-_SMALL_BYTES, _LARGE_BYTES = 1024, {"cuda": 64 << 20, "cpu": 16 << 20}
+_ALL_REDUCE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}
+_ALL_REDUCES = 5
 
 WHAT_TO_TRY = (
     "choose the network by NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (names as in `ip address`), let the firewall pass "
@@ -148,10 +149,9 @@ class Trial:
     """How far a rank came with the collectives."""
 
     stage: str = "its own work"
-    seconds: dict[int, float] = field(default_factory=dict)  # of an all-reduce, by its bytes
-    wrong: list[str] = field(default_factory=list)  # all-reduces that gave a wrong sum
+    seconds: float | None = None  # of an all-reduce; None until it has done them all
+    is_right: bool = True  # what the first one gave
     error: str | None = None
-    done: bool = False
 
 
 def collectives(cluster: Cluster, names: Sequence[str]) -> tuple[list[Finding], bool]:
@@ -167,21 +167,17 @@ def collectives(cluster: Cluster, names: Sequence[str]) -> tuple[list[Finding], 
     thread.join(LIMIT_S)
     every: list[Trial] = cluster.gather(trial)
     backend = "NCCL" if cluster.device.type == "cuda" else "gloo"
-    if not all(each.done for each in every):
+    times_s = [each.seconds for each in every if each.seconds is not None]
+    if len(times_s) < len(every):
         return [_failure(every, names, backend)], True
-    wrong = [
-        f"{backend} gave a wrong sum ({', '.join(each.wrong)}) to {name}: {WHAT_TO_TRY}"
-        for each, name in zip(every, names, strict=True)
-        if each.wrong
-    ]
+    wrong = [name for each, name in zip(every, names, strict=True) if not each.is_right]
     if wrong:
-        return [Finding("error", "collectives", text) for text in wrong], False
-    size = _LARGE_BYTES[cluster.device.type]
-    small_s, large_s = (max(each.seconds[count] for each in every) for count in (_SMALL_BYTES, size))
-    speed = bus_bandwidth(size, large_s, cluster.world_size)
+        text = f"{backend} gave a wrong sum to {names_of(wrong)}: {WHAT_TO_TRY}"
+        return [Finding("error", "collectives", text)], False
+    size, seconds = _ALL_REDUCE_BYTES[cluster.device.type], max(times_s)
     text = (
-        f"{backend} over {cluster.world_size} ranks gives the right sums; {size >> 20} MiB in {1e3 * large_s:.1f} ms: "
-        f"{speed:.2f} GB/s bus bandwidth; {_SMALL_BYTES} bytes in {1e6 * small_s:.0f} us"
+        f"{backend} over {cluster.world_size} ranks gives the right sums; {size >> 20} MiB in {1e3 * seconds:.1f} ms: "
+        f"{bus_bandwidth(size, seconds, cluster.world_size):.2f} GB/s bus bandwidth"
     )
     return [Finding("ok", "collectives", text)], False
 
@@ -189,7 +185,7 @@ def collectives(cluster: Cluster, names: Sequence[str]) -> tuple[list[Finding], 
 def _failure(every: Sequence[Trial], names: Sequence[str], backend: str) -> Finding:
     places: dict[str, list[str]] = {}
     for each, name in zip(every, names, strict=True):
-        if not each.done:
+        if each.seconds is None:
             said = f"ended in {each.stage} with {each.error}" if each.error else f"still waits in {each.stage}"
             places.setdefault(said, []).append(name)
     words = "; ".join(f"{names_of(who)} {said}" for said, who in places.items())
@@ -201,12 +197,8 @@ def _try(cluster: Cluster, trial: Trial) -> None:
         if cluster.device.type == "cuda":
             torch.cuda.set_device(cluster.device)  # each thread begins at the first one
         _own_work(cluster.device)
-        for size, times in ((_SMALL_BYTES, 20), (_LARGE_BYTES[cluster.device.type], 5)):
-            trial.stage = f"an all-reduce of {size:,} bytes"
-            trial.seconds[size], right = _all_reduce_s(cluster, size, times)
-            if not right:
-                trial.wrong.append(f"{size:,} bytes")
-        trial.done = True
+        trial.stage = "an all-reduce"
+        _all_reduce(cluster, trial)
     except Exception as error:
         trial.error = first_words(error)
 
@@ -218,20 +210,21 @@ def _own_work(device: torch.device) -> None:
     _wait_for(device)
 
 
-def _all_reduce_s(cluster: Cluster, size: int, times: int) -> tuple[float, bool]:
-    """Mean seconds of an all-reduce of `size` bytes, and whether the first one's sum was right."""
+def _all_reduce(cluster: Cluster, trial: Trial) -> None:
+    """Whether the sum is right, and the mean seconds of an all-reduce."""
     # Whole numbers below 2^24, which fp32 holds exactly.
-    pattern = torch.arange(size // 4, device=cluster.device, dtype=torch.float32) % 251
+    count = _ALL_REDUCE_BYTES[cluster.device.type] // 4
+    pattern = torch.arange(count, device=cluster.device, dtype=torch.float32) % 251
     ranks = cluster.world_size
     summed: Tensor = cluster.sum(pattern + cluster.rank)
-    right = torch.equal(summed, pattern * ranks + ranks * (ranks - 1) / 2)
+    trial.is_right = torch.equal(summed, pattern * ranks + ranks * (ranks - 1) / 2)
     summed.zero_()
     _wait_for(cluster.device)
     began = time.perf_counter()
-    for _ in range(times):
+    for _ in range(_ALL_REDUCES):
         cluster.sum(summed)
     _wait_for(cluster.device)
-    return (time.perf_counter() - began) / times, right
+    trial.seconds = (time.perf_counter() - began) / _ALL_REDUCES
 
 
 def _wait_for(device: torch.device) -> None:

@@ -60,7 +60,9 @@ def disk(run_dir: Path) -> Iterator[Finding]:
     folder = existing_folder(run_dir)
     about = os.statvfs(folder)
     free = about.f_bavail * about.f_frsize
-    yield Finding(_level(free, _FREE_BYTES), "disk", f"{_size(free)} are free at {folder}{_advice(free, _FREE_BYTES)}")
+    level, amount = _level(free, _FREE_BYTES), f"{free / 1e9:,.0f} GB" if free >= 10e9 else f"{free / 1e6:,.1f} MB"
+    advice = "" if level == "ok" else ": free some room, or choose another --run_dir"
+    yield Finding(level, "disk", f"{amount} are free at {folder}{advice}")
     if about.f_files and _level(about.f_favail, _FREE_FILES) != "ok":  # some file systems do not count
         text = f"only {about.f_favail:,} more files (inodes) can be made at {folder}: remove some, or choose another"
         yield Finding(_level(about.f_favail, _FREE_FILES), "disk", f"{text} --run_dir")
@@ -87,14 +89,6 @@ def disk(run_dir: Path) -> Iterator[Finding]:
 
 def _level(found: float, least: dict[Level, float]) -> Level:
     return next((level for level, limit in least.items() if found < limit), "ok")
-
-
-def _advice(free: float, least: dict[Level, float]) -> str:
-    return "" if _level(free, least) == "ok" else ": free some room, or choose another --run_dir"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e6:,.1f} MB"
 
 
 def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:
