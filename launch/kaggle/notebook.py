@@ -39,13 +39,13 @@ NOTEBOOK = "relay.ipynb"
 # A slug has 50 characters at most, and `-files` is appended to it.
 _SLUG_LENGTH = 44
 
-# Of one kernel run, a rank each.
+# GPUs of one kernel run, one rank each.
 GPUS = 2
 
 # The accelerator that the editor calls "GPU T4 x2", as kernel-metadata.json names it.
 MACHINE_SHAPE = "NvidiaTeslaT4"
 
-# What a run needs of a checkout, for where there is no git to ask.
+# The parts of a checkout that a run needs, for when there is no git to ask.
 _LAYOUT = ("README.md", "LICENSE", "requirements.txt", "launch", "slurm", "data_prep", "training", "configs")
 
 _ROOT = Path(__file__).resolve().parents[2]

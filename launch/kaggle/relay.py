@@ -126,7 +126,7 @@ class Relay:
     # What Kaggle knows.
 
     def _ask_what_is_there(self) -> None:
-        """Adds the versions that Kaggle has and kaggle.json has not.
+        """Adds the versions that Kaggle has but kaggle.json lacks.
 
         So a push whose answer was lost is found, and so are the kernel runs of a run whose kaggle.json was lost.
         """
@@ -152,7 +152,7 @@ class Relay:
                     there.version = version
                 else:
                     there, how = self._record.add(kernel, version, [], None), "found on Kaggle"
-                    there.announced = found[0] not in ACTIVE  # when it ended
+                    there.announced = found[0] not in ACTIVE  # its end was, at the time
                 pending, tries, there.state = None, 1, found[0]
                 self._record.write()
                 say(f"{there.name}: {how}, {found[0]}")
