@@ -4,11 +4,11 @@
     python -m launch.prove configs/gpt/base.yaml --steps 500 --kills 10 --processes 4 --model.dropout 0.3
 
 It trains the config's first steps twice: once uninterrupted, and once with accidents at random moments, each followed
-by the same command again. Then it compares SHA-256 of weights, optimizer state and small values, and every loss on the
-way. Options that it does not know go to the training. The config's own run folder is not touched.
+by the same command again. Then it compares the SHA-256 of weights, optimizer state and small values, and every loss on
+the way. Options that it does not know go to the training. The config's own run folder is not touched.
 
 On GPUs the training runs with `--deterministic true`, since some of their kernels add up in no fixed order; what that
-costs is measured and told.
+costs is measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from statistics import median
+from typing import Any, Literal, get_args
 
 from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
@@ -34,35 +35,29 @@ from training.base.durations import format_duration
 from training.base.options import CommandLine
 from training.base.processes import children, family_of, is_alive, kill_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.metrics import read_metrics
+from training.engine.metrics import METRICS, read_metrics
 from training.engine.status import read_sessions, read_status
 
 Accident = Literal["rank killed", "all killed", "launcher killed", "killed while saving", "rank told to stop"]
 
-# Each of them once before any of them twice, in random order.
-ACCIDENTS: tuple[Accident, ...] = (
-    "rank killed",
-    "all killed",
-    "killed while saving",
-    "launcher killed",
-    "rank told to stop",
-)
+# Each of them happens once before any happens twice, in random order.
+ACCIDENTS: tuple[Accident, ...] = get_args(Accident)
 
-# What differs from machine to machine and from minute to minute; all else in the record must be equal.
+# What differs from machine to machine and from minute to minute; all else in metrics.jsonl must be equal.
 _MEASURED = {"tokens_per_s", "flops_per_s", "memory_mb", "time"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training that can be started again and again. words: module and options; processes: ranks under torchrun."""
+    """A training that can be started again and again."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # module and options
     run_dir: Path
     steps: int
-    processes: int
+    processes: int  # ranks under torchrun
 
     def start(self) -> subprocess.Popen[bytes]:
-        """One session; what it says goes to `output.txt` beside the run folder."""
+        """Starts a session; what it prints goes to `output`."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         command = [sys.executable, *torchrun, "-m", *self.words, "--run_dir", str(self.run_dir)]
         with self.output.open("ab") as output:
@@ -70,6 +65,7 @@ class Training:
 
     @property
     def output(self) -> Path:
+        """What all sessions print, beside the run folder."""
         return self.run_dir.with_name(f"{self.run_dir.name}-output.txt")
 
     def finish(self) -> None:
@@ -80,7 +76,7 @@ class Training:
             raise UserError(f"the training did not finish (exit status {status}):\n{tail}")
 
     def step(self) -> int:
-        """The last step of the record."""
+        """The last step in metrics.jsonl."""
         lines = read_metrics(self.run_dir)
         return lines[-1]["step"] if lines else 0
 
@@ -91,19 +87,23 @@ class Training:
             raise UserError(f"{self.run_dir} has no valid checkpoint")
         return found
 
+    def speed(self) -> float:
+        """The median of the tokens per second in metrics.jsonl."""
+        return median(line["tokens_per_s"] for line in read_metrics(self.run_dir) if line["kind"] == "train")
+
 
 @dataclass(frozen=True)
 class Event:
-    """An accident. at: the last step on record then; saved: the newest published checkpoint; lost: what went wrong."""
+    """An accident and what it left."""
 
     accident: Accident
-    at: int
-    saved: int
-    lost: str | None
+    at: int  # the last step in metrics.jsonl
+    saved: int  # the step of the newest published checkpoint
+    lost: str | None  # what is damaged or gone that had been published
 
 
 def have_accident(training: Training, accident: Accident, dice: random.Random) -> Event | None:
-    """One session that ends by `accident`, at a random moment; None if it was finished before."""
+    """One session that ends by `accident`, at a random moment; None if the run was finished before."""
     began_at = max((checkpoint.step for checkpoint in checkpoints(training.run_dir)), default=0)
     sessions = len(read_sessions(training.run_dir))
     process = training.start()
@@ -117,9 +117,9 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
     if accident in ("rank killed", "all killed") and dice.random() < 0.125:
         time.sleep(dice.uniform(0, 6))  # perhaps before the first step
     else:
-        # Somewhere before the end, but far enough for the run to get on.
+        # Somewhere before the end, but late enough for the run to get on.
         target = began_at + 1 + int(dice.random() * min(training.steps - began_at, max(2, training.steps // 4)))
-        wait_for(lambda: len(read_sessions(training.run_dir)) > sessions)  # the record is now cut back
+        wait_for(lambda: len(read_sessions(training.run_dir)) > sessions)  # metrics.jsonl is now cut back
         wait_for(lambda: training.step() >= target)
         if accident == "killed while saving":
             saving = training.run_dir / "checkpoints"
@@ -148,11 +148,11 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
 
 
 def _wait_until_gone(family: Sequence[int], patience_s: float = 90.0) -> None:
-    """Waits for ranks that outlive their launcher for a save; raises UserError if one stays."""
+    """Waits for ranks, which may outlive their launcher to save; raises UserError if one stays."""
     end = time.monotonic() + patience_s
     while alive := [pid for pid in family if is_alive(pid)]:
         if time.monotonic() > end:
-            raise UserError(f"process {alive[0]} still runs {patience_s:g} s after its run was ended")
+            raise UserError(f"process {alive[0]} still runs {patience_s:g} s after the accident")
         time.sleep(0.02)
 
 
@@ -172,18 +172,18 @@ def interrupt(training: Training, kills: int, dice: random.Random) -> list[Event
 
 
 def differences(one: Training, other: Training) -> list[str]:
-    """What is not the same at the end of two trainings: files of the last checkpoint, lines of the record."""
+    """What differs at the end of two trainings: files of the last checkpoint, lines of metrics.jsonl."""
     first, second = one.last(), other.last()
     found = [f"steps: {first.step} and {second.step}"] if first.step != second.step else []
     files, others = first.manifest["files"], second.manifest["files"]
     found += [name for name in files if files[name]["sha256"] != others[name]["sha256"]]
-    records = [
+    lines, other_lines = (
         [{key: value for key, value in line.items() if key not in _MEASURED} for line in read_metrics(each.run_dir)]
         for each in (one, other)
-    ]
-    if records[0] != records[1]:
-        same = sum(line == twin for line, twin in zip(*records, strict=False))
-        found.append(f"the record: {same} of {len(records[0])} lines are the same, {len(records[1])} are there")
+    )
+    if lines != other_lines:
+        same = sum(line == twin for line, twin in zip(lines, other_lines, strict=False))
+        found.append(f"{METRICS}: {same} of {len(lines)} lines are the same, {len(other_lines)} are there")
     return found
 
 
@@ -221,20 +221,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     events = interrupt(broken, arguments.kills, random.Random(arguments.random_seed))
     different = differences(whole, broken)
     lost = [event for event in events if event.lost]
-    _print(events, whole, broken)
+    _print_proof(events, whole, broken)
     if gpus:
         free = training("not-deterministic", "--deterministic", "false")
         free.finish()
-        say(f"deterministic kernels take {_speed(free) / _speed(whole) - 1:.1%} more time here")
+        say(f"deterministic kernels take {free.speed() / whole.speed() - 1:.1%} more time here")
     if different or lost:
         say(f"NOT the same: {'; '.join(different) or 'a published checkpoint was lost'}. Both runs are in {folder}")
         return 1
     say(
-        f"the same, bit for bit: {len(events)} accident(s), all {len(read_metrics(whole.run_dir))} lines of the record "
+        f"the same, bit for bit: {len(events)} accident(s), all {len(read_metrics(whole.run_dir))} lines of {METRICS} "
         f"equal, {format_duration(time.monotonic() - began)}"
     )
     if len(events) < arguments.kills:
-        say(f"(the run was finished before {arguments.kills} could happen; more --steps leave room for more)")
+        say(f"(the run was finished before {arguments.kills} could happen; more --steps leave room for them)")
     shutil.rmtree(folder)
     return 0
 
@@ -250,7 +250,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _shortened(steps: int) -> list[str]:
-    """Options that make a short run of any config, with every part of a long one in it."""
+    """Options that make a short run of any config, with every part of a long one."""
     chosen: dict[str, Any] = {
         "optim.steps": steps,
         "optim.warmup_steps": steps // 10,
@@ -268,12 +268,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _speed(training: Training) -> float:
-    rates = sorted(line["tokens_per_s"] for line in read_metrics(training.run_dir) if line["kind"] == "train")
-    return rates[len(rates) // 2]
-
-
-def _print(events: Sequence[Event], whole: Training, broken: Training) -> None:
+def _print_proof(events: Sequence[Event], whole: Training, broken: Training) -> None:
     say(f"\n  {'accident':<22} {'at step':>8} {'resumed at':>11} {'done again':>11}")
     for event in events:
         verdict = f"  LOST: {event.lost}" if event.lost else ""

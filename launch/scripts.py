@@ -1,36 +1,68 @@
-"""From a config file to the training that it is for: its options, read as the script itself would read them."""
+"""From a config file to the training that it is for: its script, its run, and its options as the script reads them.
+
+Importing this costs no torch; `read_options` imports it.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from training.base.console import UserError
 from training.base.options import parse, raw_values
-from training.engine.task import RunOptions
+
+if TYPE_CHECKING:
+    from training.engine.task import RunOptions
+
+
+def peek(words: Sequence[str]) -> dict[str, str]:
+    """Every text that the options `words` set, by its dotted key, unchecked and without defaults.
+
+    For what has to be known of a run before its script reads the options. Raises UserError where the config file cannot
+    be read or a word has no place.
+    """
+    return dict(_texts(raw_values(words)))
+
+
+def _texts(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{key}", value
 
 
 def script_of(config: Path) -> str:
     """The module that trains by a config file: what its key `training` says, or `training.NAME` for configs/NAME/..."""
-    named = None
-    if config.is_file():
-        with suppress(UserError):  # whoever reads all of it tells what is wrong with it
-            named = raw_values([str(config)]).get("training")
-    return str(named) if named else f"training.{config.resolve().parent.name}"
+    said: dict[str, str] = {}
+    with suppress(UserError):  # whoever reads all of it reports what is wrong with it
+        said = peek([str(config)])
+    return said.get("training", f"training.{config.resolve().parent.name}")
+
+
+def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
+    """The run folder and the prepared data that the options `words` name. Raises UserError where one is missing."""
+    said = peek(words)
+    missing = [key for key in ("run_dir", "data") if key not in said]
+    if missing:
+        raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
+    return Path(said["run_dir"]), Path(said["data"])
 
 
 def read_options(script: str, words: Sequence[str]) -> RunOptions:
     """The options `words` as the module `script` reads them. Raises UserError with every mistake in them."""
+    from training.engine.task import RunOptions
+
     try:
         found = vars(importlib.import_module(script)).values()
     except ModuleNotFoundError as error:
         if error.name is None or not script.startswith(error.name):
             raise  # the script is there, and something that it needs is not
         raise UserError(f"there is no module {script}: name it by --script, as in --script training.gpt") from None
-    options = [each for each in found if isinstance(each, type) and issubclass(each, RunOptions)]
-    own = [each for each in options if each.__module__ == script]
-    if not own:
-        raise UserError(f"{script} is no training: name one by --script, as in --script training.gpt")
-    return parse(own[0], words, prog=f"python -m {script}", about="")[0]
+    for each in found:
+        if isinstance(each, type) and issubclass(each, RunOptions) and each.__module__ == script:
+            return parse(each, words, prog=f"python -m {script}", about="")[0]
+    raise UserError(f"{script} is no training: name one by --script, as in --script training.gpt")

@@ -11,7 +11,7 @@ step=         # srun's process, while it runs
 asked=false   # SLURM's signal before the end; also `scancel --signal=USR1 --batch`
 taken=false   # SIGTERM: SLURM ends the job (scancel, preemption, a node, the time limit) and tells the tasks itself
 
-# Set before anything is started: without them the first signal would end this shell, and the job with it.
+# Set before anything is started: without these traps the first signal would end this shell, and the job with it.
 trap 'asked=true; pass_on' USR1
 trap 'taken=true; end_in_time' TERM
 
@@ -19,7 +19,7 @@ pass_on() {
     if [ -n "$step" ]; then kill -s USR1 "$step" 2> /dev/null || true; fi
 }
 
-# Between SIGTERM and SIGKILL lies SLURM's KillWait. Ranks that hang must not take it all: something is left to be done.
+# KillWait lies between SIGTERM and SIGKILL. Ranks that hang must not use all of it: the verdict is still to be written.
 end_in_time() {
     if [ -n "$step" ]; then (sleep "$save_wait" && kill -s KILL "$step") > /dev/null 2>&1 & fi
 }
@@ -90,7 +90,7 @@ session() {
     "${container[@]}" python -m launch.slurm.job begin "$run_dir" || nothing_to_do=$?
     if [ $nothing_to_do = 3 ]; then exit 0; elif [ $nothing_to_do != 0 ]; then exit 1; fi
 
-    # What the user has to mend first is written here by whoever finds it.
+    # A process that finds an error for the user to mend writes it here.
     export RELAY_ERROR_FILE=$run_dir/error-$SLURM_JOB_ID.txt
     rm -f "$RELAY_ERROR_FILE"
 
@@ -113,13 +113,13 @@ session() {
     exit $verdict
 }
 
-# The user's own lines, which need not be as strict as these.
+# The user's own lines need not be as strict as these.
 set +eu
 source slurm/environment.sh
 set -eu
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1
 
-# How many ranks a node has: one per GPU, or as many as were wished for on a CPU.
+# How many ranks a node has: one per GPU, or as many as were asked for on a CPU.
 ranks_per_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 cpus=$(( ${SLURM_CPUS_PER_TASK:-1} / ranks_per_node ))
 cpus_per_rank=$(( cpus > 0 ? cpus : 1 ))

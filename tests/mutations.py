@@ -369,10 +369,10 @@ FAULTS = (
         "tests/launch/test_slurm_job.py::test_status_of_an_earlier_session_is_not_taken_for_this_ones",
     ),
     Fault(
-        "sessions in vain use up the GPU hours of a week",
+        "kernel runs without progress use up the GPU hours of a week",
         "launch/kaggle/record.py",
-        'came = (session.step or 0) if session.state == "complete" else 0',
-        "came = session.step or 0",
+        'came = (each.step or 0) if each.state == "complete" else 0',
+        "came = each.step or 0",
         "tests/launch/test_kaggle_relay.py::test_progress_that_cannot_be_continued_does_not_count",
     ),
     Fault(

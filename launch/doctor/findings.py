@@ -1,14 +1,14 @@
 """What the checks find, and how the findings of many ranks become one report.
 
-Promises: a check that breaks is a finding itself and hides no other; what several nodes or ranks find alike is said
-once; what only some of them find is followed by their names.
+Promises: a check that breaks is itself a finding and hides no other; what all who looked found is said once; what only
+some of them found is followed by their names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from training.base.console import PeerError, UserError, say
@@ -22,40 +22,44 @@ _NAMES_AT_MOST = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """subject: what was looked at, in a word or two; text: what was found and, if it is not ok, what to do."""
+    """One line of the report."""
 
     level: Level
-    subject: str
-    text: str
+    subject: str  # what was looked at, in a word or two
+    text: str  # what was found and, if it is not ok, what to do
 
 
 @dataclass(frozen=True)
 class MustMatch:
-    """A value that must be the same for all who look. level and advice: of a difference."""
+    """A value that must be the same for all who look."""
 
     subject: str
     name: str
     value: str
-    level: Level
+    level: Level  # of a difference
     advice: str
 
 
 @dataclass(frozen=True)
 class Check:
-    """asked: who looks, since others would see the same: the first rank, the first of each node, or each rank."""
+    """Something to look at."""
 
     subject: str
-    asked: Literal["first", "node", "rank"]
+    asked: Literal["first", "node", "rank"]  # who looks: the first rank, the first rank of each node, or every rank
     look: Callable[[], Iterable[Finding | MustMatch]]
 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What one rank found, by check: a list for each check that it was asked for."""
+    """What one rank found."""
 
     host: str
     rank: int
-    found: tuple[tuple[Finding | MustMatch, ...] | None, ...]
+    found: tuple[tuple[Finding | MustMatch, ...] | None, ...]  # by check; None where this rank was not asked
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
 
 
 def examine(checks: Sequence[Check], ranks: Ranks, host: str) -> DoctorReport:
@@ -86,50 +90,50 @@ def merge(checks: Sequence[Check], reports: Sequence[DoctorReport]) -> list[Find
     """All reports as one list of findings, in the order of the checks."""
     merged: list[Finding] = []
     for index, check in enumerate(checks):
-        asked = [(report, found) for report in reports if (found := report.found[index]) is not None]
-        merged += _merge_one([(rank_name(report) if check.asked == "rank" else report.host, f) for report, f in asked])
+        merged += say_once(
+            [
+                (report.name if check.asked == "rank" else report.host, found)
+                for report in reports
+                if (found := report.found[index]) is not None
+            ]
+        )
     return merged
 
 
-def rank_name(report: DoctorReport) -> str:
-    """A rank in words."""
-    return f"rank {report.rank} on {report.host}"
-
-
-def _merge_one(said: Sequence[tuple[str, Sequence[Finding | MustMatch]]]) -> list[Finding]:
-    speakers: dict[Finding, list[str]] = {}
-    values: dict[tuple[str, str, Level, str], dict[str, list[str]]] = {}
+def say_once(said: Sequence[tuple[str, Sequence[Finding | MustMatch]]]) -> list[Finding]:
+    """The findings of several, each with the name of who found them, without repeating what all of them found."""
+    finders: dict[Finding, list[str]] = {}
+    values: dict[MustMatch, dict[str, list[str]]] = {}
     for name, found in said:
         for each in found:
             if isinstance(each, Finding):
-                speakers.setdefault(each, []).append(name)
+                finders.setdefault(each, []).append(name)
             else:
-                thing = (each.subject, each.name, each.level, each.advice)
-                values.setdefault(thing, {}).setdefault(each.value, []).append(name)
+                values.setdefault(replace(each, value=""), {}).setdefault(each.value, []).append(name)
     merged = [
-        each if len(names) == len(said) else Finding(each.level, each.subject, f"{each.text} [{names_of(names)}]")
-        for each, names in speakers.items()
+        each if len(names) == len(said) else replace(each, text=f"{each.text} [{names_of(names)}]")
+        for each, names in finders.items()
     ]
-    for (subject, name, level, advice), by_value in values.items():
+    for each, by_value in values.items():
         if len(by_value) > 1:
             parts = ", ".join(f"{value} [{names_of(names)}]" for value, names in by_value.items())
-            merged.append(Finding(level, subject, f"{name} differs: {parts}; {advice}"))
+            merged.append(Finding(each.level, each.subject, f"{each.name} differs: {parts}; {each.advice}"))
     return merged
 
 
 def names_of(names: Sequence[str]) -> str:
-    """Names one behind the other, the first few of them."""
+    """The names in a row, the first few of them if there are many."""
     unique = list(dict.fromkeys(names))
     more = len(unique) - _NAMES_AT_MOST
     return ", ".join(unique[:_NAMES_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
-def print_report(findings: Sequence[Finding], of: str) -> int:
-    """Prints all findings and their number; returns the exit status: 1 if there is an error. of: what was examined."""
+def print_report(findings: Sequence[Finding], examined: str) -> int:
+    """Prints all findings and their number; returns the exit status: 1 if there is an error."""
     width = max(len(each.subject) for each in findings)
     for each in findings:
         say(f"{each.level:<8} {each.subject:<{width}}  {each.text}")
     count = Counter(each.level for each in findings)
     verdict = "the errors must be mended before a run" if count["error"] else "a run can start"
-    say(f"\n{of}: {count['error']} error(s), {count['warning']} warning(s), {count['ok']} ok: {verdict}")
+    say(f"\n{examined}: {count['error']} error(s), {count['warning']} warning(s), {count['ok']} ok: {verdict}")
     return 1 if count["error"] else 0

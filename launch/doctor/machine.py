@@ -1,4 +1,4 @@
-"""What one machine has: versions, GPUs, shared memory, limits, and who started this process here."""
+"""What one machine has: versions, GPUs, shared memory, limits, and what started this process here."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from training.engine.precision import PrecisionName, choose_precision
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 
-# A context of CUDA and its libraries take some hundreds of MB of a card that is otherwise empty.
-_CARD_IN_USE_BYTES = 1e9
+# A context of CUDA and its libraries take some hundreds of MB of a GPU that is otherwise empty.
+_GPU_IN_USE_BYTES = 1e9
 
 _SHARED_MEMORY_BYTES = 1e9
 _OPEN_FILES = 1024
@@ -32,13 +32,12 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]
     build = {"torch": torch.__version__}
     if torch.version.cuda is not None:
         build["CUDA"] = torch.version.cuda
-    if torch.version.cuda is not None and torch.distributed.is_nccl_available():
-        build["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    yield MustMatch("versions", "Python", platform.python_version(), "warning", "give all nodes the same environment")
+        if torch.distributed.is_nccl_available():
+            build["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    same = "give all nodes the same environment"
+    yield MustMatch("versions", "Python", platform.python_version(), "warning", same)
     for name, found in build.items():
-        yield MustMatch(
-            "versions", name, found, "error", "the ranks must run the same libraries: share one environment"
-        )
+        yield MustMatch("versions", name, found, "error", f"the ranks must run the same libraries: {same}")
     pinned, others = 0, 0
     for line in requirements.read_text(encoding="utf-8").splitlines():
         name, _, wanted = line.partition("==")
@@ -51,8 +50,8 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]
             others += 1
             yield Finding("error", "versions", f"{name} is not installed: pip install {name}=={wanted}")
             continue
-        yield MustMatch("versions", name, installed, "warning", "give all nodes the same environment")
-        if installed.split("+")[0] != wanted:  # behind a plus: for which CUDA it was built
+        yield MustMatch("versions", name, installed, "warning", same)
+        if installed.split("+")[0] != wanted:  # a plus is followed by the CUDA that it was built for
             others += 1
             text = f"{name} {installed} is installed, {wanted} was tested: pip install {name}=={wanted}"
             yield Finding("warning", "versions", text)
@@ -61,7 +60,7 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]
 
 
 def gpus(ranks: Ranks) -> Iterator[Finding]:
-    """Whether the GPUs of this node are seen, and used."""
+    """Whether torch sees the GPUs of this node, and the ranks use them all."""
     if not torch.cuda.is_available():
         if Path("/dev/nvidia0").exists():
             build = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built for CPUs only"
@@ -78,7 +77,7 @@ def gpus(ranks: Ranks) -> Iterator[Finding]:
         yield Finding("ok", "GPUs", used)
 
 
-def card(device: torch.device) -> Iterator[Finding | MustMatch]:
+def gpu(device: torch.device) -> Iterator[Finding | MustMatch]:
     """This rank's own GPU: what it is, whether torch can use it, and whether it is free."""
     if device.type != "cuda":
         return
@@ -93,13 +92,13 @@ def card(device: torch.device) -> Iterator[Finding | MustMatch]:
     if not has_kernels((about.major, about.minor), built_for):
         text = (
             f"{about.name} is sm_{about.major}{about.minor}, and torch {torch.__version__} has kernels for "
-            f"{', '.join(built_for)} only: choose another card, or a torch that was built for this one"
+            f"{', '.join(built_for)} only: choose another GPU, or a torch that was built for this one"
         )
         yield Finding("error", "GPU", text)
         return
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
-    if taken > _CARD_IN_USE_BYTES:
+    if taken > _GPU_IN_USE_BYTES:
         text = f"{taken / 1e9:.1f} GB of it are in use by other processes: end them (nvidia-smi names them), or wait"
         yield Finding("warning", "GPU", text)
 
@@ -107,18 +106,16 @@ def card(device: torch.device) -> Iterator[Finding | MustMatch]:
 def has_kernels(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
     """Whether a build for `built_for` (as `torch.cuda.get_arch_list` says: sm_75, compute_90) runs on this capability.
 
-    sm_XY is machine code, which newer cards of the same major version run, too (with a letter behind it only X.Y
-    itself); compute_XY is translated for every newer card.
+    sm_XY is machine code, which newer GPUs of the same major version run too; with a letter behind it only X.Y itself
+    does. compute_XY is translated for every newer GPU.
     """
     for name in built_for:
         parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name)
         if parts is None:
             continue
-        kind, major, minor, special = parts[1], int(parts[2]), int(parts[3]), parts[4]
-        if special:
-            if (major, minor) == capability:
-                return True
-        elif (kind == "compute" or major == capability[0]) and (major, minor) <= capability:
+        built = int(parts[2]), int(parts[3])
+        of_this_kind = parts[1] == "compute" or built[0] == capability[0]
+        if built == capability or (of_this_kind and built < capability and not parts[4]):
             return True
     return False
 
@@ -157,7 +154,7 @@ def limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def surroundings(ranks: Ranks, launcher: Launcher | None) -> Iterator[Finding]:
-    """Who started the ranks, and how much time they have."""
+    """What started the ranks, and how much time they have."""
     if launcher is not None:
         starter = "torchrun" if launcher.keeps_store else "DeepSpeed's launcher"
     elif ranks.world_size > 1:

@@ -1,6 +1,6 @@
 """What the run of a config needs on each node: the config itself, disk, data, base model, wandb.
 
-The doctor reads a run and its data and changes neither: what it writes, it writes beside them and removes.
+A run and its data are read and never changed: what the doctor writes lies beside them and is removed.
 """
 
 from __future__ import annotations
@@ -13,48 +13,17 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pydantic import ConfigDict, Field
-
 from launch.doctor.findings import Finding, Level, MustMatch
 from launch.scripts import read_options
 from training.base.console import UserError
 from training.base.environment import staged
 from training.base.files import write_atomically, writing_to
-from training.base.options import Options, parse
 from training.data.conversations import open_conversations
 from training.data.prepared import open_prepared
 from training.engine.precision import PrecisionName
 
 _FREE_BYTES: dict[Level, float] = {"error": 0.5e9, "warning": 5e9}
 _FREE_FILES: dict[Level, float] = {"error": 100, "warning": 10_000}
-
-
-class _Known(Options):
-    model_config = ConfigDict(extra="ignore")
-
-
-class KnownWandb(_Known):
-    """wandb's part of `Known`."""
-
-    mode: str = "disabled"
-
-
-class Known(_Known):
-    """What the doctor needs of a config; whatever else is wrong with that is found by its script's own options."""
-
-    run_dir: Path | None = None
-    data: Path | None = None
-    base_model: str | None = None
-    base_revision: str | None = None
-    wandb: KnownWandb = Field(default_factory=KnownWandb)
-
-
-def read_known(words: Sequence[str]) -> Known:
-    """What of the options `words` can be read; nothing of a file that is no config at all."""
-    try:
-        return parse(Known, words, prog="", about="")[0]
-    except UserError:
-        return Known()
 
 
 def config(script: str | None, words: Sequence[str]) -> Iterator[Finding]:
@@ -87,11 +56,13 @@ def existing_folder(path: Path) -> Path:
 
 
 def disk(run_dir: Path) -> Iterator[Finding]:
-    """Room for a run in `run_dir`, and whether files can be written, brought to the disk, renamed, read and locked."""
+    """Whether `run_dir` has room for a run, and files there can be written, brought to the disk, read and locked."""
     folder = existing_folder(run_dir)
     about = os.statvfs(folder)
     free = about.f_bavail * about.f_frsize
-    yield Finding(_level(free, _FREE_BYTES), "disk", f"{_size(free)} are free at {folder}{_advice(free, _FREE_BYTES)}")
+    level, amount = _level(free, _FREE_BYTES), f"{free / 1e9:,.0f} GB" if free >= 10e9 else f"{free / 1e6:,.1f} MB"
+    advice = "" if level == "ok" else ": free some room, or choose another --run_dir"
+    yield Finding(level, "disk", f"{amount} are free at {folder}{advice}")
     if about.f_files and _level(about.f_favail, _FREE_FILES) != "ok":  # some file systems do not count
         text = f"only {about.f_favail:,} more files (inodes) can be made at {folder}: remove some, or choose another"
         yield Finding(_level(about.f_favail, _FREE_FILES), "disk", f"{text} --run_dir")
@@ -104,9 +75,7 @@ def disk(run_dir: Path) -> Iterator[Finding]:
         write_atomically(path, content)
         seconds = time.monotonic() - began
         if path.read_bytes() != content:
-            text = (
-                f"a file that was written to {folder} does not read back: the disk is damaged; choose another --run_dir"
-            )
+            text = f"a file written to {folder} does not read back: the disk is damaged; choose another --run_dir"
             yield Finding("error", "disk", text)
         speed = "" if seconds < 1 else f", slowly: 1 MB took {seconds:.1f} s"
         yield Finding("ok", "disk", f"written, brought to the disk, renamed and read back{speed}")
@@ -114,7 +83,7 @@ def disk(run_dir: Path) -> Iterator[Finding]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                text = f"no file locks at {folder} ({error.strerror}): take care that no two runs share a run folder"
+                text = f"no file locks at {folder} ({error.strerror}): make sure that no two runs share a folder"
                 yield Finding("warning", "disk", text)
 
 
@@ -122,16 +91,8 @@ def _level(found: float, least: dict[Level, float]) -> Level:
     return next((level for level, limit in least.items() if found < limit), "ok")
 
 
-def _advice(free: float, least: dict[Level, float]) -> str:
-    return "" if _level(free, least) == "ok" else ": free some room, or choose another --run_dir"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e6:,.1f} MB"
-
-
 def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:
-    """The prepared data set, as the training opens it. chat: conversations, no sentence pairs."""
+    """The prepared data set, as the training opens it. chat: conversations, not sentence pairs."""
     opened = open_conversations(staged(folder)) if chat else open_prepared(staged(folder))
     yield Finding("ok", "data", f"{folder} opens")
     for name, value in opened.identity.items():
@@ -139,7 +100,7 @@ def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:
 
 
 def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]:
-    """The base model's files; nothing is fetched."""
+    """Whether the base model's files are here; nothing is fetched."""
     from training.models.base_model import find_base_model, fingerprint_of
 
     if not Path(name).expanduser().is_dir() and name.count("/") == 1 and name[0] not in "./~":
@@ -148,20 +109,17 @@ def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             yield Finding("ok", "base model", f"{name} is in the hub's cache")
         else:
-            text = (
-                f"{name} is no folder here and not in the hub's cache: the training will fetch it from the hub, which"
-            )
-            yield Finding("warning", "base model", f"{text} takes a network; `hf download {name}` does so beforehand")
+            text = f"{name} is no folder here and not in the hub's cache: the training will fetch it over the network"
+            yield Finding("warning", "base model", f"{text}; `hf download {name}` does so beforehand")
         return
     folder = find_base_model(name, revision)
     yield Finding("ok", "base model", f"{folder} is complete")
-    yield MustMatch(
-        "base model", "fingerprint", fingerprint_of(folder)[:12], "error", "bring the same model to all nodes"
-    )
+    fingerprint = fingerprint_of(folder)[:12]
+    yield MustMatch("base model", "fingerprint", fingerprint, "error", "bring the same model to all nodes")
 
 
 def wandb(mode: str) -> Iterator[Finding]:
-    """Whether the run can be shown in wandb, by the same probe as the training's own."""
+    """Whether the run can be shown in wandb, found out as the training does."""
     if mode not in ("auto", "online"):
         yield Finding("ok", "wandb", mode)
         return
@@ -169,7 +127,7 @@ def wandb(mode: str) -> Iterator[Finding]:
         raise UserError("wandb is not installed: pip install wandb, or go without it by --wandb.mode disabled")
     from training.engine.wandb.visit import why_offline
 
-    with tempfile.TemporaryDirectory() as own:  # for what it would leave in the home folder
+    with tempfile.TemporaryDirectory() as own:  # for what wandb would leave in the home folder
         os.environ |= {"WANDB_CACHE_DIR": own, "WANDB_DATA_DIR": own, "WANDB_ERROR_REPORTING": "false"}
         import wandb
 

@@ -1,10 +1,10 @@
-"""Trains on Kaggle, session after session.
+"""Trains on Kaggle, kernel run after kernel run: a kernel is a notebook, and every version of it runs once.
 
     python -m launch.kaggle notebook CONFIG --owner ME --output DIR   a notebook to push or to upload by hand
-    python -m launch.kaggle session CONFIG                            what that notebook runs, on Kaggle
-    python -m launch.kaggle relay ...                                 pushes sessions until the run is finished
+    python -m launch.kaggle run CONFIG                                what that notebook runs, on Kaggle
+    python -m launch.kaggle relay ...                                 pushes kernels until the run is finished
 
-`python -m launch.kaggle VERB --help` tells the rest.
+`python -m launch.kaggle VERB --help` has the rest.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from training.base.console import UserError, run_main
 
 def main(argv: Sequence[str] | None = None) -> int:
     verb, *words = (sys.argv[1:] if argv is None else list(argv)) or [""]
-    # Each is loaded only when it is asked for: a session needs no client of Kaggle's, nor a relay torch.
+    # Each is loaded only when it is asked for: a kernel run needs no client of Kaggle's, nor a relay torch.
     if verb == "notebook":
         from launch.kaggle.notebook import main as notebook_main
 
         return notebook_main(words)
-    if verb == "session":
-        from launch.kaggle.session import main as session_main
+    if verb == "run":
+        from launch.kaggle.kernel_run import main as run_main_on_kaggle
 
-        return session_main(words)
+        return run_main_on_kaggle(words)
     if verb == "relay":
         from launch.kaggle.relay import main as relay_main
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(__doc__)
         return 0
-    raise UserError(f"say what to do: notebook, session or relay (python -m launch.kaggle --help), got {verb!r}")
+    raise UserError(f"say what to do: notebook, run or relay (python -m launch.kaggle --help), got {verb!r}")
 
 
 if __name__ == "__main__":

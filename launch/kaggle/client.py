@@ -1,9 +1,9 @@
-"""The `kaggle` command, as the relay asks it: what it prints becomes values, or an error that says what to do.
+"""The `kaggle` command: what it prints becomes values, or an error that says what to do.
 
-It promises: no token is in anything that leaves this module, since the command's words can hold one. What is no answer
-of Kaggle's (rate limits, network, Kaggle's own faults, a command that breaks) is tried again with growing pauses, for a
-day; where a second try could start a second session, `LostAnswer` says that nobody knows whether the first one arrived.
-It does not promise to understand other versions of the command than it was written after: 2.2.5 of the official CLI.
+Promises: no token leaves this module, although the command may print one. Whatever fails before Kaggle answers (rate
+limits, the network, Kaggle's own faults, a broken command) is tried again for a day, with growing pauses; where a
+second try could start a second kernel run, `LostAnswer` says that nobody knows whether the first one arrived. Not
+promised: to understand other versions of the command than the official CLI's 2.2.5.
 
 The command ends with status 0 although a push was refused, and with 1 after an HTTP error, whose first line it prints.
 So its words decide, and its status only where they say nothing.
@@ -38,27 +38,27 @@ _STATES: dict[str, State] = {
     "CANCEL_REQUESTED": "running",  # it still runs, and still uses GPU hours
     "COMPLETE": "complete",
     "ERROR": "error",
-    "CANCEL_ACKNOWLEDGED": "cancelled",  # by the user, or by Kaggle at a session's time limit
+    "CANCEL_ACKNOWLEDGED": "cancelled",  # by the user, or by Kaggle at the time limit
 }
 
-# Older ones take OWNER/KERNEL/VERSION and answer about the newest version all the same, which would hide or invent a
-# session; and their `kaggle quota` fails.
+# Asked for OWNER/KERNEL/VERSION, older ones answer about the newest version all the same, which would hide or invent a
+# kernel run; and their `kaggle quota` fails.
 _LEAST_VERSION = (2, 2, 5)
 
-# 2.2.5 imports six, and does not ask for it.
+# 2.2.5 imports six without listing it as a requirement.
 _INSTALL = "pip install --upgrade kaggle six (into any environment; its `kaggle` must be on PATH)"
 _TOKEN = (
     "create one at https://www.kaggle.com/settings/api and save it as ~/.kaggle/access_token (or `kaggle auth login`, "
     "or the older kaggle.json as ~/.kaggle/kaggle.json)"
 )
 
-# Of an HTTP error the command prints what the server says, be it "Not found" or "404 Client Error: ...", and then a
-# hint of its own, which tells them apart. These are answers; whatever else goes wrong may pass.
+# After an HTTP error the command prints what the server says, be it "Not found" or "404 Client Error: ...", and then a
+# hint of its own, which tells the errors apart. These are answers; whatever else goes wrong may pass.
 _NOT_FOUND = re.compile(r"The resource was not found|404 Client Error")
 _DENIED = re.compile(r"You don't have access to this resource|Cannot access kernel|403 Client Error")
 _REJECTED = re.compile(r"400 Client Error|^ValueError", re.MULTILINE)
 _NO_TOKEN = re.compile(r"Authentication required|401 Client Error")
-# With these Kaggle cannot have done anything.
+# After these Kaggle cannot have done anything.
 _NEVER_DONE = re.compile(
     r"You have been rate limited|429 Client Error|NameResolutionError|Failed to resolve|name resolution"
 )
@@ -70,14 +70,11 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PATIENCE_S = 30.0, 900.0, 86400.0
 
 
 class PassingError(Exception):
-    """No answer: a rate limit, the network, a fault of Kaggle's, a broken command. Later there may be one.
-
-    surely_not_done: Kaggle cannot have done what it was asked to do.
-    """
+    """No answer: a rate limit, the network, a fault of Kaggle's, a broken command. Later there may be one."""
 
     def __init__(self, message: str, *, surely_not_done: bool = False):
         super().__init__(message)
-        self.surely_not_done = surely_not_done
+        self.surely_not_done = surely_not_done  # Kaggle cannot have done what it was asked to do
 
 
 class LostAnswer(Exception):
@@ -85,11 +82,11 @@ class LostAnswer(Exception):
 
 
 class QuotaUsedUp(Exception):
-    """Kaggle refused a push: this week's GPU hours are used up. No session began."""
+    """Kaggle refused a push: this week's GPU hours are used up. Nothing began."""
 
 
-class NoFreeSession(Exception):
-    """Kaggle refused a push: the account runs as many sessions as it may. No session began."""
+class AccountBusy(Exception):
+    """Kaggle refused a push: the account runs as many kernels as it may. Nothing began."""
 
 
 class Clock:
@@ -104,25 +101,25 @@ class Clock:
 
 @dataclass(frozen=True)
 class Quota:
-    """The account's GPU hours of this week. renewed: when the next week's hours begin, seconds since the epoch."""
+    """The account's GPU hours of this week."""
 
     used_h: float
     total_h: float
-    renewed: float | None
+    renewed: float | None  # when the next week's hours begin, in seconds since the epoch
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """A session that Kaggle took. left_out: what it could not attach, in its own words; it began all the same."""
+    """A kernel run that Kaggle began."""
 
     version: int
-    left_out: str = ""
+    left_out: str = ""  # the inputs that Kaggle could not attach, in its own words
 
 
 class Kaggle:
     """Asks Kaggle through the `kaggle` command.
 
-    first_pause_s: before the first new try, twice as long before each further one. inherited: open files that the
+    first_pause_s: before the second try; the pause doubles before each further one. inherited: open files that the
     command keeps open while it lives; the relay's lock is one.
     """
 
@@ -136,7 +133,7 @@ class Kaggle:
     # Who asks.
 
     def account(self) -> str:
-        """The account that the token belongs to. UserError: no token, a rejected one, or a command that is too old."""
+        """The account that the token belongs to. Raises UserError: no token, a rejected one, or too old a command."""
         said = self._ask(["--version"], patience_s=0.0)  # no network in it: what fails now fails always
         found = re.search(r"^Kaggle (?:CLI|API) (\d+)\.(\d+)\.(\d+)", said, re.MULTILINE)
         if found is None or tuple(map(int, found.groups())) < _LEAST_VERSION:
@@ -176,13 +173,13 @@ class Kaggle:
         found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
         if found is None:
             raise UserError(f"cannot read what `kaggle kernels status` says of {kernel}: {_one_line(said)}")
-        # What this module has never heard of may be a session that runs.
+        # A state that this module has never heard of may be that of a kernel that runs.
         state = _STATES.get(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found[1]).upper(), "running")
         why = re.search(r'Failure message: "(.*)"', said, re.DOTALL)
         return state, _one_line(why[1]) if why else ""
 
     def push(self, folder: Path) -> Pushed:
-        """Starts a session of the kernel in `folder`. Raises QuotaUsedUp, NoFreeSession, LostAnswer or UserError."""
+        """Starts a run of the kernel in `folder`. Raises QuotaUsedUp, AccountBusy, LostAnswer or UserError."""
         said = self._ask(["kernels", "push", "-p", str(folder)], changes=True)
         pushed = _PUSHED.search(said)
         if pushed is not None:
@@ -195,25 +192,25 @@ class Kaggle:
         if re.search(r"quota", refusal, re.IGNORECASE):
             raise QuotaUsedUp(refusal)
         if re.search(r"session count", refusal, re.IGNORECASE):
-            raise NoFreeSession(refusal)
+            raise AccountBusy(refusal)
         if re.search(r"phone|verif", refusal, re.IGNORECASE):
             raise UserError(
-                f"Kaggle refuses the session: {refusal} (GPUs and the internet need a verified phone number: "
+                f"Kaggle refuses the kernel: {refusal} (GPUs and the internet need a verified phone number: "
                 "https://www.kaggle.com/settings, Phone verification; then start the same command again)"
             )
-        raise UserError(f"Kaggle refuses the session: {refusal}; nothing was started")
+        raise UserError(f"Kaggle refuses the kernel: {refusal}; nothing was started")
 
     def output(self, kernel: str, version: int, folder: Path, pattern: str) -> None:
-        """Fetches those output files of a version whose path the regular expression finds, and the log, to `folder`.
+        """Fetches to `folder` a version's log and those of its output files whose path the regular expression finds.
 
-        That there is no output at all is no error.
+        A version without any output is no error.
         """
         words = ["kernels", "output", f"{kernel}/{version}", "-p", str(folder), "-o", "-q", "--file-pattern", pattern]
         try:
             self._ask([*words, "--page-size", "200"])
         except _Absent as error:
             if not _NOT_FOUND.search(error.said):
-                raise  # an address that expired, say: to take that for "no output" would lose what the session did
+                raise  # an address that expired, say: taken for "no output", it would lose what the version did
 
     # Datasets.
 
@@ -228,12 +225,12 @@ class Kaggle:
             raise UserError(f"cannot read what `kaggle datasets status` says of {dataset}") from None
 
     def upload(self, folder: Path, *, is_new: bool, notes: str) -> None:
-        """Uploads `folder` as a new dataset, or as a new version. A lost answer is no harm: it is uploaded again."""
+        """Uploads `folder` as a new dataset, or as a new version; after a lost answer it is uploaded again."""
         words = ["create"] if is_new else ["version", "-m", notes]
         said = self._ask(["datasets", *words, "-p", str(folder), "-q"], limit_s=_UPLOAD_S)
         refusal = re.search(r"creation error: (.*)", said)
         if is_new and refusal is not None and "already in use" in refusal[1]:
-            # By an earlier try whose answer was lost, or Kaggle denied that there is one. What is in it, nobody knows.
+            # An earlier try whose answer was lost made it, or Kaggle denied that it exists. Its content is unknown.
             self.upload(folder, is_new=False, notes=notes)
         elif refusal is not None:
             raise UserError(f"Kaggle refuses the dataset: {refusal[1].strip()}")
@@ -248,9 +245,9 @@ class Kaggle:
         limit_s: float = _ANSWER_S,
         patience_s: float = _PATIENCE_S,
     ) -> str:
-        """What the command prints; tried again while its errors are of those that pass.
+        """What the command prints; tried again while its errors are such as may pass.
 
-        changes: a second try could do a thing twice, so only an error from before it was done is tried again.
+        changes: a second try could do a thing twice, so it is tried again only if Kaggle cannot have done it.
         limit_s: for one answer. patience_s: for all tries.
         """
         pause_s, began = self._first_pause_s, self._clock.now()
@@ -283,7 +280,7 @@ class Kaggle:
             )
         except subprocess.TimeoutExpired:
             raise PassingError(f"timed out after {format_duration(limit_s)}") from None
-        said = self.redact(done.stdout + done.stderr)
+        said = _redacted(done.stdout + done.stderr)
         if done.returncode == 0:
             return said
         asked = f"kaggle {' '.join(words[:3])}"
@@ -295,13 +292,6 @@ class Kaggle:
             raise UserError(f"Kaggle rejects `{asked}`: {_cause(said)}")
         text = f"`{asked}` ended with status {done.returncode}: {_cause(said)}"
         raise PassingError(text, surely_not_done=_NEVER_DONE.search(said) is not None)
-
-    def redact(self, text: str) -> str:
-        """`text` without tokens, and without the signatures of signed addresses."""
-        for secret in _secrets():  # read anew: some tokens are renewed while a relay waits
-            text = text.replace(secret, "[token]")
-        text = re.sub(r"KGAT_\w+|(?<=Bearer )\S+|(?<=Basic )\S+", "[token]", text)
-        return re.sub(r"(https?://[^\s?]+)\?[^\s)\"']+", r"\1?[...]", text)
 
 
 class _Absent(UserError):
@@ -332,6 +322,14 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
+def _redacted(text: str) -> str:
+    """`text` without tokens, and without the signatures of signed addresses."""
+    for secret in _secrets():  # read anew: some tokens are renewed while a relay waits
+        text = text.replace(secret, "[token]")
+    text = re.sub(r"KGAT_\w+|(?<=Bearer )\S+|(?<=Basic )\S+", "[token]", text)
+    return re.sub(r"(https?://[^\s?]+)\?[^\s)\"']+", r"\1?[...]", text)
+
+
 def _secrets() -> list[str]:
     """Every token that the command could be using, wherever it looks for one; the longest first."""
     home = Path.home()
@@ -350,5 +348,5 @@ def _secrets() -> list[str]:
             user = user or content.get("username", "")
             found |= {content.get(key) or "" for key in ("key", "access_token", "refresh_token")}
     found |= {base64.b64encode(f"{user}:{secret}".encode()).decode() for secret in found if secret}
-    # A shorter one is no token, and would tear holes into ordinary words.
+    # Anything shorter is no token, and would tear holes into ordinary words.
     return sorted((secret for secret in found if len(secret) >= 8), key=len, reverse=True)

@@ -1,11 +1,11 @@
-"""Writes what Kaggle needs to run a session: a small notebook, and a data set with the code, the config and the data.
+"""Writes what a kernel run on Kaggle needs: a small notebook, and a data set with the code, the config and the data.
 
     python -m launch.kaggle notebook configs/gpt/t4x2.yaml --owner ME --output kaggle
     python -m launch.kaggle notebook configs/gpt/t4x2.yaml --owner ME --output kaggle --previous ME/relay
 
 The folder is one for `kaggle kernels push -p`. Without --dataset it holds another one, for `kaggle datasets create -p`.
 The config is checked as the training would check it, and nothing is written if there is a mistake. Equal code, config
-and data give equal files, byte for byte, so that whoever uploads them can tell by one hash that nothing is new.
+and data give equal files, byte for byte, so that one hash tells whether anything is new to upload.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from launch.scripts import script_of
+from launch.kaggle.kernel_run import SUMMARY
+from launch.scripts import read_options, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import KAGGLE_INPUT, KAGGLE_WORKING
 from training.base.files import open_atomically, sha256_of, write_atomically, writing_to
@@ -38,29 +39,28 @@ NOTEBOOK = "relay.ipynb"
 # A slug has 50 characters at most, and `-files` is appended to it.
 _SLUG_LENGTH = 44
 
-# One session's two cards, a rank each.
+# GPUs of one kernel run, one rank each.
 GPUS = 2
 
-# The name of an accelerator goes into `machine_shape`; this one is what the editor calls "GPU T4 x2".
+# The accelerator that the editor calls "GPU T4 x2", as kernel-metadata.json names it.
 MACHINE_SHAPE = "NvidiaTeslaT4"
 
-# What makes a run from a checkout, where there is no git to ask what belongs to it.
+# The parts of a checkout that a run needs, for when there is no git to ask.
 _LAYOUT = ("README.md", "LICENSE", "requirements.txt", "launch", "slurm", "data_prep", "training", "configs")
 
 _ROOT = Path(__file__).resolve().parents[2]
 
-# The notebook's cells, in order. `{...}` is filled in. Their lines run on Kaggle's Python and without Relay, up to the
-# cell that has unpacked it.
+# The notebook's cells, in order; `{...}` is filled in. They run on Kaggle's Python and cannot import Relay.
 _TITLE = """\
 # {title}
 
-One session of a training that takes several: it goes on from where the last one stopped, trains on both GPUs until the
-session's time is nearly over, saves, and leaves the run in the output. The next session has this one's output among its
-inputs. Made by `python -m launch.kaggle`; `{command}`.
+One part of a training that takes several kernel runs: it goes on from where the last one stopped, trains on both GPUs
+until its time is nearly over, saves, and leaves the run in the output. The next one has this output among its inputs.
+Made by `python -m launch.kaggle`; `{command}`.
 """
 
 _UNPACK = """\
-# The code lies outside of the output. Kaggle may have unpacked the archives of the data set itself.
+# The code is kept out of the output. Kaggle may have unpacked the archives of the data set itself.
 import os, shutil, subprocess, sys, tarfile, tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,7 +68,7 @@ from pathlib import Path
 inputs = Path(os.environ.get("{input_variable}", "/kaggle/input"))
 code = Path(tempfile.gettempdir(), "relay")
 shutil.rmtree(code, ignore_errors=True)
-for unpacked in inputs.rglob("launch/kaggle/session.py"):
+for unpacked in inputs.rglob("launch/kaggle/kernel_run.py"):
     shutil.copytree(unpacked.parents[2], code, dirs_exist_ok=True)
 for name in ("{code}", "{data}"):
     for archive in filter(Path.is_file, inputs.rglob(name)):
@@ -85,7 +85,7 @@ def installed(name):
         return None
 
 
-# What the image lacks is installed; its torch stays, which fits its driver.
+# What the image lacks is installed; its torch stays, because that fits its driver.
 listed = (code / "requirements.txt").read_text().split("\\n")
 wanted = [each.split("==") for each in listed if each and not each.startswith(("#", "torch=="))]
 lacking = [f"{{name}}=={{number}}" for name, number in wanted if installed(name) != number]
@@ -99,13 +99,13 @@ if torchao is not None and [int(part) for part in torchao.split(".")[:2]] < [0, 
     subprocess.run([*pip, "uninstall", "--yes", "torchao"], check=True)
 """
 
-_SESSION = """\
-# The training has processes of its own. "Stop" asks them to save and end, a second time to end at once.
+_TRAIN = """\
+# The training has processes of its own. "Stop" asks them to save and end; a second "stop", to end at once.
 import signal
 
 words = {words}
-command = [sys.executable, "-m", "launch.kaggle", "session", *words]
-session = subprocess.Popen(
+command = [sys.executable, "-m", "launch.kaggle", "run", *words]
+training = subprocess.Popen(
     command,
     cwd=code,
     stdout=subprocess.PIPE,
@@ -116,17 +116,17 @@ session = subprocess.Popen(
 )
 while True:
     try:
-        for line in session.stdout:
+        for line in training.stdout:
             print(line, end="")
         break
     except KeyboardInterrupt:
-        session.send_signal(signal.SIGINT)
-print("the session ended with status", session.wait())  # 0 finished, 75 to be continued, 1 failed
+        training.send_signal(signal.SIGINT)
+print("the training ended with status", training.wait())  # 0 finished, 75 to be continued, 1 failed
 """
 
 _RESULT = """\
 # How the run stands. No error is raised here: the output of a notebook that failed may be lost.
-print(Path(os.environ.get("{working_variable}", "/kaggle/working"), "session.json").read_text())
+print(Path(os.environ.get("{working_variable}", "/kaggle/working"), "{summary}").read_text())
 """
 
 
@@ -144,8 +144,8 @@ def write_kernel(
     """Writes the notebook and kernel-metadata.json into `folder`, for `kaggle kernels push -p`.
 
     words: the training's config file and options, as on its command line. dataset: OWNER/SLUG of what `write_dataset`
-    made. previous: OWNER/SLUG of kernels whose outputs the run is looked for in. expected_step: the step that the run
-    has come to in them; where it has not, the session ends at once. Raises UserError with every mistake in the names.
+    made. previous: OWNER/SLUG of kernels whose outputs may hold the run. expected_step: the step that the run has come
+    to in them; without it, the kernel run ends at once. Raises UserError with every mistake in the names.
     """
     mistakes = [*name_mistakes(owner, slug), *_reference_mistakes("--dataset", [dataset])]
     mistakes += _reference_mistakes("--previous", previous)
@@ -153,30 +153,10 @@ def write_kernel(
         mistakes.append(f"Kaggle asks for a title of at least 5 characters, got {title!r}")
     if mistakes:
         raise UserError("; ".join(mistakes))
-    config, *options = words
-    # Kaggle starts a session without an input that it cannot attach. It would train from the beginning again.
+    # Kaggle leaves out an input that it cannot attach, and the training would begin anew.
     expected = ["--expect-step", str(expected_step)] if previous else []
-    words = [str(config_in_archive(Path(config))), *expected, *options]
-    filled = {
-        "title": title,
-        "command": f"session {' '.join(words)}",
-        "input_variable": KAGGLE_INPUT,
-        "working_variable": KAGGLE_WORKING,
-        "code": CODE,
-        "data": DATA,
-        "dataset": dataset,
-        "words": json.dumps(words, ensure_ascii=False),
-    }
-    cells = [_cell("markdown", _TITLE, filled)] + [_cell("code", each, filled) for each in (_UNPACK, _SESSION, _RESULT)]
-    notebook = {
-        "cells": [{**cell, "id": f"cell-{number}"} for number, cell in enumerate(cells)],
-        "metadata": {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-        },
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    config, *options = words
+    notebook = _notebook(title, [str(config_in_archive(Path(config))), *expected, *options], dataset)
     metadata = {
         "id": f"{owner}/{slug}",
         "title": title,
@@ -187,7 +167,7 @@ def write_kernel(
         "enable_gpu": True,
         "enable_internet": True,  # for what the image lacks, and for base models
         "machine_shape": MACHINE_SHAPE,
-        "docker_image_pinning_type": "original",  # a run keeps its torch, and so its bits, from session to session
+        "docker_image_pinning_type": "original",  # a run keeps its torch, and with it its bits
         "dataset_sources": [dataset],
         "competition_sources": [],
         "kernel_sources": list(previous),
@@ -199,13 +179,38 @@ def write_kernel(
         write_atomically(folder / "kernel-metadata.json", json.dumps(metadata, indent=2) + "\n")
 
 
+def _notebook(title: str, words: Sequence[str], dataset: str) -> dict[str, Any]:
+    """The notebook as nbformat 4.5 has it. words: those of `launch.kaggle run`."""
+    filled = {
+        "title": title,
+        "command": f"run {' '.join(words)}",
+        "input_variable": KAGGLE_INPUT,
+        "working_variable": KAGGLE_WORKING,
+        "code": CODE,
+        "data": DATA,
+        "summary": SUMMARY,
+        "dataset": dataset,
+        "words": json.dumps(words, ensure_ascii=False),
+    }
+    cells = [_cell("markdown", _TITLE, filled)] + [_cell("code", each, filled) for each in (_UNPACK, _TRAIN, _RESULT)]
+    return {
+        "cells": [{**cell, "id": f"cell-{number}"} for number, cell in enumerate(cells)],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
 def _cell(kind: str, text: str, filled: dict[str, str]) -> dict[str, Any]:
     more = {"execution_count": None, "outputs": []} if kind == "code" else {}
     return {"cell_type": kind, "metadata": {}, "source": text.format(**filled).rstrip().splitlines(True), **more}
 
 
 def name_mistakes(owner: str, slug: str) -> list[str]:
-    """What Kaggle would not take of a user's name and the name of a kernel or data set, in words."""
+    """What Kaggle would not accept in a user's name and the name of a kernel or data set."""
     mistakes = []
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", owner):
         mistakes.append(f"--owner: expected a name on Kaggle, got {owner!r}")
@@ -223,7 +228,7 @@ def _reference_mistakes(option: str, references: Iterable[str]) -> list[str]:
 
 
 def config_in_archive(config: Path) -> PurePosixPath:
-    """Where `write_dataset` puts a config, which may lie anywhere: the name of its folder says what trains by it."""
+    """Where `write_dataset` puts a config that lies anywhere; the name of its folder still says what trains by it."""
     return PurePosixPath("configs", config.resolve().parent.name, config.name)
 
 
@@ -233,7 +238,7 @@ def config_in_archive(config: Path) -> PurePosixPath:
 def write_dataset(folder: Path, *, owner: str, slug: str, config: Path, data: Path) -> None:
     """Writes code, config and prepared data into `folder`, for `kaggle datasets create -p` and `... version -p`.
 
-    `content_hash` tells afterwards whether anything in it is new. Raises UserError when there is nothing to write.
+    `content_hash` then tells whether anything in it is new. Raises UserError when there is nothing to write.
     """
     mistakes = [*name_mistakes(owner, slug), *_content_mistakes(config, data)]
     if mistakes:
@@ -252,7 +257,7 @@ def write_dataset(folder: Path, *, owner: str, slug: str, config: Path, data: Pa
     }
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # An archive of its own for what changes less often and is much larger.
+        # The data has an archive of its own, since it changes less often and is much larger.
         _write_archive(folder / CODE, code)
         _write_archive(folder / DATA, prepared)
         files = {name: sha256_of(folder / name) for name in (CODE, DATA)}
@@ -262,7 +267,7 @@ def write_dataset(folder: Path, *, owner: str, slug: str, config: Path, data: Pa
 
 
 def content_hash(folder: Path) -> str | None:
-    """SHA-256 of what `write_dataset` put into a folder, as it wrote it down; None where it did not."""
+    """The SHA-256 that `write_dataset` wrote down for what it put into a folder; None where it did not."""
     with suppress(OSError, ValueError, KeyError):
         return json.loads((folder / CONTENT).read_text(encoding="utf-8"))["sha256"]
     return None
@@ -273,14 +278,14 @@ def _content_mistakes(config: Path, data: Path) -> list[str]:
     if not (data / "meta.json").is_file():
         mistakes.append(f"{data} is no prepared data set: there is no meta.json in it; make it with data_prep")
     elif not data.name:
-        mistakes.append(f"--data {data}: name the folder itself, since it is looked for by its name on Kaggle")
+        mistakes.append(f"--data {data}: name the folder itself, because Kaggle's copy is found by that name")
     return mistakes
 
 
 def _code_files(root: Path) -> list[str]:
-    """What belongs to Relay below `root`: what git tracks, and Python and YAML that it would; or what the layout names.
+    """The files of Relay below `root`: those that git tracks, and new Python and YAML; without git, the known folders.
 
-    An own training that was not committed yet is needed; what else lies about is not, nor may it leave the machine.
+    A training of the user's own is needed though it is not committed yet; other stray files must not leave the machine.
     """
     with suppress(OSError, subprocess.CalledProcessError):
         asked = ["git", "ls-files", "-z", "--exclude-standard"]
@@ -288,7 +293,7 @@ def _code_files(root: Path) -> list[str]:
         asked += ["--others", "--", "*.py", "*.yaml"]
         new = subprocess.run(asked, cwd=root, capture_output=True, check=True).stdout
         names = [name for name in (tracked + new).decode().split("\0") if name and (root / name).is_file()]
-        # Where another repository has Relay within it, its git may ignore all of this.
+        # If Relay lies within another repository, that one's git may ignore all of it.
         if "launch/kaggle/notebook.py" in names:
             return names
     found = [path for name in _LAYOUT for path in (root / name, *(root / name).rglob("*"))]
@@ -296,7 +301,7 @@ def _code_files(root: Path) -> list[str]:
 
 
 def _write_archive(path: Path, members: dict[str, Path]) -> None:
-    """A tar file, compressed if its name says so. Equal members give equal bytes: no times and no owners are in it."""
+    """A tar file, compressed if its name says so. It holds no times and owners: equal members give equal bytes."""
     with open_atomically(path) as raw:
         if path.suffix == ".gz":
             with gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as compressed:
@@ -372,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def slug_of(run_dir: Path) -> str:
-    """What a run is called on Kaggle. The prefix keeps it away from the user's own notebooks."""
+    """A run's name on Kaggle. The prefix keeps it apart from the user's own notebooks."""
     slug = re.sub(r"[^a-z0-9]+", "-", f"relay-{run_dir.name}".lower()).strip("-")
     if len(slug) > _SLUG_LENGTH:
         slug = f"{slug[: _SLUG_LENGTH - 9].strip('-')}-{hashlib.sha256(run_dir.name.encode()).hexdigest()[:8]}"
@@ -380,9 +385,7 @@ def slug_of(run_dir: Path) -> str:
 
 
 def checked_options(script: str, words: Sequence[str]) -> RunOptions:
-    """The options `words` of the training `script`. Raises UserError with the mistakes in them, for two T4s."""
-    from launch.scripts import read_options  # imports torch
-
+    """The options `words` of the training `script`. Raises UserError with what is wrong in them on two T4s."""
     options, mistakes = read_options(script, words), []
     if options.precision == "bf16":
         mistakes.append("precision bf16: a T4 (sm_75) only emulates it, slowly; auto takes fp16 there")

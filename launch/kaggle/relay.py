@@ -1,15 +1,14 @@
-"""Drives a run on Kaggle from one's own machine, session after session, until the model is finished.
+"""Drives a run on Kaggle from one's own machine, kernel run after kernel run, until the model is finished.
 
     python -m launch.kaggle relay configs/gpt/t4x2.yaml [--key value ...] [--owner NAME] [--every 5m]
 
-Uploads code, config and prepared data as a private dataset where they changed, starts a session, waits for its end,
-looks at how it went, and starts the next one with its output as an input. Where the week's GPU hours are used up it
+Uploads code, config and prepared data as a private dataset where they changed, starts a kernel run, waits for its end,
+looks at how it went, and starts the next one with its output as an input. When the week's GPU hours are used up, it
 says when they are renewed, waits and goes on. Options that it does not know go to the training.
 
-It can be interrupted at any moment, and the same command goes on: what it is about to do stands in
-`runs/NAME/kaggle.json` before it is done, and what came of it is asked of Kaggle, never concluded. So no session is
-started while another one of the run may be active, and none is lost. That holds for one machine; a second one should
-not drive the same run.
+It can be interrupted at any moment, and the same command goes on: it writes what it is about to do into
+`runs/NAME/kaggle.json` first, and asks Kaggle what came of it. So no kernel run is started while another one of the run
+may be active, and none is lost. That holds for one machine; a second one should not drive the same run.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from launch.kaggle import notebook
-from launch.kaggle.client import ACTIVE, Clock, Kaggle, LostAnswer, NoFreeSession, Quota, QuotaUsedUp
+from launch.kaggle.client import ACTIVE, AccountBusy, Clock, Kaggle, LostAnswer, Quota, QuotaUsedUp
+from launch.kaggle.kernel_run import SUMMARY
 from launch.kaggle.record import (
     RECORD,
-    Record,
-    Session,
+    KernelRun,
+    RelayRecord,
     end_of,
     hours_between,
+    runs_without_progress,
     seconds,
-    sessions_without_progress,
     to_continue,
     utc,
 )
-from launch.kaggle.session import SUMMARY
-from launch.scripts import script_of
+from launch.scripts import run_and_data, script_of
 from training.base.console import TryLaterError, UserError, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import writing_to
-from training.base.options import CommandLine, raw_values
+from training.base.options import CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 try:
@@ -56,23 +55,23 @@ FAILURE_LIMIT = 3
 _WEEK_H, _WEEK_S = 30.0, 7 * 86400.0
 _A_SATURDAY = datetime(2000, 1, 1, tzinfo=UTC).timestamp()
 
-# A push whose answer was lost may be under way for some time; so often and so long apart it is looked for.
+# A push whose answer was lost may be under way for some time: it is looked for so often, so long apart.
 _LOST_TRIES, _LOST_PAUSE_S = 4, 30.0
-# A version that exists does not vanish because Kaggle denies it once.
+# A version counts as gone when Kaggle has denied it so often, not after the first time.
 _GONE_TRIES = 5
 
-# So long may Kaggle take to make a version of what was uploaded.
+# Kaggle may take so long to make a version of what was uploaded.
 _PROCESSING_S = 2 * 3600.0
 
-# What is fetched of a session's output beside its log: how it went, and where the checkpoints are.
-_SMALL = r"(^|/)(session|status|manifest)\.json$"
+# What is fetched of an output beside the log: how it went, and where the checkpoints are.
+_SMALL = r"(^|/)(kernel_run|status|manifest)\.json$"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and under which names on Kaggle. words: config and options of `launch.kaggle session`."""
+    """What is trained, and under which names on Kaggle."""
 
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # config and options of `launch.kaggle run`
     run_dir: Path
     data: Path
     owner: str
@@ -83,8 +82,11 @@ class Run:
 
     @property
     def kernels(self) -> tuple[str, str]:
-        """Two in turn, each with the other's output as input: that a kernel's own output may be its input is not
-        documented, and its newest version would be the one that is about to run."""
+        """Two that take turns, each with the other's output as input.
+
+        It is not documented that a kernel's own output may be its input, and its newest version would be the one that
+        is about to run.
+        """
         return f"{self.owner}/{self.name}-a", f"{self.owner}/{self.name}-b"
 
     @property
@@ -93,26 +95,26 @@ class Run:
 
 
 class Relay:
-    """Brings one run to its end; see the module's promise.
+    """Brings one run to its end, as the module promises.
 
-    every_s: between two looks at a session, in seconds. check: raises UserError where the training's options have a
-    mistake; asked when they or what is uploaded are new.
+    every_s: seconds between two looks at a kernel run. check: raises UserError where the training's options have a
+    mistake; called when they or the uploaded files are new.
     """
 
     def __init__(self, run: Run, kaggle: Kaggle, clock: Clock, every_s: float, check: Callable[[], object]):
         self.run, self._kaggle, self._clock, self._every_s, self._check = run, kaggle, clock, every_s, check
-        self._record = Record.read(run.run_dir / RECORD)
+        self._record = RelayRecord.read(run.run_dir / RECORD)
         self._folder = run.run_dir / "kaggle"
-        self._waits = False  # for one of the account's sessions, and it was said
+        self._said_busy = False  # that the account is busy is said once, not at every try
 
     def drive(self) -> int:
         """Returns 0 when the model is finished, 75 where the user stopped the run. Raises UserError if it failed."""
         uploaded = False
         while True:
             self._ask_what_is_there()
-            for session in self._record.sessions:
-                if session.ended is None:
-                    self._watch(session)
+            for kernel_run in self._record.kernel_runs:
+                if kernel_run.ended is None:
+                    self._watch(kernel_run)
             status = self._conclude()
             if status is not None:
                 return status
@@ -124,9 +126,9 @@ class Relay:
     # What Kaggle knows.
 
     def _ask_what_is_there(self) -> None:
-        """Adds the versions that Kaggle has and the record has not.
+        """Adds the versions that Kaggle has but kaggle.json lacks.
 
-        So a push whose answer was lost is found, and so are the sessions of a run whose record was lost.
+        So a push whose answer was lost is found, and so are the kernel runs of a run whose kaggle.json was lost.
         """
         for kernel in self.run.kernels:
             pending = self._record.pending(kernel)
@@ -143,109 +145,110 @@ class Relay:
                 if self._kaggle.status(kernel, version + 1_000_000) is not None:
                     raise UserError(
                         "`kaggle kernels status` tells of versions that cannot exist, so nothing that it says of a "
-                        "session can be relied on: use another version of the command, or push by hand"
+                        "kernel run can be relied on: use another version of the command, or push by hand"
                     )
                 if pending is not None:
-                    session, how = pending, "its push had arrived"
-                    session.version = version
+                    there, how = pending, "its push had arrived"
+                    there.version = version
                 else:
-                    session, how = self._record.add(kernel, version, [], None), "found on Kaggle"
-                    session.told = found[0] not in ACTIVE  # what it means was told in its time
-                pending, tries, session.state = None, 1, found[0]
+                    there, how = self._record.add(kernel, version, [], None), "found on Kaggle"
+                    there.announced = found[0] not in ACTIVE  # its end was, at the time
+                pending, tries, there.state = None, 1, found[0]
                 self._record.write()
-                say(f"{session.name}: {how}, {found[0]}")
+                say(f"{there.name}: {how}, {found[0]}")
             if pending is not None:
-                say(f"session {pending.number}: its push did not arrive")
+                say(f"kernel run {pending.number}: its push did not arrive")
                 self._record.forget(pending)
 
-    def _watch(self, session: Session) -> None:
-        """Waits until the session is over, and takes in what came of it."""
-        assert session.version is not None
+    def _watch(self, kernel_run: KernelRun) -> None:
+        """Waits until the kernel run is over, and takes in what came of it."""
+        assert kernel_run.version is not None
         missed = 0
         while missed < _GONE_TRIES:
-            found = self._kaggle.status(session.kernel, session.version)
+            found = self._kaggle.status(kernel_run.kernel, kernel_run.version)
             if found is None:
                 missed += 1
             else:
                 missed = 0
                 state, why = found
-                if state != session.state:
-                    session.state = state
+                if state != kernel_run.state:
+                    kernel_run.state = state
                     if state in ACTIVE:
-                        say(f"{session.name}: {state}")
+                        say(f"{kernel_run.name}: {state}")
                 if state not in ACTIVE:
-                    self._end(session, why)
+                    self._end(kernel_run, why)
                     return
-                session.seen = utc(self._clock.now())
-                if state == "running" and session.began is None:
-                    session.began = session.seen
+                kernel_run.seen = utc(self._clock.now())
+                if state == "running" and kernel_run.began is None:
+                    kernel_run.began = kernel_run.seen
                 self._record.write()
             self._clock.sleep(self._every_s)
-        session.state = "cancelled"
-        self._end(session, "Kaggle no longer knows it, it was deleted perhaps")
+        kernel_run.state = "cancelled"
+        self._end(kernel_run, "Kaggle no longer knows it; perhaps it was deleted")
 
-    def _end(self, session: Session, why: str) -> None:
-        assert session.version is not None
-        folder = self._empty(f"session-{session.number:03}")
-        self._kaggle.output(session.kernel, session.version, folder, _SMALL)
+    def _end(self, kernel_run: KernelRun, why: str) -> None:
+        """Fetches how the kernel run went, notes it and says it. why: Kaggle's own reason, if any."""
+        assert kernel_run.version is not None
+        folder = self._empty(f"kernel-run-{kernel_run.number:03}")
+        self._kaggle.output(kernel_run.kernel, kernel_run.version, folder, _SMALL)
         log = next(iter(folder.glob("*.log")), None)
-        session.log = str(log) if log is not None else None
-        # The run's folder, wherever in the output it is. Its checkpoints are told by their manifests' places.
+        kernel_run.log = str(log) if log is not None else None
+        # The run's folder, wherever in the output it is. The places of the manifests tell which checkpoints it has.
         inside = (path for path in folder.rglob("*") if path.is_dir() and path.name == self.run.run_dir.name)
         run_dir = next(inside, folder)
-        session.step = max(saved_steps(run_dir), default=None)
+        kernel_run.step = max(saved_steps(run_dir), default=None)
         status = read_status(run_dir) or {}
         summary = _read_json(next(iter(folder.rglob(SUMMARY)), None)) or status
-        session.status, session.restart = summary.get("status"), summary.get("restart")
-        session.reason = why or summary.get("reason") or f"it ended ({session.state}) before it came to train"
-        session.ended = end_of(session, status.get("time"), self._clock.now())
-        if session.began is None and "seconds" in summary:
-            session.began = utc(seconds(session.ended) - float(summary["seconds"]))
-        session.began = session.began or session.pushed
+        kernel_run.status, kernel_run.restart = summary.get("status"), summary.get("restart")
+        kernel_run.reason = why or summary.get("reason") or f"it ended ({kernel_run.state}) before it came to train"
+        kernel_run.ended = end_of(kernel_run, status.get("time"), self._clock.now())
+        if kernel_run.began is None and "seconds" in summary:
+            kernel_run.began = utc(seconds(kernel_run.ended) - float(summary["seconds"]))
+        kernel_run.began = kernel_run.began or kernel_run.pushed
         self._record.write()
-        where = f"step {session.step:,}" if session.step is not None else "no checkpoint"
-        if session.step is not None and status.get("steps"):
+        where = f"step {kernel_run.step:,}" if kernel_run.step is not None else "no checkpoint"
+        if kernel_run.step is not None and status.get("steps"):
             where += f" of {status['steps']:,}"
-        say(f"{session.name}: {session.state}, {where}: {session.reason}")
+        say(f"{kernel_run.name}: {kernel_run.state}, {where}: {kernel_run.reason}")
         self._say_hours()
 
     # What it means.
 
     def _conclude(self) -> int | None:
-        """The exit status, where no further session should begin; None: the next one."""
-        sessions = self._record.sessions
-        finished = next((session for session in sessions if session.status == "finished"), None)
+        """The exit status, where no further kernel run should begin; None: the next one."""
+        kernel_runs = self._record.kernel_runs
+        finished = next((each for each in kernel_runs if each.status == "finished"), None)
         if finished is not None:
             say(f"{self.run.run_dir}: finished, {finished.reason}. Everything that it wrote:")
             say(f"  kaggle kernels output {finished.kernel}/{finished.version} -p {self.run.run_dir}/output")
             if finished.pushed is None:  # not by this relay
                 say("Kaggle had this run already. To train it anew, choose another --run_dir")
             return 0
-        fresh = [session for session in sessions if not session.told]
+        fresh = [each for each in kernel_runs if not each.announced]
         if not fresh:
             return None
-        last, fruitless = fresh[-1], min(sessions_without_progress(sessions), len(fresh))
+        last, fruitless = fresh[-1], min(runs_without_progress(kernel_runs), len(fresh))
         over = last.restart is False
         if not over and fruitless < FAILURE_LIMIT:
             return None
-        for session in fresh:
-            session.told = True  # the same command again means that the user wants another session
+        for each in fresh:
+            each.announced = True  # the same command again means that the user wants another kernel run
         self._record.write()
         log = f"; its log: {last.log}" if last.log else ""
         if over and last.status == "resumable":
-            say(f"{self.run.run_dir} rests: {last.reason}{log}; the same command continues it")
+            say(f"{self.run.run_dir} was stopped: {last.reason}{log}; the same command continues it")
             return EXIT_RESUMABLE
         if over:
             raise UserError(f"{last.name} failed: {last.reason}{log}. Mend that; the same command then goes on")
         raise UserError(
-            f"{fruitless} sessions in a row brought nothing that the next one could continue from; the last, "
+            f"{fruitless} kernel runs in a row brought nothing that the next one could continue from; the last, "
             f"{last.name}: {last.reason}{log}. The same command tries again"
         )
 
-    # The next session.
+    # The next kernel run.
 
     def _upload(self) -> None:
-        """Code, config and prepared data, where they are not what was uploaded last; returns when Kaggle has them."""
+        """Uploads code, config and prepared data unless Kaggle has them already; returns when it does."""
         folder = self._empty("dataset")
         dataset = self.run.dataset
         notebook.write_dataset(
@@ -258,7 +261,7 @@ class Relay:
         sha256 = notebook.content_hash(folder)
         known, words = self._record.dataset, list(self.run.words)
         if (known.get("sha256"), known.get("words")) != (sha256, words):
-            self._check()  # a mistake would cost a session to find
+            self._check()  # on Kaggle, a mistake would cost a kernel run to find
         there = self._kaggle.dataset(dataset)
         if there is None or (known.get("name"), known.get("sha256")) != (dataset, sha256):
             say(f"dataset {dataset}: uploading code, config and data, {_size_mb(folder):,.1f} MB")
@@ -280,20 +283,20 @@ class Relay:
         self._record.write()
         shutil.rmtree(folder)
 
-    def _best(self) -> Session | None:
-        """The session to continue, which Kaggle still has: a user may delete a kernel, and its outputs with it."""
+    def _best(self) -> KernelRun | None:
+        """The kernel run to continue, if Kaggle still has it: a user may delete a kernel, and its outputs with it."""
         while (best := to_continue(self._record, self.run.kernels)) is not None:
             assert best.version is not None
             for _ in range(_GONE_TRIES):
                 if self._kaggle.status(best.kernel, best.version) is not None:
                     return best
                 self._clock.sleep(min(_LOST_PAUSE_S, self._every_s))
-            warn(f"{best.name}: Kaggle no longer has it; what its sessions did is lost")
+            warn(f"{best.name}: Kaggle no longer has it; what the kernel did is lost")
             self._record.forget_kernel(best.kernel)
         return None
 
     def _push(self) -> None:
-        """Starts the next session; returns when it began, when it may have begun, or when a later try is worth it."""
+        """Starts the next kernel run; returns when it began, may have begun, or may be tried again later."""
         best = self._best()
         first, second = self.run.kernels
         kernel = second if best is not None and best.kernel == first else first
@@ -310,46 +313,46 @@ class Relay:
             previous=previous,
             expected_step=(best.step or 0) if best is not None else 0,
         )
-        # Before it is done: from here on a session may have begun.
-        session = self._record.add(kernel, None, previous, utc(self._clock.now()))
+        # Written down first: from here on it may have begun.
+        next_one = self._record.add(kernel, None, previous, utc(self._clock.now()))
         try:
             pushed = self._kaggle.push(folder)
         except LostAnswer as error:
-            warn(f"session {session.number}: no answer to its push ({error}); asking whether it arrived")
+            warn(f"kernel run {next_one.number}: no answer to its push ({error}); asking whether it arrived")
             return
         except QuotaUsedUp as error:
-            self._record.forget(session)
+            self._record.forget(next_one)
             self._wait_for_quota(str(error))
             return
-        except NoFreeSession as error:
-            self._record.forget(session)
-            if not self._waits:
-                say(f"no session is free, trying every {format_duration(self._every_s)}: {error}")
-            self._waits = True
+        except AccountBusy as error:
+            self._record.forget(next_one)
+            if not self._said_busy:
+                say(f"the account is busy, trying every {format_duration(self._every_s)}: {error}")
+            self._said_busy = True
             self._clock.sleep(self._every_s)
             return
         except UserError:
-            self._record.forget(session)
+            self._record.forget(next_one)
             raise
-        self._waits = False
-        self._number(session, pushed.version)
+        self._said_busy = False
+        self._number(next_one, pushed.version)
         origin = f"continues {best.name} at step {best.step:,}" if best is not None else "from the beginning"
-        say(f"{session.name}: started, {origin}")
+        say(f"{next_one.name}: started, {origin}")
         if pushed.left_out:
-            warn(f"{session.name}: {pushed.left_out}")
+            warn(f"{next_one.name}: {pushed.left_out}")
 
-    def _number(self, session: Session, version: int) -> None:
-        """Notes the version of a session that began. Where it is not the next one, something happened beside us."""
-        newest = self._record.newest(session.kernel)
+    def _number(self, kernel_run: KernelRun, version: int) -> None:
+        """Notes the version of a kernel run that began. Where it is not the next one, somebody else acted too."""
+        newest = self._record.newest(kernel_run.kernel)
         known = (newest.version or 0) if newest is not None else 0
         if version <= known:
-            warn(f"{session.kernel} was deleted, and begins again at version {version}")
-            self._record.forget_kernel(session.kernel, but=session)
-        session.version = version
+            warn(f"{kernel_run.kernel} was deleted, and begins again at version {version}")
+            self._record.forget_kernel(kernel_run.kernel, but=kernel_run)
+        kernel_run.version = version
         self._record.write()
         for between in range(known + 1, version):
-            late = self._record.add(session.kernel, between, [], None)
-            warn(f"{late.name}: began without this relay's knowledge, by a push that arrived late perhaps")
+            late = self._record.add(kernel_run.kernel, between, [], None)
+            warn(f"{late.name}: began without this relay's knowledge, perhaps by a push that arrived late")
 
     def _empty(self, name: str) -> Path:
         folder = self._folder / name
@@ -364,16 +367,17 @@ class Relay:
         renewed = _renewal(quota, now)
         say(
             f"{why.strip().rstrip('.')}: new GPU hours on {_in_words(renewed)}, in {format_duration(renewed - now)}. "
-            "Left running, this goes on then; stopped, start the same command again after that"
+            "This goes on then if it is left running; the same command does so if it was stopped"
         )
         until = max(renewed, now + self._every_s)
         while (left_s := until - self._clock.now()) > 0:
-            self._clock.sleep(min(left_s, 600.0))  # in parts: a machine that sleeps stops such a wait, not the clock
+            # In parts: while a machine sleeps, the clock goes on and a wait does not.
+            self._clock.sleep(min(left_s, 600.0))
 
     def _say_hours(self) -> None:
         quota, now = self._kaggle.quota(), self._clock.now()
         renewed = _renewal(quota, now)
-        own_h = hours_between(self._record.sessions, renewed - _WEEK_S, now)
+        own_h = hours_between(self._record.kernel_runs, renewed - _WEEK_S, now)
         if quota is not None:
             left = f"{max(0.0, quota.total_h - quota.used_h):.1f} of {quota.total_h:g} left"
         else:
@@ -389,7 +393,7 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
 
 
 def _renewal(quota: Quota | None, now: float) -> float:
-    """When the next week's GPU hours begin: as Kaggle tells, else on Saturday."""
+    """When the next week's GPU hours begin: when Kaggle says, else on Saturday."""
     if quota is not None and quota.renewed is not None:
         return quota.renewed
     return now + _WEEK_S - (now - _A_SATURDAY) % _WEEK_S
@@ -408,10 +412,10 @@ def _size_mb(folder: Path) -> float:
 
 @contextmanager
 def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
-    """Sees to it that one relay drives the run; gives the open files that its commands inherit.
+    """Lets only one relay drive the run; yields the open files that its commands inherit.
 
-    A killed relay leaves a command behind that may be pushing. It holds the second lock until it has its answer, and
-    only then is there a truth to ask for.
+    A killed relay leaves a command behind that may be pushing. That command holds the second lock until it has its
+    answer: only then can Kaggle be asked what happened.
     """
     if fcntl is None:
         yield ()
@@ -443,7 +447,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("--owner", help="your name on Kaggle (default: the one that the token belongs to)")
-    parser.add_argument("--every", default="5m", help="how often to look at a session (default %(default)s)")
+    parser.add_argument("--every", default="5m", help="how often to look at a kernel run (default %(default)s)")
     parser.add_argument("--script", help="module that trains (default: what the config says)")
     arguments, words = parser.parse_known_args(argv)
     try:
@@ -453,11 +457,7 @@ def main(argv: Sequence[str]) -> int:
     if every_s <= 0:
         raise UserError("--every must be longer than nothing, for example 5m")
     script = arguments.script or script_of(Path(arguments.config))
-    values = raw_values([arguments.config, *words])
-    missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
-    if missing:
-        raise UserError(f"{arguments.config} and the options do not say {' and '.join(missing)}")
-    run_dir, data = Path(values["run_dir"]), Path(values["data"])
+    run_dir, data = run_and_data([arguments.config, *words])
     if not data.is_dir():
         raise UserError(f"there is no prepared data at {data}; README.md says how to prepare it")
     with writing_to(run_dir, option="--run_dir"):
@@ -468,8 +468,8 @@ def main(argv: Sequence[str]) -> int:
         account = kaggle.account()
         if arguments.owner not in (None, account):
             raise UserError(f"--owner {arguments.owner}: the token belongs to {account}, who cannot push for others")
-        session_words = (arguments.config, *(["--script", arguments.script] if arguments.script else []), *words)
-        run = Run(session_words, run_dir, data, account)
+        run_words = (arguments.config, *(["--script", arguments.script] if arguments.script else []), *words)
+        run = Run(run_words, run_dir, data, account)
 
         def check() -> None:
             notebook.checked_options(script, [arguments.config, *words])

@@ -1,14 +1,14 @@
-"""Submits a run to SLURM once, to come back to a finished model; shows how all runs stand; stops one politely.
+"""Submits a run to SLURM once, shows how all runs stand, or stops one after a save.
 
     python -m launch.slurm configs/gpt/base.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00 --partition gpu
     python -m launch.slurm configs/gpt/base.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00 --print
     python -m launch.slurm status [FOLDER]
     python -m launch.slurm stop runs/gpt-base
 
-The job saves before its time is over and goes back into the queue until the run is finished. Where that is not allowed,
---chain N submits N jobs that follow each other. What is submitted is slurm/torchrun.sbatch, or slurm/deepspeed.sbatch
-where the config says `parallel: deepspeed`, with its #SBATCH lines filled in. Options that this command does not know
-go to the training. The same command continues a run.
+The job saves before its time is over and goes back into the queue until the run is finished. Where requeueing is not
+allowed, --chain N submits N jobs that follow each other. The batch script is slurm/torchrun.sbatch, or
+slurm/deepspeed.sbatch where the config says `parallel: deepspeed`, with its #SBATCH lines filled in. Options that this
+command does not know go to the training. The same command continues a run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.scripts import script_of
+from launch.scripts import read_options, script_of
 from launch.slurm.job import last_step, note
 from launch.slurm.status import jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
@@ -34,37 +34,38 @@ from training.base.durations import format_duration, parse_duration
 from training.base.options import FLAG, CommandLine
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
-# SLURM's signal comes so long before the end of a job: for the step and the save that are under way.
+# SLURM's signal comes so long before the end of a job, so that the step and the save under way can end.
 _LEAD_S = 300
 
 _LEAST = {"nodes": 1, "cpus_per_rank": 1, "chain": 0, "failure_limit": 1}
 
+# Variables of a job around this shell: sbatch would take them for the new job's, over its #SBATCH lines.
 _NOT_OURS = (
     "SLURM_",
     *("SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_OPEN_MODE"),
     *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_GPUS_PER_NODE", "SBATCH_EXPORT"),
 )
 
-# What a session needs before its first step, and keeps free behind its last, where nothing better is known.
+# What a session needs before its first step and keeps free after its last, where nothing better is known.
 _START_S, _MARGIN_S = 60.0, 30.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of SLURM for each job of a run. time_s: its limit in seconds. words: config and options."""
+    """What is asked of SLURM for each job of a run."""
 
     script: str
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # config and options
     run_dir: Path
     template: Path
     nodes: int
-    gpus_per_node: str
+    gpus_per_node: str  # as SLURM reads it, a100:4; empty: none
     ranks_per_node: int
     cpus_per_rank: int
-    time_s: int
+    time_s: int  # the limit of the job
     may_requeue: bool
-    sbatch: tuple[str, ...]
-    settings: tuple[tuple[str, str], ...]
+    sbatch: tuple[str, ...]  # more of its options
+    settings: tuple[tuple[str, str], ...]  # variables of the batch script
 
     @property
     def ranks(self) -> int:
@@ -72,13 +73,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the job, and of this run's alone: of one name, one job runs at a time."""
+        """The job's name, which no other run has: SLURM starts one job of a name at a time."""
         return str(self.run_dir).strip("/.").replace("/", "-")
 
     def text(self) -> str:
         """The batch script: the template with its #SBATCH lines, the run and the settings filled in."""
         minutes, seconds = divmod(self.time_s, 60)
-        # Looked at every 30 s only, so an earlier signal would take half of a job of a minute.
+        # SLURM looks every 30 s only: of a job of a minute, a longer lead would take half.
         lead_s = min(_LEAD_S, max(1, self.time_s // 20))
         header = [
             f"--job-name={shlex.quote(self.name)}",
@@ -136,37 +137,11 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     add("--script", help="module that trains (default: what the config says)")
     add("--print", **FLAG, help="print the batch script and do nothing")
     arguments, words = parser.parse_known_args(argv)
-    if not arguments.config.is_file():
-        raise UserError(f"there is no config file {arguments.config}; for example configs/gpt/base.yaml")
-    mistakes = [
-        f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}"
-        for name, least in _LEAST.items()
-        if getattr(arguments, name) < least
-    ]
-    try:
-        time_s = _time_limit(arguments.time)
-        if time_s < 60:
-            mistakes.append(f"--time must be at least a minute, got {arguments.time}")
-    except ValueError as error:
-        mistakes.append(f"--time: {error}")
-    gpus = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", arguments.gpus_per_node)
-    if gpus is None:
-        mistakes.append(f"--gpus-per-node: expected 4 or a100:4, got {arguments.gpus_per_node}")
-    count = int(gpus[1]) if gpus is not None else 0
-    ranks_per_node = arguments.ranks_per_node or count or 1
-    if count and ranks_per_node != count:
-        mistakes.append(f"--ranks-per-node {ranks_per_node}: each rank has a GPU of its own, so leave it out")
-    if re.search(r"--(gres|gpus)", arguments.sbatch):
-        mistakes.append("name GPUs by --gpus-per-node [TYPE:]N and not in --sbatch: as many ranks are started")
-    if mistakes:
-        raise UserError("; ".join(mistakes))
-
-    from launch.scripts import read_options  # imports torch
-
+    time_s, gpus, ranks_per_node = _checked(arguments)
     script = arguments.script or script_of(arguments.config)
     words = [str(arguments.config), *words]
     options = read_options(script, words)
-    sbatch = [*shlex.split(arguments.sbatch)]
+    sbatch = shlex.split(arguments.sbatch)
     sbatch += [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(arguments, name))]
     settings = {
         "RANKS_PER_NODE": str(ranks_per_node),
@@ -181,7 +156,7 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
         run_dir=options.run_dir,
         template=Path("slurm", "deepspeed.sbatch" if options.parallel == "deepspeed" else "torchrun.sbatch"),
         nodes=arguments.nodes,
-        gpus_per_node=arguments.gpus_per_node if count else "",
+        gpus_per_node=arguments.gpus_per_node if gpus else "",
         ranks_per_node=ranks_per_node,
         cpus_per_rank=arguments.cpus_per_rank,
         time_s=time_s,
@@ -199,20 +174,50 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     return arguments, job
 
 
+def _checked(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """The job's limit in seconds, the GPUs and the ranks of a node. Raises UserError with every mistake."""
+    if not arguments.config.is_file():
+        raise UserError(f"there is no config file {arguments.config}; for example configs/gpt/base.yaml")
+    mistakes = [
+        f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}"
+        for name, least in _LEAST.items()
+        if getattr(arguments, name) < least
+    ]
+    time_s = 0
+    try:
+        time_s = _time_limit(arguments.time)
+        if time_s < 60:
+            mistakes.append(f"--time must be at least a minute, got {arguments.time}")
+    except ValueError as error:
+        mistakes.append(f"--time: {error}")
+    found = re.fullmatch(r"(?:[\w.-]+:)?(\d+)", arguments.gpus_per_node)
+    if found is None:
+        mistakes.append(f"--gpus-per-node: expected 4 or a100:4, got {arguments.gpus_per_node}")
+    gpus = int(found[1]) if found is not None else 0
+    ranks_per_node = arguments.ranks_per_node or gpus or 1
+    if gpus and ranks_per_node != gpus:
+        mistakes.append(f"--ranks-per-node {ranks_per_node}: each rank has a GPU of its own, so leave it out")
+    if re.search(r"--(gres|gpus)", arguments.sbatch):
+        mistakes.append("name GPUs by --gpus-per-node [TYPE:]N, not in --sbatch: it says how many ranks are started")
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    return time_s, gpus, ranks_per_node
+
+
 # What to expect.
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast the run is. steps: of the whole run; step_s: of one, in seconds; known_from: where that was measured."""
+    """How fast the run is."""
 
-    steps: int
-    step_s: float
-    known_from: str
+    steps: int  # of the whole run
+    step_s: float  # of one step
+    known_from: str  # where that was measured
 
 
 def _pace(job: Job, *, no_dry_run: bool) -> Pace | None:
-    """From the run's own sessions, else from a dry run here; None where this machine is not like the job's."""
+    """From the run's own sessions, else from a dry run here; None where neither can tell."""
     status, sessions = read_status(job.run_dir) or {}, read_sessions(job.run_dir)
     last_s = next((found for session in reversed(sessions) if (found := pace_s(session))), None)
     if last_s is not None and "steps" in status:
@@ -227,7 +232,7 @@ def _pace(job: Job, *, no_dry_run: bool) -> Pace | None:
             f"--ntasks-per-node={job.ranks_per_node}",
         ]
         command = ["srun", *nodes, "--time=10", *job.sbatch, "python", "-m", job.script, *job.words, "--dry-run"]
-        say("no GPU here to try a step on: how many steps a job does is known after the first session, or by")
+        say("no GPU here to try a step on: how many steps a job does is known after the first session, or from")
         say(f"  {shlex.join(command)}")
         return None
     say(f"trying two steps here with one process: python -m {job.script} {shlex.join(job.words)} --dry-run")
@@ -266,7 +271,7 @@ def _print_plan(job: Job, pace: Pace | None, chain: int) -> None:
     jobs = math.ceil(left / steps_per_job)
     say(f"{min(left, steps_per_job):,} steps per job, {jobs} job(s) expected")
     if chain and chain < jobs:
-        warn(f"{chain} jobs will not be enough; the same command continues, or --chain {jobs + 1}")
+        warn(f"{chain} jobs will not be enough; the same command continues, or take --chain {jobs + 1}")
 
 
 # Submitting.
@@ -286,30 +291,29 @@ def submit(argv: Sequence[str]) -> int:
     queued = [f"job {each.number} ({each.state.lower()})" for each in jobs_of(job.run_dir, queue())]
     if queued and not arguments.chain:
         raise UserError(
-            f"{job.run_dir} is in the queue already, {', '.join(queued)}; to change something stop it first: "
+            f"{job.run_dir} is in the queue already, {', '.join(queued)}; stop it first to change something: "
             f"python -m launch.slurm stop {job.run_dir}"
         )
     accepted = _sbatch(job, "--test-only").stderr.strip().removeprefix("sbatch: ")
     _print_plan(job, _pace(job, no_dry_run=arguments.no_dry_run), arguments.chain)
     say(f"SLURM: {accepted}")
     numbers = []
-    job.run_dir.mkdir(parents=True, exist_ok=True)  # for the log, without which a job ends at once and says nothing
+    job.run_dir.mkdir(parents=True, exist_ok=True)  # for the log: a job that cannot open it ends at once, silently
     if not queued:
         (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for a session that did not live to see it
     for _ in range(arguments.chain or 1):
-        # One at a time, also of several submissions.
+        # singleton: one at a time, even of several submissions
         numbers.append(_sbatch(job, "--parsable", "--dependency=singleton").stdout.strip().partition(";")[0])
         note(job.run_dir, "submitted", numbers[-1])
     first, command = numbers[0], "python -m launch.slurm"
     say(f"\nsubmitted {'job' if len(numbers) == 1 else 'jobs'} {', '.join(numbers)}")
     say(f"  follow:   tail -F {job.run_dir}/slurm-{first}.log   or   {command} status")
-    say(f"  stop:     {command} stop {job.run_dir}   (saves first; the run then rests)")
+    say(f"  stop:     {command} stop {job.run_dir}   (saves first)")
     say("  resume:   the same command again")
     return 0
 
 
 def _sbatch(job: Job, *options: str) -> subprocess.CompletedProcess[str]:
-    # Variables of a job around this shell would be taken for the new one's, and these override the #SBATCH lines.
     kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(_NOT_OURS)}
     done = subprocess.run(["sbatch", *options], input=job.text(), env=kept, capture_output=True, text=True)
     if done.returncode:

@@ -1,13 +1,13 @@
-"""What the batch scripts in slurm/ ask before and after a session: which run is it, and does its job go on?
+"""Answers the batch scripts in slurm/ before and after a session: which run is it, and does its job go on?
 
     python -m launch.slurm.job run CONFIG [--key value ...]    prints script, run folder and data, a line each
     python -m launch.slurm.job begin RUN_DIR                   status 0: train; 3: there is nothing left to do
     python -m launch.slurm.job end RUN_DIR --status N [--taken] [--failure-limit N]
 
 `end` answers by its exit status: 0 finished, 75 another session is needed, 76 resumable but not by itself, 1 failed.
-What became of every job stands in `runs/NAME/slurm.jsonl`, a line per event.
+`runs/NAME/slurm.jsonl` says what became of every job, a line per event.
 
-Nothing here imports torch: on a node whose file system is slow that takes a minute.
+Nothing here imports torch: that takes a minute on a node whose file system is slow.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launch.scripts import script_of
+from launch.scripts import run_and_data, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, time_left
-from training.base.options import FLAG, CommandLine, raw_values
+from training.base.options import FLAG, CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
 JOBS = "slurm.jsonl"
 EXIT_NOTHING_TO_DO = 3
 EXIT_RESTING = 76
 
-# finished: all steps done. again: another session. resting: the user stopped it. failed: no session more would help.
-# taken: SLURM itself ended the job, and decides whether it comes back.
-Outcome = Literal["finished", "again", "resting", "failed", "taken"]
+Outcome = Literal[
+    "finished",  # all steps done
+    "again",  # another session is needed
+    "resting",  # the user stopped it
+    "failed",  # another session would not help
+    "taken",  # SLURM itself ended the job, and decides whether it comes back
+]
 _FINAL: tuple[Outcome, ...] = ("finished", "resting", "failed")
 
 
@@ -45,7 +49,7 @@ class Verdict:
     reason: str
 
 
-# The record of a run's jobs.
+# A run's jobs, written down.
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -80,7 +84,7 @@ def last_step(run_dir: Path) -> int:
 def begin(run_dir: Path, job: str) -> Verdict | None:
     """Notes that the job begins a session; or returns why there is nothing left for it to do.
 
-    That is so for the jobs of a chain behind the one that came to an end of the run: finished, failed for good, or
+    Nothing is left for the jobs of a chain that follow the end of the run: it is finished, has failed for good, or was
     stopped by the user. A job that was submitted after that end trains.
     """
     events = read_events(run_dir)
@@ -96,7 +100,7 @@ def begin(run_dir: Path, job: str) -> Verdict | None:
 
 
 def _began(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The beginning of the session that is judged: the step and the status that it found."""
+    """The last beginning of a session: the step and the status that it found."""
     return next((event for event in reversed(events) if event["event"] == "began"), {"step": 0, "status_time": None})
 
 
@@ -105,9 +109,9 @@ def judge(
 ) -> Verdict:
     """What the session that has just ended means for its job.
 
-    exit_status: of the step; for words only, status.json is the truth. taken: SLURM ends the job and decides what
-    becomes of it. to_mend: an error that the user has to mend. failure_limit: after so many sessions in a row that
-    brought no checkpoint of a later step, the run has failed.
+    exit_status: of srun's step; only quoted, since status.json decides. taken: SLURM ends the job and decides what
+    becomes of it. to_mend: an error that the user has to mend. failure_limit: so many sessions in a row without a
+    checkpoint of a later step mean that the run has failed.
     """
     if to_mend is not None:
         return Verdict("failed", to_mend)
@@ -137,7 +141,7 @@ def judge(
 
 
 def _sessions_without_progress(events: Sequence[dict[str, Any]]) -> int:
-    """How many sessions have ended in a row without a checkpoint of a later step, until the last that had one."""
+    """How many sessions have ended without a checkpoint of a later step since the last that had one."""
     count = 0
     for event in reversed(events):
         if event["event"] == "ended":
@@ -148,7 +152,7 @@ def _sessions_without_progress(events: Sequence[dict[str, Any]]) -> int:
 
 
 def end(run_dir: Path, job: str, **what_happened: Any) -> int:
-    """Judges (see `judge`), notes it and says it; returns the exit status that tells the batch script."""
+    """Judges the session (see `judge`), notes and says the verdict; returns it as the command's exit status."""
     verdict = judge(run_dir, **what_happened)
     from_step, step = _began(read_events(run_dir))["step"], last_step(run_dir)
     note(run_dir, "ended", job, outcome=verdict.outcome, reason=verdict.reason, from_step=from_step, step=step)
@@ -157,7 +161,7 @@ def end(run_dir: Path, job: str, **what_happened: Any) -> int:
         say(f"{where}: finished")
         return 0
     if verdict.outcome in ("resting", "failed"):
-        say(f"{where}: {verdict.reason}; not continued by itself: submit it again when it shall go on")
+        say(f"{where}: {verdict.reason}; not continued by itself: submit it again when it is to go on")
         return EXIT_RESTING if verdict.outcome == "resting" else 1
     if verdict.outcome == "taken":
         say(f"{where}: {verdict.reason}, and alone decides whether it is queued again")
@@ -167,13 +171,13 @@ def end(run_dir: Path, job: str, **what_happened: Any) -> int:
 
 
 def _time_is_over() -> bool:
-    """Whether SLURM ended the job because of its limit, after which SLURM itself never queues it again."""
+    """Whether SLURM ended the job because of its time limit. It never requeues such a job by itself."""
     left = time_left()
     return left is not None and left[0] <= 0
 
 
 def _error_to_mend() -> str | None:
-    """What a process of this session said that the user has to mend, see `tell_launcher`."""
+    """The error of this session that the user has to mend, if any; `tell_launcher` left it."""
     path = Path(os.environ.get("RELAY_ERROR_FILE", ""))
     if not path.is_file():
         return None
@@ -183,16 +187,11 @@ def _error_to_mend() -> str | None:
 
 
 def _print_run(words: Sequence[str]) -> int:
-    """The training script, the run's folder and its data, as the batch scripts need them before it runs."""
+    """Prints the training script, the run's folder and its data, which the batch scripts need before it runs."""
     if not words or words[0].startswith("--"):
         raise UserError("name a config file: sbatch slurm/torchrun.sbatch configs/gpt/base.yaml [--key value ...]")
-    values = raw_values(words)
-    missing = [key for key in ("run_dir", "data") if not isinstance(values.get(key), str)]
-    if missing:
-        raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
-    say(script_of(Path(words[0])))
-    say(values["run_dir"])
-    say(values["data"])
+    for each in (script_of(Path(words[0])), *run_and_data(words)):
+        say(str(each))
     return 0
 
 

@@ -1,7 +1,4 @@
-"""How runs stand, in their folders and in SLURM's queue; and how one is stopped.
-
-Everything is read from the runs' own files, and SLURM is asked about their jobs. Nothing here imports torch.
-"""
+"""How runs stand, by their own files and SLURM's queue; and how one is stopped. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -22,21 +19,21 @@ from training.base.durations import format_duration
 from training.base.options import CommandLine
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
-# So much of the end of metrics.jsonl holds its last line of training for certain.
+# So much of the end of metrics.jsonl certainly holds its last line of training.
 _TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A job in SLURM's queue. reason: why it waits, or where it runs."""
+    """A job in SLURM's queue."""
 
     number: str
     state: str
-    reason: str
+    reason: str  # why it waits, or where it runs
 
 
 def queue() -> list[Queued]:
-    """All of the user's jobs that wait or run. Raises UserError where SLURM does not answer."""
+    """All jobs of the user that wait or run. Raises UserError where SLURM does not answer."""
     words = ["squeue", "--me", "--noheader", "--format", "%A|%T|%R"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
@@ -49,7 +46,7 @@ def queue() -> list[Queued]:
 
 
 def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
-    """Those of the queue that are the run's."""
+    """The run's jobs among those in the queue."""
     numbers = {event["job"] for event in read_events(run_dir)}
     return [job for job in queued if job.number in numbers]
 
@@ -61,7 +58,7 @@ def stop(argv: Sequence[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args(argv).run_dir
     if not (run_dir / JOBS).exists():
-        raise UserError(f"{run_dir} has no jobs on record ({JOBS}); a file {run_dir}/{STOP_FILE} stops any session")
+        raise UserError(f"no job of {run_dir} is known ({JOBS}); a file {run_dir}/{STOP_FILE} stops any session")
     jobs = jobs_of(run_dir, queue())
     if not jobs:
         say(f"{run_dir} has no job in the queue")
@@ -72,12 +69,12 @@ def stop(argv: Sequence[str]) -> int:
         say(f"taken out of the queue: job {', '.join(waiting)}")
     if len(waiting) < len(jobs):
         (run_dir / STOP_FILE).touch()
-        say(f"{run_dir} saves at its next step, and rests then; the command that submitted it continues it")
+        say(f"{run_dir} saves at its next step and stops; the command that submitted it continues it")
     return 0
 
 
 def print_status(argv: Sequence[str]) -> int:
-    """`status [FOLDER]`: a line for every run below it."""
+    """`status [FOLDER]`: a line for every run below the folder."""
     parser = CommandLine("python -m launch.slurm status", "Prints a line for every run below a folder.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
     folder = parser.parse_args(argv).folder
@@ -98,7 +95,7 @@ def print_status(argv: Sequence[str]) -> int:
 
 
 def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
-    """What `status` says about a run, column by column. jobs: the run's own, in the queue."""
+    """What `status` says about a run, column by column. jobs: those of the run in the queue."""
     status, sessions = read_status(run_dir) or {}, read_sessions(run_dir)
     last = _last_train_line(run_dir)
     state = _state(run_dir, status, jobs)
@@ -122,7 +119,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
 
 
 def _step_s(sessions: Sequence[dict[str, Any]], last: dict[str, Any]) -> float | None:
-    """Seconds a step takes: in the session that is under way, by the last line of its record; else in the last one."""
+    """Seconds a step takes: in the session under way, by its last line of metrics.jsonl; else in the last one."""
     if sessions and sessions[-1]["ended"] is None and last.get("step", 0) > sessions[-1]["from_step"]:
         began = datetime.strptime(sessions[-1]["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
         return max(0.0, last["time"] - began) / (last["step"] - sessions[-1]["from_step"])
@@ -136,7 +133,7 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
         return f"failed: {status['reason'][:60]}"
     if status["status"] != "running":
         return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
-    # It may have been killed before it could write anything else.
+    # "running" may be the last word of a session that was killed.
     return "running" if _is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
 
 

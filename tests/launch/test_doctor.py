@@ -22,7 +22,7 @@ import torch
 
 from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Check, DoctorReport, Finding, MustMatch, examine, merge
-from launch.doctor.ranks import bus_bandwidth, offset_s
+from launch.doctor.ranks import bus_bandwidth
 from tests.support.commands import ROOT, Launch, Result, Started
 from tests.support.ranks import free_port, task
 from training.base.console import UserError
@@ -180,7 +180,7 @@ def test_node_that_differs_from_the_others_is_named(launch: Launch, sample_data,
 
 def test_rank_that_hangs_is_named_and_not_waited_for_for_ever(launch: Launch, tmp_path):
     short = "from launch.doctor import ranks\nranks.LIMIT_S, ranks._SEEN_WITHIN_S = 3, 1"
-    asleep = f"{short}\nimport time\nranks._own_work_s = lambda device: time.sleep(3600)"
+    asleep = f"{short}\nimport time\nranks._own_work = lambda device: time.sleep(3600)"
     words: list[object] = ["--script", "training.gpt", "--run_dir", tmp_path / "run", "--data", tmp_path / "none"]
     elsewhere = [tmp_path / "gpt/none.yaml"]  # whose config is not on this node
     began = time.monotonic()
@@ -255,13 +255,21 @@ def test_what_all_find_is_said_once_and_what_some_find_with_their_names():
     ]
 
 
-def test_bandwidth_and_clock_arithmetic():
+def test_bandwidth_arithmetic():
     # Eight ranks move 64 MB in 1 ms: each link carries 2 x 7/8 of it.
     assert bus_bandwidth(64_000_000, 1e-3, 8) == pytest.approx(112.0)
-    # A clock that is 5 s ahead; in the shortest round both were inside for 2 ms.
-    ours = [(100.0, 100.5), (101.0, 101.002)]
-    theirs = [(105.3, 105.6), (106.0, 106.002)]
-    assert offset_s(ours, theirs) == (pytest.approx(5.0), pytest.approx(0.002))
+
+
+def test_clock_that_is_ahead_is_measured_in_the_round_in_which_no_rank_was_held_up():
+    def of_second_node(*left_at: float) -> Finding:
+        every = [[100.0, 101.0], list(left_at)]
+        cluster: Any = SimpleNamespace(maximum=lambda values: values, gather=lambda own: every)
+        return ranks.clocks(cluster, ["a", "b"])[1]
+
+    found = of_second_node(105.3, 106.002)
+    assert found.level == "warning" and "that of a: b +5.0 s;" in found.text
+    found = of_second_node(102.0, 101.002)
+    assert found.level == "ok" and found.text == "all within 0.002 s of a"
 
 
 def test_threads_of_a_nodes_ranks_are_added_up():
@@ -285,11 +293,11 @@ def test_threads_of_a_nodes_ranks_are_added_up():
         ((10, 3), ["sm_100", "sm_120"], True),
     ],
 )
-def test_card_that_torch_has_no_kernels_for_is_found(capability, built_for, runs):
+def test_gpu_that_torch_has_no_kernels_for_is_found(capability, built_for, runs):
     assert machine.has_kernels(capability, built_for) is runs
 
 
-def test_card_is_looked_at_as_torch_describes_it(monkeypatch):
+def test_gpu_is_looked_at_as_torch_describes_it(monkeypatch):
     """A stand-in for the driver, since the tests run without a GPU."""
     about = SimpleNamespace(name="Tesla P100", major=6, minor=0, total_memory=16e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
@@ -298,7 +306,7 @@ def test_card_is_looked_at_as_torch_describes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
 
     def levels() -> list[tuple[str, str]]:
-        return [(e.level, e.text) for e in machine.card(torch.device("cuda", 0)) if isinstance(e, Finding)]
+        return [(e.level, e.text) for e in machine.gpu(torch.device("cuda", 0)) if isinstance(e, Finding)]
 
     assert levels()[0] == ("ok", levels()[0][1]) and "Tesla P100, sm_60, 16.0 GB" in levels()[0][1]
     assert [level for level, text in levels() if "kernels for sm_75 only" in text] == ["error"]

@@ -23,17 +23,17 @@ import nbformat
 import pytest
 
 from launch.kaggle import notebook
-from launch.kaggle.notebook import CODE, content_hash, write_dataset, write_kernel
-from launch.kaggle.session import (
+from launch.kaggle.kernel_run import (
     Disk,
     Retention,
-    Training,
+    TrainingProcesses,
     bytes_below,
     margin_s,
     prepared_data,
     previous_run,
     retention,
 )
+from launch.kaggle.notebook import CODE, content_hash, write_dataset, write_kernel
 from tests.support.commands import ENVIRONMENT, Launch, Started
 from tests.support.lives import RUN, STEPS, wait_until
 from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
@@ -164,7 +164,7 @@ class Kaggle:
         (self._place / f"go-forward-{step}").touch()
 
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.working / "session.json").read_text())
+        return json.loads((self.working / "kernel_run.json").read_text())
 
     def printed(self) -> str:
         """What the notebook's cells have printed."""
@@ -218,7 +218,7 @@ def quota_of_four_checkpoints(whole: Path) -> tuple[int, int]:
 
 @pytest.mark.whole
 @pytest.mark.timeout(1200)
-def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_below_the_quota(
+def test_run_is_finished_in_three_kernel_runs_bit_for_bit_and_its_output_stays_below_the_quota(
     launch, sample_data, tmp_path, kaggle
 ):
     whole, began = tmp_path / "whole", time.monotonic()
@@ -241,7 +241,7 @@ def test_run_is_finished_in_three_sessions_bit_for_bit_and_its_output_stays_belo
         assert summary["status"] == ("resumable" if number < 3 else "finished"), said
         assert summary["reason"] == ("the time limit" if number < 3 else "all steps done"), said
         assert wall_s < pace["limit_s"]
-        assert {path.name for path in kaggle.working.iterdir()} == {"run", "session.json"}
+        assert {path.name for path in kaggle.working.iterdir()} == {"run", "kernel_run.json"}
         assert checkpoint_bytes < peak.bytes <= quota
         assert summary["output_bytes"] <= bytes_below(kaggle.working) <= quota
         assert summary["step"] > summary["from_step"] == steps[-1], said
@@ -295,7 +295,7 @@ def test_run_survives_a_killed_rank_a_stop_by_hand_and_a_session_that_is_cut_off
     session = kaggle.start(holds=(holding,), **limits)
     kaggle.wait_at(session, holding)
     session.kill_all()
-    assert not (kaggle.working / "session.json").exists()
+    assert not (kaggle.working / "kernel_run.json").exists()
     newest = max(saved_steps(kaggle.working / "run"))
     assert newest > summary["step"]
     kaggle.commit()
@@ -315,26 +315,26 @@ def test_another_run_of_the_same_name_among_the_inputs_is_refused_and_told(
 ):
     shutil.copytree(uninterrupted, tmp_path / "input/notebooks/me/relay/run")
     environment = {KAGGLE_INPUT: str(tmp_path / "input"), KAGGLE_WORKING: str(tmp_path / "working")}
-    result = launch("session", config, "--seed", 7, module="launch.kaggle", environment=environment).wait()
+    result = launch("run", config, "--seed", 7, module="launch.kaggle", environment=environment).wait()
     assert result.status == 1, result
-    summary = json.loads((tmp_path / "working/session.json").read_text())
+    summary = json.loads((tmp_path / "working/kernel_run.json").read_text())
     assert summary["status"] == "failed" and "seed: 1234 -> 7" in summary["reason"] and not summary["restart"]
 
 
-def test_missing_output_of_the_session_before_ends_this_one_at_once(launch, config, tmp_path):
+def test_missing_output_of_the_kernel_run_before_ends_this_one_at_once(launch, config, tmp_path):
     environment = {KAGGLE_INPUT: str(tmp_path / "input"), KAGGLE_WORKING: str(tmp_path / "working")}
-    words = ("session", config, "--expect-step", 300)
+    words = ("run", config, "--expect-step", 300)
     result = launch(*words, module="launch.kaggle", environment=environment).wait()
     assert result.status == 1 and "run has come to step 300, but nothing of it is below" in result.err, result
-    summary = json.loads((tmp_path / "working/session.json").read_text())
+    summary = json.loads((tmp_path / "working/kernel_run.json").read_text())
     assert summary["status"] == "failed" and summary["restart"], "the next session may have it"
 
 
 def test_data_that_is_nowhere_is_told_in_the_summary(launch, config, tmp_path):
     environment = {KAGGLE_INPUT: str(tmp_path), KAGGLE_WORKING: str(tmp_path / "working")}
-    result = launch("session", config, "--data", "missing", module="launch.kaggle", environment=environment).wait()
+    result = launch("run", config, "--data", "missing", module="launch.kaggle", environment=environment).wait()
     assert result.status == 1 and "no prepared data missing" in result.err
-    assert "no prepared data missing" in json.loads((tmp_path / "working/session.json").read_text())["reason"]
+    assert "no prepared data missing" in json.loads((tmp_path / "working/kernel_run.json").read_text())["reason"]
 
 
 # The parts.
@@ -359,9 +359,9 @@ def test_as_many_checkpoints_are_kept_as_have_room():
         retention(Retention(5, 2), 10, 29)
 
 
-def test_session_without_gpu_is_told_to_choose_one(launch, config, tmp_path):
+def test_notebook_without_gpu_is_told_to_choose_one(launch, config, tmp_path):
     environment = {KAGGLE_INPUT: str(tmp_path), KAGGLE_WORKING: str(tmp_path), "KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
-    result = launch("session", config, module="launch.kaggle", environment=environment).wait()
+    result = launch("run", config, module="launch.kaggle", environment=environment).wait()
     assert result.status == 1 and "choose the accelerator GPU T4 x2" in result.error_lines[0], result
 
 
@@ -369,7 +369,9 @@ def test_training_that_does_not_end_is_killed_before_the_limit(monkeypatch, tmp_
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv(KAGGLE_LIMIT, str(container_age_s() + 5))
     deaf = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; time.sleep(3600)"
-    training = Training((sys.executable, "-c", deaf), {}, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1))
+    training = TrainingProcesses(
+        (sys.executable, "-c", deaf), {}, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1)
+    )
     training.run(margin=12)
     assert training.process is not None and training.process.returncode == -signal.SIGKILL
     left = time_left()
@@ -473,7 +475,7 @@ def test_archives_that_kaggle_has_unpacked_serve_as_well(config, sample_data, tm
     subprocess.run(again, cwd=tmp_path / "relay", check=True)
     with tarfile.open(tmp_path / "again/dataset" / CODE) as archive:
         names = set(archive.getnames())
-    assert {"launch/kaggle/session.py", "configs/gpt/run.yaml", "requirements.txt"} < names
+    assert {"launch/kaggle/kernel_run.py", "configs/gpt/run.yaml", "requirements.txt"} < names
     assert {"training/evaluation/report/page.html", "training/evaluation/exports/card.md"} < names
     shutil.rmtree(mounted)
     failed = subprocess.run([sys.executable, "-c", unpack], env=environment, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launch.kaggle.client import Clock, Kaggle, LostAnswer
-from launch.kaggle.record import Record, Session, hours_between, sessions_without_progress, to_continue, utc
+from launch.kaggle.record import KernelRun, RelayRecord, hours_between, runs_without_progress, to_continue, utc
 from tests.support.commands import ROOT, Launch, Result, Started
 from tests.support.kaggle_stand_in import OWNER, TOKEN
 from training.base.console import UserError
@@ -47,10 +47,10 @@ class Account:
     @property
     def record(self) -> dict[str, Any]:
         path = self.run_dir / "kaggle.json"
-        return json.loads(path.read_text()) if path.exists() else {"dataset": {}, "sessions": []}
+        return json.loads(path.read_text()) if path.exists() else {"dataset": {}, "kernel_runs": []}
 
     def versions(self) -> list[dict[str, Any]]:
-        """All sessions that began, in their order."""
+        """All kernel runs that began, in their order."""
         found = [version for versions in self.site["kernels"].values() for version in versions]
         return sorted(found, key=lambda version: version["pushed"])
 
@@ -90,7 +90,7 @@ def account(tmp_path: Path, launch: Launch) -> Account:
     return found
 
 
-def test_one_command_brings_a_run_through_its_sessions_to_the_end(account: Account) -> None:
+def test_one_command_brings_a_run_through_its_kernel_runs_to_the_end(account: Account) -> None:
     result = account.relay()
     assert result.status == 0, result
     a, b = (account.site["kernels"][kernel] for kernel in KERNELS)
@@ -99,16 +99,16 @@ def test_one_command_brings_a_run_through_its_sessions_to_the_end(account: Accou
         (300, 600, [KERNELS[0]]),
         (600, 900, [KERNELS[1]]),
     ]
-    sessions = account.record["sessions"]
-    assert [(each["kernel"], each["version"], each["step"]) for each in sessions] == [
+    kernel_runs = account.record["kernel_runs"]
+    assert [(each["kernel"], each["version"], each["step"]) for each in kernel_runs] == [
         (KERNELS[0], 1, 300),
         (KERNELS[1], 1, 600),
         (KERNELS[0], 2, 900),
     ]
-    assert all(each["pushed"] <= each["began"] <= each["ended"] for each in sessions)
-    told = [line.partition("): ")[2] for line in result.out.splitlines() if line.startswith("session 2 ")]
+    assert all(each["pushed"] <= each["began"] <= each["ended"] for each in kernel_runs)
+    told = [line.partition("): ")[2] for line in result.out.splitlines() if line.startswith("kernel run 2 ")]
     assert told == [
-        "started, continues session 1 (relay-tiny-a version 1) at step 300",
+        "started, continues kernel run 1 (relay-tiny-a version 1) at step 300",
         "running",
         "complete, step 600 of 900: the time budget is used up",
     ]
@@ -119,7 +119,7 @@ def test_one_command_brings_a_run_through_its_sessions_to_the_end(account: Accou
     assert again.status == 0 and "finished" in again.out and len(account.versions()) == 3
 
 
-def test_killed_at_any_moment_no_session_is_doubled_or_lost(account: Account) -> None:
+def test_killed_at_any_moment_no_kernel_run_is_doubled_or_lost(account: Account) -> None:
     kills = [
         {"command": command, "when": when}
         for command, moments in {
@@ -141,7 +141,7 @@ def test_killed_at_any_moment_no_session_is_doubled_or_lost(account: Account) ->
     assert len(results) == len(kills) + 1
     assert account.site["overlaps"] == []
     assert [version["step"] for version in account.versions()] == [300, 600, 900, 1200]
-    assert [each["step"] for each in account.record["sessions"]] == [300, 600, 900, 1200]
+    assert [each["step"] for each in account.record["kernel_runs"]] == [300, 600, 900, 1200]
 
 
 @pytest.mark.parametrize("how", ["lost", "broken", "not_arrived"])
@@ -157,8 +157,8 @@ def test_push_that_arrives_late_is_watched_too(account: Account) -> None:
     account.set(steps=600, faults=[{"command": "kernels push", "how": "late", "times": 1}])
     result = account.relay()
     assert result.status == 0, result
-    assert "session 2 (relay-tiny-a version 1): began without this relay's knowledge" in result.err
-    assert [(each["version"], each["state"]) for each in account.record["sessions"][:2]] == [
+    assert "kernel run 2 (relay-tiny-a version 1): began without this relay's knowledge" in result.err
+    assert [(each["version"], each["state"]) for each in account.record["kernel_runs"][:2]] == [
         (2, "complete"),
         (1, "complete"),
     ]
@@ -186,17 +186,17 @@ def test_command_that_tells_of_versions_that_cannot_exist_is_not_relied_on(accou
 def test_lost_record_is_asked_of_kaggle(account: Account) -> None:
     account.set(running_looks=5)
     relay = account.start()
-    wait_until(lambda: "session 2 (relay-tiny-b version 1): running" in relay.printed(), relay)
+    wait_until(lambda: "kernel run 2 (relay-tiny-b version 1): running" in relay.printed(), relay)
     relay.kill_all()
-    (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
+    (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "kernel_runs": []}')
     result = account.relay()
     assert result.status == 0, result
     assert [version["step"] for version in account.versions()] == [300, 600, 900] and account.site["overlaps"] == []
-    assert "session 1 (relay-tiny-a version 1): found on Kaggle, complete" in result.out
+    assert "kernel run 1 (relay-tiny-a version 1): found on Kaggle, complete" in result.out
 
 
 def test_used_up_quota_says_when_to_come_back_and_goes_on_then(account: Account) -> None:
-    account.set(hours_per_session=12.0, quota_h=24.0, renewed_in=3)
+    account.set(hours_per_kernel_run=12.0, quota_h=24.0, renewed_in=3)
     result = account.relay()
     assert result.status == 0, result
     assert "Maximum weekly GPU quota of 24.00 hours reached: new GPU hours on " in result.out
@@ -207,9 +207,9 @@ def test_used_up_quota_says_when_to_come_back_and_goes_on_then(account: Account)
 def test_quota_and_busy_account_do_not_end_the_wait(account: Account) -> None:
     account.set(busy=2)
     relay = account.start()
-    wait_until(lambda: "no session is free" in relay.printed(), relay)
+    wait_until(lambda: "the account is busy" in relay.printed(), relay)
     time.sleep(0.5)
-    assert relay.printed().count("no session is free") == 1  # not at every try
+    assert relay.printed().count("the account is busy") == 1  # not at every try
     account.set(busy=0)
     assert relay.wait().status == 0 and account.site["overlaps"] == []
 
@@ -225,7 +225,7 @@ def test_token_is_nowhere(account: Account) -> None:
     )
     result = account.relay()
     assert result.status == 0 and "[token]" in result.err, result
-    (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "sessions": []}')
+    (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "kernel_runs": []}')
     (account.folder / "site/site.json").unlink()
     account.set(refusal=f"the token {TOKEN} or {home_token} may not do that", steps=600)
     refused = account.relay()
@@ -254,10 +254,10 @@ def test_what_the_user_can_mend_is_one_clear_line(
     result = account.relay(*words, **environment)
     assert result.status == 1 and "Traceback" not in result.err, result
     assert len(result.error_lines) == 1 and expected in result.error_lines[0], result.err
-    assert account.record["sessions"] == []
+    assert account.record["kernel_runs"] == []
 
 
-def test_mistaken_option_is_found_before_a_session(account: Account) -> None:
+def test_mistaken_option_is_found_before_a_kernel_run(account: Account) -> None:
     result = account.relay("--optim.lrr", "1")
     assert result.status == 1 and "optim.lr" in result.error_lines[0], result
     account.set(outcomes=[{"restart": False, "status": "resumable"}])
@@ -267,7 +267,7 @@ def test_mistaken_option_is_found_before_a_session(account: Account) -> None:
     assert account.calls("kernels push") == 1
 
 
-def test_failed_session_is_followed_by_one_from_the_last_usable_output(account: Account) -> None:
+def test_failed_kernel_run_is_followed_by_one_from_the_last_usable_output(account: Account) -> None:
     failed = {
         "state": "ERROR",
         "restart": True,
@@ -277,11 +277,11 @@ def test_failed_session_is_followed_by_one_from_the_last_usable_output(account: 
     result = account.relay()
     assert result.status == 0, result
     assert [version["from"] for version in account.versions()] == [0, 300, 300, 600, 600, 900]
-    assert "session 2 (relay-tiny-b version 1): error, step 600 of 1,200: Your notebook tried" in result.out
+    assert "kernel run 2 (relay-tiny-b version 1): error, step 600 of 1,200: Your notebook tried" in result.out
     assert "not valid kernel sources" not in result.err
 
 
-def test_session_without_the_output_before_it_does_not_begin_anew(account: Account) -> None:
+def test_kernel_run_without_the_output_before_it_does_not_begin_anew(account: Account) -> None:
     account.set(outcomes=[{}, {"detached": True}])
     result = account.relay()
     assert result.status == 0, result
@@ -291,16 +291,17 @@ def test_session_without_the_output_before_it_does_not_begin_anew(account: Accou
         (300, 600),
         (600, 900),
     ]
-    assert "session 2 (relay-tiny-b version 1): complete, no checkpoint: its input is missing" in result.out
+    assert "kernel run 2 (relay-tiny-b version 1): complete, no checkpoint: its input is missing" in result.out
 
 
-def test_three_sessions_without_progress_stop_with_reason_and_log(account: Account) -> None:
+def test_three_runs_without_progress_stop_with_reason_and_log(account: Account) -> None:
     nothing = {"steps": 0, "state": "ERROR", "reason": "no data set found"}
     account.set(outcomes=[{}, nothing, nothing, nothing])
     result = account.relay()
     assert result.status == 1 and len(account.versions()) == 4
     assert (
-        "3 sessions in a row brought nothing" in result.error_lines[0] and "no data set found" in result.error_lines[0]
+        "3 kernel runs in a row brought nothing" in result.error_lines[0]
+        and "no data set found" in result.error_lines[0]
     )
     log = result.error_lines[0].split("its log: ")[1].split(". The same command")[0]
     assert Path(log).is_file()
@@ -318,7 +319,7 @@ def test_run_that_must_not_go_on_by_itself_does_not(account: Account) -> None:
     failed = account.relay()
     assert failed.status == 1 and "failed: the loss is not a number" in failed.error_lines[0], failed
     stopped = account.relay()
-    assert stopped.status == 75 and "rests: the user asked for it" in stopped.out, stopped
+    assert stopped.status == 75 and "was stopped: the user asked for it" in stopped.out, stopped
     assert account.relay().status == 0 and [version["step"] for version in account.versions()] == [300, 600, 900]
 
 
@@ -416,41 +417,43 @@ def test_push_is_tried_again_only_if_it_cannot_have_arrived(
         client.push(tmp_path / "kernel")
 
 
-def session(number: int, kernel: str = "a", **known: Any) -> Session:
+def kernel_run(number: int, kernel: str = "a", **known: Any) -> KernelRun:
     known = {"version": number, "state": "complete", "step": 100 * number, **known}
     version = known.pop("version")
-    return Session(number, kernel, version, [], None, **known)
+    return KernelRun(number, kernel, version, [], None, **known)
 
 
 def test_gpu_hours_of_this_week_are_added_up() -> None:
     hour = 3600.0
-    sessions = [
-        session(1, began=utc(-3 * hour), ended=utc(1 * hour)),  # begun last week
-        session(2, began=utc(2 * hour), ended=utc(4.5 * hour)),
-        session(3, began=utc(5 * hour)),  # running
-        session(4),  # queued
+    kernel_runs = [
+        kernel_run(1, began=utc(-3 * hour), ended=utc(1 * hour)),  # begun last week
+        kernel_run(2, began=utc(2 * hour), ended=utc(4.5 * hour)),
+        kernel_run(3, began=utc(5 * hour)),  # running
+        kernel_run(4),  # queued
     ]
-    assert hours_between(sessions, 0.0, 6 * hour) == pytest.approx(1 + 2.5 + 1)
+    assert hours_between(kernel_runs, 0.0, 6 * hour) == pytest.approx(1 + 2.5 + 1)
 
 
-def test_next_session_continues_what_can_be_attached(tmp_path: Path) -> None:
-    record = Record(tmp_path, sessions=[session(1, "a"), session(2, "b"), session(3, "a", state="error")])
-    assert to_continue(record, ["a", "b"]) is record.sessions[1]  # an output of a failed kernel cannot be attached
-    record.sessions.append(session(4, "b", step=None))
+def test_next_kernel_run_continues_what_can_be_attached(tmp_path: Path) -> None:
+    record = RelayRecord(
+        tmp_path, kernel_runs=[kernel_run(1, "a"), kernel_run(2, "b"), kernel_run(3, "a", state="error")]
+    )
+    assert to_continue(record, ["a", "b"]) is record.kernel_runs[1]  # an output of a failed kernel cannot be attached
+    record.kernel_runs.append(kernel_run(4, "b", step=None))
     assert to_continue(record, ["a", "b"]) is None  # nor an older version than the newest
 
 
 def test_progress_that_cannot_be_continued_does_not_count() -> None:
-    done = [session(1), session(2, state="error"), session(3, state="cancelled"), session(4, state="error")]
-    assert sessions_without_progress(done) == 3
-    assert sessions_without_progress([*done, session(5)]) == 0
+    done = [kernel_run(1), kernel_run(2, state="error"), kernel_run(3, state="cancelled"), kernel_run(4, state="error")]
+    assert runs_without_progress(done) == 3
+    assert runs_without_progress([*done, kernel_run(5)]) == 0
 
 
 def test_record_survives_being_written_and_read(tmp_path: Path) -> None:
-    record = Record(tmp_path / "kaggle.json", {"name": "n"}, [session(1)])
+    record = RelayRecord(tmp_path / "kaggle.json", {"name": "n"}, [kernel_run(1)])
     record.write()
-    assert Record.read(record.path) == record
+    assert RelayRecord.read(record.path) == record
     record.path.write_text("{")
     with pytest.raises(UserError, match="cannot be read; move it away"):
-        Record.read(record.path)
+        RelayRecord.read(record.path)
     assert os.listdir(tmp_path) == ["kaggle.json"]  # noqa: PTH208

@@ -55,10 +55,10 @@ def test_every_difference_between_two_runs_is_found(launch: Launch, sample_data,
     assert differences(one, same) == []
     found = differences(one, other)
     assert {"model.safetensors", "optimizer.safetensors"} <= set(found)
-    assert any("the record: 0 of" in each for each in found)
-    record = same.run_dir / METRICS
-    record.write_text(record.read_text("utf-8").replace('"step": 7,', '"step": 8,'), encoding="utf-8")
-    assert [each.split(":")[0] for each in differences(one, same)] == ["the record"]
+    assert any("metrics.jsonl: 0 of" in each for each in found)
+    metrics = same.run_dir / METRICS
+    metrics.write_text(metrics.read_text("utf-8").replace('"step": 7,', '"step": 8,'), encoding="utf-8")
+    assert [each.split(":")[0] for each in differences(one, same)] == ["metrics.jsonl"]
 
 
 def test_a_published_checkpoint_that_an_accident_damages_counts_as_lost(sample_data, tmp_path, monkeypatch):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from launch.scripts import read_options, script_of
+from launch.scripts import peek, read_options, run_and_data, script_of
+from tests.support.commands import ROOT
+from training.base.console import UserError
 
 
 @pytest.mark.parametrize(
@@ -24,3 +29,19 @@ def test_folder_decides_where_there_is_no_config_that_could_be_read(tmp_path):
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/torn.yaml").write_text("a: [", encoding="utf-8")
     assert script_of(tmp_path / "gpt/torn.yaml") == "training.gpt"
+
+
+def test_what_is_said_of_a_run_is_known_without_its_script(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("run_dir: runs/x\nseed: 5\nwandb: {mode: auto}\n", encoding="utf-8")
+    said = {"run_dir": "runs/x", "wandb.mode": "online", "no.such": "key"}
+    assert peek([str(config), "--wandb.mode", "online", "--no.such=key"]) == said
+    assert [str(path) for path in run_and_data([str(config), "--data", "prepared/x"])] == ["runs/x", "prepared/x"]
+    with pytest.raises(UserError, match=r"mine.yaml and the options do not say data"):
+        run_and_data([str(config)])
+
+
+@pytest.mark.parametrize("module", ["slurm.job", "slurm.status", "slurm.__main__", "kaggle.relay", "kaggle.kernel_run"])
+def test_what_only_starts_a_run_does_not_wait_for_torch(module: str):
+    code = f"import sys, launch.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

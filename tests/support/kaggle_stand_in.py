@@ -1,19 +1,19 @@
-"""A stand-in for the `kaggle` command and for Kaggle behind it, with its state in a folder and simulated sessions.
+"""A stand-in for the `kaggle` command and for Kaggle behind it, with its state in a folder and simulated kernel runs.
 
 From the published command (2.2.5, its documentation and source, and what it printed against a small local server): the
 sub-commands and options that the relay uses; what they print, and on which stream; that a refused push ends with status
-0 and an HTTP error with 1, its message followed by a hint; the states of a session; OWNER/KERNEL/VERSION, and that no
-such version is a 404; `--file-pattern` as a regular expression searched in a file's path, the log always beside it; the
-JSON of `quota` and of `datasets status`; the help without a token.
+0 and an HTTP error with 1, its message followed by a hint; the states of a kernel run; OWNER/KERNEL/VERSION, and that
+no such version is a 404; `--file-pattern` as a regular expression searched in a file's path, the log always beside it;
+the JSON of `quota` and of `datasets status`; the help without a token.
 Reported by users, not documented: "Maximum batch GPU session count of 2 reached.", "Maximum weekly GPU quota of 30.00
-hours reached.", and that the output of a kernel that failed is "not valid kernel sources" while the session starts all
+hours reached.", and that the output of a kernel that failed is "not valid kernel sources" while the next one starts all
 the same.
 Assumed: the words for an account without a verified phone number; that the newest version's output is what a kernel
-source gives; that a session which runs when the quota ends may go on.
+source gives; that a kernel which runs when the quota ends may go on.
 
-A session gets on by being looked at, so that tests do not depend on how fast the machine is. `settings.json` says for
-how many looks it is queued and runs, what becomes of each one, and which commands fail or kill their caller. It imports
-nothing but the standard library: it is started often.
+A kernel run gets on by being looked at, so that tests do not depend on how fast the machine is. `settings.json` says
+for how many looks it is queued and runs, what becomes of each one, and which commands fail or kill their caller. It
+imports nothing but the standard library: it is started often.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ DEFAULTS: dict[str, Any] = {
     "queued_looks": 1,
     "running_looks": 1,
     "steps": 900,
-    "steps_per_session": 300,
-    # Of the first sessions, each {"state", "steps", "restart", "status", "reason", "detached"}, all optional; detached:
-    # without the outputs that it was to have as inputs.
+    "steps_per_kernel_run": 300,
+    # Of the first kernel runs, each {"state", "steps", "restart", "status", "reason", "detached"}, all optional;
+    # detached: without the outputs that it was to have as inputs.
     "outcomes": [],
-    "hours_per_session": 0.0,
+    "hours_per_kernel_run": 0.0,
     "quota_h": 30.0,
     "renewed_in": None,  # seconds after the first push that it refuses; from then on nothing of it is used
     "refusal": None,  # of every push, in Kaggle's words
-    "busy": 0,  # sessions of the account's other kernels
+    "busy": 0,  # other kernels that the account runs
     # {"command", "how": "429" | "500" | "network" | "lost" | "not_arrived" | "broken" | "late", "times"}. After lost,
     # broken and late it was done; late: nobody sees it before the next push.
     "faults": [],
@@ -82,7 +82,7 @@ class Site:
         self.state["used"][f"{kind}{entry}"] = used + 1
         return used < times
 
-    # Sessions.
+    # Kernel runs.
 
     def state_of(self, version: dict[str, Any]) -> str:
         looks = version["looks"] - self.settings["queued_looks"]
@@ -100,7 +100,7 @@ class Site:
         renewed = self.state.get("renewed")
         since = renewed if renewed is not None and time.time() >= renewed else 0.0
         all_versions = [version for versions in self.state["kernels"].values() for version in versions]
-        return self.settings["hours_per_session"] * sum(version["pushed"] >= since for version in all_versions)
+        return self.settings["hours_per_kernel_run"] * sum(version["pushed"] >= since for version in all_versions)
 
     def push(self, folder: Path) -> str:
         meta = json.loads((folder / "kernel-metadata.json").read_text())
@@ -136,7 +136,7 @@ class Site:
             start = 0
         if expected is not None and start < int(expected[1]):
             outcome |= {"steps": 0, "status": "failed", "restart": True, "reason": "its input is missing"}
-        step = min(self.settings["steps"], start + outcome.get("steps", self.settings["steps_per_session"]))
+        step = min(self.settings["steps"], start + outcome.get("steps", self.settings["steps_per_kernel_run"]))
         done = step == self.settings["steps"]
         number = len(versions) + 1
         version = {
@@ -181,15 +181,15 @@ class Site:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         files = {
-            "session.json": json.dumps({**status, "run": version["run"], "seconds": 1.0}),
+            "kernel_run.json": json.dumps({**status, "run": version["run"], "seconds": 1.0}),
             f"{version['run']}/status.json": json.dumps(status),
             f"{run}/manifest.json": "{}",
             f"{run}/model.safetensors": "large",
         }
         if version["state"] != "COMPLETE":
-            del files["session.json"]
+            del files["kernel_run.json"]
         if version["step"] == 0:
-            files = {name: text for name, text in files.items() if name == "session.json"}
+            files = {name: text for name, text in files.items() if name == "kernel_run.json"}
         for name, text in files.items():
             if re.search(pattern, name):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,16 @@
 """Files of the Hugging Face hub: fetched once per node, found again without a network.
 
-Promises: one process of a node fetches, the others wait; without a network the answer comes within seconds and says how
-to get the files by hand; what is complete on this machine is used without asking anybody.
+Promises: one process of a node fetches while the others wait; without a network the answer comes within seconds and
+says how to get the files by hand; what is complete on this machine is used without asking anybody.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from training.base.console import UserError, say
+from training.base.network import why_unreachable
 
 try:
     import fcntl
@@ -39,56 +37,52 @@ def fetch_snapshot(
     import huggingface_hub.constants
     import huggingface_hub.errors  # neither module is there before someone has imported it
 
-    cache = Path(hub.constants.HF_HUB_CACHE)
-    by_hand = f"hf download {name}" + (" --repo-type dataset" if kind == "dataset" else "")
-    by_hand += f" --revision {revision}" if revision else ""
+    cache, endpoint = Path(hub.constants.HF_HUB_CACHE), hub.constants.ENDPOINT
+    by_hand = _by_hand(name, revision, kind)
+    elsewhere = f"on a machine with a network run `{by_hand}`, copy the folder here, and name it instead"
 
-    which = {"revision": revision, "repo_type": kind}
+    def snapshot(*, only_cached: bool) -> Path:
+        folder = hub.snapshot_download(
+            name, revision=revision, repo_type=kind, allow_patterns=list(patterns), local_files_only=only_cached
+        )
+        return Path(folder)
 
     def cached() -> Path | None:
         try:
-            folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), local_files_only=True, **which))
+            folder = snapshot(only_cached=True)
         except hub.errors.LocalEntryNotFoundError:
             return None
         return folder if is_complete(folder) else None
 
-    found = cached()
-    if found is not None:
+    if found := cached():
         return found
     if hub.constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE forbids to fetch it: on a machine with a "
-            f"network run `{by_hand} --local-dir FOLDER`, copy the folder here, and name it instead"
-        )
+        raise UserError(f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as lock:
         if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the first one fetches, the others find it done
-        found = cached()
-        if found is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if found := cached():  # by the process that had the lock before
             return found
-        _check_network(name, by_hand, hub.constants.ENDPOINT)
-        say(f"fetching {name} ({revision or 'newest revision'}) from {hub.constants.ENDPOINT}")
+        obstacle = why_unreachable(endpoint, _CONNECT_LIMIT_S)
+        if obstacle is not None:
+            raise UserError(f"{name} is no folder here, and {endpoint} cannot be reached ({obstacle}): {elsewhere}")
+        say(f"fetching {name} ({revision or 'newest revision'}) from {endpoint}")
         try:
-            folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), **which))
+            folder = snapshot(only_cached=False)
         except Exception as error:  # a connection that breaks comes out as whatever the library at work raises
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"{name} could not be fetched ({reason}); what has arrived is kept, the same command goes on. By hand: "
-                f"`{by_hand} --local-dir FOLDER`, and name the folder instead"
+                f"{name} could not be fetched ({reason}); what has arrived is kept, and the same command goes on. By "
+                f"hand: `{by_hand}`, and name the folder instead"
             ) from None
     if not is_complete(folder):
         raise UserError(f"{name} has not all the files that are needed ({', '.join(patterns)}); is the name right?")
     return folder
 
 
-def _check_network(name: str, by_hand: str, endpoint: str) -> None:
-    parts = urlsplit(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or endpoint)
-    address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection(address, _CONNECT_LIMIT_S).close()
-    except OSError as error:
-        raise UserError(
-            f"{name} is no folder here, and {address[0]} cannot be reached ({error}): on a machine with a network "
-            f"run `{by_hand} --local-dir FOLDER`, copy the folder here, and name it instead"
-        ) from None
+def _by_hand(name: str, revision: str | None, kind: str) -> str:
+    words = ["hf", "download", name, "--local-dir", "FOLDER"]
+    words += ["--repo-type", kind] if kind != "model" else []
+    words += ["--revision", revision] if revision else []
+    return " ".join(words)

@@ -148,7 +148,7 @@ def test_hub_that_cannot_be_reached_is_named_within_seconds(tmp_path: Path):
     result = start(tmp_path, "http://127.0.0.1:9")
     (line,) = result.error_lines
     assert float(result.out.partition("failed after ")[2]) < 60
-    assert result.status == 1 and "127.0.0.1 cannot be reached" in line and f"hf download {NAME}" in line
+    assert result.status == 1 and "http://127.0.0.1:9 cannot be reached" in line and f"hf download {NAME}" in line
 
 
 def test_name_that_the_hub_does_not_know_is_said(hub: Hub, tmp_path: Path):

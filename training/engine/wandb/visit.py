@@ -10,20 +10,18 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from pydantic import Field
 
 from training.base.console import UserError, say, warn
 from training.base.files import write_atomically, writing_to
+from training.base.network import why_unreachable
 from training.base.options import Options
 from training.engine.run_folder import WANDB_FILE
 from training.engine.wandb.log_file import SessionLog, last_summary, session_logs
@@ -215,16 +213,8 @@ def why_offline() -> str | None:
     if not wandb.login(prompt=False, verify=False):
         return "there is no API key (`wandb login`, or WANDB_API_KEY)"
     url = wandb.setup().settings.base_url
-    parts = urlsplit(url)
-    proxy = getproxies().get(parts.scheme)
-    if proxy and not proxy_bypass(parts.hostname or ""):
-        parts = urlsplit(proxy)
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname or "", port), CONNECT_LIMIT_S).close()
-    except OSError as error:
-        return f"{url} does not answer ({error})"
-    return None
+    obstacle = why_unreachable(url, CONNECT_LIMIT_S)
+    return f"{url} does not answer ({obstacle})" if obstacle is not None else None
 
 
 def _upload(waiting: list[SessionLog]) -> None:

@@ -1,14 +1,14 @@
-"""One session on Kaggle: goes on from the newest output among the inputs, and leaves an output to go on from.
+"""One kernel run on Kaggle: goes on from the newest output among the inputs, and leaves an output to go on from.
 
-    python -m launch.kaggle session CONFIG [--key value ...]
+    python -m launch.kaggle run CONFIG [--key value ...]
 
 The notebook's cell starts this as a process of its own, which starts the training by torchrun, a rank for each GPU (on
-a CPU, RANKS). What it guarantees: the training has saved and is gone before Kaggle's limit; the output stays below
-Kaggle's quota; at the end the run's folder and session.json are all that this program has left in /kaggle/working, and
-session.json says how it went, whatever happened. The exit status is 0 when the run is finished, 75 when another session
-is needed, 1 when none would help.
+a CPU, RANKS). Promises: the training has saved and is gone before Kaggle's limit; the output stays below Kaggle's
+quota; at the end this program has left nothing in /kaggle/working but the run's folder and kernel_run.json, which says
+how it went, whatever happened. The exit status is 0 when the run is finished, 75 when another kernel run is needed, 1
+when none would help.
 
-A training that fails but may go on by itself is started again within the session.
+A training that fails but may go on by itself is started again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.scripts import script_of
+from launch.scripts import read_options, script_of
 from training.base.console import Terminated, TryLaterError, UserError, run_main, say, warn
 from training.base.durations import format_duration
 from training.base.environment import (
@@ -45,23 +46,23 @@ from training.base.options import CommandLine
 from training.base.processes import children, family_of, kill_all
 from training.engine.status import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
-SUMMARY = "session.json"
+SUMMARY = "kernel_run.json"
 
-# Between the end of the training and the limit, for the notebook to end and its output to be taken. How long Kaggle
-# takes for the latter, and whether that counts, is not documented.
+# Between the end of the training and the limit, for the notebook to end and Kaggle to take its output. How long that
+# takes, and whether it counts, is not documented.
 _MARGIN_S = 300.0
 
-# Of the quota, kept for what grows beside the checkpoints and for what Kaggle itself adds to the output.
+# The part of the quota that is kept for what grows beside the checkpoints and for what Kaggle adds to the output.
 _RESERVE = 0.05
 
-# Attempts in a row that bring no checkpoint of a later step, and the session is given up.
+# After so many attempts in a row without a checkpoint of a later step the kernel run gives up.
 _ATTEMPTS_WITHOUT_PROGRESS = 3
 
 # How often the disk and the clock are looked at.
 _LOOK_EVERY_S = 0.5
 
-# Where the driver says that two GPUs reach each other's memory (P2P) and a virtual machine lets nothing through, NCCL
-# hangs. The gradients of these trainings are small; by way of the host's memory they cost next to nothing.
+# NCCL hangs where the driver says that two GPUs reach each other's memory (P2P) but a virtual machine lets nothing
+# through. The gradients of these trainings are small, so that the way by the host's memory costs next to nothing.
 _NCCL = {"NCCL_P2P_DISABLE": "1"}
 
 
@@ -74,22 +75,22 @@ class Retention:
 
     @property
     def most(self) -> int:
-        """Checkpoints on the disk at once: an old one is removed only when the new one stands beside it."""
+        """Checkpoints on the disk at once: an old one is removed only when the new one is complete."""
         return self.keep + self.keep_best + 1
 
 
 def retention(wanted: Retention, checkpoint_bytes: int, room_bytes: int) -> Retention:
-    """As much of `wanted` as has room. Raises UserError if not even three checkpoints have.
+    """As much of `wanted` as there is room for. Raises UserError if that is less than three checkpoints.
 
-    The larger number gives way first, and of equal ones the best: two of the newest are worth more, since one of them
-    may be damaged. checkpoint_bytes: of one, 0 while nobody knows.
+    The larger number shrinks first; of equal ones that of the best, because a second newest is worth more: the newest
+    may be damaged. checkpoint_bytes: the size of one, 0 while nobody knows.
     """
     kept = wanted
     while kept.most * checkpoint_bytes > room_bytes:
         if kept.keep == kept.keep_best == 1:
             raise UserError(
                 f"a checkpoint has {checkpoint_bytes / 1e9:.3g} GB, and there is room for {room_bytes / 1e9:.3g} GB of "
-                "them in a session's output: three need to fit, the newest, the best and the one that is being written"
+                "them in the output: three need to fit, the newest, the best and the one that is being written"
             )
         newest = kept.keep > kept.keep_best
         kept = Retention(kept.keep - newest, kept.keep_best - (not newest))
@@ -97,7 +98,7 @@ def retention(wanted: Retention, checkpoint_bytes: int, room_bytes: int) -> Rete
 
 
 def margin_s(left_s: float) -> float:
-    """What is kept free at the end of a session that has so many seconds left; less in a rehearsal of a minute."""
+    """What is kept free of the seconds left until the limit; in a rehearsal of a minute that is less."""
     return min(_MARGIN_S, left_s / 6)
 
 
@@ -133,14 +134,12 @@ def prepared_data(root: Path, wanted: Path) -> Path:
 
 
 def bytes_below(folder: Path) -> int:
-    """The size of all files below a folder in which somebody else may be writing."""
+    """The size of all files below a folder in which another process may be writing."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 total += Path(place, name).lstat().st_size
-            except FileNotFoundError:
-                continue
     return total
 
 
@@ -150,14 +149,14 @@ def _largest_checkpoint(run_dir: Path) -> int:
 
 @dataclass(frozen=True)
 class Disk:
-    """A session's output: what the run has in it, and what still has room below the quota. source: the run before."""
+    """The output: what the run has in it, and how much room there is below the quota."""
 
     working: Path
     run_dir: Path
-    source: Path | None
+    source: Path | None  # the run folder among the inputs
 
     def checkpoint_bytes(self) -> int:
-        """Of the run's largest checkpoint, 0 if it has none."""
+        """The size of the run's largest checkpoint, 0 if it has none."""
         return max(self._source_bytes, _largest_checkpoint(self.run_dir))
 
     @cached_property
@@ -165,7 +164,7 @@ class Disk:
         return _largest_checkpoint(self.source) if self.source is not None else 0
 
     def room_bytes(self) -> int:
-        """What checkpoints may take in all, those that are there included."""
+        """What all checkpoints together may take, including those that are there."""
         others = bytes_below(self.working) - bytes_below(self.run_dir / "checkpoints")
         return int(kaggle_output_bytes() * (1 - _RESERVE)) - others
 
@@ -181,58 +180,54 @@ class Disk:
 
 
 @dataclass
-class Training:
-    """The processes of the training, and how they are asked to stop.
+class TrainingProcesses:
+    """The processes of the training, and how they are asked to stop."""
 
-    command: without what it is to keep. environment: all of its variables. wanted: what it would keep if there were
-    room. asked: signals that it was told.
-    """
-
-    command: tuple[str, ...]
-    environment: dict[str, str]
+    command: tuple[str, ...]  # without the options that say which checkpoints to keep
+    environment: dict[str, str]  # all of its variables
     disk: Disk
-    wanted: Retention
+    wanted: Retention  # what it would keep if there were room
     process: subprocess.Popen[bytes] | None = None
-    asked: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)  # the signals that asked it to stop
 
     def run(self, margin: float) -> None:
-        """From start to end, once, with an eye on clock and disk; raises UserError where the quota is too small.
+        """Trains once, watching clock and disk; raises UserError where the quota is too small.
 
-        margin: what is to be free at the end of the session, in seconds.
+        margin: seconds that are to be left until the limit.
         """
         kept = retention(self.wanted, self.disk.checkpoint_bytes(), self.disk.room_bytes())
         words = ("--checkpoint.keep", str(kept.keep), "--checkpoint.keep_best", str(kept.keep_best))
-        # A session of its own: of what a terminal sends to all of its processes the ranks get one, from us.
+        # In a session of its own, so that the ranks get a terminal's signal once: from us.
         self.process = subprocess.Popen([*self.command, *words], env=self.environment, start_new_session=True)
         try:
             self._watch(kept, margin)
-        finally:  # whatever went wrong here, nobody would end it
+        finally:  # whatever goes wrong here, nobody else would end it
             if self.process.poll() is None:
                 kill_all(family_of(self.process.pid))
             self.process.wait()
 
     def _watch(self, kept: Retention, margin: float) -> None:
         assert self.process is not None
-        told = False
-        for number in self.asked:  # before there was anybody to tell
-            self.tell(number)
+        asked_to_restart = False
+        for number in self.asked:  # before there was a process to ask
+            self.ask(number)
         while self.process.poll() is None:
             time.sleep(_LOOK_EVERY_S)
-            if not told and kept.most * self.disk.checkpoint_bytes() > self.disk.room_bytes():
+            if not asked_to_restart and kept.most * self.disk.checkpoint_bytes() > self.disk.room_bytes():
                 say("checkpoints turn out too large to keep as many: the training saves and starts again with fewer")
-                told = self._signal(signal.SIGTERM)
+                asked_to_restart = self._signal(signal.SIGTERM)
             left = time_left()
             if left is not None and left[0] < margin / 4:
                 warn("the training has not ended in time: it is killed, so that the output is not lost")
                 return
 
-    def tell(self, number: int) -> None:
-        """Passes a signal on: one rank is enough, they agree. Before there are ranks, their launcher is ended."""
+    def ask(self, number: int) -> None:
+        """Passes a signal on to one rank, since the ranks agree; before there are ranks, it ends their launcher."""
         if self.process is not None and self.process.poll() is None and not self._signal(number):
             self.process.terminate()
 
     def _signal(self, number: int) -> bool:
-        # Not through torchrun: it gives its ranks 30 seconds, and a save may take longer.
+        # Not through torchrun, which gives its ranks 30 seconds: a save may take longer.
         assert self.process is not None
         ranks = children(self.process.pid)
         if ranks:
@@ -243,12 +238,10 @@ class Training:
         return bool(ranks)
 
 
-class Session:
-    """One session, from what it finds to what it leaves."""
+class ThisKernelRun:
+    """The kernel run that this process is, from what it finds to what it leaves."""
 
     def __init__(self, script: str, words: Sequence[str], expected_step: int):
-        from launch.scripts import read_options  # imports torch
-
         self.working = kaggle_working()
         self.options = read_options(script, words)
         self.run_dir = self.working / self.options.run_dir.name
@@ -261,36 +254,36 @@ class Session:
             found = f"only step {self._first_step:,} of it" if self._first_step else "nothing of it"
             raise TryLaterError(
                 f"{self.run_dir.name} has come to step {expected_step:,}, but {found} is below {kaggle_input()}: the "
-                "output of the session before is not among the inputs, and this one would begin anew"
+                "last output is not among the inputs, and the training would begin anew"
             )
         left = time_left()
         self.margin = max(self.options.session.margin, margin_s(left[0])) if left else self.options.session.margin
         self._errors = Path(tempfile.mkdtemp(), "error")
         self.ranks = _ranks()
-        self.training = Training(
-            command=(*self._launcher(), "-m", script, *words, *self._own_words()),
+        self.training = TrainingProcesses(
+            command=(
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"),
+                *("-m", script, *words, *self._own_words()),
+            ),
             environment={**_NCCL, **os.environ, "RELAY_ERROR_FILE": str(self._errors)},
             disk=self.disk,
             wanted=Retention(self.options.checkpoint.keep, self.options.checkpoint.keep_best),
         )
 
-    def _launcher(self) -> tuple[str, ...]:
-        return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}")
-
     def _own_words(self) -> tuple[str, ...]:
-        """What stands on the training's command line behind the user's words, and so counts."""
+        """The options that follow, and so override, the user's words on the training's command line."""
         words = ["--run_dir", str(self.run_dir), "--data", str(prepared_data(kaggle_input(), self.options.data))]
         words += ["--session.margin", f"{self.margin:g}"]
         return (*words, *(["--resume_from", str(self.source)] if self.source else []))
 
     def run(self) -> dict[str, Any]:
-        """Trains, as often as it takes and helps; returns what session.json says."""
+        """Trains, as often as it takes and helps; returns what kernel_run.json says."""
         say(f"{self.run_dir.name}: {self.ranks} rank(s)")
         if kaggle_run_type() == "Interactive":
-            say("an interactive session: its output is kept only when you save a version of the notebook")
-        say(f"going on from {self.source}" if self.source else "no earlier session among the inputs: a new run")
+            say("this notebook is interactive: its output is kept only when you save a version of it")
+        say(f"going on from {self.source}" if self.source else "no earlier output among the inputs: a new run")
         if self.source is not None and bytes_below(self.source) > kaggle_output_bytes() * (1 - _RESERVE):
-            raise UserError(f"{self.source} is too large for a session's output: remove some of its checkpoints first")
+            raise UserError(f"{self.source} is too large for an output: remove some of its checkpoints first")
         self.working.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -307,13 +300,13 @@ class Session:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.training.asked.append(number)
-        self.training.tell(number)
+        self.training.ask(number)
 
     def _step(self) -> int:
         return max(saved_steps(self.run_dir), default=self._first_step)
 
     def _is_over(self) -> bool:
-        """Whether another attempt within this session makes no sense."""
+        """Whether another attempt within this kernel run makes no sense."""
         status, left = read_status(self.run_dir) or {}, time_left()
         return (
             bool(self.training.asked)
@@ -323,7 +316,7 @@ class Session:
         )
 
     def summary(self, failure: str | None = None) -> dict[str, Any]:
-        """How the session went. failure: why it is over, where the run's own status does not say."""
+        """How the kernel run went. failure: why it is over, where the run's own status does not say."""
         status = read_status(self.run_dir) or {}
         if failure is None and self._errors.exists():
             failure = self._errors.read_text(encoding="utf-8")
@@ -351,19 +344,19 @@ class Session:
 
 
 def _ranks() -> int:
-    """A rank for each GPU; RANKS, if said, on a CPU. Raises UserError where Kaggle has given no GPU."""
+    """One rank for each GPU; on a CPU, RANKS if set. Raises UserError where Kaggle has given no GPU."""
     import torch
 
     gpus = torch.cuda.device_count()  # makes no context
     ranks = gpus or ranks_without_gpus()
     if ranks is None and kaggle_run_type() is not None:
-        raise UserError("this session has no GPU: choose the accelerator GPU T4 x2 in the notebook's settings")
+        raise UserError("there is no GPU here: choose the accelerator GPU T4 x2 in the notebook's settings")
     return ranks or 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandLine(
-        "python -m launch.kaggle session", __doc__, usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]"
+        "python -m launch.kaggle run", __doc__, usage="%(prog)s CONFIG.yaml [--script MODULE] [--key value ...]"
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument("--script", help="module that trains (default: what the config says)")
@@ -371,15 +364,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--expect-step", type=int, default=0, metavar="N", help="end at once where the run has not come to step N yet"
     )
     arguments, words = parser.parse_known_args(argv)
-    script, session = arguments.script or script_of(arguments.config), None
+    script, kernel_run = arguments.script or script_of(arguments.config), None
     try:
-        session = Session(script, [str(arguments.config), *words], arguments.expect_step)
-        summary = session.run()
+        kernel_run = ThisKernelRun(script, [str(arguments.config), *words], arguments.expect_step)
+        summary = kernel_run.run()
     except (Exception, KeyboardInterrupt, Terminated) as error:
         reason = str(error) or f"{type(error).__name__}, before the training began"
         again = isinstance(error, TryLaterError)
         nothing = {"status": "failed", "reason": reason, "restart": again, "step": 0, "steps": None}
-        _leave(session.summary(reason) if session is not None else nothing)
+        _leave(kernel_run.summary(reason) if kernel_run is not None else nothing)
         raise
     _leave(summary)
     step = f"step {summary['step']:,}" + (f" of {summary['steps']:,}" if summary["steps"] else "")
