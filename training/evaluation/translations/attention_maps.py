@@ -32,20 +32,20 @@ INK = (37, 114, 235)  # full attention; less lets the ground through, so it suit
 # The reader's fonts, not the training machine's: only these names stand in the file.
 FAMILIES = "'DejaVu Sans','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif"
 
-Line = tuple[tuple[int, int], tuple[int, int]]
+Corner = tuple[int, int]  # x and y, in cells
 
 
 @dataclass(frozen=True)
 class Sheet:
     """A grid of panels, each a title and weights [rows, columns] from 0 to 1, all over the same tokens.
 
-    lines: from (x, y) to (x, y) in cells, over every panel.
+    lines: from corner to corner, over every panel.
     """
 
     panels: Sequence[Sequence[tuple[str, np.ndarray]]]
     row_tokens: Sequence[str]
     column_tokens: Sequence[str]
-    lines: Sequence[Line] = ()
+    lines: Sequence[tuple[Corner, Corner]] = ()
 
     @property
     def _labels(self) -> tuple[float, float]:
