@@ -224,8 +224,9 @@ def test_hostile_text_stays_text_in_every_field(report):
     assert {re.sub(r"\.references_sha256$", "", place) for place in kept_out} == {
         *("scores.label", "scores.task", "scores.data_fingerprint", "scores.tasks"),
         *("sessions.started", "sessions.seen", "sessions.ended", "data.questions", "versions.torch, training"),
-        *("law_eval.after.exams.exam", "law_eval.after.exams.kind"),
+        *("law_eval.after.exams.exam", "law_eval.after.exams.kind", "law_eval.page"),
     }
+    assert [value for name, value in page.attributes if name == "href" and HOSTILE.replace("\0", "\ufffd") in value]
 
 
 def test_a_script_in_an_answer_is_shown_as_it_was_written(report):
@@ -245,12 +246,12 @@ def test_a_run_without_a_record_has_a_report_all_the_same(report):
 def test_what_training_made_worse_or_did_not_change_is_called_so(report):
     def summary(**macro: float) -> str:
         scores = {**report["scores"], "macro_average": {**report["scores"]["macro_average"], **macro}}
-        return re.search("mean score(.*?)perplexity", shown({**report, "scores": scores}))[1]
+        return re.search("mean score(.*?)perplexity", shown({**report, "scores": scores}), re.S)[1]
 
     assert "worse after training, p = 0.010" in summary(difference=-3.0, p=0.01)
     assert "no difference can be told at p < 0.05 (p = 0.300)" in summary(difference=3.0, p=0.3)
     assert "perplexity7.39 (7.39 to 7.39) before" in shown(report)
-    assert "after: better after training" in re.search("perplexity(.*?)scored on", shown(report))[1]
+    assert "after: better after training" in re.search("perplexity(.*?)scored on", shown(report), re.S)[1]
 
 
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):

@@ -24,7 +24,7 @@ from training.evaluation.disc_law_eval import __main__ as disc_law_eval
 from training.evaluation.disc_law_eval.asking import LawAnswers
 from training.evaluation.disc_law_eval.letters import letters_of
 from training.evaluation.disc_law_eval.open_questions import ModelAnswers, OpenQuestion, open_questions, render
-from training.evaluation.disc_law_eval.overlap import overlapping
+from training.evaluation.disc_law_eval.overlap import about_overlap, overlapping
 from training.evaluation.disc_law_eval.questions import KINDS, Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import COLUMNS, compare_answers, score_answers, score_file, write_results
 
@@ -135,16 +135,16 @@ def test_a_question_counts_as_trained_on_by_its_text_or_by_one_option():
 def test_scores_without_the_questions_that_were_trained_on():
     questions = [Question("single", "NJE", n, "何者？", ("甲", "乙", "丙", "丁"), "A") for n in range(4)]
     before, after = (LawAnswers(questions, list(letters), [], [], 0) for letters in ("ABBB", "AAAB"))
-    _, scores, _ = before.compared(after, "page.html", np.array([False, True, True, False]))
+    scores, _ = before.compared(after, np.array([False, True, True, False]))
     assert (scores["before"]["correct"], scores["after"]["correct"]) == (1, 3)
     overlap = scores["overlap"]
     without = overlap["without"]
     assert overlap["questions"] == 2 and without["before"]["items"] == 2
     assert (without["before"]["correct"], without["after"]["correct"], without["compared"]["difference"]) == (1, 1, 0)
-    section, scores, _ = before.compared(after, "page.html", np.full(4, True))
+    scores, _ = before.compared(after, np.full(4, True))
     assert scores["overlap"] == {"questions": 4, "without": None}
-    assert "4 of the 4 questions share" in section
-    assert before.compared(after, "page.html", None)[1]["overlap"] is None
+    assert "4 of the 4 questions share" in about_overlap(scores)
+    assert before.compared(after, None)[0]["overlap"] is None
 
 
 # --- the released files

@@ -26,6 +26,8 @@ from tests.support.base_models import make_tiny_qwen2, make_tokenizer
 from tests.support.commands import launching
 from tests.support.exports import content_of, nobody_asked
 from training.base.console import UserError
+from training.data.conversations import FORMAT as CONVERSATIONS
+from training.data.prepared import FORMAT as PAIRS
 from training.evaluation import export
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
 from training.evaluation.exports import adapters
@@ -293,9 +295,11 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, run_copy, base, tmp
     assert "is not the tokenizer that the adapters were trained with" in refused(run_copy, output)
     tokenizer.unlink()
     assert "copy tokenizer/ from the run's prepared data" in refused(run_copy, output)
-    for manifest in run_copy.glob("checkpoints/*/manifest.json"):
-        manifest.write_text(manifest.read_text().replace('"task": "qlora"', '"task": "gpt"'))
-    assert f"{run_copy} holds a gpt model; only those of training.qlora" in refused(run_copy, output)
+    data = run_copy / "data.json"
+    about = data.read_text(encoding="utf-8")
+    data.write_text(about.replace(CONVERSATIONS, PAIRS), encoding="utf-8")
+    assert f"{run_copy} holds a qlora model; only those of training.gpt and" in refused(run_copy, output)
+    data.write_text(about, encoding="utf-8")
     shutil.rmtree(run_copy / "checkpoints")
     (run_copy / "checkpoints").mkdir()
     assert "has no valid checkpoint" in refused(run_copy, output)

@@ -31,7 +31,7 @@ INK = (37, 114, 235)  # full attention; less lets the ground through, so it suit
 # The reader's fonts, not the training machine's: only these names stand in the file.
 FAMILIES = "'DejaVu Sans','Noto Sans CJK SC','PingFang SC','Microsoft YaHei',sans-serif"
 
-Line = tuple[tuple[int, int], tuple[int, int]]
+Corner = tuple[int, int]  # x and y, in cells
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sheet:
     panels: Sequence[Sequence[tuple[str, np.ndarray]]]  # a title and weights [rows, columns] from 0 to 1
     row_tokens: Sequence[str]
     column_tokens: Sequence[str]
-    lines: Sequence[Line] = ()  # from (x, y) to (x, y) in cells, over every panel
+    lines: Sequence[tuple[Corner, Corner]] = ()  # from corner to corner, over every panel
 
     @property
     def _labels(self) -> tuple[float, float]:
