@@ -3,9 +3,6 @@
 The first pass keeps of each record where it stands and what the split must know (its task, and hashes of what it is
 compared by), some hundred bytes; the second reads the chosen ones again, in the order of their part. So memory is
 bounded, whatever the texts weigh.
-
-Both passes are ours rather than `datasets.map`, which keeps less: its cache is a file per process, so a kill loses all
-of them but those that are finished; and it leaves processes behind when it is killed itself.
 """
 
 from __future__ import annotations
@@ -71,7 +68,7 @@ class Piece:
 
 @dataclass
 class Records:
-    """Where the records stand that may be used, and what else was found. Arrays have one entry per record."""
+    """Where the usable records stand, and what else was found. Arrays have one entry per record."""
 
     places: np.ndarray  # int64 [records, 3]: file, offset, bytes
     task: np.ndarray  # index into tasks
@@ -85,7 +82,7 @@ class Records:
 
 
 def read_records(workers: Workers, corpus: Corpus) -> Records:
-    """All records of the corpus but duplicates, answers that are too short, and the tasks to leave out."""
+    """All records of the corpus but duplicates, those with too short an answer, and those of the tasks to leave out."""
     files = corpus.files
     jobs = [(number, start, end) for number, file in enumerate(files) for start, end in _pieces(file)]
     blank = 0
@@ -174,7 +171,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
 def check_template_accepts(record: Record) -> None:
     """Raises Malformed if the template has no place for a turn, or a text would be read as a control token.
 
-    As an end of turn, for one: training would learn to stop there.
+    One that ends a turn, for example, would teach the model to stop there.
     """
     refusal = _work.tokenizer.refusal(record.turns)
     if refusal is not None:
@@ -317,7 +314,7 @@ def _encode(records: Sequence[Record]) -> list[Encoded | None]:
 
 @dataclass(frozen=True)
 class MadePart:
-    """What is to be known of a part that was written. Arrays have one entry per row."""
+    """What meta.json says of a part that was written comes from here. Arrays have one entry per row."""
 
     sha256: dict[str, str]  # by column, of the content, whatever the file format
     task: np.ndarray  # index into the names of all tasks

@@ -46,7 +46,7 @@ class LawTask:
         return (text[:place], text[place:]) if place >= 0 else (text, "")
 
 
-# A judgement or a news item to be summed up has many short lines, of which no single one is the long one.
+# A judgement or a news item to be summed up has many short lines and no long one.
 TASKS = (
     LawTask("jud_read_compre", question="问题为：", one_part="document"),
     LawTask("leg_ele_extra", cut=None),

@@ -2,6 +2,9 @@
 
 Promises: a finished shard is on the disk whole, and the next start with the same key does not make it again; a start
 with another key uses nothing of it; a worker that dies, or whose parent dies, leaves no process and no half shard.
+
+`datasets.map` (5.2) would break the first and the last: it keeps a file only once a process has done all of its share,
+so that a kill shortly before the end loses everything, and its processes outlive a parent that was killed.
 """
 
 from __future__ import annotations
