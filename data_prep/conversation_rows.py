@@ -2,7 +2,7 @@
 
 The first pass keeps of each record where it stands and what the split must know (its task, and hashes of what it is
 compared by), some hundred bytes; the second reads the chosen ones again, in the order of their part. So memory is
-bounded whatever the texts weigh.
+bounded, whatever the texts weigh.
 """
 
 from __future__ import annotations
@@ -13,47 +13,43 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_prep.records import Corpus, Malformed, Record, SourceFile, unique_id
-from data_prep.shards import Column, Workers, lists, read_shard, write_dataset, write_shard
+from data_prep.shards import Column, Workers, read_shard, write_shard
 from data_prep.splits import StratifiedSplit
 from training.base.console import warn
 from training.base.progress import Progress
 from training.data.chat import ChatTokenizer, Message, assistant
+from training.data.prepared import Ragged, id_column, write_table
 from training.data.text import normalise
 
 BYTES_PER_PIECE = 4 << 20  # of a source file, read at a time
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every process needs. max_length: tokens of prompt and answer, at most."""
+    """What every process needs for the functions below."""
 
     tokenizer: ChatTokenizer
     corpus: Corpus
-    max_length: int
-
-    @cached_property
-    def descriptors(self) -> list[int]:
-        """The open source files; each process has its own."""
-        return [os.open(file.path, os.O_RDONLY) for file in self.corpus.files]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"tokenizer": self.tokenizer, "corpus": self.corpus, "max_length": self.max_length}
+    max_length: int  # tokens of prompt and answer, at most
 
 
 _work: Work
+_descriptors: list[int]  # of the corpus's files
 
 
 def set_work(work: Work) -> None:
-    """Gives this process what it needs for the functions below."""
-    global _work
+    """Gives this process its work, and opens the corpus's files in it."""
+    global _work, _descriptors
     _work = work
+    _descriptors = [os.open(file.path, os.O_RDONLY) for file in work.corpus.files]
 
 
 # --- first pass ------------------------------------------------------------------------------------------------------
@@ -65,19 +61,16 @@ class Piece:
 
     lines: int = 0
     blank: int = 0
-    malformed: list[tuple[int, str, str]] = field(default_factory=list)
-    ids: list[str | None] = field(default_factory=list)
-    # Per record: line, offset, bytes, task, whether its answer is too short, hash of group, hash of all of it.
-    rows: list[tuple[int, int, int, str, bool, int, int]] = field(default_factory=list)
+    malformed: list[tuple[int, str, str]] = field(default_factory=list)  # line, reason, how it begins
+    # Per record: id, line, offset, bytes, task, whether its answer is too short, hash of group, hash of all of it.
+    rows: list[tuple[str | None, int, int, int, str, bool, int, int]] = field(default_factory=list)
 
 
 @dataclass
 class Records:
-    """Where the records stand that may be used, and what else was found. All arrays have one entry per record."""
+    """Where the usable records stand, and what else was found. Arrays have one entry per record."""
 
-    file: np.ndarray
-    offset: np.ndarray
-    bytes: np.ndarray
+    places: np.ndarray  # int64 [records, 3]: file, offset, bytes
     task: np.ndarray  # index into tasks
     group: np.ndarray  # uint64, equal where the normalised `Record.group` are
     uid: list[str]
@@ -89,27 +82,25 @@ class Records:
 
 
 def read_records(workers: Workers, corpus: Corpus) -> Records:
-    """All records of the corpus but duplicates, answers that are too short, and the tasks to leave out."""
+    """All records of the corpus but duplicates, those with too short an answer, and those of the tasks to leave out."""
     files = corpus.files
     jobs = [(number, start, end) for number, file in enumerate(files) for start, end in _pieces(file)]
-    lines = blank = 0
+    blank = 0
     malformed: list[dict[str, object]] = []
     counts: Counter[tuple[str, str]] = Counter()
-    places: list[tuple[int, int, int]] = []
-    tasks: list[str] = []
-    groups: list[int] = []
+    kept: list[tuple[int, int, int, str, int]] = []  # file, offset, bytes, task, group
     uids: list[str] = []
     taken: set[str] = set()
     seen: set[int] = set()
-    first_line: Counter[int] = Counter()
+    lines_before: Counter[int] = Counter()  # by file
     with Progress("reading", sum(file.bytes for file in files), "bytes") as progress:
         for (number, start, end), piece in zip(jobs, workers.map(_read_piece, jobs), strict=True):
             file = files[number]
-            begin = 1 + first_line[number]
+            first = 1 + lines_before[number]
             for line, reason, text in piece.malformed:
-                malformed.append({"file": file.path.name, "line": begin + line, "reason": reason, "text": text})
-            for name, (line, offset, size, task, short, group, pair) in zip(piece.ids, piece.rows, strict=True):
-                uid = unique_id(file, name, begin + line, taken)
+                malformed.append({"file": file.path.name, "line": first + line, "reason": reason, "text": text})
+            for name, line, offset, size, task, short, group, pair in piece.rows:
+                uid = unique_id(file, name, first + line, taken)
                 counts["records", task] += 1
                 if task in corpus.left_out:
                     counts["left_out", task] += 1
@@ -119,21 +110,25 @@ def read_records(workers: Workers, corpus: Corpus) -> Records:
                     counts["too_short", task] += 1
                 else:
                     seen.add(pair)
-                    places.append((number, offset, size))
-                    tasks.append(task)
-                    groups.append(group)
+                    kept.append((number, offset, size, task, group))
                     uids.append(uid)
-            first_line[number] += piece.lines
-            lines += piece.lines
+            lines_before[number] += piece.lines
             blank += piece.blank
             progress.advance(end - start)
-    columns = np.array(places, dtype=np.int64).reshape(-1, 3).T
     order = {task: place for place, task in enumerate(corpus.task_order)}
-    names = sorted({task for _, task in counts}, key=lambda task: (order.get(task, len(order)), task))
-    numbers = {task: number for number, task in enumerate(names)}
-    task_numbers = np.array([numbers[task] for task in tasks], dtype=np.int64)
-    group_hashes = np.array(groups, dtype=np.uint64)
-    return Records(*columns, task_numbers, group_hashes, uids, names, lines, blank, malformed, counts)
+    tasks = sorted({task for _, task in counts}, key=lambda task: (order.get(task, len(order)), task))
+    numbers = {task: number for number, task in enumerate(tasks)}
+    return Records(
+        places=np.array([row[:3] for row in kept], dtype=np.int64).reshape(-1, 3),
+        task=np.array([numbers[row[3]] for row in kept], dtype=np.int64),
+        group=np.array([row[4] for row in kept], dtype=np.uint64),
+        uid=uids,
+        tasks=tasks,
+        lines=lines_before.total(),
+        blank=blank,
+        malformed=malformed,
+        counts=counts,
+    )
 
 
 def _pieces(file: SourceFile) -> Iterator[tuple[int, int]]:
@@ -150,13 +145,12 @@ def _pieces(file: SourceFile) -> Iterator[tuple[int, int]]:
 def _read_piece(job: tuple[int, int, int]) -> Piece:
     number, offset, end = job
     corpus = _work.corpus
-    content = os.pread(_work.descriptors[number], end - offset, offset)
-    lines = content.split(b"\n")
+    lines = os.pread(_descriptors[number], end - offset, offset).split(b"\n")
     if lines[-1] == b"":
         lines.pop()  # the end of the last line, not one more line
     piece = Piece(lines=len(lines))
     for line, raw in enumerate(lines):
-        text = raw.removeprefix(b"\xef\xbb\xbf") if offset == 0 else raw  # a byte-order mark
+        text = raw.removeprefix(BYTE_ORDER_MARK) if offset == 0 else raw
         if not text.strip():
             piece.blank += 1
         else:
@@ -168,8 +162,8 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
             else:
                 group = _hash(normalise(record.group))
                 pair = _hash(*(turn["content"] for turn in record.turns), record.answer)
-                piece.ids.append(record.id)
-                piece.rows.append((line, offset, len(raw), record.task, corpus.is_short(record), group, pair))
+                short = corpus.is_short(record)
+                piece.rows.append((record.id, line, offset, len(raw), record.task, short, group, pair))
         offset += len(raw) + 1
     return piece
 
@@ -177,7 +171,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
 def check_template_accepts(record: Record) -> None:
     """Raises Malformed if the template has no place for a turn, or a text would be read as a control token.
 
-    As an end of turn, for one: training would learn to stop there.
+    One that ends a turn, for example, would teach the model to stop there.
     """
     refusal = _work.tokenizer.refusal(record.turns)
     if refusal is not None:
@@ -205,11 +199,11 @@ def choose_questions(records: Records, split: StratifiedSplit) -> list[int]:
     chosen = []
     test = split.rows("test")
     for number, task in enumerate(records.tasks):
-        rows = test[(records.task[test] == number) & (split.strata[test] == number)]
-        found = next((row for row in rows.tolist() if _encode(_read_again(records, [row]))[0] is not None), None)
+        rows = test[(records.task[test] == number) & (split.strata[test] == number)].tolist()
+        found = next((row for row in rows if _encode([_read(*records.places[row])])[0] is not None), None)
         if found is not None:
             chosen.append(found)
-        elif len(rows):
+        elif rows:
             warn(f"no test record of {task} fits into --max_length, so it has no question in the table of answers")
     return chosen
 
@@ -232,7 +226,7 @@ class Shard:
     """A job: the records to tokenise, and the file to write."""
 
     path: Path
-    places: list[tuple[int, int, int]]  # file, offset, bytes
+    places: list[list[int]]  # of each its file, offset and bytes
     uids: list[str]
 
 
@@ -240,13 +234,17 @@ def tokenise(
     workers: Workers, folder: Path, records: Records, chosen: dict[str, np.ndarray], rows_per_shard: int
 ) -> dict[str, list[Path]]:
     """Makes the shards of each part in `folder`, those that are not there yet; returns all of them in order."""
-    shards: dict[str, list[Shard]] = {}
-    for part, rows in chosen.items():
-        starts = range(0, len(rows), rows_per_shard)
-        shards[part] = [
-            _shard(folder / f"{part}-{number:05d}.arrow", records, rows[start : start + rows_per_shard].tolist())
-            for number, start in enumerate(starts)
+    shards = {
+        part: [
+            Shard(
+                folder / f"{part}-{start // rows_per_shard:05d}.arrow",
+                records.places[rows[start : start + rows_per_shard]].tolist(),
+                [records.uid[row] for row in rows[start : start + rows_per_shard]],
+            )
+            for start in range(0, len(rows), rows_per_shard)
         ]
+        for part, rows in chosen.items()
+    }
     todo = [shard for part in shards.values() for shard in part if not shard.path.exists()]
     total = sum(len(rows) for rows in chosen.values())
     done = total - sum(len(shard.uids) for shard in todo)
@@ -256,21 +254,9 @@ def tokenise(
     return {part: [shard.path for shard in shards[part]] for part in shards}
 
 
-def _shard(path: Path, records: Records, rows: list[int]) -> Shard:
-    return Shard(path, [_place(records, row) for row in rows], [records.uid[row] for row in rows])
-
-
-def _place(records: Records, row: int) -> tuple[int, int, int]:
-    return int(records.file[row]), int(records.offset[row]), int(records.bytes[row])
-
-
-def _read_again(records: Records, rows: Sequence[int]) -> list[Record]:
-    return [_read(*_place(records, row)) for row in rows]
-
-
-def _read(number: int, offset: int, size: int) -> Record:
-    raw = os.pread(_work.descriptors[number], size, offset)
-    return _work.corpus.read(raw.removeprefix(b"\xef\xbb\xbf"), _work.corpus.files[number])
+def _read(file: int, offset: int, size: int) -> Record:
+    raw = os.pread(_descriptors[file], size, offset)
+    return _work.corpus.read(raw.removeprefix(BYTE_ORDER_MARK), _work.corpus.files[file])
 
 
 def _make_shard(shard: Shard) -> int:
@@ -289,7 +275,7 @@ def _make_shard(shard: Shard) -> int:
         "uid": pa.array([uid for uid, _, _ in kept], text),
         "task": pa.array([task for _, task, _ in kept], text),
         "messages": pa.array([encoded.messages for _, _, encoded in kept], text),
-        "ids": lists([encoded.ids for _, _, encoded in kept]),
+        "ids": id_column(Ragged.of([encoded.ids for _, _, encoded in kept])),
         "prompt_length": pa.array([encoded.prompt_length for _, _, encoded in kept], pa.int64()),
     }
     write_shard(shard.path, columns, {"truncated": truncated, "too_long": too_long})
@@ -307,9 +293,8 @@ def _encode(records: Sequence[Record]) -> list[Encoded | None]:
         return len(tokenizer.encode([tokenizer.prompt(turns)])[0])
 
     result: list[Encoded | None] = []
-    for number, record in enumerate(records):
-        turns, prompt, ids = asked[number], prompts[number], prompt_ids[number]
-        room = _work.max_length - len(answer_ids[number]) - 1
+    for record, turns, prompt, ids, answer in zip(records, asked, prompts, prompt_ids, answer_ids, strict=True):
+        room = _work.max_length - len(answer) - 1
         truncated = len(ids) > room
         if truncated:
             cut = corpus.shortened(record, count, room)
@@ -320,7 +305,7 @@ def _encode(records: Sequence[Record]) -> list[Encoded | None]:
             (ids,) = tokenizer.encode([prompt])
         tokenizer.check(prompt, turns, record.answer)
         messages = json.dumps([*turns, assistant(record.answer)], ensure_ascii=False)
-        result.append(Encoded(tokenizer.join(turns, ids, answer_ids[number]), len(ids), messages, truncated))
+        result.append(Encoded(tokenizer.join(turns, ids, answer), len(ids), messages, truncated))
     return result
 
 
@@ -329,7 +314,7 @@ def _encode(records: Sequence[Record]) -> list[Encoded | None]:
 
 @dataclass(frozen=True)
 class MadePart:
-    """What is to be known of a part that was written. Arrays have one entry per row."""
+    """What meta.json says of a part that was written comes from here. Arrays have one entry per row."""
 
     sha256: dict[str, str]  # by column, of the content, whatever the file format
     task: np.ndarray  # index into the names of all tasks
@@ -341,9 +326,8 @@ class MadePart:
 def assemble(folder: Path, shards: Sequence[Path], tasks: Sequence[str]) -> MadePart:
     """Writes the part of these shards to `folder`, column after column, from the disk to the disk."""
     counts: Counter[tuple[str, str]] = Counter()
+    prompt_lengths = []
     columns: dict[str, Column] = {}
-    prompt_lengths, task_numbers = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    numbers = {task: number for number, task in enumerate(tasks)}
     for path in shards:
         table, about = read_shard(path)
         for what, of_tasks in about.items():
@@ -353,17 +337,17 @@ def assemble(folder: Path, shards: Sequence[Path], tasks: Sequence[str]) -> Made
                 columns[name] = Column(folder.with_name(f".{folder.name}.{name}"), table.schema.field(name).type)
             for chunk in table.column(name).chunks:
                 columns[name].append(chunk)
-        # A copy: a view would keep the shard mapped.
-        prompt_lengths.append(table.column("prompt_length").to_numpy().copy())
-        own = [numbers[task] for task in table.column("task").to_pylist()]
-        task_numbers.append(np.array(own, dtype=np.int64))
+        prompt_lengths.append(table.column("prompt_length").to_numpy().copy())  # a view would keep the shard mapped
     prompt_length = np.concatenate(prompt_lengths)
-    finished = {name: column.finish() for name, column in columns.items()}
-    arrays = {name: array for name, (array, _) in finished.items()} | {"prompt_length": pa.array(prompt_length)}
-    sha256 = {name: digest for name, (_, digest) in finished.items()}
+    arrays: dict[str, pa.Array] = {}
+    sha256 = {}
+    for name, column in columns.items():
+        arrays[name], sha256[name] = column.finish()
+    arrays["prompt_length"] = pa.array(prompt_length)
     sha256["prompt_length"] = hashlib.sha256(prompt_length.tobytes()).hexdigest()
-    write_dataset(folder, arrays, sha256["ids"])
-    tokens = np.diff(arrays["ids"].offsets.to_numpy())
+    write_table(folder, arrays, sha256["ids"])
     for name in columns:
         folder.with_name(f".{folder.name}.{name}").unlink()
-    return MadePart(sha256, np.concatenate(task_numbers), tokens, tokens - prompt_length, counts)
+    task = pc.index_in(arrays["task"], pa.array(tasks, pa.large_string())).to_numpy()
+    tokens = np.diff(arrays["ids"].offsets.to_numpy())
+    return MadePart(sha256, task, tokens, tokens - prompt_length, counts)

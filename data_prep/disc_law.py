@@ -3,7 +3,7 @@
     python -m data_prep.disc_law --source FOLDER --tokenizer Qwen/Qwen2.5-3B-Instruct --output prepared/disc-law
     python -m data_prep.disc_law --source hub --fraction 0.1 --output prepared/disc-law-tenth
 
-What `making_conversations` promises holds.
+It promises what `prepare_conversations` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from data_prep.disc_law_records import (
     LawRecord,
     as_published,
     find_files,
-    question_of,
     read_record,
     shortened,
 )
@@ -86,15 +85,17 @@ class DiscLaw(Corpus):
         return record.layout.free_text and super().is_short(record)
 
     def asked(self, record: LawRecord) -> list[Message]:
-        statutes, question = question_of(record, self.options.reference)
-        return [user("\n".join([*statutes, question]))]
+        return [user("\n".join([*self._statutes(record), record.question]))]
 
     def shortened(self, record: LawRecord, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
         if self.options.too_long == "drop":
             return None
-        statutes, question = question_of(record, self.options.reference)
-        cut = shortened(record.layout, statutes, question, record.answer, lambda text: count([user(text)]), room)
+        statutes = self._statutes(record)
+        cut = shortened(record.layout, statutes, record.question, record.answer, lambda text: count([user(text)]), room)
         return None if cut is None else [user(cut)]
+
+    def _statutes(self, record: LawRecord) -> list[str]:
+        return record.missing_statutes if self.options.reference else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

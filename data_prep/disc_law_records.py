@@ -1,8 +1,7 @@
 """The records of DISC-Law-SFT: the published files, their tasks and oddities, and what the model is asked.
 
-What is odd in the files is dealt with here and nowhere else: two schemas, ids that collide across files or are null, a
-misspelt task, statutes that are inside the question in one file and beside it in another. What cannot be read as a
-record is `Malformed`, with the reason, and never skipped in silence.
+Whatever is odd in the files is dealt with here and nowhere else: two schemas, ids that collide across files or are
+null, a misspelt task, statutes that are inside the question in one file and beside it in another.
 """
 
 from __future__ import annotations
@@ -26,21 +25,19 @@ LICENCE = f"DISC-Law-SFT, Apache-2.0 ({HUB_PAGE})"
 
 
 @dataclass(frozen=True)
-class Task:
-    """One of the twelve tasks, and how its records are laid out.
-
-    free_text: the answer is prose, so that one of a character or two is a fault; elsewhere it is a label or a span.
-    cut: what an over-long message may lose. "lines": the middle of its long lines. "text": the middle of the text as a
-    whole. None: nothing, since all of it is question, or the answer tags it character by character.
-    question: text from here on is the question, and is never cut. one_part: what of a message is kept in one part: all
-    of it, the document (several questions are asked about one case) or the question (it is asked with several choices
-    of statutes, and in another file without).
-    """
+class LawTask:
+    """One of the twelve tasks, and how its records are laid out."""
 
     name: str
+    # The answer is prose, so that one of a character or two is a fault; elsewhere it is a label or a span.
     free_text: bool = False
+    # What an over-long message may lose: the middle of its long lines, the middle of the text as a whole, or nothing,
+    # since all of it is question or the answer tags it character by character.
     cut: Literal["lines", "text"] | None = "lines"
+    # The text from here on is the question, and is never cut.
     question: str | None = None
+    # What must not be in two parts: the whole message, the document (several questions are asked about one case) or the
+    # question (it is asked with several choices of statutes, and in another file without).
     one_part: Literal["all", "document", "question"] = "all"
 
     def document_and_question(self, text: str) -> tuple[str, str]:
@@ -49,20 +46,20 @@ class Task:
         return (text[:place], text[place:]) if place >= 0 else (text, "")
 
 
-# A judgement or a news item to be summed up has many short lines, of which no single one is the long one.
+# A judgement or a news item to be summed up has many short lines and no long one.
 TASKS = (
-    Task("jud_read_compre", question="问题为：", one_part="document"),
-    Task("leg_ele_extra", cut=None),
-    Task("leg_eve_detec"),
-    Task("exam", cut=None),
-    Task("leg_case_cls"),
-    Task("sent_pred", free_text=True),
-    Task("jud_doc_sum", free_text=True, cut="text"),
-    Task("sim_case_match"),
-    Task("op_sum", free_text=True, cut="text"),
-    Task("legal_question_answering", free_text=True, cut=None),
-    Task("legal_question_answering_reference", free_text=True, question="<问题>：", one_part="question"),
-    Task("judgement_predict", free_text=True),
+    LawTask("jud_read_compre", question="问题为：", one_part="document"),
+    LawTask("leg_ele_extra", cut=None),
+    LawTask("leg_eve_detec"),
+    LawTask("exam", cut=None),
+    LawTask("leg_case_cls"),
+    LawTask("sent_pred", free_text=True),
+    LawTask("jud_doc_sum", free_text=True, cut="text"),
+    LawTask("sim_case_match"),
+    LawTask("op_sum", free_text=True, cut="text"),
+    LawTask("legal_question_answering", free_text=True, cut=None),
+    LawTask("legal_question_answering_reference", free_text=True, question="<问题>：", one_part="question"),
+    LawTask("judgement_predict", free_text=True),
 )
 TASK_NAMES = tuple(task.name for task in TASKS)
 _PAIR = TASK_NAMES[:9]
@@ -141,11 +138,11 @@ def as_published() -> list[LawFile]:
 
 
 def find_files(source: str, revision: str) -> list[LawFile]:
-    """The files in the folder `source`, or of the hub where it is "hub", in the order of `FILES`.
+    """The files in the folder `source`, or those of the hub if it is "hub", in the order of `FILES`.
 
-    A file is named as published, or with `.sample` and anything before the ending. Warns of files that are missing or
-    are not what their name says. Raises UserError when there is none, one is there twice, or the hub's differ from the
-    published ones, since there it can only be another version.
+    A file is named as published, or with `.sample` and anything else before the ending. Warns of files that are missing
+    or not what their name says. Raises UserError if there are none, if one is there twice, or if one of the hub's
+    differs from the published one: it can only be another version.
     """
     folder = fetch(revision) if source == "hub" else Path(source).expanduser()
     if not folder.is_dir():
@@ -198,14 +195,20 @@ def fetch(revision: str) -> Path:
 
 @dataclass(frozen=True)
 class LawRecord(Record):
-    """A record of DISC-Law-SFT. reference: statutes, which may stand before the question."""
+    """A record of DISC-Law-SFT."""
 
-    reference: tuple[str, ...] = ()
+    reference: tuple[str, ...] = ()  # statutes, which may stand before the question
 
     @property
-    def layout(self) -> Task:
+    def layout(self) -> LawTask:
         """How records of its task are laid out."""
         return TASKS[TASK_NAMES.index(self.task)]
+
+    @property
+    def missing_statutes(self) -> list[str]:
+        """The statutes that the question does not hold already."""
+        held = _without_blanks(self.question)
+        return [statute for statute in self.reference if _without_blanks(statute) not in held]
 
     @property
     def group(self) -> str:
@@ -251,17 +254,6 @@ def _task_of(name: str | None, file: PublishedFile) -> str:
     raise Malformed(f"the id {name[:60]!r} is of no task of {file.stem}")
 
 
-def question_of(record: LawRecord, with_reference: bool) -> tuple[list[str], str]:
-    """The statutes that stand before the question, and the question; joined by line ends they are what is asked.
-
-    A statute that the input holds already does not stand before it as well.
-    """
-    if not with_reference:
-        return [], record.question
-    held = _without_blanks(record.question)
-    return [statute for statute in record.reference if _without_blanks(statute) not in held], record.question
-
-
 def _without_blanks(text: str) -> str:
     return "".join(text.split())
 
@@ -271,14 +263,14 @@ MIN_KEPT = 200  # characters of a line or text that are never cut: room for any 
 
 
 def shortened(
-    task: Task, statutes: list[str], question: str, answer: str, count: Callable[[str], int], room: int
+    task: LawTask, statutes: list[str], question: str, answer: str, count: Callable[[str], int], room: int
 ) -> str | None:
     """What is asked, cut so that `count` of it is at most `room`; None where the rules of the task cannot do that.
 
     The rule: no line is longer than it has to be. Lines (or, for summaries, the text as a whole) above a common limit
-    lose their middle, to a mark; the first three quarters and the last quarter of what is kept stand. An instruction is
-    a short line, at either end, and a question is set apart (`Task.question`), so neither loses anything. Statutes are
-    lines like any other. A record whose answer stood word for word in the text and no longer does is given up.
+    lose their middle to a mark; of what is kept, three quarters stand before the mark and one behind it. An instruction
+    is a short line at either end, and a question is set apart (`LawTask.question`), so neither loses anything. Statutes
+    are lines like any other. A record whose answer stood word for word in the text and no longer does is given up.
     """
     whole = "\n".join([*statutes, question])
     if task.cut is None:

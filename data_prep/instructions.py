@@ -3,10 +3,9 @@
     python -m data_prep.instructions --source mine.jsonl --tokenizer Qwen/Qwen2.5-3B-Instruct --output prepared/mine
     python -m data_prep.instructions --source FOLDER --tokenizer models/mine --max_length 2048 --output prepared/mine
 
-A line is a record, in any of `LAYOUTS`; one file may hold several of them. The answer to the last question is what is
-learned; the turns before it, and a system's, are what the model is told. `task` or `category`, if a record has it, says
-what it is counted, split and scored as; otherwise that is the name of its file. What `making_conversations` promises
-holds.
+A line is a record in any of `LAYOUTS`; one file may hold several of them. The answer to the last question is learned;
+the turns before it, and a system's, are what the model reads. A record is counted, split and scored as its `task` or
+`category`, if it has one, and otherwise under the name of its file. This promises what `prepare_conversations` does.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from training.base.files import sha256_of
 from training.base.options import parse
 from training.data.chat import Message, user
 
-# Layouts of turns: the key of the list, and in each turn those of who speaks and of what is said.
+# Layouts of turns: the key of the list, and the keys of a turn for who speaks and what is said.
 TURNS = (
     ("messages", "role", "content"),  # OpenAI, Hugging Face
     ("conversations", "from", "value"),  # ShareGPT
@@ -46,7 +45,7 @@ ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
 }
-# Layouts of a question and its answer: one of each, with more to the question behind it. Alpaca and many others.
+# Layouts of a question and its answer: one key of each kind, and perhaps one with more to the question. Alpaca, others.
 QUESTIONS, MORE = ("instruction", "prompt", "question"), ("input", "context")
 ANSWERS = ("output", "completion", "response", "answer")
 SYSTEM = ("system", "system_prompt")
@@ -71,7 +70,7 @@ NOT_TEXT = {
     b"\xff\xfe": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
     b"\xfe\xff": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
 }
-FOR_ALL = ("all", "all tasks")  # what tables call all tasks together
+FOR_ALL = ("all", "all tasks")  # tables call all tasks together so
 LICENCE = "Not stated in the records: the licence is that of wherever they came from."
 
 
@@ -152,13 +151,13 @@ def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[lis
         if role is None:
             raise Malformed(f"{where} is of {turn[speaker]!r}, who is none of {', '.join(ROLES)}"[:200])
         read.append(_turn(role, written_text(f"{text} of {where}", turn[text])))
-    told = [turn["role"] for turn in read]
-    expected = ["system"] * (told[:1] == ["system"])
-    expected += ["user", "assistant"] * ((len(told) - len(expected)) // 2)
-    if told != expected or "assistant" not in told:
+    roles = [turn["role"] for turn in read]
+    expected = ["system"] * (roles[:1] == ["system"])
+    expected += ["user", "assistant"] * ((len(roles) - len(expected)) // 2)
+    if roles != expected or "assistant" not in roles:
         raise Malformed(
             f"{key}: a user and an assistant take turns, behind a system at most, and the assistant has the last; here "
-            f"they are of {', '.join(told) or 'nobody'}"[:300]
+            f"they are of {', '.join(roles) or 'nobody'}"[:300]
         )
     return read[:-1], read[-1]["content"]
 
@@ -179,20 +178,19 @@ def find_files(source: str) -> list[SourceFile]:
     for file in files:
         with file.path.open("rb") as opened:
             begin = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        path = shlex.quote(str(file.path))
         for magic, mend in NOT_TEXT.items():
             if begin.startswith(magic):
-                raise UserError(
-                    f"{file.path} is no text of JSON lines: {mend.format(path=shlex.quote(str(file.path)))}"
-                )
+                raise UserError(f"{file.path} is no text of JSON lines: {mend.format(path=path)}")
+        convert = f"{path} > {shlex.quote(file.stem + '-lines.jsonl')}`"
         if begin.split(b"\n")[0].strip() == b"{":
             raise UserError(
-                f"{file.path} has its records on several lines each: `jq -c . {shlex.quote(str(file.path))} > "
-                f"{shlex.quote(file.stem + '-lines.jsonl')}` makes a file of one a line"
+                f"{file.path} has its records on several lines each: `jq -c . {convert} makes a file of one a line"
             )
         if begin.startswith(b"["):
             raise UserError(
-                f"{file.path} is one JSON list, not a JSON object a line: `jq -c '.[]' {shlex.quote(str(file.path))} > "
-                f"{shlex.quote(file.stem + '-lines.jsonl')}` makes a file of lines of it"
+                f"{file.path} is one JSON list, not a JSON object a line: `jq -c '.[]' {convert} makes a file of lines "
+                "of it"
             )
     return files
 

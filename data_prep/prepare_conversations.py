@@ -1,20 +1,17 @@
 """A corpus of questions and answers becomes prepared conversations: split, meta.json and report.
 
-Promises, whatever the command: the output is complete or absent. A preparation that was killed goes on where it was
-when the same command is started again; a finished one is found done; with other options, or after the source was
-edited, it refuses to touch what is there and says what differs. Rows are split before anything is left out by
-`--fraction`, so that sets of different fractions never train on each other's test rows.
+Promises, whatever the command: the output is complete or absent. The same command again continues a preparation that
+was killed, and finds a finished one done; with other options, or after the source was edited, it refuses to touch what
+is there and says what differs. Rows are split before `--fraction` leaves any out, so that sets of different fractions
+never train on each other's test rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +27,27 @@ from data_prep.conversation_rows import (
     set_work,
     tokenise,
 )
-from data_prep.preparing import already, bring_back, existing_output, output_folder, refuse_to_replace, resolved
+from data_prep.preparing import (
+    LISTED_MALFORMED,
+    claim_output,
+    is_done,
+    resolved,
+    sha256_of_json,
+    versions,
+    write_meta,
+)
 from data_prep.records import ConversationOptions, Corpus
 from data_prep.shards import Workers, shard_folder
 from data_prep.splits import stratified_split
 from training.base.console import UserError, say
 from training.base.durations import format_duration
-from training.base.files import publish_folder, temporary_folder, write_atomically, writing_to
+from training.base.files import publish_folder, temporary_folder, writing_to
 from training.base.options import differing_keys
 from training.data.chat import ChatTokenizer, load_chat_tokenizer
 from training.data.conversations import FORMAT, Conversations, open_conversations
-from training.data.prepared import META, PARTS, list_files
+from training.data.prepared import PARTS, list_files
 
 ROWS_PER_SHARD = 1000  # what a kill costs each worker at most; a second or two
-LISTED_MALFORMED = 100
 MAX_TASKS = 100  # each has a question of its own in the report, and a row in its tables
 
 
@@ -55,35 +59,36 @@ def prepare(
     known: Corpus | None = None,
     example: str,
 ) -> int:
-    """What a command does once its options are read; its exit status. Raises UserError for what the user can mend.
+    """Runs the command with these options; its exit status. Raises UserError for what the user can mend.
 
-    find: opens the source. known: what it will find, where that is known before it is fetched. example: of a name.
+    find: opens the source. known: what it will find, where that is known before it is fetched. example: a name for
+    messages.
     """
     began = time.monotonic()
-    output = output_folder(options.output, example=f"prepared/{example}")
-    if not dry_run:
-        bring_back(output)
-    existing = existing_output(output, options.overwrite, open_conversations, example=example)
+    output, existing = claim_output(options.output, dry_run, options.overwrite, open_conversations, example=example)
     tokenizer = load_chat_tokenizer(options.tokenizer)
+
+    def done(corpus: Corpus) -> bool:
+        return existing is not None and is_done(
+            existing, _differences(existing, options, corpus, tokenizer), options.overwrite
+        )
+
     if known is not None:  # so that there may be no reason to ask the network
-        if existing and not _differences(existing, options, known, tokenizer):
-            return already(existing)
+        if done(known):
+            return 0
         if dry_run:
             say(f"would fetch {known.about()['place']} and prepare {output} with:\n{resolved(options)}")
             return 0
     corpus = find()
-    differences = _differences(existing, options, corpus, tokenizer) if existing else []
-    if existing and not differences:
-        return already(existing)
-    if differences and not options.overwrite:
-        refuse_to_replace(output, differences)
+    if done(corpus):
+        return 0
     for file in corpus.files:
         say(str(file))
     if dry_run:
         say(f"would prepare {output} with:\n{resolved(options)}")
         return 0
     with (
-        Workers(options.workers, set_work, Work(tokenizer, corpus, options.max_length)) as workers,
+        Workers(options.workers, partial(set_work, Work(tokenizer, corpus, options.max_length))) as workers,
         writing_to(output),
         temporary_folder(output) as temporary,
     ):
@@ -93,17 +98,13 @@ def prepare(
     return 0
 
 
-def _source_sha256(corpus: Corpus) -> str:
-    return hashlib.sha256(json.dumps([(file.stem, file.sha256) for file in corpus.files]).encode()).hexdigest()
-
-
 def _differences(
     existing: Conversations, options: ConversationOptions, corpus: Corpus, tokenizer: ChatTokenizer
 ) -> list[str]:
     """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
     lines = differing_keys(existing.meta["options"], options.defining())
     before = {file["name"]: file["sha256"][:12] for file in existing.meta["source"]["files"]}
-    if existing.meta["source"]["sha256"] != _source_sha256(corpus):
+    if existing.meta["source"]["sha256"] != corpus.sha256:
         now = {file.path.name: file.sha256[:12] for file in corpus.files}
         lines.append(f"the source's content: {'; '.join(differing_keys(before, now)) or 'the names of its files'}")
     then = existing.meta["tokenizer"]
@@ -121,20 +122,16 @@ def build(
     workers: Workers,
 ) -> dict[str, Any]:
     """Fills the empty `folder` with the prepared conversations and returns its meta.json, which is written last."""
+    made_by = versions("datasets", "pyarrow", "numpy", "transformers", "tokenizers", "OpenCC")
     content = {
         "format": FORMAT,
         "options": options.defining(),
-        "source": _source_sha256(corpus),
+        "source": corpus.sha256,
         "tokenizer": tokenizer.sha256,
     }
-    with shard_folder(output, {**content, "rows_per_shard": ROWS_PER_SHARD, "versions": _versions()}) as shards:
+    with shard_folder(output, {**content, "rows_per_shard": ROWS_PER_SHARD, "versions": made_by}) as shards:
         records = read_records(workers, corpus)
-        _check_malformed(records, options, corpus)
-        if len(records.tasks) > MAX_TASKS:
-            raise UserError(
-                f"the records are of {len(records.tasks):,} tasks (such as {', '.join(records.tasks[:3])}), more than "
-                f"{MAX_TASKS}: --tasks file takes the names of the files instead"
-            )
+        _check_records(records, options, corpus)
         split = stratified_split(records.task, records.group, options.validation_share, options.seed)
         questions = choose_questions(records, split)
         split = split.with_first(questions, records.group)
@@ -149,49 +146,32 @@ def build(
             "are dropped: pass a larger --max_length, or more records"
         )
     tokenizer.save(folder / "tokenizer")
-    identity = {**content, "parts": {part: made.sha256 for part, made in parts.items()}}
-    counts = {
-        task: {
-            **{name: records.counts[name, task] for name in ("records", "duplicates", "too_short", "left_out")},
-            **{name: sum(made.counts[name, task] for made in parts.values()) for name in ("truncated", "too_long")},
-            **{part: int(np.sum(made.task == number)) for part, made in parts.items()},
-        }
-        for number, task in enumerate(records.tasks)
-    }
-    totals = {name: sum(count[name] for count in counts.values()) for name in next(iter(counts.values()))}
     about = corpus.about()
     meta = {
         "format": FORMAT,
-        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "fingerprint": sha256_of_json({**content, "parts": {part: made.sha256 for part, made in parts.items()}}),
         "options": options.defining(),
         "source": {
             "kind": about.pop("kind"),
             "place": about.pop("place"),
-            "sha256": _source_sha256(corpus),
+            "sha256": corpus.sha256,
             "files": [file.about() for file in corpus.files],
             **about,
         },
-        "counts": {
-            "lines": records.lines,
-            "blank": records.blank,
-            "malformed": len(records.malformed),
-            "malformed_listed": records.malformed[:LISTED_MALFORMED],
-            **totals,
-            "tasks": counts,
-        },
+        "counts": _counts(records, parts),
         "tasks": [task for number, task in enumerate(records.tasks) if number in records.task],
         "rows": {part: len(made.task) for part, made in parts.items()},
         "questions": [records.uid[row] for row in questions],
         "tokenizer": tokenizer.about(),
         "lengths": _lengths(list(parts.values()), records.tasks),
         "files": list_files(folder),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": made_by,
     }
-    write_atomically(folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    write_meta(folder, meta)
     return meta
 
 
-def _check_malformed(records: Records, options: ConversationOptions, corpus: Corpus) -> None:
+def _check_records(records: Records, options: ConversationOptions, corpus: Corpus) -> None:
     found = records.lines - records.blank
     if found == 0:
         raise UserError(f"the files of --source {options.source} hold blank lines only")
@@ -203,15 +183,36 @@ def _check_malformed(records: Records, options: ConversationOptions, corpus: Cor
             f"--max_malformed_share {options.max_malformed_share} (mostly: {reason}, {count:,}; the first is "
             f"{first['file']} line {first['line']}: {first['reason']}); {corpus.advice}"
         )
+    if len(records.tasks) > MAX_TASKS:
+        raise UserError(
+            f"the records are of {len(records.tasks):,} tasks (such as {', '.join(records.tasks[:3])}), more than "
+            f"{MAX_TASKS}: --tasks file takes the names of the files instead"
+        )
 
 
-def _versions() -> dict[str, str]:
-    names = ("datasets", "pyarrow", "numpy", "transformers", "tokenizers", "OpenCC")
-    return {name: version(name) for name in names}
+def _counts(records: Records, parts: dict[str, MadePart]) -> dict[str, Any]:
+    """Lines and records: of each task, and of all."""
+    tasks = {
+        task: {
+            **{name: records.counts[name, task] for name in ("records", "duplicates", "too_short", "left_out")},
+            **{name: sum(made.counts[name, task] for made in parts.values()) for name in ("truncated", "too_long")},
+            **{part: int(np.sum(made.task == number)) for part, made in parts.items()},
+        }
+        for number, task in enumerate(records.tasks)
+    }
+    totals = {name: sum(count[name] for count in tasks.values()) for name in next(iter(tasks.values()))}
+    return {
+        "lines": records.lines,
+        "blank": records.blank,
+        "malformed": len(records.malformed),
+        "malformed_listed": records.malformed[:LISTED_MALFORMED],
+        **totals,
+        "tasks": tasks,
+    }
 
 
 def _lengths(parts: Sequence[MadePart], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Tokens of prompt and answer, and of the answer with its end token, by task; and of all."""
+    """Tokens of prompt and answer together, and of the answer with its end token: of each task, and of all."""
     task, tokens, answers = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("task", "tokens", "answer_tokens")
     )
@@ -233,7 +234,7 @@ def _report(output: Path, meta: dict[str, Any], corpus: Corpus, seconds: float) 
     say(f"prepared {output} in {format_duration(seconds)}")
     say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
     say(
-        f"  left out  {counts['duplicates']:,} duplicates, {counts['too_short']:,} answers of nothing, "
+        f"  left out  {counts['duplicates']:,} duplicates, {counts['too_short']:,} with too short an answer, "
         f"{counts['too_long']:,} too long, {counts['malformed']:,} malformed lines (meta.json lists them)"
         + (f", {counts['left_out']:,} of {', '.join(corpus.left_out)}" if counts["left_out"] else "")
     )

@@ -1,48 +1,48 @@
 """The output of a preparing command: what may stand there already, and when it may be replaced.
 
-An output that other options or another source made is never replaced unasked, and a folder that holds anything else is
-never touched.
+An output that was made with other options or from another source is never replaced unasked, and a folder that holds
+anything else is never touched.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from training.base.console import UserError, say, warn
-from training.base.files import recover
+from training.base.files import recover, write_atomically
 from training.base.options import Options
 from training.data.prepared import META, PARTS, PreparedFolder
 
 OUR_NAMES = {*PARTS, "tokenizer", META}
+LISTED_MALFORMED = 100  # lines that meta.json lists, of those that cannot be read
 
 Opened = TypeVar("Opened", bound=PreparedFolder)
 
 
-def output_folder(chosen: Path, *, example: str) -> Path:
-    """The folder to make for `--output`. Raises UserError when no folder can have that name."""
+def claim_output(
+    chosen: Path, dry_run: bool, overwrite: bool, opened: Callable[[Path], Opened], *, example: str
+) -> tuple[Path, Opened | None]:
+    """The folder to make for `--output`, and the prepared data set that must be kept there, if there is one.
+
+    A replacement of it that was killed halfway is undone first, unless this is a dry run. Raises UserError if no folder
+    can have that name, or if it holds something else, which no option replaces, or a damaged data set without
+    `overwrite`.
+    """
     # Of a link to a folder, the folder is replaced, not the link.
     output = chosen.resolve() if chosen.is_symlink() else chosen
     if output.name in ("", "..") or output.is_file():
-        raise UserError(f"--output {output} is not the name of a folder to make; choose one, for example {example}")
-    return output
-
-
-def bring_back(output: Path) -> None:
-    """Ends a replacement of `output` that was killed halfway, and says so."""
-    if recover(output):
+        raise UserError(
+            f"--output {output} is not the name of a folder to make; choose one, for example prepared/{example}"
+        )
+    if not dry_run and recover(output):
         say(f"an earlier replacement of {output} was interrupted; the previous data set is back")
-
-
-def existing_output(output: Path, overwrite: bool, opened: Callable[[Path], Opened], *, example: str) -> Opened | None:
-    """The prepared data set that is at `output` already; None if there is nothing, or nothing that must be kept.
-
-    Raises UserError if `output` is damaged and may not be overwritten, or is something else, which no option replaces.
-    """
-    if not output.exists():
-        return None
-    names = {path.name for path in output.iterdir()}
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
     if not names <= OUR_NAMES:
         raise UserError(
             f"--output {output} holds other things ({', '.join(sorted(names - OUR_NAMES)[:3])}); choose a new folder, "
@@ -51,31 +51,47 @@ def existing_output(output: Path, overwrite: bool, opened: Callable[[Path], Open
     if META not in names:  # it is written last: a copy that did not get to its end
         if names:
             warn(f"{output} is only part of a prepared data set and is prepared again")
-        return None
+        return output, None
     try:
         existing = opened(output)
         existing.verify()
     except UserError:
         if overwrite:
-            return None
+            return output, None
         raise
-    return existing
+    return output, existing
 
 
-def refuse_to_replace(output: Path, differences: list[str]) -> None:
-    """Raises the UserError that names what `output` was made with and is not asked for now."""
-    raise UserError(
-        f"{output} was prepared differently ({'; '.join(differences)}); choose another --output, or replace it "
-        "with --overwrite"
-    )
+def is_done(existing: PreparedFolder, differences: list[str], overwrite: bool) -> bool:
+    """Whether `existing` is what is asked for, which is then said.
 
-
-def already(existing: PreparedFolder) -> int:
-    """Says that there is nothing to do; the command's exit status."""
-    say(f"{existing.folder} is already prepared with these options from this source; nothing to do")
-    return 0
+    differences: what it was made with and is not asked for now. Raises UserError if it may not be replaced.
+    """
+    if not differences:
+        say(f"{existing.folder} is already prepared with these options from this source; nothing to do")
+    elif not overwrite:
+        raise UserError(
+            f"{existing.folder} was prepared differently ({'; '.join(differences)}); choose another --output, or "
+            "replace it with --overwrite"
+        )
+    return not differences
 
 
 def resolved(options: Options) -> str:
     """The options in force, one a line."""
     return "\n".join(f"  {key}: {value}" for key, value in options.model_dump(mode="json").items())
+
+
+def sha256_of_json(value: object) -> str:
+    """SHA-256 of what JSON makes of `value`, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The versions of these packages, and of Python."""
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Writes meta.json, the last file of `folder`."""
+    write_atomically(folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")

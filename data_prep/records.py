@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from data_prep.preparing import sha256_of_json
 from data_prep.shards import cores
 from training.base.options import Options
 from training.data.chat import Message
@@ -86,7 +87,7 @@ class Record:
 
     @property
     def group(self) -> str:
-        """Records with equal ones, punctuation and blanks aside, are in one part."""
+        """Records whose groups are equal, punctuation and blanks aside, are in one part."""
         return self.question
 
     def texts(self) -> Iterator[tuple[str, str]]:
@@ -97,19 +98,21 @@ class Record:
 
 
 class Corpus(ABC):
-    """The records of one command. Every worker has a copy.
-
-    task_order: tasks as they stand in tables; others follow by name. left_out: tasks that are read and not prepared.
-    """
+    """The records of one command. Every worker has a copy."""
 
     record_name: ClassVar[str]  # for messages: "57 lines are no ..."
     advice: ClassVar[str]  # what to do about those lines
-    task_order: ClassVar[Sequence[str]] = ()
+    task_order: ClassVar[Sequence[str]] = ()  # of tasks in tables; others follow by name
 
     def __init__(self, options: ConversationOptions, files: Sequence[SourceFile], *, left_out: Sequence[str] = ()):
         self.options = options
         self.files = tuple(files)
-        self.left_out = tuple(left_out)
+        self.left_out = tuple(left_out)  # tasks that are read and not prepared
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the source: the content of its files, and what their records' ids begin with."""
+        return sha256_of_json([(file.stem, file.sha256) for file in self.files])
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
@@ -124,11 +127,11 @@ class Corpus(ABC):
         return len(record.answer) < self.options.min_answer_characters
 
     def asked(self, record: Record) -> list[Message]:
-        """What the model is told before it answers."""
+        """The turns that the model reads before it answers."""
         return list(record.turns)
 
     def shortened(self, record: Record, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
-        """The same, cut so that `count` of it is at most `room`; None where that may not be done."""
+        """Those turns, cut so that `count` of them is at most `room`; None where that may not be done."""
         return None
 
 
@@ -157,7 +160,7 @@ def checked_text(key: str, value: object) -> str:
 
 
 def written_text(key: str, value: object) -> str:
-    """The same, trimmed. Raises Malformed if there is nothing in it, too."""
+    """`checked_text`, trimmed. Raises Malformed also if nothing is left of it."""
     text = checked_text(key, value).strip()
     if not text:
         raise Malformed(f"{key} is empty")
@@ -171,7 +174,7 @@ def kind_of(value: object) -> str:
 
 
 def unique_id(file: SourceFile, name: str | None, line: int, taken: set[str]) -> str:
-    """An id that no record before has: the file, the id there, and the line where that does not tell it apart."""
+    """An id that no earlier record has: the file and the id there, and the line where those are not enough."""
     uid = f"{file.stem}:{name}" if name is not None else f"{file.stem}:null@{line}"
     while uid in taken:
         uid = f"{uid}@{line}"

@@ -1,7 +1,10 @@
 """Work in many processes that a kill does not undo, and its results put together without holding them in memory.
 
-Promises: a finished shard is on the disk whole, and is not made again by the next start with the same key; with another
-key nothing of it is used; a worker that dies, or whose parent dies, leaves no process behind and no half shard.
+Promises: a finished shard is on the disk whole, and the next start with the same key does not make it again; a start
+with another key uses nothing of it; a worker that dies, or whose parent dies, leaves no process and no half shard.
+
+`datasets.map` (5.2) would break the first and the last: it keeps a file only once a process has done all of its share,
+so that a kill shortly before the end loses everything, and its processes outlive a parent that was killed.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -39,24 +42,21 @@ def cores() -> int:
 
 
 class Workers:
-    """A function applied to jobs by so many processes, in the order of the jobs; with one, by this process itself.
+    """So many processes that apply a function to jobs; with one, this process does it itself.
 
-    `prepare(*arguments)` runs once in this process and in each of the others, before its first job. On Linux those are
-    forks, which share with their parent what it has loaded already.
+    `prepare()` runs once in this process and in each of the others, before its first job. On Linux those are forks,
+    which share with their parent what it has loaded already.
     """
 
-    def __init__(self, count: int, prepare: Callable[..., None], *arguments: Any):
-        self.count = count
-        self._prepare, self._arguments = prepare, arguments
+    def __init__(self, count: int, prepare: Callable[[], None]):
+        self._count, self._prepare = count, prepare
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers:
-        self._prepare(*self._arguments)
-        if self.count > 1:
+        self._prepare()
+        if self._count > 1:
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self._pool = ProcessPoolExecutor(
-                self.count, context, initializer=_begin, initargs=(self._prepare, self._arguments)
-            )
+            self._pool = ProcessPoolExecutor(self._count, context, initializer=_begin, initargs=(self._prepare,))
             # Forks hold what their parent has open when they begin, which should be no lock that it takes later.
             self._pool.submit(int).result()
         return self
@@ -70,7 +70,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[Job], Done], jobs: Iterable[Job]) -> Iterator[Done]:
-        """What `function` makes of each job, in their order. Raises UserError when a process was killed."""
+        """What `function` makes of each job, in the order of the jobs. Raises UserError when a process was killed."""
         if self._pool is None:
             yield from map(function, jobs)
             return
@@ -83,13 +83,13 @@ class Workers:
             ) from None
 
 
-def _begin(prepare: Callable[..., None], arguments: Sequence[Any]) -> None:
-    # Whoever signals the whole group means the parent, which ends its workers in good order.
+def _begin(prepare: Callable[[], None]) -> None:
+    # A signal to the whole group is meant for the parent, which ends its workers in good order.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     # A parent killed outright ends nobody; without this its workers would wait for it for ever.
     Thread(target=_leave_with_parent, daemon=True).start()
-    prepare(*arguments)
+    prepare()
 
 
 def _leave_with_parent() -> None:
@@ -134,27 +134,20 @@ def _key_of(folder: Path) -> object:
 
 
 def write_shard(path: Path, columns: dict[str, pa.Array], about: dict[str, Any]) -> None:
-    """Writes a table and what is to be known of it, atomically."""
+    """Writes a table, and `about` it what JSON can hold, atomically."""
     table = pa.table(columns).replace_schema_metadata({"about": json.dumps(about)})
     with open_atomically(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
 
 
 def read_shard(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """A shard's table, memory-mapped, and what is to be known of it."""
+    """A shard's table, memory-mapped, and what was written about it."""
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     return table, json.loads(table.schema.metadata[b"about"])
 
 
-def lists(rows: Sequence[np.ndarray]) -> pa.LargeListArray:
-    """Rows of int32 ids as a column. Large lists, since their offsets are int64: one chunk holds any number of ids."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    values = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
-
-
 class Column:
-    """One column of a part, grown from the columns of its shards; its content waits on the disk, not in memory."""
+    """A column of large strings or of large lists of int32, grown from those of shards; its content is on the disk."""
 
     def __init__(self, path: Path, kind: pa.DataType):
         self._path, self._kind = path, kind
@@ -165,10 +158,8 @@ class Column:
     def append(self, column: pa.Array) -> None:
         """Adds the rows of a shard's column, which is of the same kind."""
         offsets = np.frombuffer(column.buffers()[1], dtype=np.int64)[column.offset :][: len(column) + 1]
-        if pa.types.is_large_list(self._kind):
-            content = memoryview(column.values.to_numpy()[offsets[0] : offsets[-1]]).cast("B")
-        else:
-            content = memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]]
+        width = 4 if pa.types.is_large_list(self._kind) else 1
+        content = memoryview(column.buffers()[-1] or b"")[offsets[0] * width : offsets[-1] * width]
         self._file.write(content)
         self._digest.update(content)
         self._ends.append(self._ends[-1][-1] + offsets[1:] - offsets[0])
@@ -186,19 +177,3 @@ class Column:
         else:
             column = pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), data)
         return column, self._digest.hexdigest()
-
-
-def write_dataset(folder: Path, columns: dict[str, pa.Array], fingerprint: str) -> None:
-    """Writes `columns` to `folder` as one piece that `datasets.load_from_disk` reads, straight from where they lie."""
-    import datasets  # slow to import, and only whoever prepares data needs it
-
-    datasets.disable_progress_bars()
-    table = pa.table(columns)
-    # The library would cut the table into pieces of 1,000 rows, so it writes its own files about none.
-    empty = datasets.table.InMemoryTable(table.schema.empty_table())
-    datasets.Dataset(empty, fingerprint=fingerprint[:16]).save_to_disk(folder, num_shards=1)
-    (path,) = folder.glob("data-*.arrow")
-    schema = pa.ipc.open_stream(path.read_bytes()).schema
-    # A file of its own kind: through one of Python's, each column would be copied on its way.
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        writer.write_table(table.replace_schema_metadata(schema.metadata))

@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.preparing import LISTED_MALFORMED
 from training.base.console import UserError, say, warn
 from training.base.files import open_atomically, sha256_of, writing_to
 from training.base.progress import Progress
@@ -27,7 +28,6 @@ DOWNLOAD_URL = "https://www.manythings.org/anki/cmn-eng.zip"
 DOWNLOAD_NAME = "cmn-eng.zip"  # in the folder of downloads
 DOWNLOAD_PAGE = "https://www.manythings.org/anki/"
 DOWNLOAD_TIMEOUT_S = 15
-LISTED_MALFORMED = 100
 
 # Kinds of malformed lines.
 NO_TAB, SWAPPED, HEADING = "one column, no TAB", "Chinese before English", "a heading"
@@ -69,26 +69,43 @@ class Source:
         """Whether the pairs are generated, so that nobody takes scores on them for real ones."""
         return self.kind == "sample"
 
+    def about(self, pairs: RawPairs) -> dict[str, object]:
+        """What meta.json says of it; `pairs` are those that it holds."""
+        licence = _TATOEBA_LICENCE if self.kind == "download" else pairs.licence
+        return {
+            "kind": self.kind,
+            "place": self.place,
+            "bytes": len(self.content),
+            "sha256": self.sha256,
+            "archive": self.archive,
+            "licence": _SAMPLE_LICENCE if self.synthetic else licence,
+        }
 
-@dataclass(frozen=True)
-class Pairs:
+
+@dataclass
+class RawPairs:
     """Clean sentence pairs in the order of the raw file, one entry per well-formed line."""
 
-    english: list[str]
-    chinese: list[str]
-    attribution: list[str]
     lines: int
-    blank: int
-    malformed: int
-    malformed_listed: list[dict[str, object]] = field(default_factory=list)
+    english: list[str] = field(default_factory=list)
+    chinese: list[str] = field(default_factory=list)
+    attribution: list[str] = field(default_factory=list)
+    blank: int = 0
+    malformed: list[dict[str, object]] = field(default_factory=list)  # each with line, reason, and how it begins
 
     def __len__(self) -> int:
         return len(self.english)
 
-    @property
-    def duplicates(self) -> int:
-        """Rows whose pair stands in an earlier row as well."""
-        return len(self) - len(set(zip(self.english, self.chinese, strict=True)))
+    def counts(self) -> dict[str, object]:
+        """What meta.json counts. A duplicate is a row whose pair stands in an earlier row as well."""
+        return {
+            "lines": self.lines,
+            "pairs": len(self),
+            "blank": self.blank,
+            "malformed": len(self.malformed),
+            "malformed_listed": self.malformed[:LISTED_MALFORMED],
+            "duplicate_pairs": len(self) - len(set(zip(self.english, self.chinese, strict=True))),
+        }
 
     @property
     def licence(self) -> str:
@@ -122,13 +139,6 @@ def open_source(name: str, downloads: Path) -> Source:
     path = Path(name).expanduser()
     content, archive = _read(path)
     return Source("file", str(path), content, archive)
-
-
-def licence_of(source: Source, pairs: Pairs) -> str:
-    """What may be done with the prepared text, in words."""
-    if source.synthetic:
-        return _SAMPLE_LICENCE
-    return _TATOEBA_LICENCE if source.kind == "download" else pairs.licence
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, object] | None]:
@@ -196,7 +206,7 @@ def _downloaded(folder: Path) -> Path:
     return path
 
 
-def read_pairs(source: Source, max_malformed_share: float) -> Pairs:
+def read_pairs(source: Source, max_malformed_share: float) -> RawPairs:
     """The pairs of `English TAB Chinese [TAB attribution]` lines (UTF-8 with or without BOM, LF or CRLF).
 
     Raises UserError when the text is empty, not UTF-8, of another form or language, or when more than
@@ -205,28 +215,23 @@ def read_pairs(source: Source, max_malformed_share: float) -> Pairs:
     lines = _decoded(source).split("\n")
     if lines[-1] == "":
         lines.pop()  # the end of the last line, not one more line
-    pairs = Pairs([], [], [], lines=len(lines), blank=0, malformed=0)
-    blank = 0
-    malformed: list[dict[str, object]] = []
-    reasons: Counter[str] = Counter()
+    pairs = RawPairs(len(lines))
     for number, line in enumerate(lines, start=1):
         if not clean(line):
-            blank += 1
+            pairs.blank += 1
             continue
         columns = [clean(column) for column in line.split("\t")]
-        first = not pairs and not malformed
+        first = not pairs and not pairs.malformed
         reason = HEADING if first and _is_heading(columns) else _malformed(columns)
         if reason:
-            reasons[reason] += 1
-            malformed.append({"line": number, "reason": reason, "text": line.rstrip("\r")[:80]})
-            continue
-        pairs.english.append(columns[0])
-        pairs.chinese.append(columns[1])
-        pairs.attribution.append(columns[2] if len(columns) == 3 else "")
-    _check(source, pairs, malformed, reasons, max_malformed_share)
-    return Pairs(
-        pairs.english, pairs.chinese, pairs.attribution, len(lines), blank, len(malformed), malformed[:LISTED_MALFORMED]
-    )
+            pairs.malformed.append({"line": number, "reason": reason, "text": line.rstrip("\r")[:80]})
+        else:
+            pairs.english.append(columns[0])
+            pairs.chinese.append(columns[1])
+            pairs.attribution.append(columns[2] if len(columns) == 3 else "")
+    _check_malformed(source, pairs, max_malformed_share)
+    _check_languages(source, pairs)
+    return pairs
 
 
 def _decoded(source: Source) -> str:
@@ -275,36 +280,42 @@ def _is_heading(columns: list[str]) -> bool:
     return len(columns) > 1 and all(column.lower() in _HEADINGS for column in columns[:2])
 
 
-def _check(
-    source: Source, pairs: Pairs, malformed: list[dict[str, object]], reasons: Counter[str], max_malformed_share: float
-) -> None:
-    found = len(pairs) + len(malformed)
-    if found == reasons[HEADING]:
+def _check_malformed(source: Source, pairs: RawPairs, max_malformed_share: float) -> None:
+    reasons = Counter(str(line["reason"]) for line in pairs.malformed)
+    headings = reasons.pop(HEADING, 0)
+    found = len(pairs) + len(pairs.malformed)
+    if found == headings:
         what = "a heading" if found else "blank lines"
         raise UserError(f"{source.place} holds {what} only; expected lines of `English TAB Chinese`")
-    if len(malformed) - reasons[HEADING] > max_malformed_share * found:
-        (reason, count), *_ = (each for each in reasons.most_common() if each[0] != HEADING)
-        example = next(line for line in malformed if line["reason"] == reason)
-        advice = "check that this is the right file"
-        if reason == SWAPPED:
-            advice = f"""swap the columns: `awk -F'\\t' '{{print $2 "\\t" $1}}' {source.place} > swapped.tsv`"""
-            advice = advice if 2 * count > found else "put English first on these lines, too"
-        elif reason == NO_TAB and str(example["text"]).startswith(("{", "[")):
-            advice = (
-                "it looks like JSON: write English, a tab and Chinese on each line; records of questions and answers "
-                "are for data_prep.instructions"
-            )
-        elif reason == NO_TAB and "," in str(example["text"]):
-            advice = "if its columns are separated by commas (CSV), save it with tabs instead"
-        elif reason == NO_TAB:
-            advice = "put a tab between the languages; `paste english.txt chinese.txt > pairs.tsv` joins two files"
-        elif "\r" in str(example["text"]):
-            advice = f"its lines end as on an old Mac: `tr '\\r' '\\n' < {source.place} > lines.tsv`"
-        raise UserError(
-            f"{source.place}: {len(malformed):,} of {found:,} lines are not `English TAB Chinese [TAB attribution]` "
-            f"(mostly: {reason}, {count:,}; the first of them is line {example['line']}: {example['text']!r}), more "
-            f"than --max_malformed_share {max_malformed_share}; {advice}"
+    if reasons.total() <= max_malformed_share * found:
+        return
+    reason, count = reasons.most_common(1)[0]
+    example = next(line for line in pairs.malformed if line["reason"] == reason)
+    text = str(example["text"])
+    advice = "check that this is the right file"
+    if reason == SWAPPED and 2 * count > found:
+        advice = f"""swap the columns: `awk -F'\\t' '{{print $2 "\\t" $1}}' {source.place} > swapped.tsv`"""
+    elif reason == SWAPPED:
+        advice = "put English first on these lines, too"
+    elif reason == NO_TAB and text.startswith(("{", "[")):
+        advice = (
+            "it looks like JSON: write English, a tab and Chinese on each line; records of questions and answers "
+            "are for data_prep.instructions"
         )
+    elif reason == NO_TAB and "," in text:
+        advice = "if its columns are separated by commas (CSV), save it with tabs instead"
+    elif reason == NO_TAB:
+        advice = "put a tab between the languages; `paste english.txt chinese.txt > pairs.tsv` joins two files"
+    elif "\r" in text:
+        advice = f"its lines end as on an old Mac: `tr '\\r' '\\n' < {source.place} > lines.tsv`"
+    raise UserError(
+        f"{source.place}: {len(pairs.malformed):,} of {found:,} lines are not `English TAB Chinese [TAB attribution]` "
+        f"(mostly: {reason}, {count:,}; the first of them is line {example['line']}: {text!r}), more than "
+        f"--max_malformed_share {max_malformed_share}; {advice}"
+    )
+
+
+def _check_languages(source: Source, pairs: RawPairs) -> None:
     with_han = sum(bool(_HAN.search(text)) for text in pairs.chinese)
     if 2 * with_han < len(pairs):
         raise UserError(

@@ -131,21 +131,21 @@ def leakage(split: Split, chinese: Side, english: Side) -> dict[str, dict[str, o
 def _overlap(
     part: str, rows: np.ndarray, against: str, seen_rows: np.ndarray, chinese: Side, english: Side
 ) -> dict[str, object]:
-    def hits(texts: Sequence[str]) -> np.ndarray:
-        seen = {texts[row] for row in seen_rows}
-        return np.fromiter((texts[row] in seen for row in rows), dtype=bool, count=len(rows))
-
-    def numbers(source: np.ndarray, target: np.ndarray) -> dict[str, object]:
-        either = source | target
+    def numbers(chinese_texts: Sequence[str], english_texts: Sequence[str]) -> dict[str, object]:
+        was_seen = []
+        for texts in (chinese_texts, english_texts):
+            seen = {texts[row] for row in seen_rows}
+            was_seen.append(np.array([texts[row] in seen for row in rows]))
+        either = was_seen[0] | was_seen[1]
         return {
-            "chinese": int(source.sum()),
-            "english": int(target.sum()),
+            "chinese": int(was_seen[0].sum()),
+            "english": int(was_seen[1].sum()),
             "either": int(either.sum()),
             "either_share": round(float(either.mean()), 6),
         }
 
-    exact = numbers(hits(chinese.texts), hits(english.texts))
-    same = numbers(hits(chinese.normalised), hits(english.normalised))
+    exact = numbers(chinese.texts, english.texts)
+    same = numbers(chinese.normalised, english.normalised)
     words = (
         f"of {len(rows):,} {part} rows, {_share(exact, rows)} have a sentence that stands "
         f"word for word in {against} (Chinese {exact['chinese']:,}, English {exact['english']:,}); ignoring case, "
@@ -155,7 +155,7 @@ def _overlap(
 
 
 def side_of(texts: Sequence[str], label: str) -> Side:
-    """`texts` with what they are compared by; `label` names them in the progress line."""
+    """`texts`, and what they are compared by; `label` names them in the progress line."""
     normalised = []
     with Progress(f"comparing {label}", len(texts), "rows") as progress:
         for text in texts:
@@ -203,8 +203,8 @@ def stratified_split(strata: np.ndarray, groups: np.ndarray, validation_share: f
 
     strata int64 [rows]; groups uint64 [rows], equal where rows must not part. A group belongs to the stratum of its
     first row. What becomes of a group depends on the seed and on its own stratum only, so that one stratum may be left
-    out or changed without moving the others. Every stratum has a test row; one with two groups has a training row, with
-    three a validation row.
+    out or changed without moving the others. Every stratum has a test row, one of two groups or more a training row,
+    and one of three or more a validation row.
     """
     unique, first, inverse, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     drawn = np.fromiter((_draw(seed, group) for group in unique.tolist()), dtype=np.uint64, count=len(unique))
@@ -237,7 +237,7 @@ def _draw(seed: int, group: int) -> int:
 
 
 def _take(groups: np.ndarray, sizes: np.ndarray, rows: int, *, leave: int) -> np.ndarray:
-    """The first of `groups` that fit into `rows` rows, passing over those that do not; one at least, `leave` not."""
+    """The first of `groups` that fit into `rows` rows, skipping others: at least one, at most all but `leave`."""
     taken, room = [], rows
     for group in groups.tolist():
         if room == 0 or len(taken) == len(groups) - leave:

@@ -9,34 +9,30 @@ was edited, it refuses to touch what is there and says what differs.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_prep.preparing import already, bring_back, existing_output, output_folder, refuse_to_replace, resolved
-from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, Pairs, Source, licence_of, open_source, read_pairs
+from data_prep.preparing import claim_output, is_done, resolved, sha256_of_json, versions, write_meta
+from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, RawPairs, Source, open_source, read_pairs
 from data_prep.splits import Split, grouped_split, leakage, random_split, side_of
 from training.base.console import run_main, say, warn
 from training.base.durations import format_duration
-from training.base.files import publish_folder, temporary_folder, write_atomically, writing_to
+from training.base.files import publish_folder, temporary_folder, writing_to
 from training.base.options import Options, differing_keys, parse
 from training.base.progress import Progress
-from training.data.prepared import FORMAT, META, PARTS, Prepared, Ragged, list_files, open_prepared, write_part
+from training.data.prepared import FORMAT, PARTS, Prepared, Ragged, list_files, open_prepared, write_part
 from training.data.text import simplify
 from training.data.tokenizers import KINDS, UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
 
 PROG = "python -m data_prep.tatoeba"
 FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
-MANY_DUPLICATES = 0.1  # the share from which on scores on the random split mislead by it
+MANY_DUPLICATES = 0.1  # from this share on, they make scores on the random split misleading
 
 
 class TatoebaOptions(Options):
@@ -94,25 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         about="Prepares English-Chinese sentence pairs for training: cleans, splits, tokenises.",
     )
     began = time.monotonic()
-    output = output_folder(options.output, example="prepared/tatoeba")
-    if not dry_run:
-        bring_back(output)
-    existing = existing_output(output, options.overwrite, open_prepared, example="tatoeba")
+    output, existing = claim_output(options.output, dry_run, options.overwrite, open_prepared, example="tatoeba")
     downloads = output.parent / "downloads"
     if options.source == "download" and not (downloads / DOWNLOAD_NAME).exists():
-        if existing and not options.overwrite and _is_download_with(existing, options):
-            return already(existing)  # although the zip file is gone: no reason to ask the network
+        if existing and existing.meta["source"]["kind"] == "download" and not options.overwrite:
+            differences = _differences(existing, options, existing.meta["source"]["sha256"])
+            if is_done(existing, differences, overwrite=False):  # although the zip file is gone
+                return 0
         if dry_run:
             say(f"would download {DOWNLOAD_URL} to {downloads} and prepare {output} with:\n{resolved(options)}")
             return 0
     source = open_source(options.source, downloads)
     pairs = read_pairs(source, options.max_malformed_share)
-    differences = _differences(existing, options, source.sha256) if existing else []
-    if existing and not differences:
-        return already(existing)
-    if differences and not options.overwrite:
-        refuse_to_replace(output, differences)
-    say(f"{source.place}: {len(pairs):,} pairs, {pairs.blank:,} blank and {pairs.malformed:,} malformed lines")
+    if existing and is_done(existing, _differences(existing, options, source.sha256), options.overwrite):
+        return 0
+    say(f"{source.place}: {len(pairs):,} pairs, {pairs.blank:,} blank and {len(pairs.malformed):,} malformed lines")
     if dry_run:
         say(f"would prepare {output} with:\n{resolved(options)}")
         return 0
@@ -121,11 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         publish_folder(temporary, output, replace=output.exists())
     _report(output, meta, time.monotonic() - began)
     return 0
-
-
-def _is_download_with(existing: Prepared, options: TatoebaOptions) -> bool:
-    source = existing.meta["source"]
-    return source["kind"] == "download" and not _differences(existing, options, source["sha256"])
 
 
 def _differences(existing: Prepared, options: TatoebaOptions, sha256: str) -> list[str]:
@@ -139,7 +126,7 @@ def _differences(existing: Prepared, options: TatoebaOptions, sha256: str) -> li
     return lines
 
 
-def build(folder: Path, options: TatoebaOptions, source: Source, pairs: Pairs) -> dict[str, Any]:
+def build(folder: Path, options: TatoebaOptions, source: Source, pairs: RawPairs) -> dict[str, Any]:
     """Fills the empty `folder` with the prepared data set and returns its meta.json, which is written last."""
     chinese_texts = [simplify(text) for text in pairs.chinese] if options.simplify else pairs.chinese
     chinese, english = side_of(chinese_texts, "Chinese"), side_of(pairs.english, "English")
@@ -175,25 +162,11 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: Pairs) -
     }
     meta = {
         "format": FORMAT,
-        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "fingerprint": sha256_of_json(identity),
         "synthetic": source.synthetic,
         "options": options.defining(),
-        "source": {
-            "kind": source.kind,
-            "place": source.place,
-            "bytes": len(source.content),
-            "sha256": source.sha256,
-            "archive": source.archive,
-            "licence": licence_of(source, pairs),
-        },
-        "counts": {
-            "lines": pairs.lines,
-            "pairs": len(pairs),
-            "blank": pairs.blank,
-            "malformed": pairs.malformed,
-            "malformed_listed": pairs.malformed_listed,
-            "duplicate_pairs": pairs.duplicates,
-        },
+        "source": source.about(pairs),
+        "counts": pairs.counts(),
         "rows": {part: len(split.rows(part)) for part in PARTS},
         "groups": {"count": split.groups, "largest": split.largest_group} if split.groups else None,
         "leakage": leakage(split, chinese, english),
@@ -208,12 +181,9 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: Pairs) -
         },
         "lengths": lengths,
         "files": list_files(folder),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("datasets", "pyarrow", "numpy", "sentencepiece", "OpenCC")},
-        },
+        "versions": versions("datasets", "pyarrow", "numpy", "sentencepiece", "OpenCC"),
     }
-    write_atomically(folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    write_meta(folder, meta)
     return meta
 
 
@@ -250,7 +220,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Ragged:
         for text in texts:
             rows.append(np.array(tokenizer.encode(text), dtype=np.int32))
             progress.advance()
-    return Ragged(np.concatenate(rows), np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    return Ragged.of(rows)
 
 
 def _statistics(ids: Ragged) -> dict[str, float]:
@@ -277,8 +247,8 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
     counts = meta["counts"]
     if meta["options"]["split"] == "random" and counts["duplicate_pairs"] > MANY_DUPLICATES * counts["pairs"]:
         warn(
-            f"{counts['duplicate_pairs']:,} of {counts['pairs']:,} pairs repeat an earlier one, so that many that are "
-            "tested were trained on: --split grouped keeps them in one part"
+            f"{counts['duplicate_pairs']:,} of {counts['pairs']:,} pairs repeat an earlier one, so many test pairs "
+            "were trained on: --split grouped keeps them in one part"
         )
     if counts["pairs"] < FEW_PAIRS:
         warn(
@@ -286,7 +256,7 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
             "shorter than its warm-up (--optim.warmup_steps shortens that), and little can be learned"
         )
     if counts["malformed"]:
-        say(f"  malformed {meta['counts']['malformed']:,} lines were left out; meta.json lists them")
+        say(f"  malformed {counts['malformed']:,} lines were left out; meta.json lists them")
     say(f"  identity  {meta['fingerprint'][:16]}")
 
 

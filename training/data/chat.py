@@ -21,7 +21,7 @@ from training.base.hub import fetch_snapshot
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Whoever prepares data runs one process per core; threads in each of them would only take turns.
+# Data is prepared by one process per core; threads in each of them would only take turns.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -91,7 +91,7 @@ class ChatTokenizer:
         return found if isinstance(found, str) else None
 
     def prompt(self, turns: Sequence[Message]) -> str:
-        """What the model reads before it answers, as text. turns: of the user, or of several, the user's last."""
+        """The text that the model reads before it answers. The last of `turns` is the user's."""
         return self._render(turns, add_generation_prompt=True)
 
     def check(self, prompt: str, turns: Sequence[Message], answer: str) -> None:
@@ -107,8 +107,8 @@ class ChatTokenizer:
     def join(self, turns: Sequence[Message], prompt: list[int], answer: list[int]) -> np.ndarray:
         """The ids of a conversation, int32: those of the prompt of `turns`, the answer's, the end of the turn.
 
-        Raises UserError if there is a control token among them that the template did not put there. `control_text`
-        finds those beforehand, but for a tokenizer that makes control tokens of other spellings.
+        Raises UserError if there is a control token among them that the template did not put there: one that
+        `control_text` does not find, since the tokenizer makes it of another spelling.
         """
         ids = np.array([*prompt, *answer, self.end_id], dtype=np.int32)
         expected = self._probe(turns)
@@ -152,7 +152,7 @@ class ChatTokenizer:
         )
 
     def _probe(self, turns: Sequence[Message]) -> int | str:
-        """How many control tokens the prompt of turns in these roles has; or why the template makes none of them."""
+        """How many control tokens a prompt of turns in these roles has, or why the template makes no prompt of them."""
         roles = tuple(turn["role"] for turn in turns)
         if roles not in self._probed:
             plain = [{"role": role, "content": f"第{place}句。"} for place, role in enumerate(roles)]
@@ -164,7 +164,7 @@ class ChatTokenizer:
                 lost = [turn["role"] for turn in plain if turn["content"] not in prompt]
                 (ids,) = self.encode([prompt])
                 self._probed[roles] = (
-                    f"of turns of {', '.join(roles)} the chat template leaves out what {' and '.join(lost)} says"
+                    f"the chat template leaves out what {' and '.join(lost)} says in turns of {', '.join(roles)}"
                     if lost
                     else int(self._is_control[ids].sum())
                 )

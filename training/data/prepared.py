@@ -5,8 +5,8 @@
       tokenizer/source/ tokenizer/target/
       meta.json                  where everything comes from, and the size and SHA-256 of every other file
 
-Reading costs no memory to speak of: ids are views on the memory-mapped files. A folder that is there is whole, since
-it was published by one rename; what happened to it since is noticed by its sizes on opening, by its hashes on `verify`.
+Reading costs no memory to speak of: ids are views on the memory-mapped files. A folder that is there was whole once,
+since one rename published it; its sizes on opening, and its hashes on `verify`, show what happened to it since.
 """
 
 from __future__ import annotations
@@ -41,11 +41,17 @@ MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {fold
 class Ragged:
     """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`.
 
-    values int32 [total], offsets int64 [rows + 1], both read-only views on the file.
+    values int32 [total], offsets int64 [rows + 1]; of an open data set both are read-only views on the file.
     """
 
     values: np.ndarray
     offsets: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> Ragged:
+        """Rows of int32 ids, one after the other."""
+        values = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+        return cls(values, np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -243,29 +249,40 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
 
 
 def write_part(folder: Path, rows: np.ndarray, texts: dict[str, list[str]], source: Ragged, target: Ragged) -> str:
-    """Writes one part to `folder` with `datasets.save_to_disk`: the raw file's row numbers, the text columns, the ids.
+    """Writes a part of sentence pairs to `folder`: the row numbers in the raw file, the text columns, the ids.
 
-    Returns the SHA-256 of its rows and ids, which does not depend on the file format or on any library's version.
+    Returns the SHA-256 of rows and ids, which depends on no file format and no library's version.
     """
-    import datasets  # slow to import, and only whoever prepares data needs it
-
-    datasets.disable_progress_bars()
-    columns = {name: pa.array(column, pa.large_string()) for name, column in texts.items()}
+    columns: dict[str, pa.Array] = {name: pa.array(column, pa.large_string()) for name, column in texts.items()}
     columns["row"] = pa.array(rows)
     digest = hashlib.sha256(rows.tobytes())
     for name, ids in (("source_ids", source), ("target_ids", target)):
-        # Large lists, since their offsets are int64: one chunk holds any number of ids.
-        columns[name] = pa.LargeListArray.from_arrays(pa.array(ids.offsets), pa.array(ids.values))
+        columns[name] = id_column(ids)
         digest.update(ids.offsets.tobytes() + ids.values.tobytes())
-    table = datasets.table.InMemoryTable(pa.table(columns))
-    # A fingerprint of our own, since the library's would make two equal preparations differ in their files.
-    datasets.Dataset(table, fingerprint=digest.hexdigest()[:16]).save_to_disk(folder, num_shards=1)
-    # `save_to_disk` cuts the table into pieces of 1,000 rows; in one piece a column is a plain array on the file.
-    (path,) = folder.glob("data-*.arrow")
-    saved = pa.ipc.open_stream(path.read_bytes()).read_all().combine_chunks()
-    with path.open("wb") as file, pa.ipc.new_stream(file, saved.schema) as writer:
-        writer.write_table(saved)
+    write_table(folder, columns, digest.hexdigest())
     return digest.hexdigest()
+
+
+def id_column(ids: Ragged) -> pa.LargeListArray:
+    """Ids as a column. Large lists, since their offsets are int64: one chunk holds any number of ids."""
+    return pa.LargeListArray.from_arrays(pa.array(ids.offsets), pa.array(ids.values))
+
+
+def write_table(folder: Path, columns: dict[str, pa.Array], fingerprint: str) -> None:
+    """Writes `columns` to `folder` in one piece that `datasets.load_from_disk` reads, straight from where they lie."""
+    import datasets  # slow to import, and only whoever prepares data needs it
+
+    datasets.disable_progress_bars()
+    table = pa.table(columns)
+    # The library would cut the table into pieces of 1,000 rows, so it only describes one without rows. The fingerprint
+    # is ours, since the library's differs between two equal preparations.
+    empty = datasets.table.InMemoryTable(table.schema.empty_table())
+    datasets.Dataset(empty, fingerprint=fingerprint[:16]).save_to_disk(folder, num_shards=1)
+    (path,) = folder.glob("data-*.arrow")
+    schema = pa.ipc.open_stream(path.read_bytes()).schema
+    # Arrow's own file: through one of Python's, each column would be copied on its way.
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
 
 
 def list_files(folder: Path) -> dict[str, dict[str, object]]:
