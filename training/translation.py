@@ -16,7 +16,7 @@ from training.base.options import Options
 from training.data.prepared import Part
 from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.task import Share, Task, Validation
+from training.engine.task import OwnPart, Task, Validation
 from training.models.cross_entropy import token_losses, twin_losses
 
 # Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
@@ -110,7 +110,7 @@ def summed_loss(
 
 
 @torch.no_grad()
-def held_out_scores(model: nn.Module, pairs: Pairs, cluster: Cluster, share: Share | None = None) -> Validation:
+def held_out_scores(model: nn.Module, pairs: Pairs, cluster: Cluster, own_part: OwnPart | None = None) -> Validation:
     """Loss and accuracy over all target tokens, the reference being given up to each, without smoothing or dropout.
 
     Every rank scores its share.
@@ -118,7 +118,7 @@ def held_out_scores(model: nn.Module, pairs: Pairs, cluster: Cluster, share: Sha
     model.eval()
     batches = batches_by_length(pairs.lengths, VALIDATION_TOKENS)
     totals = torch.zeros(2, dtype=torch.float64)
-    for samples in (share or cluster.share)(batches):
+    for samples in (own_part or cluster.own_part)(batches):
         logits, labels, _ = pairs.predictions(model, samples, cluster.device)
         logits = logits.float()
         totals[0] += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -151,5 +151,5 @@ class Translating(Task):
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         return summed_loss(model, self.pairs, samples, self.options, self.cluster.device)
 
-    def validate(self, model: nn.Module, share: Share) -> Validation:
-        return held_out_scores(model, self.held_out, self.cluster, share)
+    def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
+        return held_out_scores(model, self.held_out, self.cluster, own_part)

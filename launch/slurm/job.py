@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
-from training.base.environment import job_id, time_left
+from training.base.environment import job_id, relay_error_file, time_left
 from training.base.options import raw_values
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
@@ -175,8 +175,8 @@ def _time_is_over() -> bool:
 
 def _error_to_mend() -> str | None:
     """What a process of this session said that the user has to mend, see `tell_launcher`."""
-    path = Path(os.environ.get("RELAY_ERROR_FILE", ""))
-    if not path.is_file():
+    path = relay_error_file()
+    if path is None or not path.is_file():
         return None
     said = path.read_text(encoding="utf-8", errors="replace")
     path.unlink()

@@ -101,7 +101,7 @@ class BatchPlan:
         first = step * self.micro_batches_per_step
         return [MicroBatch(self._samples(first + number), number) for number in range(self.micro_batches_per_step)]
 
-    def share(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
+    def micro_batches_of(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of `step` that `rank` runs: every `world_size`-th."""
         return self.step(step)[rank::world_size]
 

@@ -25,6 +25,7 @@ from training.base.environment import (
     keep_freed_memory,
     meeting_place,
     read_ranks,
+    torchrun_restarts,
     watching_launcher,
 )
 
@@ -193,7 +194,7 @@ class Cluster:
         name = hashlib.sha256(message.encode()).hexdigest()
         try:
             self._store.set_timeout(datetime.timedelta(seconds=_ERROR_PATIENCE_S))
-            return self._store.add(f"told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", 1) == 1
+            return self._store.add(f"announced/{torchrun_restarts()}/{name}", 1) == 1
         except RuntimeError:  # the store has gone with whoever kept it
             return True
 
@@ -215,7 +216,7 @@ class Cluster:
             raise error or UserError("the first rank stopped with an error", speaks=False)
         return result
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def own_part(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of a list: every world-size-th."""
         return items[self.rank :: self.world_size]
 
@@ -229,7 +230,7 @@ class Cluster:
         results: list[Result] = []
         for start in range(0, len(items), per_rank * self.world_size):
             block = items[start : start + per_rank * self.world_size]
-            shares = self.gather(list(work(self.share(block))))
+            shares = self.gather(list(work(self.own_part(block))))
             results += [shares[place % self.world_size][place // self.world_size] for place in range(len(block))]
         return results
 

@@ -30,7 +30,7 @@ from training.engine.cluster import Cluster
 METRICS = "metrics.jsonl"
 
 
-class Record:
+class MetricsFile:
     """Appends to `run_dir`/metrics.jsonl. Used on one rank only.
 
     Of the lines of earlier sessions it keeps those up to the resumed step, and of validations those up to

@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from training.base.durations import format_duration
 from training.base.environment import job_id
@@ -22,6 +22,13 @@ SESSIONS = "sessions.json"
 STOP_FILE = "STOP"  # made by anybody, it ends the session
 Status = Literal["running", "finished", "resumable", "failed"]
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
+
+
+class Best(TypedDict):
+    """The validation of highest token accuracy so far; None before the first."""
+
+    best_step: int | None
+    best_accuracy: float | None
 
 
 def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, **more: Any) -> None:

@@ -126,7 +126,7 @@ class StopFlag:
         }
         return others.get(reason) or f"signal {signal.Signals(reason).name}"
 
-    def share(self, items: Sequence[T], beat: Callable[[], None]) -> Iterator[T]:
+    def until_stop(self, items: Sequence[T], beat: Callable[[], None]) -> Iterator[T]:
         """This rank's share of `items`, every world-size-th, with a look at the flag and a `beat` before each.
 
         Both happen equally often on every rank, also where the last round has no item for it.

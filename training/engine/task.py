@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +70,8 @@ MAY_CHANGE = {
     *("checkpoint", "log", "session", "wandb"),
 }
 
-Share = Callable[[Sequence[Any]], Iterator[Any]]
+# From all batches of a validation to those of this rank; see `Task.validate`.
+OwnPart = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,8 @@ class Task(ABC):
         """The weighted loss summed over a micro-batch, a scalar with gradient; its weights add up to the plan's."""
 
     @abstractmethod
-    def validate(self, model: nn.Module, share: Share) -> Validation:
+    def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
         """Held-out scores, computed by all ranks together and equal on each.
 
-        share(batches) gives this rank's part of a list of batches; it ends the validation, with `Stopped`, when a stop
-        has been agreed.
+        own_part(batches): this rank's part of a list of batches. Raises `Stopped` when the ranks have agreed on a stop.
         """

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.base.console import UserError
+from training.base.console import UserError, leave_at_once
 from training.base.options import Options
 from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
 from training.engine.cluster import Cluster
@@ -368,6 +368,9 @@ def _initialize(
         import deepspeed.ops
     except ImportError as error:
         raise UserError(f"parallel deepspeed needs the package ({error}): pip install deepspeed") from error
+    # What it leaves behind aborts a process now and then that is done and only has to go; torchrun takes that for a
+    # failure of the run.
+    leave_at_once()
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # what it warns of is told here, or meant

@@ -92,7 +92,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     part = data.part(part_name)
     _check_part(trained, data, part)
     # Every rank translates every world-size-th row: long and short ones are spread evenly, since rows come shuffled.
-    sources = [part.source[row].tolist() for row in cluster.share(range(len(part)))]
+    sources = [part.source[row].tolist() for row in cluster.own_part(range(len(part)))]
     translated = translate(
         trained.decoder,
         sources,

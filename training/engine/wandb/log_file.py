@@ -24,7 +24,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class SessionLog:
+class VisitLog:
     """What the file of one session holds. `summary` has JSON texts; `whole` counts the bytes up to the first damage."""
 
     path: Path
@@ -60,13 +60,13 @@ class SessionLog:
             write_atomically(self.path, self.path.read_bytes()[: self.whole])
 
 
-def session_logs(run_dir: Path, run_id: str) -> list[SessionLog]:
+def visit_logs(run_dir: Path, run_id: str) -> list[VisitLog]:
     """All sessions of the run in this folder, oldest first."""
     paths = run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
     return [_read(path) for path in sorted(paths, key=lambda path: path.parent.name.removeprefix("offline-"))]
 
 
-def last_summary(logs: list[SessionLog]) -> dict[str, Any]:
+def last_summary(logs: list[VisitLog]) -> dict[str, Any]:
     """The run's summary as these sessions have left it, without wandb's own keys."""
     texts: dict[str, str] = {}
     for log in logs:
@@ -84,7 +84,7 @@ def item_key(item: Any) -> str:
     return item.key or ".".join(item.nested_key)
 
 
-def _read(path: Path) -> SessionLog:
+def _read(path: Path) -> VisitLog:
     steps: set[int] = set()
     summary: dict[str, str] = {}
     kinds: set[str] = set()
@@ -95,7 +95,7 @@ def _read(path: Path) -> SessionLog:
             steps.add(record.history.step.num)
         elif kind == "summary":
             summary |= {item_key(item): item.value_json for item in record.summary.update}
-    return SessionLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole)
+    return VisitLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole)
 
 
 def _records(content: bytes) -> tuple[list[Any], int]:

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Any
 
 from training.base.console import warn
-from training.engine.wandb.visit import Session, WandbOptions, abandon, first_line, holds, same_run
+from training.engine.wandb.visit import Visit, WandbOptions, abandon, first_line, holds, same_run
 
 __all__ = ["WandbOptions", "WandbTracker", "publish_evaluation", "send_the_rest"]
 
@@ -58,7 +58,7 @@ class WandbTracker:
         if options.mode == "disabled":
             return
         self._run_id = same_run(run_dir, run_id)
-        self._session = Session(options, run_dir, self._run_id, config)
+        self._visit = Visit(options, run_dir, self._run_id, config)
         self._left = False
         self._queue: SimpleQueue[dict[str, Any] | _End] = SimpleQueue()
         for line in lines:
@@ -89,17 +89,17 @@ class WandbTracker:
 
     def _work(self) -> None:
         try:
-            self._session.start()
+            self._visit.start()
             row: dict[str, Any] = {}
             while not isinstance(item := self._queue.get(), _End):
                 if row and item["step"] > row["step"]:
-                    self._session.log(row)
+                    self._visit.log(row)
                     row = {}
                 row |= _values(item)
             if row and item.status == "finished":
-                self._session.log(row)
-            self._session.summarise({"status": item.status, "reason": item.reason, **item.summary})
-            self._session.finish(item.status)
+                self._visit.log(row)
+            self._visit.summarise({"status": item.status, "reason": item.reason, **item.summary})
+            self._visit.finish(item.status)
         except Exception as error:  # whatever wandb does, the training must not notice
             if not self._left:
                 warn(f"wandb failed ({first_line(error)}); the training goes on, its record is metrics.jsonl")
@@ -141,16 +141,16 @@ def publish_evaluation(
         try:
             import wandb
 
-            session = Session(options, run_dir, same_run(run_dir, None), config=None)
-            session.start()
+            visit = Visit(options, run_dir, same_run(run_dir, None), config=None)
+            visit.start()
             try:
-                session.summarise({f"{part}/{key}": value for key, value in scores.items()})
-                session.attach(report)
+                visit.summarise({f"{part}/{key}": value for key, value in scores.items()})
+                visit.attach(report)
                 columns = ["source", "reference", "translation", "note"]
                 table = wandb.Table(columns=columns, data=[list(example) for example in examples])
-                session.summarise({f"{part}/examples": table})
+                visit.summarise({f"{part}/examples": table})
             finally:
-                session.finish("finished")
+                visit.finish("finished")
         except Exception as error:
             warn(f"wandb did not get this evaluation ({first_line(error)}); its report is {report}")
 

@@ -26,7 +26,7 @@ from training.base.console import UserError, say, warn
 from training.base.files import write_atomically, writing_to
 from training.base.options import Options
 from training.engine.run_folder import WANDB_FILE
-from training.engine.wandb.log_file import SessionLog, last_summary, session_logs
+from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
 
 CONNECT_LIMIT_S = 2.0
 INIT_LIMIT_S = 10.0
@@ -52,7 +52,7 @@ class WandbOptions(Options):
     name: str | None = Field(None, description="name of the run; null: that of the run folder")
 
 
-class Session:
+class Visit:
     """One visit to the wandb run. All of it may wait for a server, up to the limits above. config None: no training."""
 
     def __init__(self, options: WandbOptions, run_dir: Path, run_id: str, config: dict[str, Any] | None):
@@ -63,7 +63,7 @@ class Session:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means that nobody is contacted
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # the home folder may be small, or read-only
             os.environ.setdefault(name, str(self._run_dir.resolve() / "wandb/cache"))
-        earlier = session_logs(self._run_dir, self._run_id)
+        earlier = visit_logs(self._run_dir, self._run_id)
         if self._config is not None:
             for log in earlier:
                 log.seal()
@@ -86,7 +86,7 @@ class Session:
             self._run.summary.update(last_summary(earlier))
         self._last = self._arrived
 
-    def _open(self, waiting: list[SessionLog]) -> None:
+    def _open(self, waiting: list[VisitLog]) -> None:
         """Starts wandb and says in one line where the run can be seen, or how it gets there later."""
         import wandb
 
@@ -184,7 +184,7 @@ def holds(run_dir: Path, step: int) -> bool:
     """Whether this step is known to have arrived at the server, or is kept here for `wandb sync`."""
     known = _read(run_dir)
     return known.get("arrived", -1) >= step or any(
-        log.is_offline and step in log.steps for log in session_logs(run_dir, known.get("id", ""))
+        log.is_offline and step in log.steps for log in visit_logs(run_dir, known.get("id", ""))
     )
 
 
@@ -227,7 +227,7 @@ def why_offline() -> str | None:
     return None
 
 
-def _upload(waiting: list[SessionLog]) -> None:
+def _upload(waiting: list[VisitLog]) -> None:
     """Sends what offline sessions have kept, before anything newer: wandb renumbers steps that come too late.
 
     Stopped after UPLOAD_LIMIT_S; the rows that did not get through are then logged from the record.

@@ -298,7 +298,7 @@ def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
 def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, label: str) -> np.ndarray:
     """Nats of each row's answer, [rows]; every rank computes its share."""
     batches = batches_by_length(answers.lengths, LOSS_TOKENS)
-    with Progress(label, len(cluster.share(batches)), "batches") as progress:
+    with Progress(label, len(cluster.own_part(batches)), "batches") as progress:
 
         def work(own: Sequence[np.ndarray]) -> list[list[float]]:
             found = []
