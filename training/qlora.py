@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node=2 -m training.qlora configs/qlora/qwen2.5-3b-t4x2.yaml
     python -m training.qlora configs/qlora/qwen2.5-7b-t4x2.yaml --dry-run
 
-The same command starts, resumes, and says so when the run is finished. --dry-run first tells, from the model's config
+The same command starts, resumes, and says so when the run is finished. --dry-run first says, from the model's config
 alone, how much memory a process needs and whether the card has it.
 """
 
@@ -76,21 +76,20 @@ class QLoRAConfig(RunOptions):
         return self.parallel == "deepspeed" and self.zero.stage == 3
 
 
-# Compared by content or of no consequence for the result.
+# Compared by content, or without consequence for the result.
 MAY_CHANGE = frozenset({"base_model", "base_revision", "memory"})
 
 
 class Answers:
     """The conversations of a part: everything is read, the answer and its end token are learned.
 
-    lengths [n]: inputs; the last token of all is a label only. answer_tokens [n]: supervised tokens. Raises UserError
-    when there is none in some conversation: a loss over nothing would train on nothing in silence.
+    Raises UserError for a conversation without a supervised token, which would silently train nothing.
     """
 
     def __init__(self, part: ConversationPart, pad_id: int):
         self.part, self.pad_id = part, pad_id
-        self.lengths = part.ids.lengths - 1
-        self.answer_tokens = part.ids.lengths - part.prompt_lengths
+        self.lengths = part.ids.lengths - 1  # [n], inputs: the last token is only a label
+        self.answer_tokens = part.ids.lengths - part.prompt_lengths  # [n], supervised tokens
         without = np.flatnonzero((self.answer_tokens < 1) | (part.prompt_lengths < 1))
         if len(without):
             raise UserError(
@@ -123,9 +122,9 @@ def validation_scores(
     tokens: int,
     own_part: OwnPart | None = None,
 ) -> Validation:
-    """Loss and accuracy over all supervised tokens, the conversation being given up to each; without dropout.
+    """Loss and accuracy over all supervised tokens, each given the conversation before it, without dropout.
 
-    tokens: positions of a batch. Every rank scores its share.
+    tokens: positions of a batch. Every rank scores its part.
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -139,13 +138,14 @@ def validation_scores(
 
 
 class Answering(Task):
-    """A training on conversations. tokens: positions of a batch of the validation."""
+    """A training on conversations."""
 
     name = "qlora"
     may_change = MAY_CHANGE
     libraries = LIBRARIES
 
     def __init__(self, answers: Answers, held_out: Answers, cluster: Cluster, precision: Precision, tokens: int):
+        """tokens: positions of a batch of the validation."""
         self.answers, self.held_out, self.cluster = answers, held_out, cluster
         self.precision, self.tokens = precision, tokens
 

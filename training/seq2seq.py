@@ -42,7 +42,7 @@ class Seq2SeqConfig(RunOptions):
     loss: LossOptions = Field(default_factory=LossOptions)
 
 
-class TwoSides(Pairs):
+class TwoSides(Pairs[LossOptions]):
     """`source <eos>` for the encoder, `<sos> target` for the decoder, `target <eos>` to be predicted.
 
     lengths [n, 2]: target, then source, special tokens included. Batches are sorted by the target first, because a step

@@ -109,7 +109,7 @@ def _numbers(text: str) -> list[int]:
 def without_local_rank(words: Sequence[str]) -> list[str]:
     """A command's words without the `--local_rank=N` that DeepSpeed's launcher puts among the user's own.
 
-    Only the process's very rank is such a word, and only where a launcher started it.
+    Only this process's own rank is such a word, and only where a launcher started the process.
     """
     own = os.environ.get("LOCAL_RANK") if Ranks().launched else None
     return [word for word in words if own is None or word not in (f"--local_rank={own}", f"--local-rank={own}")]
@@ -156,8 +156,8 @@ def read_ranks() -> Ranks:
 def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:
     """Where the ranks find each other, unless torchrun arranges that: the first rank's host and port, and a name.
 
-    The name is the run's as far as its launcher gives it one: at a port that another run has taken already, ranks must
-    not mix with that one's. Raises UserError where no place is known.
+    The name is what the launcher gives the run, if anything: where another run has taken the port, the ranks of the two
+    must not mix. Raises UserError where no place is known.
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit():
@@ -181,10 +181,10 @@ def gpus_of_node() -> int | None:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What started this process and should outlive it, by process ids: its parent, that one's parent, and so on."""
+    """What started this process and should outlive it."""
 
-    lineage: tuple[int, ...]
-    keeps_store: bool
+    lineage: tuple[int, ...]  # process ids: this one's parent, that one's parent, and so on
+    keeps_store: bool  # whether the ranks meet at a store that it keeps, as torchrun does
 
     def is_gone(self) -> bool:
         """Whether any of them is: an orphan has another parent."""
@@ -211,9 +211,9 @@ def relay_error_file() -> Path | None:
 
 
 def watching_launcher() -> Launcher | None:
-    """The torchrun or DeepSpeed's launcher that started this process; None without one.
+    """The torchrun, or DeepSpeed's launcher, that started this process; None without one.
 
-    torchrun keeps the store at which the ranks meet. Raises PeerError when the launcher is seen to be gone already.
+    Raises PeerError when the launcher is seen to be gone already.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return Launcher((os.getppid(),), keeps_store=True)
@@ -236,7 +236,7 @@ def _deepspeed_lineage() -> tuple[int, ...]:
             if not any(word.startswith("--log_level=") for word in words):  # by ssh, from another machine
                 return tuple(lineage)
             command = parent_of(pid)
-            # Who adopts orphans is of another session than they, or is the first process of a container.
+            # A process that adopts orphans is of another session than they, or is the first one of a container.
             adopted = command == 1 and not any("deepspeed" in word for word in command_line(1))
             with contextlib.suppress(ProcessLookupError):
                 if command > 0 and not adopted and os.getsid(command) == os.getsid(pid):
@@ -252,7 +252,7 @@ def job_id() -> str | None:
 
 
 def staged(folder: Path) -> Path:
-    """Where to read a prepared data set: a copy that the batch script made on this node's disk, else where it is."""
+    """Where to read a prepared data set: the copy that the batch script made on this node's disk, or else `folder`."""
     copied = os.environ.get("STAGED_FROM")
     return Path(os.environ["STAGED_DATA"]) if copied and Path(copied) == folder else folder
 
@@ -274,7 +274,7 @@ def time_left() -> tuple[float, str] | None:
 
 
 def _slurm_time_left() -> tuple[float, str] | None:
-    # The scheduler's own count of what is left does not depend on this machine's clock; the end time does.
+    # The scheduler's own count does not depend on this machine's clock; the end time does.
     command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"]
     over = False
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
@@ -329,7 +329,7 @@ def kaggle_output_bytes() -> int:
 
 
 def ranks_without_gpus() -> int | None:
-    """How many processes are to train on a machine without GPUs: RANKS; None where nobody said."""
+    """How many processes are to train on a machine without GPUs, by the variable RANKS; None where nobody said."""
     return int(os.environ["RANKS"]) if "RANKS" in os.environ else None
 
 

@@ -10,14 +10,11 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from training.base.console import UserError, say
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: the hub's own locks on single files must do
-    fcntl = None  # type: ignore[assignment]
+from training.base.files import lock
 
 _CONNECT_LIMIT_S = 5.0  # the library itself would try for most of a minute
 
@@ -28,12 +25,12 @@ def fetch_snapshot(
     revision: str | None,
     patterns: Sequence[str],
     is_complete: Callable[[Path], bool],
-    kind: str = "model",
+    kind: Literal["model", "dataset"] = "model",
 ) -> Path:
     """The folder with the files of the repository `name` that match `patterns`, in the hub's cache on this machine.
 
-    kind: "model" or "dataset". is_complete(folder): whether a folder in the cache has all of it; one that a killed
-    process left half filled must not pass. Raises UserError where it cannot be had.
+    is_complete(folder): whether a folder in the cache has all of it; one that a killed process left half filled must
+    not pass. Raises UserError where the files cannot be had.
     """
     import huggingface_hub as hub
     import huggingface_hub.constants
@@ -43,11 +40,16 @@ def fetch_snapshot(
     by_hand = f"hf download {name}" + (" --repo-type dataset" if kind == "dataset" else "")
     by_hand += f" --revision {revision}" if revision else ""
 
-    which = {"revision": revision, "repo_type": kind}
+    def download(*, local: bool) -> Path:
+        return Path(
+            hub.snapshot_download(
+                name, repo_type=kind, revision=revision, allow_patterns=list(patterns), local_files_only=local
+            )
+        )
 
     def cached() -> Path | None:
         try:
-            folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), local_files_only=True, **which))
+            folder = download(local=True)
         except hub.errors.LocalEntryNotFoundError:
             return None
         return folder if is_complete(folder) else None
@@ -61,16 +63,15 @@ def fetch_snapshot(
             f"network run `{by_hand} --local-dir FOLDER`, copy the folder here, and name it instead"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the first one fetches, the others find it done
+    with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as file:
+        lock(file, wait=True)  # the first one fetches, the others find it done
         found = cached()
         if found is not None:
             return found
         _check_network(name, by_hand, hub.constants.ENDPOINT)
         say(f"fetching {name} ({revision or 'newest revision'}) from {hub.constants.ENDPOINT}")
         try:
-            folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), **which))
+            folder = download(local=False)
         except Exception as error:  # a connection that breaks comes out as whatever the library at work raises
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(

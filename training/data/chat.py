@@ -21,7 +21,7 @@ from training.base.hub import fetch_snapshot
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Whoever prepares data runs one process per core; threads in each of them would only take turns.
+# Preparation runs one process per core; threads in each of them would only take turns.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -108,7 +108,7 @@ class ChatTokenizer:
         """The ids of a conversation, int32: those of the prompt of `turns`, the answer's, the end of the turn.
 
         Raises UserError if there is a control token among them that the template did not put there. `control_text`
-        finds those beforehand, but for a tokenizer that makes control tokens of other spellings.
+        finds those beforehand, unless the tokenizer makes control tokens of other spellings.
         """
         ids = np.array([*prompt, *answer, self.end_id], dtype=np.int32)
         expected = self._probe(turns)
@@ -152,7 +152,7 @@ class ChatTokenizer:
         )
 
     def _probe(self, turns: Sequence[Message]) -> int | str:
-        """How many control tokens the prompt of turns in these roles has; or why the template makes none of them."""
+        """How many control tokens the prompt of turns in these roles has, or why the template makes no such prompt."""
         roles = tuple(turn["role"] for turn in turns)
         if roles not in self._probed:
             plain = [{"role": role, "content": f"第{place}句。"} for place, role in enumerate(roles)]

@@ -6,7 +6,7 @@
       meta.json                  where everything comes from, and the size and SHA-256 of every other file
 
 Reading costs no memory to speak of: ids are views on the memory-mapped files. A folder that is there is whole, since
-it was published by one rename; what happened to it since is noticed by its sizes on opening, by its hashes on `verify`.
+one rename published it. Later damage shows in its sizes, on opening, or in its hashes, by `verify`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,10 @@ MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {fold
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`.
+    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`. Views on the file."""
 
-    values int32 [total], offsets int64 [rows + 1], both read-only views on the file.
-    """
-
-    values: np.ndarray
-    offsets: np.ndarray
+    values: np.ndarray  # int32 [total]
+    offsets: np.ndarray  # int64 [rows + 1]
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -281,7 +278,7 @@ def _again(folder: Path, make: str) -> str:
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """`column` in one piece: without a copy as it was prepared, copied if someone has saved it again in pieces."""
+    """`column` in one piece; copied only if someone has saved the data again in several."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 

@@ -28,8 +28,8 @@ from training.data.text import HAN
 PAD, SOS, EOS, SEP, UNK = range(5)
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<sep>", "<unk>")
 
-# The rarest characters, one in ten thousand, become <unk>: a model that never met <unk> in training knows no way to
-# deal with the characters that it first meets in a test.
+# The rarest characters, one in ten thousand, become <unk>: a model that never met <unk> in training could not deal with
+# the characters that it first meets in a test.
 CHARACTER_COVERAGE = 0.9999
 
 Language = Literal["zh", "en"]

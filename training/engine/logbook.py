@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from statistics import mean
 from typing import Any
 
 from training.base.console import say, warn
@@ -111,10 +110,7 @@ class FirstRanksLogbook(Logbook):
         saver, sessions = self._saver, self._sessions
         self._metrics.close()
         self._write_status(status, reason, step, best, restart=restart)
-        saves: dict[str, float] = {"saves": len(saver.saves_s)}
-        if saver.saves_s:
-            saves |= {"stall_s": round(mean(saver.stalls_s), 4), "save_s": round(mean(saver.saves_s), 4)}
-        sessions.end(step, reason, **saves)
+        sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
         self._tracker.close(status, reason, best)
         if status == "finished":
             trained = format_duration(sum(session["seconds"] for session in sessions.all))

@@ -1,8 +1,8 @@
 """The training loop: from a config and a task to a finished, or resumable, run folder.
 
-The same command starts and resumes. The loop knows nothing of the task but that it has a model, a batch plan, the loss
-of a micro-batch and a validation; every rank calls `train` with the same one. There are two kinds of places: a step,
-and the boundary behind it, where the loop reports, validates and saves, and where alone a session ends.
+The same command starts and resumes. All that the loop knows of the task is its model, its batch plan, the loss of a
+micro-batch and a validation; every rank calls `train` with the same one. A run alternates between steps and the
+boundaries behind them: only at a boundary does the loop report, validate and save, and only there does a session end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from training.base.environment import process_age_s
 from training.base.options import to_yaml
 from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
-from training.engine.checkpoint import Checkpoint
+from training.engine.checkpoint import Checkpoint, RunState
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.logbook import FirstRanksLogbook, Logbook
 from training.engine.metrics import Window, memory_mb, read_metrics
@@ -50,8 +50,8 @@ SKIPPED_STEPS_LIMIT = 5
 def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_run: bool = False) -> int:
     """Trains to the end, or to the next stop; returns the process's exit status (0 finished, 75 resumable).
 
-    Raises UserError when the run folder holds another run or is in use, or when the number of ranks does not fit, and
-    status.json is left as it was; when no checkpoint can be written, or when gradients stay not finite, and status.json
+    Raises UserError when the run folder holds another run or is in use, or when the number of ranks does not fit;
+    status.json then stays as it was. Also when no checkpoint can be written or gradients stay not finite; status.json
     then says `failed`.
     """
     _check_world_size(config, cluster)
@@ -88,9 +88,9 @@ def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Preci
     if config.parallel == "deepspeed":
         if task.calls_vary and config.zero.stage == 3:
             raise UserError(
-                f"in zero.stage 3 the ranks bring the weights of a layer together at every call, and a {task.name} "
-                "calls its layers once a word, so that ranks with sentences of different length would wait for each "
-                "other for ever: take --zero.stage 2"
+                f"in zero.stage 3 the ranks bring the weights of a layer together at every call, and {task.name} calls "
+                "its layers once a word: ranks with sentences of different length would wait for each other for ever; "
+                "take --zero.stage 2"
             )
         return Zero(model, optimizer, cluster, precision, clip_norm, ema_decay, config.zero)
     return DataParallel(model, optimizer, cluster, precision, clip_norm, ema_decay)
@@ -169,11 +169,11 @@ def forward_backward(
     step: int,
     beat: Callable[[str], None] = lambda doing: None,
 ) -> Tensor:
-    """The gradient of `step`, from this rank's micro-batches. beat(doing): tells the watchdog what goes on.
+    """Adds up the gradient of `step` over this rank's micro-batches. beat(doing): tells the watchdog what goes on.
 
     Every loss is divided by the weight of the whole step, so that the gradient does not depend on how the micro-batches
-    were spread over the ranks. Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks
-    is the step's loss.
+    are spread over the ranks. Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks
+    is the whole.
     """
     batches = task.plan.micro_batches_of(step, cluster.rank, cluster.world_size)
     weight = task.plan.weight(step)
@@ -193,7 +193,7 @@ def forward_backward(
 def seed_dropout(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
     """Dropout depends on the micro-batch, never on the rank or the session that runs it."""
     words = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
-    # torch.manual_seed also notes where it was called, for GPUs that it might find later: 0.2 ms and more each time.
+    # On a CPU not torch.manual_seed: it takes 0.2 ms and more to note where it was called, for GPUs found later.
     set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
     set_seed(int(words[0] >> np.uint64(1)))
 
@@ -356,8 +356,8 @@ class _Run:
     def _validate(self) -> bool:
         """Scores the model on held-out data and writes it down; true if it is the best so far."""
         result = self.task.validate(self.engine.model, self._own_part)
-        # Accuracy picks the best checkpoint: late in training the loss rises with over-confidence while translations
-        # still improve.
+        # Accuracy picks the best checkpoint: late in training over-confidence raises the loss while translations still
+        # improve.
         is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
         if is_best:
             self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
@@ -377,7 +377,7 @@ class _Run:
     def _save(self, *, due: bool) -> None:
         """due: whether an uninterrupted run saves here, too."""
         window_losses, tensors = self.window.losses(self.cluster), self.engine.tensors()
-        state = {
+        state: RunState = {
             **self.engine.state(),
             **self.best,
             "accuracy": self.accuracy,

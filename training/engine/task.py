@@ -64,7 +64,7 @@ class RunOptions(Options):
         return self
 
 
-# What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
+# Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
     *("run_dir", "data", "training", "deterministic", "parallel", "zero", "resume_from"),
     *("checkpoint", "log", "session", "wandb"),
@@ -83,7 +83,7 @@ class Validation:
 
 
 class Task(ABC):
-    """What a script hands to the loop: a model, the order of its samples, and what it is to learn of them."""
+    """What a script hands to the loop: a model, the order of its samples, and what it is to learn from them."""
 
     name: str
     model: nn.Module
@@ -93,7 +93,7 @@ class Task(ABC):
     built_on: Mapping[str, Any] = {}  # what the run depends on besides data and config: another one is another run
     may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
     libraries: tuple[str, ...] = ()  # whose versions go on record
-    calls_vary = False  # whether how often a pass calls a layer depends on the batch, as with one call a word
+    calls_vary = False  # whether the number of calls of a layer depends on the batch, as with one call a word
 
     @abstractmethod
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:

@@ -1,9 +1,9 @@
 """A GRU encoder-decoder with additive attention (Bahdanau et al. 2015), trained from scratch.
 
 The encoder reads a sentence in one or both directions; padding never enters its state. Each step of the decoder looks
-at the encoder's outputs from where its state stands, and what it saw is an input of the step, as in the paper. Only the
-decoder's lowest layer needs that step by step; the layers above it run over the whole sentence at once (the attention
-of GNMT, Wu et al. 2016, section 3.1). With `attention: none`, every step sees the encoder's last state instead.
+at the encoder's outputs from its state so far, and what it sees is an input of the step, as in the paper. Only the
+decoder's lowest layer has to go step by step; the layers above it run over the whole sentence at once (the attention of
+GNMT, Wu et al. 2016, section 3.1). With `attention: none`, every step sees the encoder's last state instead.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Encoder(nn.Module):
         directions = 2 if options.bidirectional else 1
         self.width = directions * options.hidden_width
         self.embedding = nn.Embedding(vocabulary_size, options.embedding_width)
-        # One module per layer, because dropout between the layers of one nn.GRU has a random state of its own on GPUs,
-        # which no seed sets back: a resumed run would differ.
+        # One module per layer: on GPUs, dropout between the layers of one nn.GRU has a random state of its own that no
+        # seed resets, so a resumed run would differ.
         widths = [options.embedding_width] + (options.layers - 1) * [self.width]
         self.layers = nn.ModuleList(
             GRU(width, options.hidden_width, batch_first=True, bidirectional=options.bidirectional) for width in widths

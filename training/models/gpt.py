@@ -46,14 +46,13 @@ class GPTOptions(Options):
 class Cache:
     """Keys and values of the positions seen so far, for decoding token by token.
 
-    keys, values: one tensor [B, heads, capacity, width / heads] per layer. lengths [B]: real positions per row. Rows
-    may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left
-    there, so slot and position are the same number and the slots in front are all real.
+    Rows may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt
+    left there, so slot and position are the same number and the slots in front are all real.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: Tensor
+    keys: list[Tensor]  # of each layer: [B, heads, capacity, width / heads]
+    values: list[Tensor]  # the same
+    lengths: Tensor  # real positions of each row, [B]
 
     def select(self, rows: Tensor) -> Cache:
         """The cache of `rows` (indices [B'] or mask [B]): to drop finished sentences, or to reorder beams."""
@@ -138,9 +137,8 @@ class GPT(nn.Module):
         self.final_norm = (nn.LayerNorm if options.norm == "layer" else nn.RMSNorm)(options.width)
         if not learned:
             table = rotary_table(options.context, options.width // options.heads)
-            self.register_buffer(
-                "rotations", table.tile(2 * options.heads), persistent=False
-            )  # every query and key head
+            per_head = table.tile(2 * options.heads)  # for every head of query and key
+            self.register_buffer("rotations", per_head, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a process of a LoRA training needs, known before anything is loaded, and what helps where it is short.
+"""How much memory a process of a LoRA training needs, known before anything is loaded, and what to do where it lacks.
 
 The base model's config gives every tensor's shape. What a step computes on the way is found by running the real step
 without memory (fake tensors) and adding up what lives at the same time, so it follows the code and not a formula. What
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What a card holds besides tensors: CUDA's context and kernels, NCCL's buffers, gaps between blocks. Assumed.
+# What is assumed to lie on a card besides tensors: CUDA's context and kernels, NCCL's buffers, gaps between blocks.
 OVERHEAD = 900_000_000
 
 # Of bitsandbytes: weights that share a scale, and scales that share one in turn where they are quantised too.
@@ -99,7 +99,7 @@ class MemoryEstimate:
 
     @property
     def tensors(self) -> int:
-        """All of it at the moment when it is most: what torch calls the peak of allocated memory."""
+        """What torch calls the peak of allocated memory."""
         return max(self.held + self.activations, self.loading)
 
     def __str__(self) -> str:
@@ -112,17 +112,18 @@ class MemoryEstimate:
             loading = f"; most while the base model is loaded, before it is spread: then {self.loading / 1e9:.2f}"
         return f"{self.tensors / 1e9:.2f} GB of tensors a process ({', '.join(parts)}{loading})"
 
-    def room_for_activations(self, card: float) -> float:
-        """Bytes that a card of `card` bytes has left for activations; negative where the rest does not fit either."""
-        return card - OVERHEAD - self.held
+    def room_for_activations(self, gpu_bytes: float) -> float:
+        """Bytes that a GPU of so many bytes has left for activations; negative where the rest does not fit either."""
+        return gpu_bytes - OVERHEAD - self.held
 
-    def fits(self, card: float) -> bool:
-        """Whether a card of `card` bytes has room for all of it."""
-        return self.tensors <= card - OVERHEAD
+    def fits(self, gpu_bytes: float) -> bool:
+        """Whether a GPU of so many bytes has room for all of it."""
+        return self.tensors <= gpu_bytes - OVERHEAD
 
-    def shortage(self, card: float) -> str:
+    def shortage(self, gpu_bytes: float) -> str:
         """Why it does not fit, in words."""
-        return f"a card of {card / 1e9:.1f} GB is too small: {self}, and about {OVERHEAD / 1e9:.1f} GB for CUDA itself"
+        overhead = f"about {OVERHEAD / 1e9:.1f} GB for CUDA itself"
+        return f"a card of {gpu_bytes / 1e9:.1f} GB is too small: {self}, and {overhead}"
 
 
 def checked_memory(
@@ -139,15 +140,16 @@ def checked_memory(
     about: of the base model. In a dry run a card that is too small is a UserError: nothing has been loaded yet, and
     nothing need be.
     """
-    card = options.memory.card_gb * 1e9 if options.memory.card_gb else None
+    gpu_bytes = options.memory.card_gb * 1e9 if options.memory.card_gb else None
     # With a card to plan for, the estimate is about that one, even on a machine without any.
-    device_type = "cuda" if card else cluster.device.type
+    device_type = "cuda" if gpu_bytes else cluster.device.type
     memory = memory_of(options, about, plan, compute_type, device_type, cluster.world_size)
     say(f"memory: {memory}")
-    if card is None and cluster.device.type == "cuda":
-        card = torch.cuda.get_device_properties(cluster.device).total_memory
-    if card is not None and not memory.fits(card):
-        problem = f"{memory.shortage(card)}. What helps: {'; '.join(advice(options, memory, card, cluster.world_size))}"
+    if gpu_bytes is None and cluster.device.type == "cuda":
+        gpu_bytes = torch.cuda.get_device_properties(cluster.device).total_memory
+    if gpu_bytes is not None and not memory.fits(gpu_bytes):
+        helps = "; ".join(advice(options, memory, gpu_bytes, cluster.world_size))
+        problem = f"{memory.shortage(gpu_bytes)}. What helps: {helps}"
         if dry_run:
             raise UserError(problem)
         warn(problem)
@@ -180,14 +182,14 @@ def memory_of(
     )
 
 
-def advice(options: LoraRun, memory: MemoryEstimate, card: float, ranks: int) -> list[str]:
-    """What to change so that a process fits into `card` bytes, the cheapest first."""
-    room = memory.room_for_activations(card)
+def advice(options: LoraRun, memory: MemoryEstimate, gpu_bytes: float, ranks: int) -> list[str]:
+    """What to change so that a process fits into so many bytes, the cheapest first."""
+    room = memory.room_for_activations(gpu_bytes)
     found = []
     if options.parallel == "deepspeed":
-        if options.zero.offload == "none" and memory.optimizer > 0.05 * card:
+        if options.zero.offload == "none" and memory.optimizer > 0.05 * gpu_bytes:
             found.append("--zero.offload optimizer, which takes the optimizer away")
-    elif options.optim.kind == "adamw" and memory.optimizer > 0.05 * card:
+    elif options.optim.kind == "adamw" and memory.optimizer > 0.05 * gpu_bytes:
         found.append("--optim.kind paged_adamw8bit, which takes three quarters of the optimizer away")
     if not options.memory.checkpoint_layers:
         found.append("--memory.checkpoint_layers true, which takes most of the activations away")
@@ -198,7 +200,7 @@ def advice(options: LoraRun, memory: MemoryEstimate, card: float, ranks: int) ->
     if options.quantisation.kind == "none":
         found.append("--quantisation.kind nf4, which takes about three quarters of the weights away")
     spread = options.parallel == "deepspeed" and options.zero.stage == 3
-    if ranks > 1 and not spread and memory.weights > 0.4 * card:
+    if ranks > 1 and not spread and memory.weights > 0.4 * gpu_bytes:
         found.append(f"--parallel deepspeed --zero.stage 3, which spreads the weights over the {ranks} processes")
     found.append("fewer or smaller adapters (lora.targets, lora.rank)" if room > 0 else "a smaller base model")
     return found
@@ -306,7 +308,7 @@ class _Stored:
 
 
 def _state_bytes(numbers: int, in_8_bits: bool) -> int:
-    """Of AdamW, for a parameter of so many numbers: two moments, in fp32 or in 8 bits with a scale per 256."""
+    """AdamW's two moments of a parameter of so many numbers, in fp32 or in 8 bits with a scale per 256."""
     if not in_8_bits or numbers < _SMALLEST_IN_8_BITS:
         return 8 * numbers
     return 2 * (numbers + 4 * -(-numbers // 256))
@@ -362,12 +364,10 @@ def _unpacked(shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 class _Spread:
-    """Weights that come together where a module begins and part where it ends, as under ZeRO 3.
-
-    small: numbers of a weight that is not spread. ahead: bytes that are fetched before they are needed.
-    """
+    """Weights that come together where a module begins and part where it ends, as under ZeRO 3."""
 
     def __init__(self, small: int, ahead: int):
+        """small: numbers of the largest weight that is not spread. ahead: bytes that are fetched before their use."""
         self._small, self._ahead = small, ahead
         self._now: Tensor | None = None
         self._layer: list[Tensor] = []  # of a layer that is computed again: there until its backward pass begins

@@ -1,7 +1,7 @@
 """One visit to a wandb run: opened online or offline, some rows, ended. The tracker and the evaluation make them.
 
 Promises: a visit without a key, a network or a living server is offline within seconds and says why; steps that wandb
-has are not logged again. Everything here may wait, up to the limits below: a training calls it from another thread.
+has are not logged again. Everything here may wait, up to the limits below; a training calls it from a thread.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
 
 CONNECT_LIMIT_S = 2.0
 INIT_LIMIT_S = 10.0
-FINISH_LIMIT_S = 8.0  # for what is still to be uploaded when a session ends
+FINISH_LIMIT_S = 8.0  # for what is still to be uploaded when a visit ends
+UPLOAD_LIMIT_S = 300.0  # for earlier offline visits, before an online one goes on
 
-UPLOAD_LIMIT_S = 300.0  # for earlier offline sessions, before a session goes on online
+RETRIES = 100_000  # of an upload, up to 60 s apart: if wandb gave up, after minutes, it would drop all later rows
+FLUSH_EVERY_S = 2.0  # with wandb's own 15 s a kill would cost as much, until the run is resumed
 
-RETRIES = 100_000  # of an upload, up to 60 s apart: when wandb gives up, after minutes, it drops all later rows
-FLUSH_EVERY_S = 2.0  # wandb's own 15 s would be what a kill costs until the run is resumed
-
-# How wandb shows the end of a session; a run that will go on is marked as preempted, which takes a status other than 0.
+# How wandb shows the end of a visit; a run that will go on is marked as preempted, which takes a status other than 0.
 _EXIT_CODES = {"finished": 0, "resumable": 75}
 
 
@@ -53,7 +52,7 @@ class WandbOptions(Options):
 
 
 class Visit:
-    """One visit to the wandb run. All of it may wait for a server, up to the limits above. config None: no training."""
+    """One visit to the wandb run. config: the training's; None for an evaluation."""
 
     def __init__(self, options: WandbOptions, run_dir: Path, run_id: str, config: dict[str, Any] | None):
         self._options, self._run_dir, self._run_id, self._config = options, run_dir, run_id, config
@@ -74,15 +73,15 @@ class Visit:
         self._run.define_metric("*", step_metric="step")
         self._next = self._run.starting_step
         if self._online:
-            # wandb's step of the last row is ahead of the row's own where it has renumbered, see `log`; the summary is
-            # sent before its row, so after a kill it may be one row ahead.
+            # wandb's step of the last row is ahead of the row's own where it has renumbered, see `log`; the summary may
+            # be one row ahead after a kill, since it is sent before its row.
             self._arrived = min(self._next - 1, int(self._run.summary.get("step", self._next - 1)))
             self._held: frozenset[int] = frozenset()
             self._remember()
         else:
             self._arrived = _read(self._run_dir).get("arrived", -1)
             self._held = frozenset().union(*(log.steps for log in offline))
-            # `wandb sync` will replace the whole summary by that of the last session.
+            # `wandb sync` will replace the whole summary by that of the last visit.
             self._run.summary.update(last_summary(earlier))
         self._last = self._arrived
 
@@ -106,7 +105,7 @@ class Visit:
         if self._online:
             say(f"wandb: {self._run.url}")
             if self._config is not None:
-                for log in waiting:  # what did not get through comes from the record now, and must not come again
+                for log in waiting:  # rows that did not get through come from metrics.jsonl now, and not again
                     log.mark_uploaded()
             return
         self._run = self._init("offline")
@@ -161,7 +160,7 @@ class Visit:
         self._run.save(str(copy), base_path=self._run.dir, policy="now")
 
     def finish(self, status: str) -> None:
-        """Ends the visit. A server that does not take the rest within FINISH_LIMIT_S gets it in the next one."""
+        """Ends the visit. What the server does not take within FINISH_LIMIT_S follows in the next one."""
         if status == "resumable":
             self._run.mark_preempting()
         try:
@@ -174,7 +173,7 @@ class Visit:
             self._remember()
 
     def _remember(self) -> None:
-        """Keeps which step is known to have arrived, for a later session that cannot ask."""
+        """Writes down which step is known to have arrived, for a later visit that cannot ask."""
         write_atomically(
             self._run_dir / WANDB_FILE, json.dumps({"id": self._run_id, "arrived": self._arrived}, indent=2) + "\n"
         )
@@ -228,9 +227,9 @@ def why_offline() -> str | None:
 
 
 def _upload(waiting: list[VisitLog]) -> None:
-    """Sends what offline sessions have kept, before anything newer: wandb renumbers steps that come too late.
+    """Sends what offline visits have kept, before anything newer: wandb renumbers steps that come too late.
 
-    Stopped after UPLOAD_LIMIT_S; the rows that did not get through are then logged from the record.
+    Stopped after UPLOAD_LIMIT_S; the rows that did not get through are then logged from metrics.jsonl.
     """
     if not waiting:
         return
@@ -242,7 +241,7 @@ def _upload(waiting: list[VisitLog]) -> None:
 
 
 def abandon() -> None:
-    """At its exit, Python would wait for wandb without any limit: not any more. wandb's own process ends with ours."""
+    """Keeps Python from waiting for wandb without any limit at its exit. wandb's own process ends with this one."""
     try:
         from wandb.sdk import wandb_setup
 
