@@ -65,7 +65,7 @@ def _srun_task() -> dict[str, str] | None:
     """The variables for a task of an srun step; None if this process is none, or has been adopted.
 
     A step of one task is a plain process, and so is a batch script: that has a SLURM_PROCID as well, and even the
-    variables of the step from within which it was submitted, but not that step's tasks.
+    variables of the step from which it was submitted, but not that step's tasks.
     """
     if "RANK" in os.environ:  # of a launcher below srun
         return None
@@ -85,7 +85,7 @@ def _srun_task() -> dict[str, str] | None:
     # `a[07-09,12]b,c` begins with `a07b`: no need for scontrol, which a container may lack.
     first_host = re.sub(r"\[(\w+)[^]]*\]", r"\1", hosts).split(",")[0]
     host = first_host if len(tasks_of_nodes) > 1 else "127.0.0.1"
-    # Two jobs on one node must not meet; and the system gives away the ports above these by itself.
+    # Two jobs on one node must not meet; the ports above these are the system's to hand out.
     port = str(12000 + (101 * job + step) % 20000)
     return {
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", host),
@@ -187,7 +187,7 @@ class Launcher:
     keeps_store: bool  # whether the ranks meet at a store that it keeps, as torchrun does
 
     def is_gone(self) -> bool:
-        """Whether any of them is: an orphan has another parent."""
+        """Whether any of these processes is gone: an orphan has another parent."""
         if os.getppid() != self.lineage[0]:
             return True
         return any(parent_of(child) != parent for child, parent in pairwise(self.lineage))

@@ -91,7 +91,7 @@ class ChatTokenizer:
         return found if isinstance(found, str) else None
 
     def prompt(self, turns: Sequence[Message]) -> str:
-        """What the model reads before it answers, as text. turns: of the user, or of several, the user's last."""
+        """What the model reads before it answers, as text. turns: one or several, the last of which is the user's."""
         return self._render(turns, add_generation_prompt=True)
 
     def check(self, prompt: str, turns: Sequence[Message], answer: str) -> None:

@@ -3,7 +3,7 @@
 Nothing is consumed, so nothing is saved: step 40,000 is as cheap to find as step 0. An epoch is one random order of all
 samples, sorted by length (ties stay random) and cut into micro-batches of near-equal length, which are then shuffled.
 Where the cuts fall depends on the sorted lengths alone, so every epoch has the same number of micro-batches. A sample
-may have several lengths, one for each sequence that a model pads by itself; the first is sorted by first.
+may have several lengths, one for each sequence that a model pads by itself; the first one is sorted by first.
 
 Epochs follow each other in one stream, and step s takes the next `micro_batches_per_step` of it; a step may span two
 epochs. So every sample is seen exactly once an epoch and every step has the same number of micro-batches, which world
@@ -145,7 +145,7 @@ class BatchPlan:
 
 
 def sorted_by_length(lengths: np.ndarray) -> np.ndarray:
-    """Indices that sort samples by `lengths` [n] or [n, k], shortest first, by the first column first; ties stay."""
+    """Indices that sort samples by `lengths` [n] or [n, k], column by column, shortest first; ties stay in order."""
     return np.lexsort(_columns(lengths).T[::-1])
 
 

@@ -93,7 +93,7 @@ class Checkpoint:
         """What is wrong with it, or None. Reads every byte."""
         try:
             files = self.manifest["files"]
-            # Written again from what was read, every byte must be the same: nothing else vouches for the manifest.
+            # Nothing else vouches for the manifest: written again from what was read, it must be the same to the byte.
             intact = (self.folder / MANIFEST).read_bytes() == _manifest_text(self.manifest).encode()
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"its {MANIFEST} cannot be read ({error})"

@@ -92,7 +92,7 @@ class Task(ABC):
     memory: str | None = None  # what a process needs, in words
     built_on: Mapping[str, Any] = {}  # what the run depends on besides data and config: another one is another run
     may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
-    libraries: tuple[str, ...] = ()  # whose versions go on record
+    libraries: tuple[str, ...] = ()  # whose versions go into the manifest
     calls_vary = False  # whether the number of calls of a layer depends on the batch, as with one call a word
 
     @abstractmethod

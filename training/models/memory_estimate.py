@@ -1,4 +1,4 @@
-"""How much memory a process of a LoRA training needs, known before anything is loaded, and what to do where it lacks.
+"""How much memory a process of a LoRA training needs, known before anything is loaded, and what helps if it has less.
 
 The base model's config gives every tensor's shape. What a step computes on the way is found by running the real step
 without memory (fake tensors) and adding up what lives at the same time, so it follows the code and not a formula. What
@@ -164,7 +164,7 @@ def memory_of(
     device_type: str,
     ranks: int,
 ) -> MemoryEstimate:
-    """The same from the base model's config and the largest micro-batch of the plan."""
+    """What a process will need, from the base model's config and the largest micro-batch of the plan."""
     batches = np.split(sorted_by_length(plan.lengths), plan.cuts[1:-1])
     largest = max(batches, key=lambda batch: len(batch) * int(plan.lengths[batch[-1]]))
     return estimate(
@@ -323,7 +323,7 @@ def _bytes_of_scales(weight: Tensor, double: bool) -> int:
 
 
 def _hold_in_4_bits(base: PreTrainedModel, compute_type: torch.dtype) -> None:
-    """Replaces the linear layers by such as peft and the step find them in a quantised model."""
+    """Replaces the linear layers by ones that look to peft, and to a step, like those of a quantised model."""
     import bitsandbytes  # slow to import
 
     class In4Bits(bitsandbytes.nn.Linear4bit):
@@ -343,7 +343,7 @@ def _hold_in_4_bits(base: PreTrainedModel, compute_type: torch.dtype) -> None:
                 device="meta",
             )
             base.set_submodule(name, own)
-    base.is_loaded_in_4bit = True  # what peft goes by
+    base.is_loaded_in_4bit = True  # peft asks for it
 
 
 class _UnpackedProduct(torch.autograd.Function):
