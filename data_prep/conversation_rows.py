@@ -127,13 +127,15 @@ def read_records(workers: Workers, corpus: Corpus) -> Records:
             lines += piece.lines
             blank += piece.blank
             progress.advance(end - start)
-    columns = np.array(places, dtype=np.int64).reshape(-1, 3).T
+    file_numbers, offsets, sizes = np.array(places, dtype=np.int64).reshape(-1, 3).T
     order = {task: place for place, task in enumerate(corpus.task_order)}
     names = sorted({task for _, task in counts}, key=lambda task: (order.get(task, len(order)), task))
     numbers = {task: number for number, task in enumerate(names)}
     task_numbers = np.array([numbers[task] for task in tasks], dtype=np.int64)
     group_hashes = np.array(groups, dtype=np.uint64)
-    return Records(*columns, task_numbers, group_hashes, uids, names, lines, blank, malformed, counts)
+    return Records(
+        file_numbers, offsets, sizes, task_numbers, group_hashes, uids, names, lines, blank, malformed, counts
+    )
 
 
 def _pieces(file: SourceFile) -> Iterator[tuple[int, int]]:

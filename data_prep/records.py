@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
@@ -96,7 +96,11 @@ class Record:
         yield "the answer", self.answer
 
 
-class Corpus(ABC):
+RecordT = TypeVar("RecordT", bound=Record)
+FileT = TypeVar("FileT", bound=SourceFile)
+
+
+class Corpus(ABC, Generic[RecordT, FileT]):
     """The records of one command. Every worker has a copy.
 
     task_order: tasks as they stand in tables; others follow by name. left_out: tasks that are read and not prepared.
@@ -106,7 +110,7 @@ class Corpus(ABC):
     advice: ClassVar[str]  # what to do about those lines
     task_order: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, options: ConversationOptions, files: Sequence[SourceFile], *, left_out: Sequence[str] = ()):
+    def __init__(self, options: ConversationOptions, files: Sequence[FileT], *, left_out: Sequence[str] = ()):
         self.options = options
         self.files = tuple(files)
         self.left_out = tuple(left_out)
@@ -116,18 +120,18 @@ class Corpus(ABC):
         """What meta.json says of the source: kind, place and licence at least."""
 
     @abstractmethod
-    def read(self, line: bytes, file: SourceFile) -> Record:
+    def read(self, line: bytes, file: FileT) -> RecordT:
         """The record that `line` of `file` holds. Raises Malformed."""
 
-    def is_short(self, record: Record) -> bool:
+    def is_short(self, record: RecordT) -> bool:
         """Whether the answer is too short to learn from."""
         return len(record.answer) < self.options.min_answer_characters
 
-    def asked(self, record: Record) -> list[Message]:
+    def asked(self, record: RecordT) -> list[Message]:
         """What the model is told before it answers."""
         return list(record.turns)
 
-    def shortened(self, record: Record, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
+    def shortened(self, record: RecordT, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
         """The same, cut so that `count` of it is at most `room`; None where that may not be done."""
         return None
 

@@ -107,7 +107,7 @@ def _checked(split: Split) -> Split:
     return split
 
 
-def _share(numbers: dict[str, object], rows: np.ndarray) -> str:
+def _share(numbers: dict[str, float], rows: np.ndarray) -> str:
     return f"{numbers['either']:,} ({numbers['either'] / len(rows):.1%})"
 
 
@@ -135,7 +135,7 @@ def _overlap(
         seen = {texts[row] for row in seen_rows}
         return np.fromiter((texts[row] in seen for row in rows), dtype=bool, count=len(rows))
 
-    def numbers(source: np.ndarray, target: np.ndarray) -> dict[str, object]:
+    def numbers(source: np.ndarray, target: np.ndarray) -> dict[str, float]:
         either = source | target
         return {
             "chinese": int(source.sum()),
@@ -238,7 +238,8 @@ def _draw(seed: int, group: int) -> int:
 
 def _take(groups: np.ndarray, sizes: np.ndarray, rows: int, *, leave: int) -> np.ndarray:
     """The first of `groups` that fit into `rows` rows, passing over those that do not; one at least, `leave` not."""
-    taken, room = [], rows
+    taken: list[int] = []
+    room = rows
     for group in groups.tolist():
         if room == 0 or len(taken) == len(groups) - leave:
             break

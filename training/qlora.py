@@ -207,7 +207,8 @@ def main() -> int:
         task = Answering(answers, held_out, cluster, precision, tokens)
         task.model, task.plan = build_model(config, folder, compute_type, cluster.device), plan
         task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
-        task.memory = memory and f"{memory.tensors / 1e9:.2f} GB of tensors a process"
+        if memory is not None:  # on the first rank, which is the one that prints
+            task.memory = f"{memory.tensors / 1e9:.2f} GB of tensors a process"
         task.built_on = {"base_model": fingerprint_of(folder)}
         return train(config, task, data, cluster, dry_run=dry_run)
 

@@ -55,12 +55,14 @@ LossOptionsT = TypeVar("LossOptionsT", bound=TranslationLoss)
 
 
 class TranslationRun(Protocol):
-    """The options of a training on sentence pairs that are read here."""
+    """The options of a training on sentence pairs that are needed here."""
 
-    seed: int
-    batch: BatchOptions
-    optim: OptimOptions
-
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch(self) -> BatchOptions: ...
+    @property
+    def optim(self) -> OptimOptions: ...
     @property
     def loss(self) -> TranslationLoss: ...
 

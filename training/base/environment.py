@@ -149,8 +149,8 @@ def read_ranks() -> Ranks:
                 f"WORLD_SIZE is set but {name} is {text!r}: start through torchrun (--nproc-per-node=N), "
                 "or unset WORLD_SIZE for a single process"
             )
-        values[name.lower()] = int(text)
-    return Ranks(**values)
+        values[name] = int(text)
+    return Ranks(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], values["LOCAL_WORLD_SIZE"])
 
 
 def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:

@@ -205,7 +205,7 @@ def _explain(cls: type[Options], detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         if isinstance(detail["input"], dict) and detail["input"]:  # an unknown group: name the keys in it
-            inner = [
+            inner: list[Any] = [
                 {**detail, "loc": (*detail["loc"], name), "input": value} for name, value in detail["input"].items()
             ]
             return "; ".join(_explain(cls, each) for each in inner)

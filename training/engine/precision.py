@@ -53,7 +53,7 @@ class Precision:
     reason: str
     device: torch.device
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")

@@ -165,7 +165,7 @@ class Sessions:
         saves. usable_s: what this session had for training at its beginning; None if it has no limit.
         """
         left = self._steps - self.current["step"]
-        step_s = next((found for session in reversed(self.all[-2:]) if (found := pace_s(session))), None)
+        step_s = next((pace for session in reversed(self.all[-2:]) if (pace := pace_s(session))), None)
         found: Outlook = {"sessions_done": len(self.all), "steps_left": left}
         if step_s is not None:
             remaining_s = left * step_s

@@ -249,8 +249,8 @@ class Zero(Parallel):
         if self._scaler is not None:
             self._own.override_loss_scale(self._scaler.get_scale())
 
-    # Where the parts lie. DeepSpeed keeps a rank's part of all parameters of a group in one flat tensor, whose state the
-    # optimizer has; only stage 3 has a public way to it.
+    # Where the parts lie. DeepSpeed keeps a rank's part of all parameters of a group in one flat tensor, for which the
+    # optimizer has the state; only stage 3 has a public way to it.
 
     def _flats(self) -> list[Tensor]:
         own = self._own

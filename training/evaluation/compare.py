@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "runs of one kind can be compared"
         )
     if CONVERSATIONS in forms:
-        runs = [open_answers(name, *each) for name, each in zip(names, parts, strict=True)]
-        print_comparison(*runs, compare_answer_runs(*runs))
+        before, after = (open_answers(name, *each) for name, each in zip(names, parts, strict=True))
+        print_comparison(before, after, compare_answer_runs(before, after))
         return 0
     first, second = (open_evaluation(name) for name in names)
     check_comparable(first, second)
@@ -167,8 +167,8 @@ def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
     references = [[reference] for reference in first.references]
     verdicts = []
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
-        both = [sentence_counts(metric, one.translations, references) for one in (first, second)]
-        test = paired(partial(score_of, metric), *both)
+        ours, theirs = (sentence_counts(metric, one.translations, references) for one in (first, second))
+        test = paired(partial(score_of, metric), ours, theirs)
         verdicts.append(Verdict(**vars(test), metric=name, signature=signature_of(metric)))
     return verdicts
 

@@ -22,7 +22,7 @@ import gc
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,7 +209,7 @@ class Export:
         """Publishes the adapters as peft has them."""
         import peft
 
-        trained, model = replace(self.trained, model=None), self.trained.model.model
+        trained, model = self.trained.without_model(), self.trained.model.model
         expected = self._logits(model)
         numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         with unpublished(output) as folder:
@@ -249,7 +249,7 @@ class Export:
 
     def merged(self, output: Path, dtype_name: str) -> None:
         """Publishes base and adapters as one model in the type of this name."""
-        trained, dtype = replace(self.trained, model=None), DTYPES[dtype_name]
+        trained, dtype = self.trained.without_model(), DTYPES[dtype_name]
         model = self.trained.model.model
         config = read_config(trained.base, trained.config.quantisation)
         logits = 4 * int(self.prompts.lengths.sum()) * config.get_text_config().vocab_size
@@ -321,7 +321,7 @@ class Export:
 
     def _let_go(self) -> None:
         """Frees the run's model, for which there is no room beside another one."""
-        self.trained = replace(self.trained, model=None)
+        self.trained = self.trained.without_model()
         gc.collect()
 
     def _logits(self, model: torch.nn.Module) -> Tensor:

@@ -201,7 +201,7 @@ class AttentionGRU(nn.Module):
         if own is None:
             features, _ = self._read(inputs, state)
         else:
-            columns = []
+            columns: list[Tensor] = []
             for step in range(inputs.shape[1]):
                 words = inputs[:, step]
                 if step and own[:, step].any():

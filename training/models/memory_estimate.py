@@ -62,13 +62,20 @@ class MemoryOptions(Options):
 class LoraRun(Protocol):
     """The options on which the memory of a run depends: `QLoRAConfig` has them."""
 
-    quantisation: QuantisationOptions
-    lora: LoraOptions
-    memory: MemoryOptions
-    batch: BatchOptions
-    optim: OptimOptions
-    zero: ZeroOptions
-    parallel: Literal["ddp", "deepspeed"]
+    @property
+    def quantisation(self) -> QuantisationOptions: ...
+    @property
+    def lora(self) -> LoraOptions: ...
+    @property
+    def memory(self) -> MemoryOptions: ...
+    @property
+    def batch(self) -> BatchOptions: ...
+    @property
+    def optim(self) -> OptimOptions: ...
+    @property
+    def parallel(self) -> Literal["ddp", "deepspeed"]: ...
+    @property
+    def zero(self) -> ZeroOptions: ...
 
 
 @dataclass(frozen=True)

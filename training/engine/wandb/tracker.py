@@ -15,6 +15,7 @@ all are logged again then, so that none is lost, and a step may stand twice.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,7 +35,7 @@ PUBLISH_LIMIT_S = 60.0  # an evaluation waits for its upload, but not for ever
 class _End:
     status: str
     reason: str
-    summary: dict[str, Any]
+    summary: Mapping[str, Any]
 
 
 class WandbTracker:
@@ -76,7 +77,7 @@ class WandbTracker:
         if self._run_id is not None:
             self._queue.put(line)
 
-    def close(self, status: str, reason: str, summary: dict[str, Any]) -> None:
+    def close(self, status: str, reason: str, summary: Mapping[str, Any]) -> None:
         """Ends the visit within CLOSE_LIMIT_S. status: finished, resumable or failed. summary: final scores."""
         if self._run_id is None:
             return
@@ -111,7 +112,7 @@ def send_the_rest(
     run_id: str | None,
     config: dict[str, Any],
     lines: list[dict[str, Any]],
-    summary: dict[str, Any],
+    summary: Mapping[str, Any],
 ) -> None:
     """Brings to wandb what the last session of a finished run could not; does nothing if nothing is missing."""
     if options.mode != "disabled" and lines and not holds(run_dir, lines[-1]["step"]):
@@ -124,7 +125,7 @@ def publish_evaluation(
     run_dir: Path,
     options: WandbOptions,
     scores: dict[str, Any],
-    examples: list[tuple[str, ...]],
+    examples: Sequence[tuple[str, ...]],
     report: Path,
     *,
     part: str = "test",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.engine.status import Session
 from training.evaluation.bootstrap import LEVEL
 from training.evaluation.disc_law_eval.overlap import OVERLAP
 from training.evaluation.report import training_history as story
@@ -58,7 +59,7 @@ class AnswerReport:
     questions: Sequence[AnsweredQuestion]
     examples: Sequence[AnsweredQuestion]
     metrics: Sequence[dict[str, Any]]
-    sessions: Sequence[dict[str, Any]]
+    sessions: Sequence[Session]
     versions: dict[str, str]
     law_eval: str = ""
 
@@ -123,7 +124,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
     sides = (_with_interval(macro[side], "score", "interval") for side in ("before", "after"))
     rows.append(("mean of the tasks", "", scores["items"], *sides, *_difference(macro, 2), "", "", ""))
     head = ("task", "metric", "items", "before", "after", "difference", "p", "exact", "format errors", "empty")
-    metrics = {(task["metric"], task["how"]): [] for task in tasks}
+    metrics: dict[tuple[str, str], list[str]] = {(task["metric"], task["how"]): [] for task in tasks}
     for task in tasks:
         metrics[task["metric"], task["how"]].append(task["task"])
     odd = [f"{task['task']} {task['odd_references']:,}" for task in tasks if task["odd_references"]]

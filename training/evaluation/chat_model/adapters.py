@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class TrainedAdapters:
     base: Path
     model: AdaptedModel
     precision: Precision
+
+    def without_model(self) -> TrainedAdapters:
+        """What there is to know of it, for whoever needs the memory and not the model."""
+        return replace(self, model=None)  # type: ignore[arg-type]  # nothing asks for the model afterwards
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -12,11 +12,12 @@ from typing import Any
 
 from training.base.durations import format_duration
 from training.engine.saver import price_of_a_kill
+from training.engine.status import Session
 from training.evaluation.report.curves import Line, curve
 from training.evaluation.report.markup import facts, wide_table
 
 
-def training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, Any]]) -> str:
+def training(metrics: Sequence[dict[str, Any]], sessions: Sequence[Session]) -> str:
     """Curves of loss, learning rate and throughput over steps, where sessions began marked; and figures of the run."""
     train = [line for line in metrics if line["kind"] == "train"]
     if not train:
@@ -60,7 +61,7 @@ def training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, Any
     )
 
 
-def story(sessions: Sequence[dict[str, Any]], every_steps: int) -> str:
+def story(sessions: Sequence[Session], every_steps: int) -> str:
     """A table of the sessions, and what they come to together; nothing where none is on record.
 
     every_steps: steps between two checkpoints, as configured.
@@ -87,26 +88,26 @@ def story(sessions: Sequence[dict[str, Any]], every_steps: int) -> str:
     return wide_table(head, rows) + _together(sessions, every_steps)
 
 
-def _beginning(session: dict[str, Any], before: dict[str, Any] | None) -> str:
+def _beginning(session: Session, before: Session | None) -> str:
     if session["from_step"] == 0:
         return "new" if before is None else "from the beginning"
     older = before is not None and session["from_step"] < before["step"]
     return "resumed, from an older checkpoint" if older else "resumed"
 
 
-def _closed(session: dict[str, Any]) -> bool:
+def _closed(session: Session) -> bool:
     """Whether the session lived to write down its end."""
     return "saves" in session
 
 
-def total_time(sessions: Sequence[dict[str, Any]]) -> str:
+def total_time(sessions: Sequence[Session]) -> str:
     """Sessions and their time in words; that of a session which was killed counts up to its last save."""
     least = "" if all(map(_closed, sessions)) else "at least "
     seconds = sum(session["seconds"] for session in sessions)
     return f"{len(sessions):,} session{'s' * (len(sessions) > 1)}, {least}{format_duration(seconds)} in all"
 
 
-def _together(sessions: Sequence[dict[str, Any]], every_steps: int) -> str:
+def _together(sessions: Sequence[Session], every_steps: int) -> str:
     saving = [session for session in sessions if session.get("saves")]
     if not saving:
         return f"<p>{total_time(sessions)}.</p>"

@@ -27,7 +27,8 @@ from training.translation import Pairs
 class Family(Protocol):
     """See the module's docstring."""
 
-    config: type[RunOptions]
+    @property
+    def config(self) -> type[RunOptions]: ...
 
     def build(self, config: Any, source_vocabulary_size: int, target_vocabulary_size: int) -> nn.Module:
         """The untrained model."""

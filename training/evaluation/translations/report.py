@@ -18,6 +18,7 @@ from typing import Any
 
 from sacrebleu.metrics import CHRF
 
+from training.engine.status import Session
 from training.evaluation.report import training_history as story
 from training.evaluation.report.markup import escaped, facts, isolated, wide_table
 from training.evaluation.report.page import banner, config, page
@@ -63,7 +64,7 @@ class Report:
     checkpoint: dict[str, Any]
     parameters: int
     metrics: Sequence[dict[str, Any]]
-    sessions: Sequence[dict[str, Any]]
+    sessions: Sequence[Session]
     examples: Sequence[Example]
     ranked: Sequence[tuple[str, Sequence[Example]]]
     attention: Sequence[tuple[str, str]]
