@@ -61,8 +61,9 @@ class TwoSides(Pairs[LossOptions]):
         labels, target_lengths = _followed_by_end(self.part.target.padded(rows, PAD), self.target_tokens[samples])
         inputs = np.concatenate([np.full((len(rows), 1), SOS), labels[:, :-1]], axis=1)
         scored = np.flatnonzero(np.arange(labels.shape[1]) < target_lengths[:, None])
-        arrays = source, source_lengths, inputs, scored, labels.reshape(-1)[scored]
-        return tuple(map(torch.from_numpy, arrays))
+        learned = labels.reshape(-1)[scored]
+        sources, lengths = torch.from_numpy(source), torch.from_numpy(source_lengths)
+        return sources, lengths, torch.from_numpy(inputs), torch.from_numpy(scored), torch.from_numpy(learned)
 
     def predictions(
         self, model: nn.Module, samples: np.ndarray, device: torch.device, options: LossOptions | None = None

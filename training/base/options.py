@@ -223,7 +223,7 @@ def _explain(cls: type[Options], detail: Any) -> str:
         return f"{key} is a group of keys ({some}), which takes no value of its own, got {detail['input']!r}"
     field = all_keys(cls).get(key)
     expected = f" (expected {_field_type(field)})" if field is not None else ""
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message: str = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     value = detail["input"]
     if not key:  # a check across several keys; its message names them
         return message

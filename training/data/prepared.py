@@ -90,7 +90,10 @@ class Texts(Sequence[str]):
     @overload
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
-        return self._column[row].to_pylist() if isinstance(row, slice) else self._column[int(row)].as_py()
+        found: str | list[str] = (
+            self._column[row].to_pylist() if isinstance(row, slice) else self._column[int(row)].as_py()
+        )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return (value.as_py() for value in self._column)

@@ -174,7 +174,7 @@ def tensors_of(
     Optimizer state goes by the parameter's name, since its index means nothing once the model changes. A count that an
     optimizer keeps as a plain number becomes an int64 scalar.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         "model.safetensors": model_state(model),
         "optimizer.safetensors": {

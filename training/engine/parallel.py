@@ -130,8 +130,9 @@ class DataParallel(Parallel):
 
     def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         # The forward pass must be inside no_sync as well: DDP decides there whether this backward communicates.
-        ddp = isinstance(self.replica, DistributedDataParallel)
-        return self.replica.no_sync() if ddp and not last else contextlib.nullcontext()
+        if isinstance(self.replica, DistributedDataParallel) and not last:
+            return self.replica.no_sync()
+        return contextlib.nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
@@ -148,7 +149,8 @@ class DataParallel(Parallel):
         bad, scaler_skip = (~norm.isfinite()).float(), self._scaler_searches()
         if self._scaler is None:
             if isinstance(self.optimizer, torch.optim.AdamW):
-                self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
+                # The fused optimizer then skips on the device, as under a scaler.
+                self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # what a scaler would set
                 self.optimizer.step()
             elif not bad:  # other optimizers cannot skip by themselves; asking waits for the device
                 self.optimizer.step()

@@ -254,7 +254,9 @@ class Zero(Parallel):
 
     def _flats(self) -> list[Tensor]:
         own = self._own
-        return own.fp32_partitioned_groups_flat if self._options.stage == 3 else own.single_partition_of_fp32_groups
+        stage_3 = self._options.stage == 3
+        flats: list[Tensor] = own.fp32_partitioned_groups_flat if stage_3 else own.single_partition_of_fp32_groups
+        return flats
 
     def _share_memory(self) -> None:
         """Lets the optimizer work on the rank's part of the weights itself, not on a copy of it.
@@ -281,7 +283,8 @@ class Zero(Parallel):
                 if parameter.requires_grad:
                     flat, place, size = own.grad_position[own.get_param_id(parameter)]
                     start = self._cluster.rank * size
-                    count = min(size, parameter.ds_numel - start)  # the last ranks' parts are filled up
+                    # The last ranks' parts are filled up.
+                    count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]  # DeepSpeed's
                     if count > 0:
                         pieces[name] = _Piece(start, count, flat, place)
             return pieces

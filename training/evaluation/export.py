@@ -117,7 +117,8 @@ def _scores(trained: TrainedModel) -> dict[str, Any] | None:
 
 def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str:
     """The model card, Markdown with the header that the Hugging Face Hub reads. `about`: the content of export.json."""
-    data, options = trained.data, trained.config.model
+    assert isinstance(trained.model, GPT)
+    data, options = trained.data, trained.model.options
     source = data["source"]
     licence = "cc-by-2.0" if "CC BY 2.0" in source["licence"] else "unknown"
     norm = {"layer": "LayerNorm", "rms": "RMSNorm"}[options.norm]

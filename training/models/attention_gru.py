@@ -82,6 +82,8 @@ class GRU(nn.GRU):
     (cuDNN's recurrent layers know no other type under autocast; seen with torch 2.11.)
     """
 
+    weight_ih_l0: Tensor
+
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         device = self.weight_ih_l0.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:

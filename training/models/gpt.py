@@ -8,6 +8,7 @@ no mask; decoding writes new tokens over the padding (see `Cache`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,6 +126,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """See the module's docstring. `forward` is for training; `prefill` and `extend` decode with a cache."""
 
+    rotations: Tensor  # with rotary positions only: see `rotary_table`
+
     def __init__(self, options: GPTOptions, vocabulary_size: int):
         super().__init__()
         self.options = options
@@ -133,7 +136,8 @@ class GPT(nn.Module):
         learned = options.positions == "learned"
         self.position_embedding = nn.Embedding(options.context, options.width) if learned else None
         self.dropout = Dropout(options.dropout)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.blocks: Iterable[Block] = blocks  # type: ignore[assignment]  # a ModuleList does not say of what
         self.final_norm = (nn.LayerNorm if options.norm == "layer" else nn.RMSNorm)(options.width)
         if not learned:
             table = rotary_table(options.context, options.width // options.heads)

@@ -333,7 +333,7 @@ def _hold_in_4_bits(base: PreTrainedModel, compute_type: torch.dtype) -> None:
     """Replaces the linear layers by ones that look to peft, and to a step, like those of a quantised model."""
     import bitsandbytes  # slow to import
 
-    class In4Bits(bitsandbytes.nn.Linear4bit):
+    class In4Bits(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]  # of a library that is not checked
         def forward(self, x: Tensor) -> Tensor:
             bias = None if self.bias is None else self.bias.to(compute_type)
             return _UnpackedProduct.apply(x.to(compute_type), self.out_features, bias).to(x.dtype)
