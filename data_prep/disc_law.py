@@ -57,7 +57,7 @@ class DiscLawOptions(ConversationOptions):
         return self
 
 
-class DiscLaw(Corpus):
+class DiscLaw(Corpus[LawRecord, LawFile]):
     """The records of DISC-Law-SFT in `files`."""
 
     record_name = "record of DISC-Law-SFT"

@@ -83,7 +83,7 @@ class InstructionOptions(ConversationOptions):
     )
 
 
-class Instructions(Corpus):
+class Instructions(Corpus[Record, SourceFile]):
     """The records in `files`."""
 
     record_name = "record"
@@ -130,9 +130,9 @@ def _turns_of(values: Mapping[str, Any]) -> tuple[list[Message], str]:
         raise Malformed(f"no answer ({', '.join(ANSWERS)}) beside {', '.join(map(repr, values))}"[:200])
     if not questions:
         raise Malformed(f"no layout has the keys {', '.join(map(repr, values)) or '(none)'}"[:200])
-    for keys in (questions, answers):
-        if len(keys) > 1:
-            raise Malformed(f"it has {' and '.join(keys)}, of which one is expected")
+    for both in (questions, answers):
+        if len(both) > 1:
+            raise Malformed(f"it has {' and '.join(both)}, of which one is expected")
     keys = dict.fromkeys([*questions, *(key for key in MORE if values.get(key))])
     asked = "\n".join(filter(None, (checked_text(key, values[key]).strip() for key in keys)))
     return [user(written_text(" and ".join(keys), asked))], written_text(answers[0], values[answers[0]])

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
@@ -104,7 +104,7 @@ class Corpus(ABC):
     advice: ClassVar[str]  # what to do about those lines
     task_order: ClassVar[Sequence[str]] = ()  # of tasks in tables; others follow by name
 
-    def __init__(self, options: ConversationOptions, files: Sequence[SourceFile], *, left_out: Sequence[str] = ()):
+    def __init__(self, options: ConversationOptions, files: Sequence[FileT], *, left_out: Sequence[str] = ()):
         self.options = options
         self.files = tuple(files)
         self.left_out = tuple(left_out)  # tasks that are read and not prepared
@@ -119,10 +119,10 @@ class Corpus(ABC):
         """What meta.json says of the source: kind, place and licence at least."""
 
     @abstractmethod
-    def read(self, line: bytes, file: SourceFile) -> Record:
+    def read(self, line: bytes, file: FileT) -> RecordT:
         """The record that `line` of `file` holds. Raises Malformed."""
 
-    def is_short(self, record: Record) -> bool:
+    def is_short(self, record: RecordT) -> bool:
         """Whether the answer is too short to learn from."""
         return len(record.answer) < self.options.min_answer_characters
 

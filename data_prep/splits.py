@@ -67,9 +67,12 @@ def grouped_split(english: Sequence[str], chinese: Sequence[str], validation_sha
             validation_room -= sizes[group]
     order = random.permutation(len(labels)).astype(np.int64)
     part_of_row = part_of_group[labels[order]]
+    train, validation, test = (order[part_of_row == part] for part in range(3))
     return _checked(
         Split(
-            *(order[part_of_row == part] for part in range(3)),
+            train,
+            validation,
+            test,
             groups=len(sizes),
             largest_group=int(sizes.max(initial=0)),
         )
@@ -107,7 +110,7 @@ def _checked(split: Split) -> Split:
     return split
 
 
-def _share(numbers: dict[str, object], rows: np.ndarray) -> str:
+def _share(numbers: dict[str, float], rows: np.ndarray) -> str:
     return f"{numbers['either']:,} ({numbers['either'] / len(rows):.1%})"
 
 

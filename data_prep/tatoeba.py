@@ -145,12 +145,12 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: RawPairs
     for part in PARTS:
         rows = split.rows(part)
         ids = {side: encoded[side].take(rows) for side in encoded}
-        texts = {
+        columns = {
             "source": [chinese.texts[row] for row in rows],
             "target": [english.texts[row] for row in rows],
             "attribution": [pairs.attribution[row] for row in rows],
         }
-        digests[part] = write_part(folder / part, rows, texts, ids["source"], ids["target"])
+        digests[part] = write_part(folder / part, rows, columns, ids["source"], ids["target"])
         lengths[part] = {side: _statistics(ids[side]) for side in ids}
         unknown[part] = {side: round(float(np.mean(ids[side].values == UNK)), 6) for side in ids}
 

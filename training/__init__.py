@@ -1,5 +1,5 @@
 """The training scripts, each readable from top to bottom, and what they share."""
 
-from training.base.environment import arrange_process
+from training.base.environment import set_thread_defaults
 
-arrange_process()  # before torch, which reads OpenMP's settings when it is loaded
+set_thread_defaults()  # here and not in a main: OpenMP reads them once, when a script's imports load torch

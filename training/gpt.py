@@ -41,10 +41,10 @@ class GPTConfig(RunOptions):
     loss: LossOptions = Field(default_factory=LossOptions)
 
 
-class Sequences(Pairs):
+class Sequences(Pairs[LossOptions]):
     """`<sos> source <sep> target` of every pair that fits the context; `<eos>` is predicted but never an input.
 
-    lengths [n]: input tokens. The source's last prediction is `<sep>`.
+    lengths [n]: input tokens. The last prediction that counts as the source's is `<sep>`.
     """
 
     def __init__(self, part: Part, context: int):

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node=2 -m training.qlora configs/qlora/qwen2.5-3b-t4x2.yaml
     python -m training.qlora configs/qlora/qwen2.5-7b-t4x2.yaml --dry-run
 
-The same command starts, resumes, and says so when the run is finished. --dry-run first tells, from the model's config
+The same command starts, resumes, and says so when the run is finished. --dry-run first says, from the model's config
 alone, how much memory a process needs and whether the card has it.
 """
 
@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from training.base.console import UserError, run_main, say, warn
+from training.base.console import UserError, run_main
 from training.base.environment import staged
-from training.base.options import Options, parse
+from training.base.options import parse
 from training.data.conversations import ConversationPart, open_conversations
-from training.engine.batch_plan import BatchPlan, batches_by_length, sorted_by_length
+from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
-from training.engine.task import RunOptions, Share, Task, Validation
+from training.engine.task import OwnPart, RunOptions, Task, Validation
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
@@ -36,26 +35,10 @@ from training.models.base_model import (
     load_base_model,
     read_config,
 )
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from training.models.memory_estimate import MemoryEstimate
+from training.models.memory_estimate import MemoryOptions, checked_memory
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("transformers", "peft", "bitsandbytes")
-
-
-class MemoryOptions(Options):
-    """What is computed twice or in pieces, so that it fits."""
-
-    checkpoint_layers: bool = Field(
-        True, description="compute every layer a second time in the backward pass instead of keeping what it computed"
-    )
-    logits_tokens: int = Field(256, ge=1, description="supervised tokens whose logits exist at a time")
-    card_gb: float | None = Field(
-        None, gt=0, description="GB (10^9 bytes) of the card to plan for; null: this machine's, if it has one"
-    )
 
 
 class QLoRAConfig(RunOptions):
@@ -93,21 +76,20 @@ class QLoRAConfig(RunOptions):
         return self.parallel == "deepspeed" and self.zero.stage == 3
 
 
-# Compared by content or of no consequence for the result.
+# Compared by content, or without consequence for the result.
 MAY_CHANGE = frozenset({"base_model", "base_revision", "memory"})
 
 
 class Answers:
     """The conversations of a part: everything is read, the answer and its end token are learned.
 
-    lengths [n]: inputs; the last token of all is a label only. answer_tokens [n]: supervised tokens. Raises UserError
-    when there is none in some conversation: a loss over nothing would train on nothing in silence.
+    Raises UserError for a conversation without a supervised token, which would silently train nothing.
     """
 
     def __init__(self, part: ConversationPart, pad_id: int):
         self.part, self.pad_id = part, pad_id
-        self.lengths = part.ids.lengths - 1
-        self.answer_tokens = part.ids.lengths - part.prompt_lengths
+        self.lengths = part.ids.lengths - 1  # [n], inputs: the last token is only a label
+        self.answer_tokens = part.ids.lengths - part.prompt_lengths  # [n], supervised tokens
         without = np.flatnonzero((self.answer_tokens < 1) | (part.prompt_lengths < 1))
         if len(without):
             raise UserError(
@@ -138,15 +120,15 @@ def validation_scores(
     cluster: Cluster,
     precision: Precision,
     tokens: int,
-    share: Share | None = None,
+    own_part: OwnPart | None = None,
 ) -> Validation:
-    """Loss and accuracy over all supervised tokens, the conversation being given up to each; without dropout.
+    """Loss and accuracy over all supervised tokens, each given the conversation before it, without dropout.
 
-    tokens: positions of a batch. Every rank scores its share.
+    tokens: positions of a batch. Every rank scores its part.
     """
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
-    for samples in (share or cluster.share)(batches_by_length(answers.lengths, tokens)):
+    for samples in (own_part or cluster.own_part)(batches_by_length(answers.lengths, tokens)):
         with precision.autocast():
             losses, right = losses_of(model, answers, samples, cluster.device)
         totals += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)
@@ -156,21 +138,22 @@ def validation_scores(
 
 
 class Answering(Task):
-    """A training on conversations. tokens: positions of a batch of the validation."""
+    """A training on conversations."""
 
     name = "qlora"
     may_change = MAY_CHANGE
     libraries = LIBRARIES
 
     def __init__(self, answers: Answers, held_out: Answers, cluster: Cluster, precision: Precision, tokens: int):
+        """tokens: positions of a batch of the validation."""
         self.answers, self.held_out, self.cluster = answers, held_out, cluster
         self.precision, self.tokens = precision, tokens
 
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         return losses_of(model, self.answers, samples, self.cluster.device)[0].sum()
 
-    def validate(self, model: nn.Module, share: Share) -> Validation:
-        return validation_scores(model, self.held_out, self.cluster, self.precision, self.tokens, share)
+    def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
+        return validation_scores(model, self.held_out, self.cluster, self.precision, self.tokens, own_part)
 
 
 def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
@@ -197,86 +180,6 @@ def build_model(
     return model
 
 
-def memory_of(
-    config: QLoRAConfig,
-    about: PretrainedConfig,
-    plan: BatchPlan,
-    compute_type: torch.dtype,
-    device_type: str,
-    ranks: int,
-) -> MemoryEstimate:
-    """What a process will need, from the model's config and the largest micro-batch of the plan."""
-    from training.models.memory_estimate import Shape, estimate
-
-    order = sorted_by_length(plan.lengths)
-    batches = np.split(order, plan.cuts[1:-1])
-    largest = max(batches, key=lambda batch: len(batch) * int(plan.lengths[batch[-1]]))
-    shape = Shape(len(largest), int(plan.lengths[largest[-1]]), int(plan.weights[largest].sum()))
-    return estimate(
-        about,
-        config.quantisation,
-        config.lora,
-        shape,
-        compute_type=compute_type,
-        optimizer=config.optim.kind,
-        checkpoint_layers=config.memory.checkpoint_layers,
-        logits_tokens=config.memory.logits_tokens,
-        device_type=device_type,
-        ranks=ranks,
-        zero=config.zero if config.parallel == "deepspeed" else None,
-    )
-
-
-def checked_memory(
-    config: QLoRAConfig,
-    about: PretrainedConfig,
-    plan: BatchPlan,
-    compute_type: torch.dtype,
-    cluster: Cluster,
-    dry_run: bool,
-) -> MemoryEstimate:
-    """Tells what a process will need; where the card is too small, warns and says what to change.
-
-    In a dry run a card that is too small is a UserError: nothing has been loaded yet, and need not be.
-    """
-    # With a card to plan for, it is about that, even on a machine that has none.
-    device_type = "cuda" if config.memory.card_gb else cluster.device.type
-    memory = memory_of(config, about, plan, compute_type, device_type, cluster.world_size)
-    say(f"memory: {memory}")
-    card = config.memory.card_gb * 1e9 if config.memory.card_gb else None
-    if card is None and cluster.device.type == "cuda":
-        card = torch.cuda.get_device_properties(cluster.device).total_memory
-    if card is not None and not memory.fits(card):
-        problem = f"{memory.shortage(card)}. What helps: {'; '.join(advice(config, memory, card, cluster.world_size))}"
-        if dry_run:
-            raise UserError(problem)
-        warn(problem)
-    return memory
-
-
-def advice(config: QLoRAConfig, memory: MemoryEstimate, card: float, ranks: int) -> list[str]:
-    """What to change so that a process fits into `card` bytes, what costs least first."""
-    room = memory.room_for_activations(card)
-    found = []
-    if config.parallel == "deepspeed":
-        if config.zero.offload == "none" and memory.optimizer > 0.05 * card:
-            found.append("--zero.offload optimizer, which takes the optimizer away")
-    elif config.optim.kind == "adamw" and memory.optimizer > 0.05 * card:
-        found.append("--optim.kind paged_adamw8bit, which takes three quarters of the optimizer away")
-    if not config.memory.checkpoint_layers:
-        found.append("--memory.checkpoint_layers true, which takes most of the activations away")
-    elif room > 0.1 * memory.activations:
-        tokens = config.batch.tokens_per_micro_batch
-        most = f" to about {int(tokens * room / memory.activations):,}" if tokens else ""
-        found.append(f"lower batch.tokens_per_micro_batch{most}, and raise batch.micro_batches_per_step in return")
-    if config.quantisation.kind == "none":
-        found.append("--quantisation.kind nf4, which takes about three quarters of the weights away")
-    if ranks > 1 and not config.spreads_weights and memory.weights > 0.4 * card:
-        found.append(f"--parallel deepspeed --zero.stage 3, which spreads the weights over the {ranks} processes")
-    found.append("fewer or smaller adapters (lora.targets, lora.rank)" if room > 0 else "a smaller base model")
-    return found
-
-
 def main() -> int:
     config, dry_run = parse(QLoRAConfig, sys.argv[1:], prog="python -m training.qlora", about=__doc__)
     data = open_conversations(staged(config.data))
@@ -297,14 +200,15 @@ def main() -> int:
             )
         precision = choose_precision(config.precision, cluster.device)
         compute_type = COMPUTE_TYPES[precision.name]
-        memory = cluster.on_first(lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run))
+        memory = cluster.on_first(lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run=dry_run))
         torch.manual_seed(config.seed)  # the same adapters on every rank
         tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
         supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
         task = Answering(answers, held_out, cluster, precision, tokens)
         task.model, task.plan = build_model(config, folder, compute_type, cluster.device), plan
         task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
-        task.memory = memory and f"{memory.tensors / 1e9:.2f} GB of tensors a process"
+        if memory is not None:  # on the first rank, which is the one that prints
+            task.memory = f"{memory.tensors / 1e9:.2f} GB of tensors a process"
         task.built_on = {"base_model": fingerprint_of(folder)}
         return train(config, task, data, cluster, dry_run=dry_run)
 

@@ -42,7 +42,7 @@ class Seq2SeqConfig(RunOptions):
     loss: LossOptions = Field(default_factory=LossOptions)
 
 
-class TwoSides(Pairs):
+class TwoSides(Pairs[LossOptions]):
     """`source <eos>` for the encoder, `<sos> target` for the decoder, `target <eos>` to be predicted.
 
     lengths [n, 2]: target, then source, special tokens included. Batches are sorted by the target first, because a step
@@ -61,8 +61,9 @@ class TwoSides(Pairs):
         labels, target_lengths = _followed_by_end(self.part.target.padded(rows, PAD), self.target_tokens[samples])
         inputs = np.concatenate([np.full((len(rows), 1), SOS), labels[:, :-1]], axis=1)
         scored = np.flatnonzero(np.arange(labels.shape[1]) < target_lengths[:, None])
-        arrays = source, source_lengths, inputs, scored, labels.reshape(-1)[scored]
-        return tuple(map(torch.from_numpy, arrays))
+        learned = labels.reshape(-1)[scored]
+        sources, lengths = torch.from_numpy(source), torch.from_numpy(source_lengths)
+        return sources, lengths, torch.from_numpy(inputs), torch.from_numpy(scored), torch.from_numpy(learned)
 
     def predictions(
         self, model: nn.Module, samples: np.ndarray, device: torch.device, options: LossOptions | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from training.base.console import UserError, say
 from training.base.options import Options
 from training.data.prepared import Part
-from training.engine.batch_plan import BatchPlan, batches_by_length
+from training.engine.batch_plan import BatchOptions, BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.task import Share, Task, Validation
+from training.engine.optim import OptimOptions
+from training.engine.task import OwnPart, Task, Validation
 from training.models.cross_entropy import token_losses, twin_losses
 
 # Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
@@ -40,7 +41,7 @@ class TranslationLoss(Options):
         return 2 if self.r_drop else 1
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """The samples as the model has to read them: with R-Drop twice, one pass behind the other."""
+        """The samples as the model has to read them: with R-Drop twice, all of them and then all again."""
         return np.tile(samples, self.readings)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,7 +51,23 @@ class TranslationLoss(Options):
         return token_losses(logits.float(), labels, self.label_smoothing)
 
 
-class Pairs(ABC):
+LossOptionsT = TypeVar("LossOptionsT", bound=TranslationLoss)
+
+
+class TranslationRun(Protocol):
+    """The options of a training on sentence pairs that are needed here."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch(self) -> BatchOptions: ...
+    @property
+    def optim(self) -> OptimOptions: ...
+    @property
+    def loss(self) -> TranslationLoss: ...
+
+
+class Pairs(ABC, Generic[LossOptionsT]):
     """The sentence pairs of a part that a model can take, in an order of their own: sample i is row `rows[i]`."""
 
     lengths: np.ndarray  # [n, k] or [n]: the positions that a sample takes, column by column as the model lays it out
@@ -65,14 +82,14 @@ class Pairs(ABC):
 
     @abstractmethod
     def predictions(
-        self, model: nn.Module, samples: np.ndarray, device: torch.device, options: Any = None
+        self, model: nn.Module, samples: np.ndarray, device: torch.device, options: LossOptionsT | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits [N, vocabulary], labels [N], and the weight of each label's loss [N], None where all weigh 1.
 
-        options: the training's `loss`; None for a validation, which scores the target's tokens alike.
+        options: the training's `loss`; None for a validation, in which all target tokens weigh 1.
         """
 
-    def weights(self, options: Any) -> np.ndarray:
+    def weights(self, options: LossOptionsT) -> np.ndarray:
         """Each sample's share in the loss's denominator, [n]: what the weights of its labels add up to."""
         return self.target_tokens
 
@@ -87,7 +104,7 @@ class Pairs(ABC):
             say(f"{self.left_out:,} {self.part.name} pairs are longer than {bound}: left out")
 
 
-def plan_of(config: Any, pairs: Pairs) -> BatchPlan:
+def plan_of(config: TranslationRun, pairs: Pairs[Any]) -> BatchPlan:
     """The order in which a run with these options trains on `pairs`."""
     optim = config.optim
     return BatchPlan(
@@ -101,7 +118,7 @@ def plan_of(config: Any, pairs: Pairs) -> BatchPlan:
 
 
 def summed_loss(
-    model: nn.Module, pairs: Pairs, samples: np.ndarray, options: TranslationLoss, device: torch.device
+    model: nn.Module, pairs: Pairs[LossOptionsT], samples: np.ndarray, options: LossOptionsT, device: torch.device
 ) -> Tensor:
     """Cross-entropy summed over a micro-batch's labels, each by its weight: a scalar, with gradient."""
     logits, labels, weights = pairs.predictions(model, options.read(samples), device, options)
@@ -110,15 +127,17 @@ def summed_loss(
 
 
 @torch.no_grad()
-def held_out_scores(model: nn.Module, pairs: Pairs, cluster: Cluster, share: Share | None = None) -> Validation:
-    """Loss and accuracy over all target tokens, the reference being given up to each, without smoothing or dropout.
+def held_out_scores(
+    model: nn.Module, pairs: Pairs[Any], cluster: Cluster, own_part: OwnPart | None = None
+) -> Validation:
+    """Loss and accuracy over all target tokens, each given the reference before it, without smoothing or dropout.
 
-    Every rank scores its share.
+    Every rank scores its part.
     """
     model.eval()
     batches = batches_by_length(pairs.lengths, VALIDATION_TOKENS)
     totals = torch.zeros(2, dtype=torch.float64)
-    for samples in (share or cluster.share)(batches):
+    for samples in (own_part or cluster.own_part)(batches):
         logits, labels, _ = pairs.predictions(model, samples, cluster.device)
         logits = logits.float()
         totals[0] += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -129,20 +148,21 @@ def held_out_scores(model: nn.Module, pairs: Pairs, cluster: Cluster, share: Sha
 
 
 class Translating(Task):
-    """A training on sentence pairs. flops_per_token: of reading each pair once."""
+    """A training on sentence pairs."""
 
     def __init__(
         self,
         name: str,
-        config: Any,
+        config: TranslationRun,
         model: nn.Module,
-        pairs: Pairs,
-        held_out: Pairs,
+        pairs: Pairs[Any],
+        held_out: Pairs[Any],
         cluster: Cluster,
         flops_per_token: float,
         *,
         calls_vary: bool = False,
     ):
+        """flops_per_token: of reading each pair once."""
         self.name, self.model, self.calls_vary = name, model, calls_vary
         self.pairs, self.held_out, self.options, self.cluster = pairs, held_out, config.loss, cluster
         self.plan = plan_of(config, pairs)
@@ -151,5 +171,5 @@ class Translating(Task):
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         return summed_loss(model, self.pairs, samples, self.options, self.cluster.device)
 
-    def validate(self, model: nn.Module, share: Share) -> Validation:
-        return held_out_scores(model, self.held_out, self.cluster, share)
+    def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
+        return held_out_scores(model, self.held_out, self.cluster, own_part)

@@ -63,7 +63,7 @@ def read_command_line(argv: Sequence[str]) -> Asked:
     parser.add_argument("--script", help="the training (default: what the config says)")
     arguments, words = parser.parse_known_args(without_local_rank(argv))
     config = Path(words[0]) if words and not words[0].startswith("--") else None
-    return Asked(arguments.script or (config and script_of(config)), tuple(words))
+    return Asked(arguments.script or (script_of(config) if config else None), tuple(words))
 
 
 def checks_of(asked: Asked, place: Ranks, launcher: Launcher | None, device: torch.device | None) -> list[Check]:

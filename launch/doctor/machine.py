@@ -29,7 +29,7 @@ _LITTLE_TIME_S = 180
 
 def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]:
     """What is installed, against what requirements.txt pins."""
-    build = {"torch": torch.__version__}
+    build: dict[str, str] = {"torch": torch.__version__}
     if torch.version.cuda is not None:
         build["CUDA"] = torch.version.cuda
         if torch.distributed.is_nccl_available():

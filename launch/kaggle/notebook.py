@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from launch.kaggle.kernel_run import SUMMARY
 from launch.scripts import read_options, script_of
@@ -205,7 +204,7 @@ def _notebook(title: str, words: Sequence[str], dataset: str) -> dict[str, Any]:
 
 
 def _cell(kind: str, text: str, filled: dict[str, str]) -> dict[str, Any]:
-    more = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    more: dict[str, Any] = {"execution_count": None, "outputs": []} if kind == "code" else {}
     return {"cell_type": kind, "metadata": {}, "source": text.format(**filled).rstrip().splitlines(True), **more}
 
 
@@ -305,12 +304,12 @@ def _write_archive(path: Path, members: dict[str, Path]) -> None:
     with open_atomically(path) as raw:
         if path.suffix == ".gz":
             with gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as compressed:
-                _write_tar(compressed, members)  # type: ignore[arg-type]
+                _write_tar(compressed, members)
         else:
             _write_tar(raw, members)
 
 
-def _write_tar(file: io.BufferedIOBase, members: dict[str, Path]) -> None:
+def _write_tar(file: BinaryIO | gzip.GzipFile, members: dict[str, Path]) -> None:
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.GNU_FORMAT) as archive:
         for name, path in sorted(members.items()):
             about = tarfile.TarInfo(name)

@@ -86,7 +86,7 @@ def print_status(argv: Sequence[str]) -> int:
         queued = queue()
     except UserError as error:
         warn(f"no jobs are shown: {error}")
-    rows = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job")]
+    rows: list[tuple[str, ...]] = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job")]
     rows += [row(run_dir, jobs_of(run_dir, queued)) for run_dir in runs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for each in rows:

@@ -201,7 +201,7 @@ class Relay:
         """Trains for so many steps; samples a second."""
         tokens, began = 0, time.monotonic()
         for _ in range(int(steps)):
-            batches = [batch.samples for batch in self.plan.share(self.step, 0, 1)]
+            batches = [batch.samples for batch in self.plan.micro_batches_of(self.step, 0, 1)]
             self.train_on(batches, self.plan.weight(self.step))
             tokens += sum(int(self.answers.lengths[batch].sum()) for batch in batches)
             self.step += 1

@@ -50,7 +50,7 @@ from tests.bench.common import (
 from training.base.console import run_main, say
 from training.data.prepared import Part, Prepared, open_prepared
 from training.data.tokenizers import EOS, PAD, SOS
-from training.models.attention_gru import AttentionGRU, Memory, State
+from training.models.attention_gru import AttentionGRU, EncodedSource, State
 from training.seq2seq import Seq2SeqConfig, TwoSides
 from training.translation import plan_of, summed_loss
 
@@ -88,7 +88,7 @@ def tutorial_encode(model: AttentionGRU, source: Tensor) -> State:
     values, padding = torch.cat(outputs, dim=1), source == PAD
     last = values[torch.arange(len(source)), LENGTH - 1 - padding.sum(1)]
     hidden = torch.tanh(model.first_state(last))
-    return State([hidden], Memory(values, model.key(values), padding, last))
+    return State([hidden], EncodedSource(values, model.key(values), padding, last))
 
 
 def tutorial_loss(model: AttentionGRU, source: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -202,8 +202,8 @@ def test_ranks_whose_port_is_taken_say_so_and_do_not_disturb_who_has_it(launch, 
 def seen_by_a_process(**environment: str) -> dict[str, Any]:
     """The ranks and variables of a process that is started in such surroundings."""
     code = (
-        "import json, os; from training.base.environment import read_ranks;"  # with `training`, which arranges it
-        "ranks = read_ranks();"
+        "import json, os; from training.base.environment import adopt_srun_task, read_ranks;"
+        "adopt_srun_task(); adopt_srun_task(); ranks = read_ranks();"
         "numbers = [ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size];"
         "names = 'MASTER_ADDR', 'MASTER_PORT', 'OMP_NUM_THREADS';"
         "seen = {name: os.environ.get(name) for name in names};"

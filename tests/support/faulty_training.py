@@ -24,12 +24,14 @@ from typing import Any
 
 import training.gpt as gpt
 from training.base.console import UserError, run_main
+from training.base.environment import adopt_srun_task, own_rank
 from training.engine import checkpoint
 from training.engine.batch_plan import BatchPlan
 
 _ACCIDENTS = json.loads(os.environ["ACCIDENTS"])
 _FOLDER = Path(_ACCIDENTS["folder"])
-_RANK = int(os.environ.get("RANK", 0))
+adopt_srun_task()
+_RANK = int(own_rank())
 _real_time = time.time
 
 
@@ -90,13 +92,17 @@ class _Traps:
 
     def __init__(self, training: Any) -> None:
         self.step = 0
-        self._share, self._save_file, self._train = BatchPlan.share, checkpoint.save_file, training.train
+        self._micro_batches_of, self._save_file, self._train = (
+            BatchPlan.micro_batches_of,
+            checkpoint.save_file,
+            training.train,
+        )
 
-        def share(plan: BatchPlan, step: int, rank: int, world_size: int) -> Any:
+        def micro_batches_of(plan: BatchPlan, step: int, rank: int, world_size: int) -> Any:
             self.step = step + 1
-            return self._share(plan, step, rank, world_size)
+            return self._micro_batches_of(plan, step, rank, world_size)
 
-        BatchPlan.share, checkpoint.save_file, training.train = share, self.save_file, self.train
+        BatchPlan.micro_batches_of, checkpoint.save_file, training.train = micro_batches_of, self.save_file, self.train
 
     def train(self, config: Any, task: Any, *others: Any, **more: Any) -> int:
         reach("plan", 0)
@@ -108,9 +114,9 @@ class _Traps:
         reach("forward", self.step)
         return self._loss(*arguments)
 
-    def validate(self, model: Any, share: Any) -> Any:
+    def validate(self, model: Any, own_part: Any) -> Any:
         def shared(batches: Any) -> Iterator[Any]:
-            for batch in share(batches):
+            for batch in own_part(batches):
                 yield batch
                 reach("batch", self.step)
 

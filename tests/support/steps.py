@@ -19,5 +19,5 @@ def run_micro_batches(
 ) -> Tensor:
     """The gradient of a step of these micro-batches, by the loop itself: this rank's part of the loss, a scalar."""
     numbered = [MicroBatch(samples, number) for number, samples in enumerate(batches)]
-    plan = SimpleNamespace(share=lambda step, rank, world_size: numbered, weight=lambda step: weight)
+    plan = SimpleNamespace(micro_batches_of=lambda step, rank, world_size: numbered, weight=lambda step: weight)
     return forward_backward(SimpleNamespace(seed=0), SimpleNamespace(plan=plan, loss=loss), engine, cluster, 0)

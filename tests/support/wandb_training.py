@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training.engine.wandb import tracker as wandb_tracker
-from training.engine.wandb import visit as wandb_session
+from training.engine.wandb import visit as wandb_visit
 from training.engine.wandb.tracker import WandbOptions, WandbTracker, publish_evaluation
 
 CONFIG = {"optim": {"lr": 1e-3, "epochs": 2}, "seed": 7}
@@ -51,7 +51,7 @@ def main(about: dict[str, Any]) -> None:
     `evaluate`: an evaluation of this part instead of a training.
     """
     for name, seconds in about.get("limits", {}).items():
-        setattr(wandb_session if hasattr(wandb_session, name) else wandb_tracker, name, seconds)
+        setattr(wandb_visit if hasattr(wandb_visit, name) else wandb_tracker, name, seconds)
     run_dir = Path(about["run_dir"])
     options = WandbOptions(**about["options"])
     if about.get("evaluate"):

@@ -271,10 +271,10 @@ def _run(request: dict[str, Any]) -> None:
 
     import numpy as np
 
-    from training.base.environment import arrange_process
+    from training.base.environment import set_thread_defaults
 
     np.random.seed()
-    arrange_process()
+    set_thread_defaults()
     sys.argv = [request["module"], *request["words"]]
     # That the module is imported already, and run again by this name, is as in any `python -m`.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")

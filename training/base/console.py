@@ -12,37 +12,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-
-class UserError(Exception):
-    """Something the user can mend. The message says what was found, what was expected and what to do.
-
-    speaks: whether this process is the one to print it; None where rank 0 is, since every rank has the same.
-    """
-
-    def __init__(self, message: str, *, speaks: bool | None = None):
-        super().__init__(message)
-        self.speaks = speaks
-
-
-class TryLaterError(UserError):
-    """Something that passes by itself, such as another run that is still using a folder."""
-
-
-class PeerError(Exception):
-    """Another process of the run failed, which this one only notices: the other's error is the one to read."""
-
-
-class Terminated(BaseException):
-    """SIGTERM, where nothing needs more than to leave: what is half written is removed on the way out."""
+from training.base.environment import adopt_srun_task, own_rank, relay_error_file, torchrun_error_file
+from training.base.errors import PeerError as PeerError
+from training.base.errors import Terminated as Terminated
+from training.base.errors import TryLaterError as TryLaterError
+from training.base.errors import UserError as UserError
 
 
 def speaks() -> bool:
     """Whether this process prints for all: rank 0 does."""
-    return os.environ.get("RANK", "0") == "0"
+    return own_rank() == "0"
 
 
 def say(text: str = "") -> None:
@@ -68,8 +50,10 @@ def say_as_any_rank(text: str) -> None:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and exits with what it returns; a `UserError` becomes one line on standard error, status 1.
 
-    SIGTERM ends it in good order with status 75 (try again later), unless `main` handles the signal itself.
+    Every command begins here, under whatever launcher. SIGTERM ends it in good order with status 75 (try again later),
+    unless `main` handles the signal itself.
     """
+    adopt_srun_task()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status = _run(main)
@@ -79,7 +63,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             tell_launcher(str(error), to_mend=not isinstance(error, TryLaterError))
         status = 1
     except PeerError as error:
-        say_as_any_rank(f"rank {os.environ.get('RANK', '0')} ends as well: {error}")
+        say_as_any_rank(f"rank {own_rank()} ends as well: {error}")
         status = 1
     except Terminated:
         if speaks():
@@ -94,13 +78,23 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed our standard output: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    if "deepspeed" in sys.modules:
-        # What it leaves behind aborts a process now and then that is done and only has to go; torchrun takes that for
-        # a failure of the run.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    _leave(status)
+
+
+# How `run_main` ends the process, given its exit status.
+_leave: Callable[[int], NoReturn] = sys.exit
+
+
+def leave_at_once() -> None:
+    """From now on `run_main` ends the process without taking apart what libraries have left in it."""
+    global _leave
+    _leave = _exit_at_once
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 _told_to_leave = False
@@ -113,8 +107,8 @@ def _run(main: Callable[[], int | None]) -> int:
     except (UserError, PeerError):
         raise
     except Exception as error:
-        # Whatever library was at work when the signal came may have made an error of its own of it: an extension
-        # module that is being loaded says that it cannot be imported.
+        # The library that was at work when the signal came may have turned it into an error of its own: an extension
+        # module that was being loaded says that it cannot be imported.
         if _told_to_leave:
             raise Terminated from error
         raise
@@ -133,16 +127,15 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def tell_launcher(message: str, *, to_mend: bool) -> None:
     """Leaves an error where the launcher looks for it.
 
-    torchrun ends its long report with the same line. The batch scripts of slurm/ do not start a run again that the user
-    has to mend first (to_mend).
+    torchrun ends its long report with the same line. to_mend: whether the user has to mend it first, so that the batch
+    scripts of slurm/ do not start the run again.
     """
-    if to_mend and (path := os.environ.get("RELAY_ERROR_FILE")):
+    if to_mend and (path := relay_error_file()) is not None:
         with contextlib.suppress(OSError):
-            Path(path).write_text(message, encoding="utf-8")
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+            path.write_text(message, encoding="utf-8")
+    if (path := torchrun_error_file()) is not None:
         about = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(path).write_text(json.dumps(about), encoding="utf-8")
+        path.write_text(json.dumps(about), encoding="utf-8")
 
 
 # A progress line stays on the terminal's last line; whoever prints must clear it first.

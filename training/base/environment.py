@@ -1,7 +1,7 @@
-"""The one place that reads the launcher's environment variables and arranges the process before work starts.
+"""The one place that reads the launcher's environment variables.
 
 `torchrun`, DeepSpeed's launcher, `srun` and a plain process all end up in `Ranks`; SLURM's and Kaggle's limits in
-`time_left`. Nothing here imports torch: some settings count only when they are made before its libraries are loaded.
+`time_left`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from training.base.console import PeerError, UserError
 from training.base.durations import parse_duration
+from training.base.errors import PeerError, UserError
 from training.base.processes import command_line, parent_of
 
 # What a Kaggle session with a GPU may take, in seconds, and leave as output, in bytes; the platform tells neither to
@@ -37,27 +37,38 @@ _by_srun = False  # whether this process is a task of an srun step
 _loaded = time.monotonic()
 
 
-def arrange_process() -> None:
-    """Sets what the process needs from its launcher before torch is loaded: its rank under srun, its threads."""
-    global _by_srun
-    _by_srun = _adopt_srun_task()
+def set_thread_defaults() -> None:
+    """Tells OpenMP how to use this process's share of the cores. To be called before torch loads it."""
     # Idle OpenMP threads spin by default, and as soon as anything else runs on the machine spinning threads starve the
-    # working ones (measured: a fivefold slower step). Read once, when torch loads the OpenMP library.
+    # working ones (measured: a fivefold slower step).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # As torchrun does where processes share a node: all threads for each would be too many, and the bits depend on it.
-    if os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")) != "1":
-        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1") if _by_srun else "1")
+    task = _srun_task()
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    if (task["LOCAL_WORLD_SIZE"] if task else local_world_size) != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1") if task else "1")
 
 
-def _adopt_srun_task() -> bool:
-    """Gives a task of an srun step the variables that torchrun would have set; returns whether this process is one.
+def adopt_srun_task() -> None:
+    """Gives a task of an srun step the variables that torchrun would have set; a second call changes nothing.
 
-    All that asks for the process's rank, in the libraries too, then asks in one place. A step of one task is a plain
-    process, and so is a batch script: that has a SLURM_PROCID as well, and even the variables of the step from within
-    which it was submitted, but not that step's tasks.
+    Whoever asks for the process's rank, libraries included, then finds it in one place.
+    """
+    global _by_srun
+    task = _srun_task()
+    if task is not None:
+        os.environ |= task
+        _by_srun = True
+
+
+def _srun_task() -> dict[str, str] | None:
+    """The variables for a task of an srun step; None if this process is none, or has been adopted.
+
+    A step of one task is a plain process, and so is a batch script: that has a SLURM_PROCID as well, and even the
+    variables of the step from which it was submitted, but not that step's tasks.
     """
     if "RANK" in os.environ:  # of a launcher below srun
-        return False
+        return None
     try:
         job, step, tasks, rank, local_rank, node = (
             int(os.environ[f"SLURM_{name}"])
@@ -67,22 +78,23 @@ def _adopt_srun_task() -> bool:
         tasks_here = tasks_of_nodes[node]
         hosts = os.environ["SLURM_STEP_NODELIST"]
     except (KeyError, ValueError, IndexError):
-        return False
+        return None
     own_tasks = os.environ.get("SLURM_GTIDS")  # some unset it, for the sake of other programs
     if tasks == 1 or (own_tasks is not None and own_tasks.count(",") + 1 != tasks_here):
-        return False
+        return None
     # `a[07-09,12]b,c` begins with `a07b`: no need for scontrol, which a container may lack.
     first_host = re.sub(r"\[(\w+)[^]]*\]", r"\1", hosts).split(",")[0]
-    os.environ.setdefault("MASTER_ADDR", first_host if len(tasks_of_nodes) > 1 else "127.0.0.1")
-    # Two jobs on one node must not meet; and the system gives away the ports above these by itself.
-    os.environ.setdefault("MASTER_PORT", str(12000 + (101 * job + step) % 20000))
-    os.environ |= {
+    host = first_host if len(tasks_of_nodes) > 1 else "127.0.0.1"
+    # Two jobs on one node must not meet; the ports above these are the system's to hand out.
+    port = str(12000 + (101 * job + step) % 20000)
+    return {
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", host),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", port),
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": str(tasks_here),
     }
-    return True
 
 
 def _numbers(text: str) -> list[int]:
@@ -97,24 +109,27 @@ def _numbers(text: str) -> list[int]:
 def without_local_rank(words: Sequence[str]) -> list[str]:
     """A command's words without the `--local_rank=N` that DeepSpeed's launcher puts among the user's own.
 
-    Only the process's very rank is such a word, and only where a launcher started it.
+    Only this process's own rank is such a word, and only where a launcher started the process.
     """
     own = os.environ.get("LOCAL_RANK") if Ranks().launched else None
     return [word for word in words if own is None or word not in (f"--local_rank={own}", f"--local-rank={own}")]
 
 
+def own_rank() -> str:
+    """The process's rank as its launcher wrote it down, for messages; 0 without a launcher."""
+    return os.environ.get("RANK", "0")
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. Without a launcher: rank 0 of 1.
-
-    launched: whether a launcher started this process that cannot pass its exit status on, as srun can. Found once:
-    DeepSpeed later wants the variable in every process.
-    """
+    """This process among its peers. Without a launcher: rank 0 of 1."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    # Whether a launcher started this process that, unlike srun, cannot pass its exit status on. Found once: DeepSpeed
+    # later wants the variable in every process.
     launched: bool = field(default_factory=lambda: "LOCAL_RANK" in os.environ and not _by_srun)
 
 
@@ -134,15 +149,15 @@ def read_ranks() -> Ranks:
                 f"WORLD_SIZE is set but {name} is {text!r}: start through torchrun (--nproc-per-node=N), "
                 "or unset WORLD_SIZE for a single process"
             )
-        values[name.lower()] = int(text)
-    return Ranks(**values)
+        values[name] = int(text)
+    return Ranks(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], values["LOCAL_WORLD_SIZE"])
 
 
 def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:
     """Where the ranks find each other, unless torchrun arranges that: the first rank's host and port, and a name.
 
-    The name is the run's as far as its launcher gives it one: at a port that another run has taken already, ranks must
-    not mix with that one's. Raises UserError where no place is known.
+    The name is what the launcher gives the run, if anything: where another run has taken the port, the ranks of the two
+    must not mix. Raises UserError where no place is known.
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdigit():
@@ -166,22 +181,39 @@ def gpus_of_node() -> int | None:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What started this process and should outlive it, by process ids: its parent, that one's parent, and so on."""
+    """What started this process and should outlive it."""
 
-    lineage: tuple[int, ...]
-    keeps_store: bool
+    lineage: tuple[int, ...]  # process ids: this one's parent, that one's parent, and so on
+    keeps_store: bool  # whether the ranks meet at a store that it keeps, as torchrun does
 
     def is_gone(self) -> bool:
-        """Whether any of them is: an orphan has another parent."""
+        """Whether any of these processes is gone: an orphan has another parent."""
         if os.getppid() != self.lineage[0]:
             return True
         return any(parent_of(child) != parent for child, parent in pairwise(self.lineage))
 
 
-def watching_launcher() -> Launcher | None:
-    """The torchrun or DeepSpeed's launcher that started this process; None without one.
+def torchrun_restarts() -> str:
+    """How often torchrun has started this run's ranks anew, as it wrote it down."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
-    torchrun keeps the store at which the ranks meet. Raises PeerError when the launcher is seen to be gone already.
+
+def torchrun_error_file() -> Path | None:
+    """Where torchrun looks for the error that a rank ends with."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def relay_error_file() -> Path | None:
+    """Where the batch scripts of slurm/ and a Kaggle session look for an error that the user has to mend."""
+    path = os.environ.get("RELAY_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def watching_launcher() -> Launcher | None:
+    """The torchrun, or DeepSpeed's launcher, that started this process; None without one.
+
+    Raises PeerError when the launcher is seen to be gone already.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return Launcher((os.getppid(),), keeps_store=True)
@@ -204,7 +236,7 @@ def _deepspeed_lineage() -> tuple[int, ...]:
             if not any(word.startswith("--log_level=") for word in words):  # by ssh, from another machine
                 return tuple(lineage)
             command = parent_of(pid)
-            # Who adopts orphans is of another session than they, or is the first process of a container.
+            # A process that adopts orphans is of another session than they, or is the first one of a container.
             adopted = command == 1 and not any("deepspeed" in word for word in command_line(1))
             with contextlib.suppress(ProcessLookupError):
                 if command > 0 and not adopted and os.getsid(command) == os.getsid(pid):
@@ -220,7 +252,7 @@ def job_id() -> str | None:
 
 
 def staged(folder: Path) -> Path:
-    """Where to read a prepared data set: a copy that the batch script made on this node's disk, else where it is."""
+    """Where to read a prepared data set: the copy that the batch script made on this node's disk, or else `folder`."""
     copied = os.environ.get("STAGED_FROM")
     return Path(os.environ["STAGED_DATA"]) if copied and Path(copied) == folder else folder
 
@@ -242,7 +274,7 @@ def time_left() -> tuple[float, str] | None:
 
 
 def _slurm_time_left() -> tuple[float, str] | None:
-    # The scheduler's own count of what is left does not depend on this machine's clock; the end time does.
+    # The scheduler's own count does not depend on this machine's clock; the end time does.
     command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"]
     over = False
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
@@ -297,7 +329,7 @@ def kaggle_output_bytes() -> int:
 
 
 def ranks_without_gpus() -> int | None:
-    """How many processes are to train on a machine without GPUs: RANKS; None where nobody said."""
+    """How many processes are to train on a machine without GPUs, by the variable RANKS; None where nobody said."""
     return int(os.environ["RANKS"]) if "RANKS" in os.environ else None
 
 

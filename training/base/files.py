@@ -2,7 +2,7 @@
 
 Everything is written under a temporary name in the same folder, brought to the disk (fsync), and renamed. A kill at
 any moment leaves the previous version in place, and at most one temporary that the next write to the same path
-removes. One process writes a path at a time: `temporary_folder` checks it, for a file the caller sees to it.
+removes. One process writes a path at a time: for a folder `temporary_folder` checks that, for a file the caller does.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: two processes preparing one folder are then not told apart
-    fcntl = None  # type: ignore[assignment]
+from typing import IO, Any, BinaryIO
 
 from training.base.console import UserError
 
@@ -54,7 +50,7 @@ def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raises OSError, as a full disk does, unless so much is free: better known before the first byte than after."""
+    """Raises the OSError of a full disk unless so much is free: better known before the first byte than after."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(errno.ENOSPC, f"{needed_bytes / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
@@ -120,9 +116,10 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     partial = _partial(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    folder = os.open(partial, os.O_RDONLY)
     try:
-        _lock(lock, final)
+        if not lock(folder):
+            raise UserError(f"another process is writing {final} right now; wait until it has finished")
         # Emptied rather than removed: whoever holds the lock on this folder owns the name.
         for leftover in partial.iterdir():
             _remove(leftover)
@@ -132,18 +129,26 @@ def temporary_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     finally:
-        os.close(lock)  # also unlocks; the kernel does the same for a killed process
+        os.close(folder)  # also unlocks
 
 
-def _lock(descriptor: int, final: Path) -> None:
-    if fcntl is None:
-        return
+def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
+    """Takes the lock on an open file or folder: held until that is closed, or until the process ends, however it ends.
+
+    Returns whether this process has it; with `wait` it always will. Where there are no locks (on some network file
+    systems, and on Windows) the answer is yes.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise UserError(f"another process is writing {final} right now; wait until it has finished") from None
-    except OSError:  # a network file system without locks: as good as it gets there
-        pass
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -193,7 +198,7 @@ def recover(final: Path) -> bool:
 
 
 def drop_from_cache(path: Path) -> None:
-    """Asks the system to forget a file's content, so that the next read comes from the disk. Where it can: Linux."""
+    """Asks the system to forget a file's content, so that the next read comes from the disk. Only Linux knows how."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -205,11 +210,4 @@ def drop_from_cache(path: Path) -> None:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,12 +26,12 @@ def fetch_snapshot(
     revision: str | None,
     patterns: Sequence[str],
     is_complete: Callable[[Path], bool],
-    kind: str = "model",
+    kind: Literal["model", "dataset"] = "model",
 ) -> Path:
     """The folder with the files of the repository `name` that match `patterns`, in the hub's cache on this machine.
 
-    kind: "model" or "dataset". is_complete(folder): whether a folder in the cache has all of it; one that a killed
-    process left half filled must not pass. Raises UserError where it cannot be had.
+    is_complete(folder): whether a folder in the cache has all of it; one that a killed process left half filled must
+    not pass. Raises UserError where the files cannot be had.
     """
     import huggingface_hub as hub
     import huggingface_hub.constants

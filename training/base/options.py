@@ -267,7 +267,7 @@ def _explain(cls: type[Options], detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         if isinstance(detail["input"], dict) and detail["input"]:  # an unknown group: name the keys in it
-            inner = [
+            inner: list[Any] = [
                 {**detail, "loc": (*detail["loc"], name), "input": value} for name, value in detail["input"].items()
             ]
             return "; ".join(_explain(cls, each) for each in inner)
@@ -285,7 +285,7 @@ def _explain(cls: type[Options], detail: Any) -> str:
         return f"{key} is a group of keys ({some}), which takes no value of its own, got {detail['input']!r}"
     field = all_keys(cls).get(key)
     expected = f" (expected {_field_type(field)})" if field is not None else ""
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message: str = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     value = detail["input"]
     if not key:  # a check across several keys; its message names them
         return message

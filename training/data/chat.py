@@ -129,7 +129,8 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, control tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def about(self) -> dict[str, Any]:
         """What meta.json says of it."""
@@ -147,9 +148,10 @@ class ChatTokenizer:
         self._tokenizer.save_pretrained(str(folder))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
+        text: str = self._tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return text
 
     def _probe(self, turns: Sequence[Message]) -> int | str:
         """How many control tokens a prompt of turns in these roles has, or why the template makes no prompt of them."""

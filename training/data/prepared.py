@@ -39,7 +39,7 @@ MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {fold
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`.
+    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`. Views on the file."""
 
     values int32 [total], offsets int64 [rows + 1]; of an open data set both are read-only views on the file.
     """
@@ -99,7 +99,10 @@ class Texts(Sequence[str]):
     @overload
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
-        return self._column[row].to_pylist() if isinstance(row, slice) else self._column[int(row)].as_py()
+        found: str | list[str] = (
+            self._column[row].to_pylist() if isinstance(row, slice) else self._column[int(row)].as_py()
+        )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return (value.as_py() for value in self._column)
@@ -132,7 +135,7 @@ class PreparedFolder:
     @property
     def fingerprint(self) -> str:
         """Identity of the content: equal if and only if tokenizers, rows and ids of all parts are equal."""
-        return self.meta["fingerprint"]
+        return str(self.meta["fingerprint"])
 
     @property
     def kept(self) -> dict[str, Path]:
@@ -231,19 +234,19 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
         raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / META} cannot be read ({error}); {again}") from None
-    found = KINDS.get(meta.get("format")) if isinstance(meta, dict) and meta.get("format") != format else None
-    if found is not None:
-        raise UserError(f"{folder} holds {found}, and {KINDS[format]} are expected: name another --data")
-    if not isinstance(meta, dict) or meta.get("format") != format:
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != format and found in KINDS:
+        raise UserError(f"{folder} holds {KINDS[found]}, and {KINDS[format]} are expected: name another --data")
+    if not isinstance(meta, dict) or found != format:
         raise UserError(f"{folder / META} is not of the form {format} that this version reads; {again}")
     missing = [name for name in (*PARTS, "tokenizer") if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"{folder} lacks {' and '.join(missing)}; {again}")
     for name, about in meta["files"].items():
         path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != about["bytes"]:
-            state = "is missing" if found is None else f"has {found:,} bytes instead of {about['bytes']:,}"
+        size = path.stat().st_size if path.is_file() else None
+        if size != about["bytes"]:
+            state = "is missing" if size is None else f"has {size:,} bytes instead of {about['bytes']:,}"
             raise UserError(f"{path} {state}; {again}")
     return meta
 
@@ -298,7 +301,7 @@ def _again(folder: Path, make: str) -> str:
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """`column` in one piece: without a copy as it was prepared, copied if someone has saved it again in pieces."""
+    """`column` in one piece; copied only if someone has saved the data again in several."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 

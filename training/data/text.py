@@ -29,7 +29,8 @@ def _simplifier() -> opencc.OpenCC:
 
 def simplify(text: str) -> str:
     """`text` in simplified characters (OpenCC t2s)."""
-    return _simplifier().convert(text)
+    simplified: str = _simplifier().convert(text)
+    return simplified
 
 
 def normalise(text: str) -> str:

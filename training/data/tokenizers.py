@@ -195,7 +195,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(_spaced(text, self.language)) or [UNK]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(number) for number in ids]).strip()
+        text: str = self._processor.decode([int(number) for number in ids])
+        return text.strip()
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
         pieces = (self._processor.id_to_piece(int(number)) for number in ids)

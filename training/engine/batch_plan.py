@@ -3,7 +3,7 @@
 Nothing is consumed, so nothing is saved: step 40,000 is as cheap to find as step 0. An epoch is one random order of all
 samples, sorted by length (ties stay random) and cut into micro-batches of near-equal length, which are then shuffled.
 Where the cuts fall depends on the sorted lengths alone, so every epoch has the same number of micro-batches. A sample
-may have several lengths, one for each sequence that a model pads by itself; the first is sorted by first.
+may have several lengths, one for each sequence that a model pads by itself; the first one is sorted by first.
 
 Epochs follow each other in one stream, and step s takes the next `micro_batches_per_step` of it; a step may span two
 epochs. So every sample is seen exactly once an epoch and every step has the same number of micro-batches, which world
@@ -43,23 +43,19 @@ class BatchOptions(Options):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass.
+    """One forward and backward pass."""
 
-    samples: indices into the data set, shortest first. number: its place in the step, 0 <= number <
-    micro_batches_per_step, whatever rank runs it; with step and seed it fixes the random numbers (dropout) of the pass.
-    """
-
-    samples: np.ndarray
+    samples: np.ndarray  # indices into the data set, shortest first
+    # Its place in the step, 0 <= number < micro_batches_per_step, whatever rank runs it. Step, number and seed fix the
+    # random numbers (dropout) of the pass.
     number: int
 
 
 class BatchPlan:
-    """The plan of a whole run over samples of `lengths` [n] or [n, k] (tokens) with loss weights `weights` [n].
+    """The plan of a whole run, of `steps` where they are given and else of `epochs`.
 
-    It is `steps` long where they are given, else `epochs`.
-
-    A sample's weight is its share in the loss's denominator: its number of supervised tokens. The plan sums them, so
-    that every rank knows a step's denominator without communication.
+    lengths [n] or [n, k]: tokens of each sample. weights [n]: its share in the loss's denominator, that is its number
+    of supervised tokens. The plan sums them, so that every rank knows a step's denominator without communication.
     """
 
     def __init__(
@@ -87,7 +83,7 @@ class BatchPlan:
         order = sorted_by_length(self.lengths)
         ordered = _columns(self.lengths[order])
         self.cuts = cut_by_length(ordered, options.tokens_per_micro_batch, options.sentences_per_micro_batch)
-        # The place of a sample's lengths among all that occur: one number to sort by, however many lengths there are.
+        # Ranks a sample's lengths among all that occur: one number to sort by, however many lengths a sample has.
         self._ranks = np.empty(len(order), dtype=np.uint32)
         self._ranks[order] = np.cumsum(np.any(np.diff(ordered, axis=0, prepend=ordered[:1]), axis=1), dtype=np.uint32)
         longest_of_each = np.maximum.reduceat(ordered, self.cuts[:-1], axis=0).sum(axis=1, dtype=np.int64)
@@ -101,7 +97,7 @@ class BatchPlan:
         first = step * self.micro_batches_per_step
         return [MicroBatch(self._samples(first + number), number) for number in range(self.micro_batches_per_step)]
 
-    def share(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
+    def micro_batches_of(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """The micro-batches of `step` that `rank` runs: every `world_size`-th."""
         return self.step(step)[rank::world_size]
 
@@ -140,7 +136,7 @@ class BatchPlan:
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
         samples = np.arange(len(self.lengths), dtype=np.uint32)
         random.shuffle(samples)
-        # Length above, place in the random order below: one in-place sort of plain integers is stable and quick.
+        # High half: length; low half: place in the random order. So one quick in-place sort of integers is stable.
         keys = self._ranks[samples].astype(np.uint64) << np.uint64(32)
         keys |= np.arange(len(samples), dtype=np.uint32)
         keys.sort()
@@ -149,7 +145,7 @@ class BatchPlan:
 
 
 def sorted_by_length(lengths: np.ndarray) -> np.ndarray:
-    """Indices that sort samples by `lengths` [n] or [n, k], shortest first, by the first column first; ties stay."""
+    """Indices that sort samples by `lengths` [n] or [n, k], column by column, shortest first; ties stay in order."""
     return np.lexsort(_columns(lengths).T[::-1])
 
 

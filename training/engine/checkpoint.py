@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,6 +56,22 @@ _ROOM_BESIDE_TENSORS = 200_000
 Tensors = Mapping[str, Tensor]
 
 
+class EngineState(TypedDict):
+    """What a checkpoint holds of a `Parallel` besides tensors."""
+
+    scaler: dict[str, Any] | None
+
+
+class RunState(Best, EngineState):
+    """state.json: what a run needs to go on, besides tensors."""
+
+    accuracy: float | None  # of this very step, if the model was validated at it
+    validated_step: int
+    window_losses: list[float]  # see `training.engine.metrics.Window`
+    wandb_id: str | None
+    due: bool  # false where only a stop asked for the checkpoint
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A published checkpoint; `verify` tells whether it is still what was published."""
@@ -70,13 +86,14 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """step, task, config, data, versions, `files` (bytes and SHA-256 of each), and the `sha256` of all this."""
-        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest
 
     def verify(self) -> str | None:
         """What is wrong with it, or None. Reads every byte."""
         try:
             files = self.manifest["files"]
-            # Written again from what was read, every byte must be the same: nothing else vouches for the manifest.
+            # Nothing else vouches for the manifest: written again from what was read, it must be the same to the byte.
             intact = (self.folder / MANIFEST).read_bytes() == _manifest_text(self.manifest).encode()
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"its {MANIFEST} cannot be read ({error})"
@@ -100,13 +117,14 @@ class Checkpoint:
                 return f"{name} cannot be read ({error.strerror})"
         return None
 
-    def state(self) -> dict[str, Any]:
-        """The small values: gradient scaler, best score and its step, what the record needs to go on."""
-        return json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+    def state(self) -> RunState:
+        """The small values."""
+        state: RunState = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        return state
 
     @property
     def is_due(self) -> bool:
-        """Whether a run that is never stopped has it, too; one that only a stop made goes with the next."""
+        """Whether a run that is never stopped has it, too; one that only a stop made is removed after the next."""
         with suppress(OSError, ValueError):  # damaged: as good as any
             return self.state().get("due", True)
         return True
@@ -120,7 +138,7 @@ class Checkpoint:
         return load_file(self.folder / "optimizer.safetensors")
 
     def optimizer_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """The same one by one, as kind, parameter name and tensor, so that they need not be in memory all at once."""
+        """The same one by one, as kind, parameter name and tensor: they need not be in memory all at once."""
         with safe_open(self.folder / "optimizer.safetensors", "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 kind, _, name = key.partition("/")
@@ -151,12 +169,12 @@ class Checkpoint:
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds of them, by file and by name, where it lies now: nothing is copied.
+    """What a checkpoint holds of them, by file and by name; nothing is copied.
 
-    Optimizer state goes by the parameter's name: a parameter's index means nothing once the model changes. A count that
-    an optimizer keeps as a plain number becomes an int64 scalar.
+    Optimizer state goes by the parameter's name, since its index means nothing once the model changes. A count that an
+    optimizer keeps as a plain number becomes an int64 scalar.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         "model.safetensors": model_state(model),
         "optimizer.safetensors": {
@@ -171,9 +189,9 @@ def tensors_of(
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model a checkpoint holds: all of it, or, where some of it is frozen, what is trained.
+    """What a checkpoint holds of a model: all of it, or, where some of it is frozen, what is trained.
 
-    What is frozen comes from elsewhere, as the base model under adapters does, and is there again at the next start.
+    What is frozen comes from elsewhere, like the base model under adapters, and is there again at the next start.
     """
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     if len(trained) < sum(1 for _ in model.parameters()):
@@ -202,7 +220,7 @@ def check_shapes(own: Mapping[str, torch.Size], state: Tensors) -> None:
 
 
 def bytes_of(tensors: Mapping[str, Tensors]) -> int:
-    """What such tensors, by file and name, take."""
+    """The size of such tensors, by file and name."""
     return sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
 
 
@@ -245,7 +263,7 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
     """
     newest_first = checkpoints(run_dir)[::-1]
     candidates = newest_first if which == "last" else best(run_dir, len(newest_first))
-    found = _first_valid(candidates, count) or _first_valid(newest_first, 1)  # never validated: it has no best one
+    found = _first_valid(candidates, count) or _first_valid(newest_first, 1)  # a run never validated has no best one
     if not found:
         raise UserError(
             f"{run_dir} has no valid checkpoint: train first (for example python -m training.gpt and a config)"
@@ -260,7 +278,7 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
 
 
 def _first_valid(candidates: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
-    """Those that pass `verify`, up to `count`: every byte of a checkpoint is read to know, so no more than needed."""
+    """Those that pass `verify`, up to `count`: that reads every byte, so it stops when it has enough."""
     return list(islice((checkpoint for checkpoint in candidates if checkpoint.verify() is None), count))
 
 
@@ -276,11 +294,11 @@ def publish(
 ) -> Checkpoint:
     """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the `keep_best` best.
 
-    tensors: what goes into which file, in host memory. state: what `Checkpoint.state` gives back; its "accuracy", if
-    the model was validated at this step, says what is best, and its "due" is false where only a stop asked for it: so
-    that an interrupted run ends with the checkpoints of an uninterrupted one. about: goes into the manifest. An older
-    checkpoint is removed only after the new one was read back from the disk and found valid. Raises UserError when the
-    disk is full or not writable, OSError when it fails otherwise; the older checkpoints then stand untouched.
+    tensors: what goes into which file, in host memory. state: a `RunState`; its "accuracy" decides which checkpoints
+    are best, and by its "due" an interrupted run ends with the checkpoints of an uninterrupted one. about: goes into
+    the manifest. An older checkpoint is removed only after the new one was read back from the disk and found valid.
+    Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the older checkpoints then
+    stand untouched.
     """
     final = Path(run_dir, "checkpoints", f"step-{step:010d}")
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:

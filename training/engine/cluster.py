@@ -25,6 +25,7 @@ from training.base.environment import (
     keep_freed_memory,
     meeting_place,
     read_ranks,
+    torchrun_restarts,
     watching_launcher,
 )
 
@@ -37,10 +38,10 @@ COLLECTIVE_TIMEOUT_S = 600.0
 # How long torchrun may take to answer its ranks, which it does in milliseconds. Torch gives up after twice that.
 _LAUNCHER_ANSWERS_S = 10.0
 
-# How long a rank that ends with an error asks whether another has told it.
+# How long a rank that ends with an error tries to find out whether another has announced it.
 _ERROR_PATIENCE_S = 5.0
 
-# Without torchrun, how often a rank that waits for others looks whether to go on waiting.
+# How often a rank that waits for the others, without torchrun, looks whether that still makes sense.
 _LOOK_EVERY_S = 0.25
 
 # What gloo and NCCL say when the process at the other end is gone.
@@ -58,19 +59,20 @@ _PEER_IS_GONE = (
 class Cluster:
     """A context: the process group exists inside it and is taken down at its end.
 
-    timeout_s: how long a rank waits for the others in a collective before it gives up. deterministic: only kernels that
-    give the same bits every time, from the first one on. launcher: the one that started this rank and watches over it,
-    None without one. An error that only means that another rank is gone leaves the context as `PeerError`.
+    An error that only means that another rank is gone leaves the context as `PeerError`.
     """
 
     def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S, *, deterministic: bool = False) -> None:
+        """timeout_s: how long a rank waits for the others in a collective before it gives up. deterministic: use only
+        kernels that give the same bits every time.
+        """
         if deterministic:
             # cuBLAS has one order of sums only with this, and torch looks once, at the first product on a GPU.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self.ranks: Ranks = read_ranks()
-        # Before the ranks meet at it: when that succeeds, this was the launcher and not who adopts its orphans.
+        # Looked up before the ranks meet: if they do, this was their launcher and not a process that adopts orphans.
         self.launcher = watching_launcher()
         self.device = self._own_device()
         self._control: dist.ProcessGroup | None = None
@@ -114,8 +116,8 @@ class Cluster:
 
     def _meet(self, backend: str) -> None:
         if self.launcher is not None and self.launcher.keeps_store:
-            # torchrun keeps the store through which ranks find each other, and has it ready before it starts them. When
-            # it was killed meanwhile, torch would try to reach it for as long as a collective may take.
+            # torchrun keeps the store through which ranks find each other, and has it ready before it starts them. If
+            # it has been killed since, torch would try to reach it for as long as a collective may take.
             try:
                 store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=_LAUNCHER_ANSWERS_S)))
             except RuntimeError as error:
@@ -127,7 +129,7 @@ class Cluster:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._timeout)
 
     def _first_ranks_store(self) -> dist.Store:
-        """The store that the first rank keeps, when all ranks have come to it, however late."""
+        """The store that the first rank keeps, once all ranks have come to it."""
         host, port, name = meeting_place(self.launcher)
         where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
         found: list[dist.Store | Exception] = []
@@ -139,7 +141,7 @@ class Cluster:
             except Exception as error:
                 found.append(error)
 
-        # In a thread beside this one, since torch waits in one go and is deaf to signals meanwhile.
+        # In a thread of its own, since torch is deaf to signals while it waits.
         reaching = threading.Thread(target=reach, daemon=True)
         reaching.start()
         end = time.monotonic() + self._timeout.total_seconds()
@@ -180,27 +182,27 @@ class Cluster:
             dist.barrier(self._control)
         if isinstance(error, UserError) and error.speaks is None:
             error.speaks = self._claims_message(str(error))
-        # NCCL first brings to an end what is queued, which after an error of this rank alone never comes.
+        # NCCL waits for what is queued, which never comes to an end after an error of this rank alone.
         if self.device.type != "cuda" or kind is None or isinstance(error, UserError):
             dist.destroy_process_group()
         if error is not None and means_lost_peer(error):
             raise peer_error(error) from error
 
     def _claims_message(self, message: str) -> bool:
-        """Whether no other rank has told this yet: some errors are one rank's alone, others those of all."""
+        """Whether this rank is the first to announce the error: some happen to one rank alone, others to all."""
         if self._store is None:
             return self.is_first
         name = hashlib.sha256(message.encode()).hexdigest()
         try:
             self._store.set_timeout(datetime.timedelta(seconds=_ERROR_PATIENCE_S))
-            return self._store.add(f"told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", 1) == 1
+            return self._store.add(f"announced/{torchrun_restarts()}/{name}", 1) == 1
         except RuntimeError:  # the store has gone with whoever kept it
             return True
 
     def on_first(self, work: Callable[[], T]) -> T | None:
         """Runs `work` on the first rank while the others wait; they get None.
 
-        A UserError there ends every rank with it, so that it is reported once and nobody waits for the one that left.
+        A UserError there ends every rank, so that it is reported once and nobody waits for the one that left.
         """
         result: T | None = None
         error: UserError | None = None
@@ -215,8 +217,8 @@ class Cluster:
             raise error or UserError("the first rank stopped with an error", speaks=False)
         return result
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a list: every world-size-th."""
+    def own_part(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of a list: every world-size-th item."""
         return items[self.rank :: self.world_size]
 
     def shared_out(
@@ -229,8 +231,8 @@ class Cluster:
         results: list[Result] = []
         for start in range(0, len(items), per_rank * self.world_size):
             block = items[start : start + per_rank * self.world_size]
-            shares = self.gather(list(work(self.share(block))))
-            results += [shares[place % self.world_size][place // self.world_size] for place in range(len(block))]
+            parts = self.gather(list(work(self.own_part(block))))
+            results += [parts[place % self.world_size][place // self.world_size] for place in range(len(block))]
         return results
 
     def sum(self, values: Tensor) -> Tensor:
@@ -281,6 +283,6 @@ def means_lost_peer(error: BaseException) -> bool:
 
 
 def peer_error(error: BaseException) -> PeerError:
-    """The same in words for people: a long message of a library in one line."""
+    """The same in one line for people, of a library's long message."""
     said = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
     return PeerError(f"lost contact to another rank, whose error is the cause ({said[:120]})")

@@ -1,97 +1,131 @@
-"""Everything that is written about a run while it trains: record, sessions, status, wandb. The first rank's alone.
+"""Everything that is written of a run while it trains: checkpoints, metrics, sessions, status, wandb.
 
-Training does not end because nobody can write about it: on a full disk lines of the record wait until there is room,
-and the other accounts are left as they were.
+Training does not end because nobody can write about it: on a full disk the lines of metrics.jsonl wait until there is
+room, and the other files stay as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
-from statistics import mean
+from collections.abc import Mapping
 from typing import Any
 
 from training.base.console import say, warn
 from training.base.durations import format_duration
-from training.engine.metrics import Record
+from training.engine.checkpoint import Tensors
+from training.engine.cluster import Cluster
+from training.engine.metrics import MetricsFile
 from training.engine.saver import Saver
-from training.engine.status import Sessions, Status, write_status
-from training.engine.wandb.tracker import WandbOptions, WandbTracker
+from training.engine.status import Best, Sessions, Status, write_status
+from training.engine.stopping import StopFlag
+from training.engine.task import RunOptions
+from training.engine.wandb.tracker import WandbTracker
 
 
 class Logbook:
-    """The books of one session.
+    """What the loop writes through. This one writes nothing: all ranks but the first have it."""
 
-    step, validated_step: where the run stands when the session begins. usable_s: what the session has for training, in
-    seconds; None without a time limit.
-    """
+    save_error: str | None = None  # why the last save failed, None if it did not
+    wandb_id: str | None = None
+
+    def line(self, kind: str, step: int, **values: Any) -> None:
+        """A line of metrics.jsonl, which wandb follows."""
+
+    def prepare(self, tensors: Mapping[str, Tensors]) -> None:
+        """Gets ready to save such tensors."""
+
+    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+        """Begins a checkpoint of `step`; returns as soon as training may change the tensors."""
+
+    def drain(self) -> None:
+        """Waits for the save that is in flight."""
+
+    def finish_saving(self) -> None:
+        """The same; raises UserError if the save failed and no checkpoint stands."""
+
+    def close(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
+        """The end of the session, by whatever reason. restart: see `write_status`."""
+
+
+class FirstRanksLogbook(Logbook):
+    """The first rank's, for one session, which begins at `step`."""
 
     def __init__(
         self,
-        run_dir: Path,
+        config: RunOptions,
+        about: Mapping[str, Any],
+        cluster: Cluster,
+        stop: StopFlag,
         *,
+        steps: int,
         step: int,
         validated_step: int,
-        steps: int,
-        world_size: int,
-        device: str,
-        usable_s: float | None,
-        wandb: WandbOptions,
+        best: Best,
         wandb_id: str | None,
-        config: dict[str, Any],
     ):
-        self._run_dir, self._steps, self._usable_s = run_dir, steps, usable_s
-        self._record = Record(run_dir, resumed_step=step, validated_step=validated_step)
-        if self._record.reached > step:
-            say(f"the last session had come to step {self._record.reached:,}; what it had not saved is done again")
-        self._tracker = WandbTracker(wandb, run_dir, run_id=wandb_id, config=config, lines=self._record.lines)
-        self._record.follower = self._tracker.add
-        self._sessions = Sessions(run_dir, step=step, steps=steps, world_size=world_size, device=device)
-        say(self._sessions.describe(usable_s))
-        before = self._sessions.all[-2]["world_size"] if step and len(self._sessions.all) > 1 else world_size
-        if before != world_size:
-            say(f"the last session had {before} rank(s), this one {world_size}: equal up to rounding only")
-
-    @property
-    def wandb_id(self) -> str | None:
-        """wandb's id of the run, for the checkpoint."""
-        return self._tracker.run_id
+        """about: what goes into every manifest. steps: of the whole run."""
+        self._run_dir, self._steps = config.run_dir, steps
+        self._saver = saver = Saver(config.run_dir, config.checkpoint, about)
+        stop.reserve_s, stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
+        self._usable_s = stop.usable_s()
+        self._metrics = MetricsFile(config.run_dir, resumed_step=step, validated_step=validated_step)
+        if self._metrics.reached > step:
+            say(f"the last session had come to step {self._metrics.reached:,}; what it had not saved is done again")
+        self._tracker = WandbTracker(
+            config.wandb,
+            config.run_dir,
+            run_id=wandb_id,
+            config=config.model_dump(mode="json"),
+            lines=self._metrics.lines,
+        )
+        self.wandb_id = self._tracker.run_id
+        self._metrics.follower = self._tracker.add
+        ranks = cluster.world_size
+        self._sessions = Sessions(config.run_dir, step=step, steps=steps, world_size=ranks, device=str(cluster.device))
+        say(self._sessions.describe(self._usable_s))
+        before = self._sessions.all[-2]["world_size"] if step and len(self._sessions.all) > 1 else ranks
+        if before != ranks:
+            say(f"the last session had {before} rank(s), this one {ranks}: equal up to rounding only")
+        self._write_status("running", "training", step, best, restart=True)
 
     def line(self, kind: str, step: int, **values: Any) -> None:
-        """A line of the record, which wandb follows."""
-        self._record.write(kind, step, **values)
+        self._metrics.write(kind, step, **values)
 
-    def sync(self) -> None:
-        """Brings the record to the disk."""
-        self._record.sync()
+    def prepare(self, tensors: Mapping[str, Tensors]) -> None:
+        self._saver.prepare(tensors)
 
-    def came_to(self, step: int) -> None:
-        """Notes a sign of life of the session: the step that it has come to."""
+    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+        self._saver.save(step, tensors, state, first=self._metrics.sync)
         self._sessions.update(step)
 
-    def status(self, status: Status, reason: str, step: int, **more: Any) -> None:
-        """status.json (see `write_status`), with what remains to be done."""
-        outlook = self._sessions.outlook(self._usable_s)
-        with contextlib.suppress(OSError):
-            write_status(self._run_dir, status, reason, step=step, steps=self._steps, **more, **outlook)
+    def drain(self) -> None:
+        self._saver.drain()
 
-    def close(
-        self, status: Status, reason: str, step: int, best: dict[str, Any], saver: Saver, *, restart: bool
-    ) -> None:
-        """The end of the session, by whatever reason."""
-        self._record.close()
-        self.status(status, reason, step, restart=restart, **best)
-        saves = {"saves": len(saver.saves_s)}
-        if saver.saves_s:
-            saves |= {"stall_s": round(mean(saver.stalls_s), 4), "save_s": round(mean(saver.saves_s), 4)}
-        self._sessions.end(step, reason, **saves)
+    def finish_saving(self) -> None:
+        self._saver.drain()
+        self._saver.check()
+        self.save_error = self._saver.error
+
+    def close(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
+        saver, sessions = self._saver, self._sessions
+        self._metrics.close()
+        self._write_status(status, reason, step, best, restart=restart)
+        sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
         self._tracker.close(status, reason, best)
         if status == "finished":
-            seconds = sum(session["seconds"] for session in self._sessions.all)
+            trained = format_duration(sum(session["seconds"] for session in sessions.all))
             best_step = f"the best at step {best['best_step']:,}"
-            sessions = f"{len(self._sessions.all)} session(s), {format_duration(seconds)}"
-            say(f"finished: {step:,} steps, {best_step}, in {sessions}; see {self._run_dir}")
+            sessions_done = f"{len(sessions.all)} session(s), {trained}"
+            say(f"finished: {step:,} steps, {best_step}, in {sessions_done}; see {self._run_dir}")
             return
-        if self._sessions.current["from_step"] == step and status == "resumable":
+        if sessions.current["from_step"] == step and status == "resumable":
             warn("this session has not done a single step: where sessions are that short, the run will never end")
-        say(self._sessions.describe(self._usable_s))
+        say(sessions.describe(self._usable_s))
+
+    def _write_status(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
+        """status.json, with what remains to be done."""
+        outlook = self._sessions.outlook(self._usable_s)
+        with contextlib.suppress(OSError):
+            write_status(
+                self._run_dir, status, reason, restart=restart, step=step, steps=self._steps, **best, **outlook
+            )

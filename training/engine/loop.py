@@ -1,8 +1,8 @@
 """The training loop: from a config and a task to a finished, or resumable, run folder.
 
-The same command starts and resumes. The loop knows nothing of the task but that it has a model, a batch plan, the loss
-of a micro-batch and a validation; every rank calls `train` with the same one. There are two kinds of places: a step,
-and the boundary behind it, where the loop reports, validates and saves, and where alone a session ends.
+The same command starts and resumes. All that the loop knows of the task is its model, its batch plan, the loss of a
+micro-batch and a validation; every rank calls `train` with the same one. A run alternates between steps and the
+boundaries behind them: only at a boundary does the loop report, validate and save, and only there does a session end.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from training.base.environment import process_age_s
 from training.base.options import to_yaml
 from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
-from training.engine.checkpoint import Checkpoint
+from training.engine.checkpoint import Checkpoint, RunState
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
-from training.engine.logbook import Logbook
+from training.engine.logbook import FirstRanksLogbook, Logbook
 from training.engine.metrics import Window, memory_mb, read_metrics
 from training.engine.optim import build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
-from training.engine.saver import Saver, price_of_a_kill, write_s
-from training.engine.status import EXIT_RESUMABLE, Status, write_status
+from training.engine.saver import price_of_a_kill, write_s
+from training.engine.status import EXIT_RESUMABLE, Best, Status, write_status
 from training.engine.stopping import StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
@@ -50,8 +50,8 @@ SKIPPED_STEPS_LIMIT = 5
 def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_run: bool = False) -> int:
     """Trains to the end, or to the next stop; returns the process's exit status (0 finished, 75 resumable).
 
-    Raises UserError when the run folder holds another run or is in use, or when the number of ranks does not fit, and
-    status.json is left as it was; when no checkpoint can be written, or when gradients stay not finite, and status.json
+    Raises UserError when the run folder holds another run or is in use, or when the number of ranks does not fit;
+    status.json then stays as it was. Also when no checkpoint can be written or gradients stay not finite; status.json
     then says `failed`.
     """
     _check_world_size(config, cluster)
@@ -62,8 +62,10 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     if dry_run:
         return _dry_run(config, task, engine, cluster)
 
-    with closing(_Run(config, task, data, cluster, engine)) as run:
-        if run.open():
+    run = _Run(config, task, cluster, engine, _about(config, task, data))
+    with closing(RunFolder(config.run_dir)) as folder:  # free again at the end: a notebook may go on in this process
+        run.open(folder, data)
+        if run.is_finished:
             run.confirm_finished()
             say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
             return 0
@@ -86,9 +88,9 @@ def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Preci
     if config.parallel == "deepspeed":
         if task.calls_vary and config.zero.stage == 3:
             raise UserError(
-                f"in zero.stage 3 the ranks bring the weights of a layer together at every call, and a {task.name} "
-                "calls its layers once a word, so that ranks with sentences of different length would wait for each "
-                "other for ever: take --zero.stage 2"
+                f"in zero.stage 3 the ranks bring the weights of a layer together at every call, and {task.name} calls "
+                "its layers once a word: ranks with sentences of different length would wait for each other for ever; "
+                "take --zero.stage 2"
             )
         return Zero(model, optimizer, cluster, precision, clip_norm, ema_decay, config.zero)
     return DataParallel(model, optimizer, cluster, precision, clip_norm, ema_decay)
@@ -167,13 +169,13 @@ def forward_backward(
     step: int,
     beat: Callable[[str], None] = lambda doing: None,
 ) -> Tensor:
-    """The gradient of `step`, from this rank's micro-batches. beat(doing): tells the watchdog what goes on.
+    """Adds up the gradient of `step` over this rank's micro-batches. beat(doing): tells the watchdog what goes on.
 
     Every loss is divided by the weight of the whole step, so that the gradient does not depend on how the micro-batches
-    were spread over the ranks. Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks
-    is the step's loss.
+    are spread over the ranks. Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks
+    is the whole.
     """
-    batches = task.plan.share(step, cluster.rank, cluster.world_size)
+    batches = task.plan.micro_batches_of(step, cluster.rank, cluster.world_size)
     weight = task.plan.weight(step)
     total = torch.zeros((), device=cluster.device)
     for batch in batches:
@@ -191,84 +193,74 @@ def forward_backward(
 def seed_dropout(seed: int, step: int, micro_batch: int, device: torch.device) -> None:
     """Dropout depends on the micro-batch, never on the rank or the session that runs it."""
     words = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
-    # torch.manual_seed also notes where it was called, for GPUs that it might find later: 0.2 ms and more each time.
+    # On a CPU not torch.manual_seed: it takes 0.2 ms and more to note where it was called, for GPUs found later.
     set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
     set_seed(int(words[0] >> np.uint64(1)))
 
 
-class _Run:
-    """The state of the loop: the step, and what of its boundary is done. The first rank alone writes, for all."""
+def _about(config: RunOptions, task: Task, data: Data) -> dict[str, Any]:
+    """What defines the run and goes into every manifest."""
+    return {
+        "task": task.name,
+        "config": config.model_dump(mode="json"),
+        "data": data.identity,
+        **({"built_on": task.built_on} if task.built_on else {}),
+        "versions": {name: version(name) for name in ("torch", "numpy", "safetensors", *task.libraries)},
+    }
 
-    def __init__(self, config: RunOptions, task: Task, data: Data, cluster: Cluster, engine: Parallel):
-        self.config, self.task, self.data, self.cluster, self.engine = config, task, data, cluster, engine
+
+class _Run:
+    """The state of the loop: the step, and which parts of its boundary are done."""
+
+    def __init__(self, config: RunOptions, task: Task, cluster: Cluster, engine: Parallel, about: dict[str, Any]):
+        self.config, self.task, self.cluster, self.engine, self.about = config, task, cluster, engine, about
         self.stop = StopFlag(config.run_dir, cluster, config.session)
+        self.logbook = Logbook()  # writes nothing; the first rank has its own during a session
+        self.window = Window(task.plan)
         self.step = 0
         self.saved_step: int | None = None
         self.validated_step = 0
-        self.best: dict[str, Any] = {"best_step": None, "best_accuracy": None}
-        self.accuracy: float | None = None  # of this very step
+        self.accuracy: float | None = None  # of the model as it is at `step`
+        self.best: Best = {"best_step": None, "best_accuracy": None}
         self.wandb_id: str | None = None
-        self.window = Window(task.plan)
-        self.speed = ""
-        self.prepared = False
-        # Of the first rank alone.
-        self.folder: RunFolder | None = None
-        self.saver: Saver | None = None
-        self.logbook: Logbook | None = None
 
-    def open(self) -> bool:
-        """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint.
+    def open(self, folder: RunFolder, data: Data) -> None:
+        """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint."""
+        config = self.config
 
-        Returns whether the run is finished already.
-        """
+        def open_on_first() -> Checkpoint | None:
+            may_change = MAY_CHANGE | self.task.may_change
+            return folder.open(
+                self.about, data, config=to_yaml(config), source=config.resume_from, may_change=may_change
+            )
+
         # Only one rank verifies; the others learn which checkpoint passed.
-        latest = self.cluster.on_first(self._open_folder)
+        latest = self.cluster.on_first(open_on_first)
         (step,) = self.cluster.maximum([latest.step if latest is not None else -1])
         if step >= 0:
-            self._restore(Checkpoint(Path(self.config.run_dir, "checkpoints", f"step-{int(step):010d}")))
-        return self.step == self.validated_step == self.task.plan.steps
-
-    def _open_folder(self) -> Checkpoint | None:
-        self.folder = RunFolder(self.config.run_dir)
-        return self.folder.open(
-            self._about(),
-            self.data,
-            config=to_yaml(self.config),
-            source=self.config.resume_from,
-            may_change=MAY_CHANGE | self.task.may_change,
-        )
-
-    def _about(self) -> dict[str, Any]:
-        """What defines the run and goes into every manifest."""
-        return {
-            "task": self.task.name,
-            "config": self.config.model_dump(mode="json"),
-            "data": self.data.identity,
-            **({"built_on": self.task.built_on} if self.task.built_on else {}),
-            "versions": {name: version(name) for name in ("torch", "numpy", "safetensors", *self.task.libraries)},
-        }
+            self._restore(Checkpoint(Path(config.run_dir, "checkpoints", f"step-{int(step):010d}")))
 
     def _restore(self, latest: Checkpoint) -> None:
         self.engine.load(latest)
         state = latest.state()
-        self.best = {key: state[key] for key in self.best}
+        self.best = {"best_step": state["best_step"], "best_accuracy": state["best_accuracy"]}
         self.step = self.saved_step = latest.step
         self.validated_step, self.wandb_id = state["validated_step"], state["wandb_id"]
         self.accuracy = state["accuracy"]
         self.window = Window(self.task.plan, self.step, state["window_losses"])
         say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done, and the last validation."""
+        return self.step == self.validated_step == self.task.plan.steps
+
     def confirm_finished(self) -> None:
-        """Perhaps a kill came between the last checkpoint and what was to be said about the end."""
+        """Says again that the run is finished: a kill may have come between the last checkpoint and that."""
         if self.cluster.is_first:
             run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
             write_status(run_dir, "finished", "all steps done", restart=False, step=self.step)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
-
-    def close(self) -> None:
-        """Gives the run folder free when nothing more will be written: a notebook may go on with it in this process."""
-        if self.folder is not None:
-            self.folder.close()
 
     # The session.
 
@@ -276,7 +268,8 @@ class _Run:
         """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
         config, plan, stopped = self.config, self.task.plan, None
         if self.cluster.is_first:
-            self._open_books()
+            self._open_logbook()
+        first_step = self.step + 1
         with (
             Watchdog(config.run_dir, self.cluster, self.stop, config.session.hang_timeout) as self.watchdog,
             Progress("training", plan.steps, "steps", start=self.step) as self.progress,
@@ -286,49 +279,40 @@ class _Run:
                 while self.step < plan.steps:
                     self.stop.check()
                     self._train_step()
+                    if self.step == first_step:  # the optimizer has its tensors only now
+                        self.logbook.prepare(self.engine.tensors())
                     self._boundary()
             except Stopped as raised:
                 stopped = raised
             if self.saved_step != self.step:
                 self._save(due=False)
-            self.cluster.on_first(self._finish_saving)
+            self.cluster.on_first(self.logbook.finish_saving)
         return self._end(stopped, wants_rest=self.stop.clear())
 
-    def _open_books(self) -> None:
-        config, cluster = self.config, self.cluster
-        self.saver = saver = Saver(config.run_dir, config.checkpoint, self._about())
-        self.stop.reserve_s, self.stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
-        self.logbook = Logbook(
-            config.run_dir,
+    def _open_logbook(self) -> None:
+        self.logbook = FirstRanksLogbook(
+            self.config,
+            self.about,
+            self.cluster,
+            self.stop,
+            steps=self.task.plan.steps,
             step=self.step,
             validated_step=self.validated_step,
-            steps=self.task.plan.steps,
-            world_size=cluster.world_size,
-            device=str(cluster.device),
-            usable_s=self.stop.usable_s(),
-            wandb=config.wandb,
+            best=self.best,
             wandb_id=self.wandb_id,
-            config=config.model_dump(mode="json"),
         )
         self.wandb_id = self.logbook.wandb_id
-        self.logbook.status("running", "training", self.step, restart=True, **self.best)
 
     def _train_step(self) -> None:
         loss = forward_backward(self.config, self.task, self.engine, self.cluster, self.step, self.watchdog.beat)
-        self.lr = learning_rate(self.step, self.task.plan.steps, self.config.optim)
-        self.norm = self.engine.step(self.lr)
+        lr = learning_rate(self.step, self.task.plan.steps, self.config.optim)
+        norm = self.engine.step(lr)
         self.window.add(self.step, loss)
         self.step += 1
         self.accuracy = None
-        if not self.prepared:  # tensors of the optimizer exist only after its first step
-            tensors = self.engine.tensors()
-            if self.saver is not None:
-                self.saver.prepare(tensors)
-            self.prepared = True
-        done = self.step == self.task.plan.steps
-        if done or self.step % self.config.log.every_steps == 0:
-            self._report()
-        self.progress.advance(note=self.speed)
+        if self.step == self.task.plan.steps or self.step % self.config.log.every_steps == 0:
+            self._report(lr, norm)
+        self.progress.advance()
 
     def _boundary(self) -> None:
         """What is due after a step, as far as it is not done: validate, save."""
@@ -340,46 +324,44 @@ class _Run:
             if self.validated_step < self.step and (done or self.step % self.config.log.validate_every_steps == 0):
                 is_best, validated = self._validate(), True
             due = done or self.step % self.config.checkpoint.every_steps == 0
-            # A checkpoint of this step from a stop within the validation does not know how that went: it is made anew.
+            # A stop within the validation leaves a checkpoint that does not know its outcome: it is made anew.
             if is_best or (due and (validated or self.saved_step != self.step)):
                 self._save(due=True)
 
-    def _report(self) -> None:
+    def _report(self, lr: float, norm: Tensor) -> None:
         """Closes the window: writes its line, and notes what the progress line says about it.
 
         Raises UserError on every rank alike when too many gradients in a row were not finite.
         """
         figures = self.window.close(self.cluster)
         skipped = int(self.engine.skipped_in_a_row)
-        if self.logbook is not None:
-            self.logbook.line(
-                "train",
-                self.step,
-                epoch=round(self.task.plan.epoch(self.step), 4),
-                **asdict(figures),
-                lr=self.lr,
-                grad_norm=float(self.norm),
-                skipped_in_a_row=skipped,
-                flops_per_s=round(figures.tokens_per_s * self.task.flops_per_token),
-                memory_mb=round(memory_mb(self.cluster.device), 1),
-            )
+        self.logbook.line(
+            "train",
+            self.step,
+            epoch=round(self.task.plan.epoch(self.step), 4),
+            **asdict(figures),
+            lr=lr,
+            grad_norm=float(norm),
+            skipped_in_a_row=skipped,
+            flops_per_s=round(figures.tokens_per_s * self.task.flops_per_token),
+            memory_mb=round(memory_mb(self.cluster.device), 1),
+        )
         if skipped >= SKIPPED_STEPS_LIMIT:
             raise UserError(
                 f"the gradients of {skipped} steps in a row were not finite (step {self.step}): lower optim.lr, "
                 "or try --precision fp32; the checkpoints before stand"
             )
-        self.speed = f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
+        self.progress.note = f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
 
     def _validate(self) -> bool:
-        """Scores the model on held-out data and records it; true if it is the best so far."""
-        result = self.task.validate(self.engine.model, self._share)
-        # Accuracy picks the best checkpoint: late in training the loss rises with over-confidence while translations
-        # still improve.
+        """Scores the model on held-out data and writes it down; true if it is the best so far."""
+        result = self.task.validate(self.engine.model, self._own_part)
+        # Accuracy picks the best checkpoint: late in training over-confidence raises the loss while translations still
+        # improve.
         is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
         if is_best:
             self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
-        if self.logbook is not None:
-            self.logbook.line("validation", self.step, loss=result.loss, accuracy=result.accuracy)
+        self.logbook.line("validation", self.step, loss=result.loss, accuracy=result.accuracy)
         self.validated_step, self.accuracy = self.step, result.accuracy
         say(
             f"step {self.step:,}/{self.task.plan.steps:,}: validation loss {result.loss:.4f}, "
@@ -387,55 +369,45 @@ class _Run:
         )
         return is_best
 
-    def _share(self, batches: Sequence[Any]) -> Iterator[Any]:
+    def _own_part(self, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         if self.engine.in_step:
             batches = in_rounds(batches, self.cluster.world_size)
-        return self.stop.share(batches, lambda: self.watchdog.beat(f"validation after step {self.step}"))
+        return self.stop.until_stop(batches, lambda: self.watchdog.beat(f"validation after step {self.step}"))
 
     def _save(self, *, due: bool) -> None:
         """due: whether an uninterrupted run saves here, too."""
         window_losses, tensors = self.window.losses(self.cluster), self.engine.tensors()
-        if self.saver is not None and self.logbook is not None:
-            state = {
-                **self.engine.state(),
-                **self.best,
-                "accuracy": self.accuracy,
-                "validated_step": self.validated_step,
-                "window_losses": window_losses,
-                "wandb_id": self.wandb_id,
-                "due": due,
-            }
-            self.saver.save(self.step, tensors, state, first=self.logbook.sync)
-            self.logbook.came_to(self.step)
+        state: RunState = {
+            **self.engine.state(),
+            **self.best,
+            "accuracy": self.accuracy,
+            "validated_step": self.validated_step,
+            "window_losses": window_losses,
+            "wandb_id": self.wandb_id,
+            "due": due,
+        }
+        self.logbook.save(self.step, tensors, state)
         self.saved_step = self.step
-
-    def _finish_saving(self) -> None:
-        assert self.saver is not None
-        self.saver.drain()
-        self.saver.check()
 
     def _end(self, stop: Stopped | None, *, wants_rest: bool) -> int:
         """Writes down how the session ended. stop: None if all steps are done."""
         # A save that failed is known to one rank; all must leave with the same status.
-        error = self.saver.error if self.saver is not None else None
+        error = self.logbook.save_error
         (unsaved,) = self.cluster.maximum([error is not None])
         if stop is None and not unsaved:
-            self._close("finished", "all steps done", restart=False)
+            self.logbook.close("finished", "all steps done", self.step, self.best, restart=False)
             return 0
         reason = stop.reason if stop else "the last save, which failed"
-        self._close("resumable", f"{reason} ({error})" if error else reason, restart=not wants_rest)
+        said = f"{reason} ({error})" if error else reason
+        self.logbook.close("resumable", said, self.step, self.best, restart=not wants_rest)
         where = f"the last checkpoint ({error})" if error else "there"
         stopped = f"stopped by {reason} at step {self.step:,} of {self.task.plan.steps:,}"
         say(f"{stopped}; the same command continues from {where}")
         # A launcher takes any other status for a failure and cannot pass it on; status.json is what counts there.
         return 0 if self.cluster.ranks.launched else EXIT_RESUMABLE
 
-    def _close(self, status: Status, reason: str, *, restart: bool) -> None:
-        if self.logbook is not None and self.saver is not None:
-            self.logbook.close(status, reason, self.step, self.best, self.saver, restart=restart)
-
     def abandon(self, status: Status, reason: str, *, restart: bool) -> None:
-        """The end by an error: what is in flight is brought to its end, and the status written."""
-        if self.saver is not None and status == "failed":
-            self.saver.drain()
-        self._close(status, reason, restart=restart)
+        """The end by an error. After a failure the save that is in flight is finished first."""
+        if status == "failed":
+            self.logbook.drain()
+        self.logbook.close(status, reason, self.step, self.best, restart=restart)

@@ -1,7 +1,7 @@
-"""metrics.jsonl, the record of a run: one JSON object a line, and what is measured for it.
+"""metrics.jsonl, one JSON object a line, and what is measured for it.
 
-Lines are appended and flushed as they come. When a run resumes from an earlier step, the record is cut back to it, so
-no step ever stands twice. After any number of stops and kills it reads as if the run had never been interrupted.
+Lines are appended and flushed as they come. When a run resumes from an earlier step, the file is cut back to it, so no
+step ever stands twice. After any number of stops and kills it reads as if the run had never been interrupted.
 """
 
 from __future__ import annotations
@@ -30,28 +30,24 @@ from training.engine.cluster import Cluster
 METRICS = "metrics.jsonl"
 
 
-class Record:
-    """Appends to `run_dir`/metrics.jsonl. Used on one rank only.
-
-    Of the lines of earlier sessions it keeps those up to the resumed step, and of validations those up to
-    `validated_step`: one that was interrupted is done again. lines: the kept ones. reached: the last step of all that
-    was there. follower: is handed every new line.
-    """
+class MetricsFile:
+    """Appends to `run_dir`/metrics.jsonl. Used on one rank only."""
 
     def __init__(self, run_dir: Path, *, resumed_step: int, validated_step: int):
+        """Cuts the file back to the resumed step, but validations to `validated_step`: the next one was interrupted."""
         self._path = run_dir / METRICS
         last = {"train": resumed_step, "validation": validated_step}
         found = read_metrics(run_dir)
-        self.reached = found[-1]["step"] if found else 0
-        self.lines = [line for line in found if line["step"] <= last.get(line["kind"], resumed_step)]
-        self.follower: Callable[[dict[str, Any]], None] | None = None
+        self.reached: int = found[-1]["step"] if found else 0  # the last step of all lines, also of those cut off
+        self.lines = [line for line in found if line["step"] <= last.get(line["kind"], resumed_step)]  # the kept ones
+        self.follower: Callable[[dict[str, Any]], None] | None = None  # is handed every new line
         if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = self._path.open("ab", buffering=0)
         self._waiting = b""  # lines for which there was no room
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line: what (`kind`: train, validation), after how many optimizer steps, the values, and the time."""
+        """One line: its kind (train or validation), after how many optimizer steps, the values, and the time."""
         line = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         self._waiting += json.dumps(line).encode() + b"\n"
         self._flush()
@@ -72,12 +68,12 @@ class Record:
         warn(f"{self._path} cannot be written ({reason}); its lines wait until it can")
 
     def sync(self) -> None:
-        """Brings what was written to the disk, so that a checkpoint that is there has its record, too."""
-        with contextlib.suppress(OSError, ValueError):  # no disk for it, or closed meanwhile: training goes on
+        """Brings the lines to the disk, so that a checkpoint never stands without them."""
+        with contextlib.suppress(OSError, ValueError):  # the disk is full, or the file is closed: training goes on
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Ends the record."""
+        """Closes the file, after a last try to write lines that wait."""
         if self._waiting:
             self._flush()
             self._waiting = b""
@@ -94,13 +90,12 @@ class Figures:
 
 
 class Window:
-    """The steps since the last line of the record: their losses and tokens, and the time that went into training.
-
-    earlier: the losses, summed over ranks, of the steps that an earlier session did of this window, and which `losses`
-    gave it to save. They count in the loss and in the padding, not in the speed.
-    """
+    """The steps since the last line of metrics.jsonl: their losses and tokens, and the time that went into training."""
 
     def __init__(self, plan: BatchPlan, step: int = 0, earlier: Sequence[float] = ()):
+        """earlier: what `losses` gave an earlier session to save: the losses, summed over ranks, of the window's steps
+        up to `step`. They count in the loss and in the padding, not in the speed.
+        """
         self._plan = plan
         self._start(earlier)
         for done in range(step - len(earlier), step):
@@ -128,13 +123,13 @@ class Window:
         """The loss of each step so far, summed over ranks. To be called by all ranks."""
         if not self._losses:
             return list(self._earlier)
-        # In fp64, where the sum of fp32 numbers is exact: the order in which ranks are summed depends on how many steps
-        # are summed at once, and a window that a stop cuts in two has to come to the same.
+        # In fp64, where the sum of fp32 numbers is exact: the order in which ranks are added depends on how many steps
+        # are added at once, and a window that a stop cuts in two must have the same sum.
         return [*self._earlier, *cluster.sum(torch.stack(self._losses).double()).tolist()]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around whatever is not training: it does not count in the speed."""
+        """Around what is not training, so that it does not count in the speed."""
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
@@ -152,10 +147,10 @@ class Window:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Most memory this process has used so far, in MB: of the GPU where there is one, else resident."""
+    """The most memory that this process has used so far, in MB: the GPU's where there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    # Not ru_maxrss on Linux: what starts a program hands its own peak down to it there.
+    # Not ru_maxrss on Linux, where a program inherits the peak of the process that started it.
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6

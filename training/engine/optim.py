@@ -69,4 +69,5 @@ def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torc
     import bitsandbytes  # slow to import, and only these need it
 
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[options.kind](groups, lr=options.lr, betas=betas)
+    optimizer: torch.optim.Optimizer = kinds[options.kind](groups, lr=options.lr, betas=betas)
+    return optimizer

@@ -13,27 +13,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from training.engine.checkpoint import Checkpoint, tensors_of
+from training.engine.checkpoint import Checkpoint, EngineState, tensors_of
 from training.engine.cluster import Cluster
 from training.engine.precision import Precision
 
 
 class Parallel(ABC):
-    """A strategy, as the loop uses it. Every method is called by all ranks together.
+    """A strategy, as the loop uses it. Every method is called by all ranks together."""
 
-    replica: the model as a step calls it; model: as a validation does. skipped_in_a_row: steps that were left out
-    because their gradient was not finite, up to now, a scalar on the device.
-    """
-
-    derived_config: dict[str, Any] | None = None  # what a library was told; None where none is in use
+    derived_config: dict[str, Any] | None = None  # the settings of the library in use, if any
     in_step = False  # whether the ranks must call the model equally often, in validations too
 
     def __init__(self, model: nn.Module, cluster: Cluster, precision: Precision, ema_decay: float | None):
         self._cluster, self._precision = cluster, precision
-        self._plain = self.model = self.replica = model
+        self._plain = model
+        self.replica: nn.Module = model  # as a step calls it
+        self.model: nn.Module = model  # as a validation calls it
         # Every rank averages the same weights, so all averages are the same.
         self._ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
         self._scaler = precision.scaler()
+        # How many of the last steps were left out because their gradient was not finite: a scalar on the device.
         self.skipped_in_a_row = torch.zeros((), device=cluster.device)
 
     @abstractmethod
@@ -61,13 +60,13 @@ class Parallel(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file and name, whole; the first rank alone can count on getting it."""
+        """What a checkpoint holds, by file and name, whole; only the first rank is sure to get it."""
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes back what `tensors` and `state` gave, from whatever strategy and number of ranks it came."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> EngineState:
         """What a checkpoint needs besides tensors."""
         return {"scaler": self._scaler.state_dict() if self._scaler is not None else None}
 
@@ -81,7 +80,7 @@ class Parallel(ABC):
         return self._scaler is not None and self._scaler.get_scale() > 1
 
     def _stepped(self, bad: Tensor, scaler_skip: bool) -> None:
-        """What follows a step. bad: 1 where the gradient was not finite, else 0; scaler_skip: of the scaler."""
+        """What follows a step. bad: 1 if the gradient was not finite, else 0. scaler_skip: see `_scaler_searches`."""
         self.skipped_in_a_row = torch.zeros_like(bad) if scaler_skip else (self.skipped_in_a_row + 1) * bad
         if self._ema is not None:
             self._ema.update_parameters(self._plain)
@@ -113,12 +112,12 @@ class DataParallel(Parallel):
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if cluster.world_size > 1:
             # DDP regroups its buckets after the first backward pass of a process. From three ranks on that changes the
-            # order of the sums, so the first step after a resume would differ in its last bits. With this flag the
-            # buckets stay as they are; with two ranks a + b = b + a and nothing is needed.
+            # order of the sums, so the first step after a resume would differ in its last bits. With this flag it keeps
+            # them. Two ranks do not need it, since a + b = b + a.
             fixed_buckets = cluster.world_size > 2
             if fixed_buckets:
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            # Its successor is not in every torch that this runs on.
+            # The argument that replaces it is not in every torch that this runs on.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             device_ids = [cluster.device.index] if cluster.device.type == "cuda" else None
             self.replica = DistributedDataParallel(
@@ -131,14 +130,15 @@ class DataParallel(Parallel):
 
     def micro_batch(self, last: bool) -> AbstractContextManager[object]:
         # The forward pass must be inside no_sync as well: DDP decides there whether this backward communicates.
-        ddp = isinstance(self.replica, DistributedDataParallel)
-        return self.replica.no_sync() if ddp and not last else contextlib.nullcontext()
+        if isinstance(self.replica, DistributedDataParallel) and not last:
+            return self.replica.no_sync()
+        return contextlib.nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def step(self, lr: float) -> Tensor:
-        """See `Parallel`. All ranks hold the same sum, so all skip alike. With AdamW nothing waits for the device."""
+        """See `Parallel`. All ranks hold the same sum, so all or none skip. With AdamW nothing waits for the device."""
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)  # before clipping: the threshold is for true gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -149,9 +149,10 @@ class DataParallel(Parallel):
         bad, scaler_skip = (~norm.isfinite()).float(), self._scaler_searches()
         if self._scaler is None:
             if isinstance(self.optimizer, torch.optim.AdamW):
-                self.optimizer.found_inf = bad  # the fused optimizer then skips on the device, as under a scaler
+                # The fused optimizer then skips on the device, as under a scaler.
+                self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # what a scaler would set
                 self.optimizer.step()
-            elif not bad:  # others must be kept from the step, and that takes waiting for the device
+            elif not bad:  # other optimizers cannot skip by themselves; asking waits for the device
                 self.optimizer.step()
         else:
             self._scaler.step(self.optimizer)
@@ -163,7 +164,7 @@ class DataParallel(Parallel):
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """See `Parallel`. Nothing is copied."""
         if self._cluster.device.type == "cuda" and not isinstance(self.optimizer, torch.optim.AdamW):
-            # A paged optimizer's state lies in memory that the host reads without asking whether the GPU is done.
+            # A paged optimizer's state lies in memory that the host can read before the GPU is done with it.
             torch.cuda.synchronize()
         return tensors_of(self.model, self.optimizer, self.ema)
 

@@ -1,7 +1,7 @@
 """Which number format the forward and backward pass use, and why.
 
-bf16 from compute capability 8.0 on. Asked by capability, not by `torch.cuda.is_bf16_supported()`: that says yes on
-older cards too, where bf16 is emulated and slow. Weights, gradients and optimizer state stay fp32 throughout.
+bf16 from compute capability 8.0 on. `torch.cuda.is_bf16_supported()` is no help: it says yes on older cards too, where
+bf16 is emulated and slow. Weights, gradients and optimizer state stay fp32 throughout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class GPU:
-    """A card and its compute capability: a T4 is (7, 5), written sm_75."""
+    """A GPU and its compute capability: a T4 is (7, 5), written sm_75."""
 
     name: str
     capability: tuple[int, int]
@@ -39,7 +39,7 @@ class GPU:
 
 
 def gpu_of(device: torch.device) -> GPU | None:
-    """The card that `device` is; None if it is a CPU."""
+    """The GPU that `device` is; None if it is a CPU."""
     if device.type == "cpu":
         return None
     return GPU(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
@@ -53,7 +53,7 @@ class Precision:
     reason: str
     device: torch.device
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
@@ -65,13 +65,13 @@ class Precision:
 
 def choose_precision(wanted: PrecisionName, device: torch.device) -> Precision:
     """The format to use on `device`; raises UserError where the wanted one does not exist there."""
-    card = gpu_of(device)
-    if card is None:
+    gpu = gpu_of(device)
+    if gpu is None:
         if wanted == "auto":
             return Precision("fp32", "on a CPU fp32 is the fastest of the exact choices", device)
         return Precision(wanted, "as asked for", device)
     if wanted == "auto":
-        return Precision("bf16" if card.has_bf16 else "fp16", f"{card}, bf16 needs sm_80", device)
-    if wanted == "bf16" and not card.has_bf16:
-        raise UserError(f"precision bf16: {card} and only emulates bf16, slowly; use --precision fp16 or auto")
+        return Precision("bf16" if gpu.has_bf16 else "fp16", f"{gpu}, bf16 needs sm_80", device)
+    if wanted == "bf16" and not gpu.has_bf16:
+        raise UserError(f"precision bf16: {gpu} and only emulates bf16, slowly; use --precision fp16 or auto")
     return Precision(wanted, "as asked for", device)

@@ -1,8 +1,8 @@
-"""A run's folder: held by one run at a time, its sessions on record, its end written down.
+"""A run's folder, which one run at a time holds.
 
 runs/NAME/
   config.yaml                          what the run is
-  data.json  tokenizer/                what it keeps of its data; other kinds of data keep other files
+  data.json  tokenizer/                what the run keeps of its data
   checkpoints/                         see training.engine.checkpoint
   metrics.jsonl                        see training.engine.metrics
   sessions.json                        every session: when, where, from which step to which, why it ended
@@ -21,16 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from training.base.console import TryLaterError, UserError, say
-from training.base.files import write_atomically, writing_to
+from training.base.files import lock, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.metrics import METRICS
 from training.engine.status import end_killed_saves
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: two runs in one folder are then not told apart
-    fcntl = None  # type: ignore[assignment]
 
 WANDB_FILE = "wandb.json"
 
@@ -43,14 +38,11 @@ class Data(Protocol):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What defines its content; goes into every checkpoint, and a run goes on with equal content only."""
+        """What defines its content. It goes into every checkpoint, and a run goes on with equal content only."""
 
     @property
     def kept(self) -> Mapping[str, Path]:
-        """Files and folders of which a run keeps a copy, by their names in the run folder.
-
-        With these the run can be understood and used without its data.
-        """
+        """Files and folders that a run copies, by their names in the run folder, to be usable without its data."""
 
 
 class RunFolder:
@@ -65,9 +57,9 @@ class RunFolder:
     ) -> Checkpoint | None:
         """Locks the folder and finds the newest valid checkpoint, here or in `source`, whose run is then copied here.
 
-        about: the definition of the run: task, config (of which the keys `may_change` do not count), data, and what it
-        is built on. A new run's folder gets `config` (YAML) and what it keeps of its data instead of a checkpoint.
-        Raises UserError when the folder is in use or is another run's.
+        about: the definition of the run: task, config (without the keys `may_change`), data, and what it is built on.
+        A new run has no checkpoint yet; its folder gets `config` (YAML) and what the run keeps of its data. Raises
+        UserError when the folder is in use or is another run's.
         """
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -86,7 +78,7 @@ class RunFolder:
             if latest is None:
                 known = self.run_dir / "config.yaml"
                 if known.exists() and known.read_text(encoding="utf-8") != config:
-                    # Another run was begun here and never came to a checkpoint: its name in wandb is not ours.
+                    # Another run was begun here and never came to a checkpoint: its name in wandb is not this one's.
                     (self.run_dir / WANDB_FILE).unlink(missing_ok=True)
                 write_atomically(known, config)
                 for name, path in data.kept.items():
@@ -103,27 +95,17 @@ class RunFolder:
             self._lock = None
 
     def _take_lock(self) -> None:
-        """The right to write here, kept until `close` or the end of the process, however it ends: the kernel keeps the
-        book.
-
-        On a network file system without locks there is no protection; the folder is then used as if it were free.
-        """
+        """Takes the right to write here, kept until `close`."""
         self._lock = file = (self.run_dir / "lock").open("a+", encoding="utf-8")
         end = time.monotonic() + _LOCK_PATIENCE_S
-        while fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    file.seek(0)
-                    raise TryLaterError(
-                        f"{self.run_dir} is in use by {file.read().strip() or 'another process'}: wait for it or stop "
-                        f"it (touch {self.run_dir}/STOP), or choose another --run_dir; nothing was changed"
-                    ) from None
-                time.sleep(0.2)
-            except OSError:  # no locks here
-                return
+        while not lock(file):
+            if time.monotonic() > end:
+                file.seek(0)
+                raise TryLaterError(
+                    f"{self.run_dir} is in use by {file.read().strip() or 'another process'}: wait for it or stop it "
+                    f"(touch {self.run_dir}/STOP), or choose another --run_dir; nothing was changed"
+                )
+            time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -148,10 +130,10 @@ def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[s
 
 
 def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> Checkpoint:
-    """Copies what the run in `source` needs to go on in `run_dir`: record, sessions, newest and best checkpoint.
+    """Copies what the run in `source` needs to go on in `run_dir`: metrics, sessions, checkpoints; source is only read.
 
-    `source` is only read. `newest` is its newest valid checkpoint; the copy of it, which is made last, is returned: a
-    kill before leaves a folder that the same command fills again.
+    newest: its newest valid checkpoint. The copy of that is made last, and returned: a kill before leaves a folder that
+    the same command fills again.
     """
     say(f"continuing the run in {source} at step {newest.step:,}: copying it to {run_dir}")
     with writing_to(run_dir, option="--run_dir"):

@@ -1,9 +1,9 @@
 """Saving without stopping the training.
 
 At a step boundary the state is copied to buffers in host memory, which is all that the training waits for. Hashing,
-writing and fsync happen in a thread behind it (they release Python's lock). One save is in flight at most, and it is
-drained before the process ends. An error of the file system that may pass is tried again; if a save fails for good,
-training goes on as long as an older checkpoint stands, and is asked to stop when that happens repeatedly.
+writing and fsync happen in a thread (they release Python's lock). At most one save is in flight, and the process does
+not end before it is done. After an error that may pass the save is tried again; if it fails for good, training goes on
+as long as an older checkpoint stands, and is asked to stop when saves fail repeatedly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAY_PASS = {
     errno.EHOSTUNREACH,
 }
 
-# After this many failed saves in a row the work at risk is worth more than what training on adds to it.
+# After this many failed saves in a row the work at risk is worth more than what further training adds to it.
 FAILED_SAVES_LIMIT = 3
 
 # How fast a disk is taken to be before the first save was measured, bytes per second: a slow one.
@@ -70,10 +70,9 @@ def best_interval_s(save_s: float, between_kills_s: float) -> float:
 def price_of_a_kill(every_steps: int, step_s: float, save_s: float, published_s: float) -> str:
     """What a kill costs with a checkpoint every so many steps, and the interval that would lose least, in words.
 
-    step_s: of a step. save_s: how long a save holds the training up. published_s: how long until it is on the disk. All
-    in seconds.
+    Seconds that a step takes, that a save holds the training up, and that pass until it is on the disk.
     """
-    # One save is in flight at most: a shorter interval than it takes would hold the training up after all.
+    # At most one save is in flight: an interval shorter than it takes would hold the training up after all.
     best_s = max(published_s, best_interval_s(save_s, between_kills_s=86400))
     return (
         f"a checkpoint every {every_steps:,} steps is one every {format_duration(every_steps * step_s)}, and a kill "
@@ -83,34 +82,30 @@ def price_of_a_kill(every_steps: int, step_s: float, save_s: float, published_s:
 
 
 def write_s(tensors: Mapping[str, Tensors]) -> float:
-    """About how long such tensors take to the disk, in seconds, where no save has been measured yet."""
+    """A guess at how long such tensors take to the disk, in seconds, before the first save is measured."""
     return 1 + bytes_of(tensors) / _ASSUMED_SPEED
 
 
 class Saver:
-    """Saves a run's checkpoints; used on one rank only.
-
-    stalls_s: how long each save kept the training waiting. saves_s: how long each took until it was published.
-    failures: saves that failed in a row, up to now. error: why the last one did, None if it did not.
-    """
+    """Saves a run's checkpoints; used on one rank only."""
 
     def __init__(self, run_dir: Path, options: CheckpointOptions, about: Mapping[str, Any]):
         self._run_dir, self._options, self._about = run_dir, options, about
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._estimate_s = 1.0
-        self.stalls_s: list[float] = []
-        self.saves_s: list[float] = []
-        self.failures = 0
-        self.error: str | None = None
+        self.stalls_s: list[float] = []  # how long each save kept the training waiting
+        self.saves_s: list[float] = []  # how long each took until it was published
+        self.failures = 0  # saves in a row, up to the last one
+        self.error: str | None = None  # why the last save failed, None if it did not
 
     def prepare(self, tensors: Mapping[str, Tensors]) -> None:
-        """Makes the buffers for such tensors, in the background: the first touch of memory is what costs most."""
+        """Makes the buffers for such tensors, in the background: what costs most is the first touch of their memory."""
         self._estimate_s = write_s(tensors)
         if not self._options.background:
             return
         self._buffers = {
-            # Pinned: a copy from the GPU then does not pass through a second buffer, and is asynchronous.
+            # Pinned, so that a copy from the GPU is asynchronous and takes no second buffer.
             name: {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for key, t in part.items()}
             for name, part in tensors.items()
         }
@@ -124,9 +119,9 @@ class Saver:
         state: Mapping[str, Any],
         first: Callable[[], object] = lambda: None,
     ) -> None:
-        """Takes the state of `step` and sees to its publication; returns as soon as training may change the tensors.
+        """Copies the state of `step` and begins to publish it; returns as soon as training may change the tensors.
 
-        first: what has to be on the disk before the checkpoint is, brought there in the background.
+        first: is called in the background before anything is written.
         """
         began = time.monotonic()
         self.drain()
@@ -157,12 +152,12 @@ class Saver:
 
     @property
     def seconds(self) -> float:
-        """How long a save takes from its beginning until it is published: the slowest of the last, or an estimate."""
+        """How long a save takes until it is published: the slowest of the last three, or a guess before the first."""
         return max(self.saves_s[-3:]) if self.saves_s else self._estimate_s
 
     @property
     def gives_up(self) -> bool:
-        """Whether training on makes no sense: saves fail repeatedly, or one failed and no checkpoint stands."""
+        """Whether to train on makes no sense: saves fail repeatedly, or one failed and no checkpoint stands."""
         return self.failures >= FAILED_SAVES_LIMIT or (self.failures > 0 and not checkpoints(self._run_dir))
 
     def check(self) -> None:
@@ -171,9 +166,9 @@ class Saver:
             raise UserError(self.error)
 
     def _copied(self, tensors: Mapping[str, Tensors]) -> tuple[Mapping[str, Tensors], torch.cuda.Event | None]:
-        """A copy in host memory, and the event after which it is there if a GPU is still copying."""
+        """A copy in host memory, and the event after which it is complete if a GPU is still copying."""
         if not self._options.background:
-            # A copy on a CPU, too: some optimizers share a table among all parameters, which is not written as one.
+            # Copied on a CPU, too: some optimizers share a table among all parameters, which cannot be written as such.
             return {
                 name: {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in part.items()}
                 for name, part in tensors.items()
@@ -186,7 +181,7 @@ class Saver:
                 self._buffers[name][key].copy_(tensor, non_blocking=True)
         if not any(tensor.is_cuda for part in tensors.values() for tensor in part.values()):
             return self._buffers, None
-        # The GPU does its work in order: the next step changes the tensors only when they are copied.
+        # The GPU works in order: the next step changes the tensors only after they are copied.
         copied = torch.cuda.Event()
         copied.record()
         return self._buffers, copied
@@ -206,7 +201,7 @@ class Saver:
             if checkpoints(self._run_dir):
                 warn(f"{self.error}. Older checkpoints stand, training goes on; failed saves in a row: {self.failures}")
             return
-        except BaseException as error:  # a thread that dies in silence would be a save that nobody misses
+        except BaseException as error:  # if the thread died in silence, nobody would miss the save
             self.failures = FAILED_SAVES_LIMIT
             self.error = f"the checkpoint of step {step:,} could not be written: {error!r}"
             raise

@@ -1,4 +1,4 @@
-"""What stands beside a run's record: how it stands now (status.json), and all its sessions (sessions.json).
+"""How a run stands now (status.json), and all its sessions (sessions.json).
 
 Read by people, launchers and the report. Nothing here imports torch, so that a launcher's look costs nothing.
 """
@@ -11,8 +11,10 @@ import math
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mean
+from typing import Any, Literal, NotRequired, TypedDict
 
 from training.base.durations import format_duration
 from training.base.environment import job_id
@@ -24,11 +26,47 @@ Status = Literal["running", "finished", "resumable", "failed"]
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
 
 
+class Session(TypedDict):
+    """An entry of sessions.json. Times are local, as `2026-01-31T12:00:00+0100`."""
+
+    number: int
+    host: str
+    job: str | None  # of SLURM
+    world_size: int
+    device: str
+    started: str
+    from_step: int
+    step: int
+    seen: str  # the last sign of life
+    ended: str | None
+    reason: str | None
+    seconds: float
+    saves: NotRequired[int]
+    stall_s: NotRequired[float]  # how long a save kept the training waiting, in the mean
+    save_s: NotRequired[float]  # how long a save took until it was published, in the mean
+
+
+class Outlook(TypedDict):
+    """What remains of a run, as far as is known."""
+
+    sessions_done: int
+    steps_left: int
+    remaining_s: NotRequired[int]
+    sessions_to_go: NotRequired[int]
+
+
+class Best(TypedDict):
+    """The validation of highest token accuracy so far; None before the first."""
+
+    best_step: int | None
+    best_accuracy: float | None
+
+
 def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, **more: Any) -> None:
     """Writes status.json: how the run stands and why; what is not in `more` stays as it is.
 
-    restart: whether a launcher should begin another session by itself, since one may get further though nobody changed
-    anything. So not where the user stopped the run, or has something to mend first.
+    restart: whether a launcher should begin another session by itself, because it may get further though nobody has
+    changed anything; not where the user stopped the run, or has something to mend first.
     """
     kept = read_status(run_dir) or {}
     content = {**kept, "status": status, "reason": reason, "restart": restart, **more, "time": _now()}
@@ -44,16 +82,17 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"status", "reason", "restart"} <= found.keys() else None
 
 
-def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
-    """All sessions of a run, the first one first; none where there is no record, or a damaged one."""
+def read_sessions(run_dir: str | Path) -> list[Session]:
+    """All sessions of a run, the first one first; none where there is no sessions.json, or a damaged one."""
     try:
-        return json.loads(Path(run_dir, SESSIONS).read_text(encoding="utf-8"))
+        sessions: list[Session] = json.loads(Path(run_dir, SESSIONS).read_text(encoding="utf-8"))
+        return sessions
     except (FileNotFoundError, ValueError):
         return []
 
 
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
-    """The steps of the published checkpoints, oldest first, with their folders; told by name, nothing is verified."""
+    """The steps of the published checkpoints and their folders, oldest first, by name alone: nothing is verified."""
     folders = sorted(Path(run_dir, "checkpoints").glob("step-*"))
     steps = {folder: folder.name.removeprefix("step-") for folder in folders}
     return {int(step): folder for folder, step in steps.items() if step.isdigit()}
@@ -62,7 +101,7 @@ def saved_steps(run_dir: str | Path) -> dict[int, Path]:
 def end_killed_saves(run_dir: Path) -> None:
     """Brings back a checkpoint that was being replaced when a kill came, and removes unfinished ones.
 
-    To be called by whoever holds the run folder.
+    To be called by the process that holds the run folder.
     """
     for path in Path(run_dir, "checkpoints").glob(".step-*"):
         name, _, state = path.name[1:].rpartition(".")
@@ -73,20 +112,16 @@ def end_killed_saves(run_dir: Path) -> None:
 
 
 class Sessions:
-    """sessions.json, and what it tells about the sessions to come. Used on one rank only.
-
-    An entry: number, host, job (of SLURM), world_size, device, started, from_step, step, seen (the last sign of life),
-    ended, reason, seconds, saves, stall_s and save_s (of a save: training kept waiting, until published; means).
-    """
+    """sessions.json, and what it tells about the sessions to come. Used on one rank only."""
 
     def __init__(self, run_dir: Path, *, step: int, steps: int, world_size: int, device: str):
         self._run_dir, self._steps = run_dir, steps
         self._began = time.monotonic()
         self.all = read_sessions(run_dir)
         for session in self.all:
-            if session["ended"] is None:  # nobody lived to write it down
-                session |= {"ended": session["seen"], "reason": "killed, or its machine went down"}
-        self.current: dict[str, Any] = {
+            if session["ended"] is None:  # no process lived to write it down
+                session["ended"], session["reason"] = session["seen"], "killed, or its machine went down"
+        self.current: Session = {
             "number": len(self.all) + 1,
             "host": socket.gethostname(),
             "job": job_id(),
@@ -104,28 +139,34 @@ class Sessions:
         with writing_to(run_dir, option="--run_dir"):
             self._write()
 
-    def update(self, step: int, **more: Any) -> None:
+    def update(self, step: int) -> None:
         """Notes the step that the session has come to."""
-        self.current |= {"step": step, "seen": _now(), "seconds": round(time.monotonic() - self._began, 1), **more}
-        with contextlib.suppress(OSError):  # on a full disk the account is lost, not what it was to tell
+        current = self.current
+        current["step"], current["seen"] = step, _now()
+        current["seconds"] = round(time.monotonic() - self._began, 1)
+        with contextlib.suppress(OSError):  # a full disk costs this note, not the training
             self._write()
 
-    def end(self, step: int, reason: str, **more: Any) -> None:
-        """Notes how the session ended."""
-        self.update(step, ended=_now(), reason=reason, **more)
+    def end(self, step: int, reason: str, *, stalls_s: Sequence[float], saves_s: Sequence[float]) -> None:
+        """Notes how the session ended. stalls_s, saves_s: of its saves, see `Saver`."""
+        current = self.current
+        current["ended"], current["reason"], current["saves"] = _now(), reason, len(saves_s)
+        if saves_s:
+            current["stall_s"], current["save_s"] = round(mean(stalls_s), 4), round(mean(saves_s), 4)
+        self.update(step)
 
     def _write(self) -> None:
         write_atomically(self._run_dir / SESSIONS, json.dumps(self.all, indent=2) + "\n")
 
-    def outlook(self, usable_s: float | None) -> dict[str, Any]:
-        """What remains: steps, the seconds and sessions they will take and when that is over, as far as is known.
+    def outlook(self, usable_s: float | None) -> Outlook:
+        """What remains.
 
-        The pace is that of this session, or of the one before if this one has just begun; validations and saves count.
-        usable_s: what this session had for training at its beginning; None if it has no limit.
+        The pace is that of this session, or of the one before if this one has just begun; it includes validations and
+        saves. usable_s: what this session had for training at its beginning; None if it has no limit.
         """
         left = self._steps - self.current["step"]
-        step_s = next((found for session in reversed(self.all[-2:]) if (found := pace_s(session))), None)
-        found: dict[str, Any] = {"sessions_done": len(self.all), "steps_left": left}
+        step_s = next((pace for session in reversed(self.all[-2:]) if (pace := pace_s(session))), None)
+        found: Outlook = {"sessions_done": len(self.all), "steps_left": left}
         if step_s is not None:
             remaining_s = left * step_s
             found["remaining_s"] = round(remaining_s)
@@ -148,8 +189,8 @@ class Sessions:
         return words
 
 
-def pace_s(session: dict[str, Any]) -> float | None:
-    """Seconds a step of a session took, with its validations and saves; None before it has done one."""
+def pace_s(session: Session) -> float | None:
+    """Seconds that a step of a session took, with its validations and saves; None before it has done one."""
     done = session["step"] - session["from_step"]
     return session["seconds"] / done if done > 0 else None
 

@@ -1,9 +1,9 @@
-"""One session of a run: from start or resume to the next stop, agreed by all ranks.
+"""When a session stops, which all ranks agree on.
 
 A signal handler sets a flag and does nothing else; so do the time limit, a file named STOP, saves that fail, and the
 end of the launcher. The ranks agree on it between two steps, and between two batches of a validation, so nobody is left
-waiting in a collective. Then: checkpoint, `status.json`, exit. How the session ended stands in that file: launchers
-turn it into an exit status, since `torchrun` cannot pass a worker's on.
+waiting in a collective. Then: checkpoint, `status.json`, exit. That file says how the session ended: launchers turn it
+into an exit status, since `torchrun` cannot pass a worker's on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.base.options import Duration, Options
 from training.engine.cluster import Cluster
 from training.engine.status import STOP_FILE
 
-# Ranks agree at every step that takes longer than this, and about this often where steps are shorter: one small
+# Ranks agree at every step that takes longer than this, and about this often where steps are shorter. A small
 # reduction on the host takes a hundredth of it.
 _AGREE_EVERY_S = 0.02
 
@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Whether to stop, and why. `reserve_s` tells how long the end of the session will take: a save."""
+    """Whether to stop, and why."""
 
     def __init__(self, run_dir: Path, cluster: Cluster, options: SessionOptions):
         self._cluster = cluster
@@ -73,7 +73,7 @@ class StopFlag:
         self._last_time: float | None = None
         self._slowest_step_s = 0.0
         self._deadline, self.limit = _deadline(options) if cluster.is_first else (math.inf, None)
-        self.reserve_s: Callable[[], float] = lambda: 0.0
+        self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
         self.saves_fail: Callable[[], bool] = lambda: False
         names = ["SIGTERM", "SIGINT", *([options.stop_signal] if options.stop_signal else [])]
         for name in names:
@@ -101,7 +101,7 @@ class StopFlag:
         now = time.monotonic()
         step_s = 0.0 if self._last_time is None else (now - self._last_time) / (self._calls - self._last_call)
         asked, slowest_s = self._cluster.maximum([self._own_reason(now), step_s])
-        # Every rank computes the same next call from the same numbers. An unknown duration means the next one.
+        # Every rank computes the same next call from the same numbers; where the duration is unknown, it is the next.
         self._next_call = self._calls + (max(1, min(100, int(_AGREE_EVERY_S / slowest_s))) if slowest_s else 1)
         self._last_time, self._last_call = now, self._calls
         self._slowest_step_s = max(slowest_s, 0.9 * self._slowest_step_s)  # a first, slow step is forgotten in time
@@ -126,10 +126,10 @@ class StopFlag:
         }
         return others.get(reason) or f"signal {signal.Signals(reason).name}"
 
-    def share(self, items: Sequence[T], beat: Callable[[], None]) -> Iterator[T]:
-        """This rank's share of `items`, every world-size-th, with a look at the flag and a `beat` before each.
+    def until_stop(self, items: Sequence[T], beat: Callable[[], None]) -> Iterator[T]:
+        """This rank's part of `items`, every world-size-th, with a look at the flag and a `beat` before each.
 
-        Both happen equally often on every rank, also where the last round has no item for it.
+        Every rank looks and beats equally often, even if the last round has no item for it.
         """
         world_size = self._cluster.world_size
         for first in range(0, len(items), world_size):
@@ -139,7 +139,7 @@ class StopFlag:
                 yield items[first + self._cluster.rank]
 
     def usable_s(self) -> float | None:
-        """What this session has left for training, in seconds; None without a time limit."""
+        """The seconds that this session has left for training; None without a time limit."""
         if self._deadline == math.inf:
             return None
         return max(1.0, self._deadline - time.monotonic() - self._margin_s - self.reserve_s())
@@ -147,7 +147,7 @@ class StopFlag:
     def clear(self) -> bool:
         """Whether somebody wants the run to rest, so that no launcher should start it again by itself.
 
-        By the STOP file or an interrupt on any rank, also one that came when the session was ending for another reason.
+        That is said by the STOP file or by an interrupt on any rank, even if the session was ending for another reason.
         The file is removed, so that the next session does not stop at once. To be called by all ranks.
         """
         wanted = self._interrupted

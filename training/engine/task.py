@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,13 +64,14 @@ class RunOptions(Options):
         return self
 
 
-# What may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
+# Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
     *("run_dir", "data", "training", "deterministic", "parallel", "zero", "resume_from"),
     *("checkpoint", "log", "session", "wandb"),
 }
 
-Share = Callable[[Sequence[Any]], Iterator[Any]]
+# From all batches of a validation to those of this rank; see `Task.validate`.
+OwnPart = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Validation:
 
 
 class Task(ABC):
-    """What a script hands to the loop: a model, the order of its samples, and what it is to learn of them."""
+    """What a script hands to the loop: a model, the order of its samples, and what it is to learn from them."""
 
     name: str
     model: nn.Module
@@ -91,17 +92,16 @@ class Task(ABC):
     memory: str | None = None  # what a process needs, in words
     built_on: Mapping[str, Any] = {}  # what the run depends on besides data and config: another one is another run
     may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
-    libraries: tuple[str, ...] = ()  # whose versions go on record
-    calls_vary = False  # whether how often a pass calls a layer depends on the batch, as with one call a word
+    libraries: tuple[str, ...] = ()  # whose versions go into the manifest
+    calls_vary = False  # whether the number of calls of a layer depends on the batch, as with one call a word
 
     @abstractmethod
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         """The weighted loss summed over a micro-batch, a scalar with gradient; its weights add up to the plan's."""
 
     @abstractmethod
-    def validate(self, model: nn.Module, share: Share) -> Validation:
+    def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
         """Held-out scores, computed by all ranks together and equal on each.
 
-        share(batches) gives this rank's part of a list of batches; it ends the validation, with `Stopped`, when a stop
-        has been agreed.
+        own_part(batches): this rank's part of a list of batches. Raises `Stopped` when the ranks have agreed on a stop.
         """

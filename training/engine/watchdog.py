@@ -1,9 +1,9 @@
-"""A thread beside each rank that notices what the rank itself cannot: that it hangs, or that nobody watches over it.
+"""A thread in each rank that notices what the rank itself cannot: that it hangs, or that its launcher is gone.
 
-The training tells it what it is about to do (`beat`). When nothing was heard for the time limit, every rank's watchdog
-leaves a report with the stacks of its process in the run folder; together they tell which rank is behind and which only
-wait for it. That is printed, and the processes end with an error, so that a hanging run does not burn its allocation.
-A rank that cannot even write a report (its process is stopped, its machine is gone) is named too.
+The training tells it what it is about to do (`beat`). When it has heard nothing for the time limit, every rank's
+watchdog leaves a report with the stacks of its process in the run folder. Together these tell which rank is behind and
+which only wait for it. That is printed, and the processes end with an error, so that a hanging run does not burn its
+allocation. A rank that cannot even write a report (its process is stopped, its machine is gone) is named too.
 
 If the launcher dies, a polite stop is asked for: the ranks save, and none outlives it for long.
 """
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from training.base.console import say_as_any_rank, tell_launcher
 from training.base.durations import format_duration
@@ -32,13 +32,23 @@ from training.engine.stopping import StopFlag
 _LOOK_EVERY_S = 0.5
 _REPORTS_S = 3.0
 
-# How long all of that may take before the process is ended without it.
+# How long all of that may take before the process is ended without a report.
 _REPORT_PATIENCE_S = 30.0
 
 # Without a launcher to end it, a rank that does not move is given less time.
 _ORPHAN_TIMEOUT_S = 60.0
 
 FOLDER = "hang"
+
+
+class SignOfLife(TypedDict):
+    """What a rank's watchdog reports about its rank."""
+
+    rank: int
+    host: str
+    pid: int
+    beats: int
+    doing: str
 
 
 class Watchdog:
@@ -66,7 +76,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, doing: str) -> None:
-        """A sign of life: the rank now begins with `doing`. Every rank gives as many at the same places."""
+        """A sign of life: the rank now begins with `doing`. All ranks give equally many, at the same places."""
         self._beats += 1
         self._doing, self._since = doing, time.monotonic()
 
@@ -99,7 +109,7 @@ class Watchdog:
 
     def _report(self, silent_s: float) -> None:
         """Leaves a report, waits for those of the other ranks, and says who hangs."""
-        report = {
+        report: SignOfLife = {
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -124,10 +134,10 @@ class Watchdog:
         else:
             time.sleep(1)  # the launcher ends all when the first has gone; that one should be the one with the message
 
-    def _reports(self) -> list[dict[str, Any]]:
+    def _reports(self) -> list[SignOfLife]:
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._folder.glob("rank-*.json"))]
 
-    def _verdict(self, reports: list[dict[str, Any]], silent_s: float) -> tuple[str, list[int]]:
+    def _verdict(self, reports: list[SignOfLife], silent_s: float) -> tuple[str, list[int]]:
         """What to say, and the ranks whose stacks belong to it."""
         silent = sorted(set(range(self._world_size)) - {report["rank"] for report in reports})
         for_so_long = f"for {format_duration(silent_s)} (session.hang_timeout)"

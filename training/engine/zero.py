@@ -1,12 +1,12 @@
-"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed: what all ranks would hold alike is spread over them.
+"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed: each rank holds a part of what all would otherwise hold whole.
 
 Stage 1 spreads the optimizer's state, stage 2 the gradients too, stage 3 the weights too; what remains can be kept in
-host memory. DeepSpeed moves the data and takes the step. The rest stays as it is without it: weights are fp32 and
-forward passes run under autocast, the loss is weighted by tokens, and a checkpoint holds whole tensors by name. So the
-curve is that of DDP up to the order of sums, and a run may go on with another stage, on another number of ranks, or
-without DeepSpeed. Its own files are not used: they are pickles, and bound to stage and ranks.
+host memory. DeepSpeed moves the data and takes the step. The rest is as without it: weights are fp32 and forward passes
+run under autocast, the loss is weighted by tokens, and a checkpoint holds whole tensors by name. So the curve is that
+of DDP up to the order of sums, and a run may go on with another stage, on another number of ranks, or without
+DeepSpeed, whose own files are pickles that are bound to stage and ranks.
 
-Not used either: DeepSpeed's bf16 and fp16 modes, which keep rounded weights beside the exact ones, and its autocast
+DeepSpeed's bf16 and fp16 modes are not used, since they keep rounded weights beside the exact ones; nor is its autocast
 mode, which in fp16 (0.19.8) clips scaled gradients and lets every rank decide alone whether to skip a step.
 """
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.base.console import UserError
+from training.base.console import UserError, leave_at_once
 from training.base.options import Options
 from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
 from training.engine.cluster import Cluster
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Gradients travel in pieces of so many numbers: DeepSpeed's own default takes 2 GB for one.
 _BUCKET = 50_000_000
 
-# Frozen and trained weights of up to so many numbers are not spread. DeepSpeed's own default.
+# Weights of up to so many numbers are not spread: DeepSpeed's own default.
 _PERSISTENT = 100_000
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
@@ -55,7 +55,7 @@ class ZeroOptions(Options):
 
 @dataclass(frozen=True)
 class _Piece:
-    """A rank's part of a parameter: `count` numbers of it from `start` on, which lie in `flat` at `place`."""
+    """A rank's part of a parameter: `count` numbers from `start` on, which lie in the flat tensor `flat` at `place`."""
 
     start: int
     count: int
@@ -66,8 +66,8 @@ class _Piece:
 def deepspeed_config(
     options: ZeroOptions, clip_norm: float | None, numbers: int, device: str, *, frozen: bool = False
 ) -> dict[str, Any]:
-    """What DeepSpeed is told. numbers: how many the model trains. device: where it does, `cuda` or `cpu`. frozen:
-    whether there are weights besides, which by far outnumber them.
+    """DeepSpeed's settings. numbers: how many the model trains. device: `cuda` or `cpu`. frozen: whether it has frozen
+    weights besides, far more of them.
     """
     bucket = min(_BUCKET, max(1, numbers))
     offload = {"device": "cpu", "pin_memory": device == "cuda"}
@@ -83,19 +83,19 @@ def deepspeed_config(
         zero |= {"memory_efficient_linear": False, "stage3_prefetch_bucket_size": bucket}
         zero |= {"stage3_max_live_parameters": 2 * _BUCKET, "stage3_max_reuse_distance": 2 * _BUCKET}
         if frozen:
-            # So much is gathered ahead of its use, one weight at a time: together, each would be there twice for a
-            # moment, the head too. And none is kept for the next use: that is what spreading them is for.
+            # Weights are gathered ahead of their use one at a time: gathered together, each would be there twice for a
+            # moment, the head too. None is kept for its next use, since saving that memory is the point.
             zero |= {"stage3_max_live_parameters": 2 * bucket, "stage3_max_reuse_distance": 0}
             zero |= {"stage3_allgather_sequential": True, "stage3_prefetch_bucket_size": 1}
             # Smaller ones stay whole on every rank: fetching them would cost more than it saves.
             zero |= {"stage3_param_persistence_threshold": _PERSISTENT}
     return {
-        # Required, and without a meaning here: the plan makes the batches, and the loss is a sum.
+        # Required, but without a meaning here: the plan makes the batches, and the loss is a sum.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm or 0.0,
         "zero_optimization": zero,
-        # torch's fused AdamW, which compiles nothing at the first start, also where the state is in host memory.
+        # torch's fused AdamW, which compiles nothing at the first start, even where the state is in host memory.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -168,7 +168,7 @@ class Zero(Parallel):
         self._pieces = self._own_pieces()
         self._layout = cluster.gather(self._pieces)
         if self._scaler is not None:
-            # The scaler is told one number, whether the gradient is finite: DeepSpeed does the arithmetic.
+            # All that the scaler gets to know is whether the gradient is finite: DeepSpeed does the arithmetic.
             self._probe = nn.Parameter(torch.zeros((), device=cluster.device))
             self._probe_optimizer = torch.optim.SGD([self._probe], lr=0.0)
             self._scaler.scale(self._probe.detach())  # makes its state
@@ -181,15 +181,15 @@ class Zero(Parallel):
     def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
         if self.in_step:
-            # Its list of modules in progress. Where a layer is computed again, that ends as soon as nothing is missing,
-            # and what was in progress then would stay on the list for ever.
+            # DeepSpeed's list of modules in progress. Where a layer is computed again, that ends as soon as nothing is
+            # missing, and the modules then in progress would stay on the list for ever.
             del self._in_progress[1:]
 
     def step(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        # It skips what is not finite, on all ranks alike.
+        # It skips a gradient that is not finite, on all ranks.
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._cluster.device, dtype=torch.float32)
         bad = torch.tensor(float(self._own.overflow), device=self._cluster.device)
         scaler_skip = self._scaler_searches()
@@ -249,12 +249,14 @@ class Zero(Parallel):
         if self._scaler is not None:
             self._own.override_loss_scale(self._scaler.get_scale())
 
-    # What of which tensor is where. DeepSpeed keeps a rank's part of all parameters of a group in one flat tensor, of
-    # which the optimizer has the state; it has public ways to it in stage 3 only.
+    # Where the parts lie. DeepSpeed keeps a rank's part of all parameters of a group in one flat tensor, for which the
+    # optimizer has the state; only stage 3 has a public way to it.
 
     def _flats(self) -> list[Tensor]:
         own = self._own
-        return own.fp32_partitioned_groups_flat if self._options.stage == 3 else own.single_partition_of_fp32_groups
+        stage_3 = self._options.stage == 3
+        flats: list[Tensor] = own.fp32_partitioned_groups_flat if stage_3 else own.single_partition_of_fp32_groups
+        return flats
 
     def _share_memory(self) -> None:
         """Lets the optimizer work on the rank's part of the weights itself, not on a copy of it.
@@ -281,7 +283,8 @@ class Zero(Parallel):
                 if parameter.requires_grad:
                     flat, place, size = own.grad_position[own.get_param_id(parameter)]
                     start = self._cluster.rank * size
-                    count = min(size, parameter.ds_numel - start)  # the last ranks' parts are filled up
+                    # The last ranks' parts are filled up.
+                    count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]  # DeepSpeed's
                     if count > 0:
                         pieces[name] = _Piece(start, count, flat, place)
             return pieces
@@ -368,13 +371,16 @@ def _initialize(
         import deepspeed.ops
     except ImportError as error:
         raise UserError(f"parallel deepspeed needs the package ({error}): pip install deepspeed") from error
+    # What it leaves behind aborts a process now and then that is done and only has to go; torchrun takes that for a
+    # failure of the run.
+    leave_at_once()
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)  # what it warns of is told here, or meant
-    # It calls them by the names that every torch knows which this runs on.
+    logger.setLevel(logging.ERROR)  # it warns of what is done on purpose here
+    # It uses the old names, which every torch that this runs on still knows.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
     if on_cpu:
-        # Else it compiles a library of its own for sums over ranks, for a minute, which is no faster than gloo.
+        # Else it would compile, for a minute, a library of its own for sums over ranks that is no faster than gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # a single process
         dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)

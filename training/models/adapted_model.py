@@ -1,8 +1,8 @@
 """A frozen language model with LoRA adapters, asked for nothing but the loss of the answers.
 
-The vocabulary makes the logits the widest tensor by far: 151,936 numbers a token, twice over with their gradient. So
-they are computed for supervised tokens only, a chunk at a time, and the gradient of a chunk is taken at once: no logits
-outlive their chunk.
+The vocabulary makes the logits by far the widest tensor: 151,936 numbers a token, and as many for their gradient. So
+they are computed only for supervised tokens, a chunk at a time, and their gradient is taken at once: no logits outlive
+their chunk.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def add_adapters(base: PreTrainedModel, options: LoraOptions) -> PeftModel:
     import peft
 
     head = next((name for name, module in base.named_modules() if module is base.get_output_embeddings()), None)
-    names = {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)}
+    # A layer in 4 bits is an nn.Linear, too.
+    names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     wanted = () if isinstance(options.targets, str) else options.targets
     unknown = [name for name in wanted if name not in names or name == head]
     if unknown:
@@ -84,14 +85,10 @@ def spread_by_layer(model: PeftModel) -> None:
     read_weights_again(model)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            # A layer's weight comes together with its adapters, as DeepSpeed's `set_z3_leaf_module` has it. One by one
-            # it fails: peft looks at an adapter's weight before that one's turn, which DeepSpeed takes for a new use of
-            # it, at another place in a run that was resumed than in one that was not.
+            # As by DeepSpeed's `set_z3_leaf_module`, a layer's weight is gathered with its adapters. One by one
+            # it fails: peft looks at an adapter's weight before its turn. DeepSpeed takes that for a new use, and in a
+            # resumed run for another one than in a run that was not interrupted.
             module._z3_leaf = True
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)  # a layer in 4 bits is one, too
 
 
 class AdaptedModel(nn.Module):
@@ -106,8 +103,8 @@ class AdaptedModel(nn.Module):
         base = model.get_base_model()
         base.config.use_cache = False
         if checkpoint_layers:
-            base.activation_checkpointing_enable({"use_reentrant": False})  # the other kind breaks under DDP
-        # Beside the module tree: it is part of `model` already.
+            base.activation_checkpointing_enable({"use_reentrant": False})  # the reentrant kind breaks under DDP
+        # In a tuple, so that it is not registered a second time: it is part of `model` already.
         self._body: tuple[nn.Module] = (getattr(base, base.base_model_prefix),)
         self.head = Head(base.get_output_embeddings().weight, logits_tokens)
         self.train()  # the library hands models over in evaluation mode, where no layer is checkpointed
@@ -155,8 +152,8 @@ class AdaptedModel(nn.Module):
 class Head(nn.Module):
     """The frozen head, asked for losses: see `head_loss`.
 
-    A module of its own, though its weight is the model's, because ZeRO 3 brings weights together where a module begins.
-    The gradient is found here too, outside of autograd: the backward pass then needs no weight.
+    A module of its own, though its weight is the model's, because ZeRO 3 gathers weights where a module begins. It also
+    finds the gradient, outside of autograd, so that the backward pass needs no weight.
     """
 
     def __init__(self, weight: nn.Parameter, chunk: int):

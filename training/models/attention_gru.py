@@ -1,9 +1,9 @@
 """A GRU encoder-decoder with additive attention (Bahdanau et al. 2015), trained from scratch.
 
 The encoder reads a sentence in one or both directions; padding never enters its state. Each step of the decoder looks
-at the encoder's outputs from where its state stands, and what it saw is an input of the step, as in the paper. Only the
-decoder's lowest layer needs that step by step; the layers above it run over the whole sentence at once (the attention
-of GNMT, Wu et al. 2016, section 3.1). With `attention: none`, every step sees the encoder's last state instead.
+at the encoder's outputs from its state so far, and what it sees is an input of the step, as in the paper. Only the
+decoder's lowest layer has to go step by step; the layers above it run over the whole sentence at once (the attention of
+GNMT, Wu et al. 2016, section 3.1). With `attention: none`, every step sees the encoder's last state instead.
 """
 
 from __future__ import annotations
@@ -49,35 +49,31 @@ def additive_attention(query: Tensor, keys: Tensor, score: Tensor, padding: Tens
 
 
 @dataclass
-class Memory:
-    """What the encoder made of B sentences of up to S tokens.
+class EncodedSource:
+    """What the encoder made of B sentences of up to S tokens."""
 
-    values [B, S, C]: its outputs. keys [B, S, A]: the same, projected for the attention. padding [B, S]: true where
-    there is no token; None when all are equally long. summary [B, C]: the last state of each direction.
-    """
+    values: Tensor  # its outputs [B, S, C]
+    keys: Tensor | None  # the same, projected for the attention [B, S, A]; None without attention
+    padding: Tensor | None  # [B, S], true where there is no token; None when all are equally long
+    summary: Tensor  # the last state of each direction [B, C]
 
-    values: Tensor
-    keys: Tensor | None
-    padding: Tensor | None
-    summary: Tensor
-
-    def select(self, rows: Tensor) -> Memory:
-        """The memory of `rows`, indices [B'] or mask [B]."""
+    def select(self, rows: Tensor) -> EncodedSource:
+        """The same of `rows`, indices [B'] or mask [B]."""
         keys = None if self.keys is None else self.keys[rows]
         padding = None if self.padding is None else self.padding[rows]
-        return Memory(self.values[rows], keys, padding, self.summary[rows])
+        return EncodedSource(self.values[rows], keys, padding, self.summary[rows])
 
 
 @dataclass
 class State:
-    """A decoder between two tokens: the hidden state [B, H] of each layer, lowest first, and the memory it reads."""
+    """A decoder between two tokens."""
 
-    hidden: list[Tensor]
-    memory: Memory
+    hidden: list[Tensor]  # of each layer, lowest first: [B, H]
+    encoded: EncodedSource
 
     def select(self, rows: Tensor) -> State:
         """The state of `rows` (indices [B'] or mask [B]): to drop finished sentences, or to reorder beams."""
-        return State([hidden[rows] for hidden in self.hidden], self.memory.select(rows))
+        return State([hidden[rows] for hidden in self.hidden], self.encoded.select(rows))
 
 
 class GRU(nn.GRU):
@@ -85,6 +81,8 @@ class GRU(nn.GRU):
 
     (cuDNN's recurrent layers know no other type under autocast; seen with torch 2.11.)
     """
+
+    weight_ih_l0: Tensor
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         device = self.weight_ih_l0.device.type
@@ -102,8 +100,8 @@ class Encoder(nn.Module):
         directions = 2 if options.bidirectional else 1
         self.width = directions * options.hidden_width
         self.embedding = nn.Embedding(vocabulary_size, options.embedding_width)
-        # One module per layer, because dropout between the layers of one nn.GRU has a random state of its own on GPUs,
-        # which no seed sets back: a resumed run would differ.
+        # One module per layer: on GPUs, dropout between the layers of one nn.GRU has a random state of its own that no
+        # seed resets, so a resumed run would differ.
         widths = [options.embedding_width] + (options.layers - 1) * [self.width]
         self.layers = nn.ModuleList(
             GRU(width, options.hidden_width, batch_first=True, bidirectional=options.bidirectional) for width in widths
@@ -205,7 +203,7 @@ class AttentionGRU(nn.Module):
         if own is None:
             features, _ = self._read(inputs, state)
         else:
-            columns = []
+            columns: list[Tensor] = []
             for step in range(inputs.shape[1]):
                 words = inputs[:, step]
                 if step and own[:, step].any():
@@ -217,34 +215,34 @@ class AttentionGRU(nn.Module):
         features = features.flatten(0, 1)[scored] if scored is not None else features
         return self._logits(self.dropout(features))
 
-    def encode(self, source: Tensor, lengths: Tensor) -> Memory:
+    def encode(self, source: Tensor, lengths: Tensor) -> EncodedSource:
         """source [B, S], padded on the right, of `lengths` [B] tokens (on the CPU)."""
         values, summary = self.encoder(source, lengths)
         padding = None
         if int(lengths.min()) < source.shape[1]:
             padding = torch.arange(source.shape[1], device=source.device) >= lengths.to(source.device)[:, None]
         keys = self.key(values) if self.options.attention == "additive" else None
-        return Memory(values, keys, padding, summary)
+        return EncodedSource(values, keys, padding, summary)
 
-    def _first(self, memory: Memory) -> State:
-        first = torch.tanh(self.first_state(memory.summary))
-        return State(list(first.chunk(self.options.layers, dim=1)), memory)
+    def _first(self, encoded: EncodedSource) -> State:
+        first = torch.tanh(self.first_state(encoded.summary))
+        return State(list(first.chunk(self.options.layers, dim=1)), encoded)
 
     def _read(self, inputs: Tensor, state: State) -> tuple[Tensor, list[Tensor]]:
         """Reads words [B, T] and moves `state` behind them, in place.
 
         Returns the features [B, T, words] that the output layer takes, and the attention [B, S] of each step, if any.
         """
-        memory, hidden = state.memory, state.hidden[0]
+        encoded, hidden = state.encoded, state.hidden[0]
         words = self.dropout(self.embedding(inputs))
         word_gates = self.lowest.from_word(words)
         states, contexts, looks = [], [], []
-        context = memory.summary
-        context_gates = None if memory.keys is not None else self.lowest.from_context(context)
+        context = encoded.summary
+        context_gates = None if encoded.keys is not None else self.lowest.from_context(context)
         for step in range(inputs.shape[1]):
-            if memory.keys is not None:
-                weights = additive_attention(self.query(hidden), memory.keys, self.score, memory.padding)
-                context = torch.bmm(weights[:, None], memory.values)[:, 0]
+            if encoded.keys is not None:
+                weights = additive_attention(self.query(hidden), encoded.keys, self.score, encoded.padding)
+                context = torch.bmm(weights[:, None], encoded.values)[:, 0]
                 context_gates = self.lowest.from_context(context)
                 looks.append(weights)
             hidden = self.lowest(word_gates[:, step], context_gates, hidden)
@@ -274,8 +272,8 @@ class AttentionGRU(nn.Module):
 
     def attention_map(self, source: Tensor, inputs: Tensor) -> Tensor:
         """For one sentence, source [S] and inputs [T]: what each word's step looked at, [T, S]; rows sum to 1."""
-        memory = self.encode(source[None], torch.tensor([len(source)]))
-        _, looks = self._read(inputs[None], self._first(memory))
+        encoded = self.encode(source[None], torch.tensor([len(source)]))
+        _, looks = self._read(inputs[None], self._first(encoded))
         return torch.cat(looks)
 
     def flops_per_token(self, source_length: float, target_length: float) -> float:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import bitsandbytes
     from transformers import PretrainedConfig, PreTrainedModel
 
-# On a CPU it looks for a package with faster kernels, on the hub at that, and would say that there is none.
+# On a CPU it looks on the hub for a package with faster kernels, and would report that there is none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 CONFIG = "config.json"
@@ -37,8 +37,8 @@ _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
-# So much of each file of weights is read to tell models apart: two that differ anywhere near a probe, or in a tensor's
-# name, shape or type, or in size, are not the same.
+# How much of each file of weights is read to tell models apart. Two of them differ if anything near a probe does, or a
+# tensor's name, shape or type, or a file's size.
 _PROBES, _PROBE_BYTES = 64, 1 << 16
 
 
@@ -61,7 +61,9 @@ def find_base_model(name: str, revision: str | None) -> Path:
                 f"base_model {name}: there is no such folder, and it is no name on the hub (like "
                 "Qwen/Qwen2.5-3B-Instruct); name a folder with config.json, weights (.safetensors) and tokenizer"
             )
-        folder = fetch_snapshot(name, revision=revision, patterns=_WANTED, is_complete=_is_complete)
+        folder = fetch_snapshot(
+            name, revision=revision, patterns=_WANTED, is_complete=lambda found: _missing(found) is None
+        )
     missing = _missing(folder)
     if missing == _WHOLE and any(folder.glob("*.bin")):
         raise UserError(
@@ -87,10 +89,6 @@ def _missing(folder: Path) -> str | None:
     return next((path.name for path in (folder / CONFIG, *_weight_files(folder)) if not path.is_file()), None)
 
 
-def _is_complete(folder: Path) -> bool:
-    return _missing(folder) is None
-
-
 def fingerprint_of(folder: Path) -> str:
     """Identifies a base model by its shape and weights, wherever it lies: adapters fit this one and no other."""
     digest = hashlib.sha256()
@@ -106,7 +104,7 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedConfig:
-    """The model's config, once it is known that it can be trained here. Raises UserError where it cannot."""
+    """The model's config. Raises UserError where such a model cannot be trained here."""
     import transformers
 
     try:
@@ -183,8 +181,8 @@ def load_base_model(
 def repeat_heads_in_attention() -> None:
     """Gives torch's attention as many heads of keys and values as of queries, in this process, from now on.
 
-    Where there is no FlashAttention, the kernel that saves memory does not share heads of keys among those of queries:
-    torch would silently compute every score of every pair of tokens instead.
+    Without FlashAttention, the kernel that saves memory cannot share heads of keys among several heads of queries, and
+    torch would silently fall back on one that holds the score of every pair of tokens.
     """
     from transformers.integrations import sdpa_attention
 
@@ -212,8 +210,8 @@ def freeze(model: PreTrainedModel, compute_type: torch.dtype) -> None:
 def read_weights_again(model: nn.Module) -> None:
     """Lets layers in 4 bits read their weight anew in the backward pass, under ZeRO 3.
 
-    bitsandbytes keeps hold of what it read in the forward pass, by a way that checkpointing of layers does not see: by
-    its end every weight that was brought together would still be there, and nothing spread.
+    bitsandbytes keeps hold of what it read in the forward pass, in a way that checkpointing of layers does not see. At
+    the end of that pass every weight would still be there as a whole.
     """
     import bitsandbytes
 
@@ -243,7 +241,7 @@ class _Product(torch.autograd.Function):
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own progress bars and notes, which would appear once a process."""
+    """Without the library's own progress bars and notes, which every process would print."""
     log = transformers.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -259,7 +257,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 def flops_per_token(about: PretrainedConfig, mean_length: float, supervised_share: float) -> float:
     """Floating-point operations of forward and backward per token of input, computing nothing twice.
 
-    Through frozen weights goes the gradient of what they read, but none of their own: two products instead of three.
+    Frozen weights pass a gradient on but get none of their own: two products instead of three.
     """
     model = on_meta(about)
     text = about.get_text_config()

@@ -1,7 +1,7 @@
 """Cross-entropy with label smoothing that passes over the logits less often than torch's.
 
-Next to the output layer's products, the logits are the largest thing that a small model with a vocabulary of thousands
-reads and writes. Here the logarithms of the probabilities are made once, and become the gradient where they lie.
+Beside the output layer's products, a small model with a vocabulary of thousands spends most on reading and writing
+logits. Here the log-probabilities are computed once, and turned into the gradient in place.
 """
 
 from __future__ import annotations

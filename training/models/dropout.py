@@ -1,4 +1,4 @@
-"""Dropout whose mask costs a CPU a quarter of what torch's does: 16 random bits a value, not a draw of its own."""
+"""Dropout whose mask costs a CPU a quarter of what torch's does: it takes 16 random bits a value, not a whole draw."""
 
 from __future__ import annotations
 

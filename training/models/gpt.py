@@ -8,6 +8,7 @@ no mask; decoding writes new tokens over the padding (see `Cache`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +47,13 @@ class GPTOptions(Options):
 class Cache:
     """Keys and values of the positions seen so far, for decoding token by token.
 
-    keys, values: one tensor [B, heads, capacity, width / heads] per layer. lengths [B]: real positions per row. Rows
-    may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt left
-    there, so slot and position are the same number and the slots in front are all real.
+    Rows may differ in length: the next token of a row goes to slot `lengths[row]`, over whatever padding its prompt
+    left there, so slot and position are the same number and the slots in front are all real.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: Tensor
+    keys: list[Tensor]  # of each layer: [B, heads, capacity, width / heads]
+    values: list[Tensor]  # the same
+    lengths: Tensor  # real positions of each row, [B]
 
     def select(self, rows: Tensor) -> Cache:
         """The cache of `rows` (indices [B'] or mask [B]): to drop finished sentences, or to reorder beams."""
@@ -126,6 +126,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """See the module's docstring. `forward` is for training; `prefill` and `extend` decode with a cache."""
 
+    rotations: Tensor  # with rotary positions only: see `rotary_table`
+
     def __init__(self, options: GPTOptions, vocabulary_size: int):
         super().__init__()
         self.options = options
@@ -134,13 +136,13 @@ class GPT(nn.Module):
         learned = options.positions == "learned"
         self.position_embedding = nn.Embedding(options.context, options.width) if learned else None
         self.dropout = Dropout(options.dropout)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.blocks: Iterable[Block] = blocks  # type: ignore[assignment]  # a ModuleList does not say of what
         self.final_norm = (nn.LayerNorm if options.norm == "layer" else nn.RMSNorm)(options.width)
         if not learned:
             table = rotary_table(options.context, options.width // options.heads)
-            self.register_buffer(
-                "rotations", table.tile(2 * options.heads), persistent=False
-            )  # every query and key head
+            per_head = table.tile(2 * options.heads)  # for every head of query and key
+            self.register_buffer("rotations", per_head, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -1,8 +1,8 @@
-"""How much memory a process of a LoRA training needs, known before anything is loaded.
+"""How much memory a process of a LoRA training needs, known before anything is loaded, and what helps if it has less.
 
 The base model's config gives every tensor's shape. What a step computes on the way is found by running the real step
-without memory (fake tensors) and adding up what lives at the same time, so it follows the code and not a formula. Not
-in it: what kernels need for themselves while they run, but for `_COPYING`.
+without memory (fake tensors) and adding up what lives at the same time, so it follows the code and not a formula. What
+kernels need for themselves while they run is left out, but for `_COPYING`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from training.base.console import UserError, say, warn
+from training.base.options import Options
+from training.engine.batch_plan import BatchOptions, BatchPlan, sorted_by_length
+from training.engine.cluster import Cluster
+from training.engine.optim import OptimOptions
 from training.engine.zero import ZeroOptions, deepspeed_config
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters
 from training.models.base_model import QuantisationOptions, freeze, linear_layers, on_meta
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What a card holds besides tensors: CUDA's context and kernels, NCCL's buffers, gaps between blocks. Assumed.
+# What is assumed to lie on a card besides tensors: CUDA's context and kernels, NCCL's buffers, gaps between blocks.
 OVERHEAD = 900_000_000
 
 # Of bitsandbytes: weights that share a scale, and scales that share one in turn where they are quantised too.
@@ -39,30 +47,57 @@ _SMALLEST_IN_8_BITS = 4096
 _COPYING = {torch.ops.aten.logsumexp.default}
 
 
+class MemoryOptions(Options):
+    """What is computed twice or in pieces, so that it fits."""
+
+    checkpoint_layers: bool = Field(
+        True, description="compute every layer a second time in the backward pass instead of keeping what it computed"
+    )
+    logits_tokens: int = Field(256, ge=1, description="supervised tokens whose logits exist at a time")
+    card_gb: float | None = Field(
+        None, gt=0, description="GB (10^9 bytes) of the card to plan for; null: this machine's, if it has one"
+    )
+
+
+class LoraRun(Protocol):
+    """The options on which the memory of a run depends: `QLoRAConfig` has them."""
+
+    @property
+    def quantisation(self) -> QuantisationOptions: ...
+    @property
+    def lora(self) -> LoraOptions: ...
+    @property
+    def memory(self) -> MemoryOptions: ...
+    @property
+    def batch(self) -> BatchOptions: ...
+    @property
+    def optim(self) -> OptimOptions: ...
+    @property
+    def parallel(self) -> Literal["ddp", "deepspeed"]: ...
+    @property
+    def zero(self) -> ZeroOptions: ...
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch: its sequences, the longest one's inputs, and its supervised tokens."""
+    """A micro-batch."""
 
     sequences: int
-    tokens: int
-    supervised: int
+    tokens: int  # inputs of the longest sequence
+    supervised: int  # tokens
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process. trained: numbers in the adapters, of all processes.
-
-    activations: with what ZeRO 3 brings together of the weights at that moment. loading: at the start, when every
-    process has the base model whole, before it is spread.
-    """
+    """Bytes of one process."""
 
     weights: int
     adapters: int
     gradients: int
     optimizer: int
-    activations: int
-    trained: int
-    loading: int = 0
+    activations: int  # with the weights that ZeRO 3 has brought together at that moment
+    trained: int  # no bytes: numbers in the adapters, of all processes
+    loading: int = 0  # at the start, while every process has the base model whole, before it is spread
 
     @property
     def held(self) -> int:
@@ -71,7 +106,7 @@ class MemoryEstimate:
 
     @property
     def tensors(self) -> int:
-        """All of it at the moment when it is most: what torch calls the peak of allocated memory."""
+        """What torch calls the peak of allocated memory."""
         return max(self.held + self.activations, self.loading)
 
     def __str__(self) -> str:
@@ -84,17 +119,98 @@ class MemoryEstimate:
             loading = f"; most while the base model is loaded, before it is spread: then {self.loading / 1e9:.2f}"
         return f"{self.tensors / 1e9:.2f} GB of tensors a process ({', '.join(parts)}{loading})"
 
-    def room_for_activations(self, card: float) -> float:
-        """Bytes that a card of `card` bytes has left for activations; negative where the rest does not fit either."""
-        return card - OVERHEAD - self.held
+    def room_for_activations(self, gpu_bytes: float) -> float:
+        """Bytes that a GPU of so many bytes has left for activations; negative where the rest does not fit either."""
+        return gpu_bytes - OVERHEAD - self.held
 
-    def fits(self, card: float) -> bool:
-        """Whether a card of `card` bytes has room for all of it."""
-        return self.tensors <= card - OVERHEAD
+    def fits(self, gpu_bytes: float) -> bool:
+        """Whether a GPU of so many bytes has room for all of it."""
+        return self.tensors <= gpu_bytes - OVERHEAD
 
-    def shortage(self, card: float) -> str:
+    def shortage(self, gpu_bytes: float) -> str:
         """Why it does not fit, in words."""
-        return f"a card of {card / 1e9:.1f} GB is too small: {self}, and about {OVERHEAD / 1e9:.1f} GB for CUDA itself"
+        overhead = f"about {OVERHEAD / 1e9:.1f} GB for CUDA itself"
+        return f"a card of {gpu_bytes / 1e9:.1f} GB is too small: {self}, and {overhead}"
+
+
+def checked_memory(
+    options: LoraRun,
+    about: PretrainedConfig,
+    plan: BatchPlan,
+    compute_type: torch.dtype,
+    cluster: Cluster,
+    *,
+    dry_run: bool,
+) -> MemoryEstimate:
+    """What a process will need, which is also printed; where the card is too small, a warning says what to change.
+
+    about: of the base model. In a dry run a card that is too small is a UserError: nothing has been loaded yet, and
+    nothing need be.
+    """
+    gpu_bytes = options.memory.card_gb * 1e9 if options.memory.card_gb else None
+    # With a card to plan for, the estimate is about that one, even on a machine without any.
+    device_type = "cuda" if gpu_bytes else cluster.device.type
+    memory = memory_of(options, about, plan, compute_type, device_type, cluster.world_size)
+    say(f"memory: {memory}")
+    if gpu_bytes is None and cluster.device.type == "cuda":
+        gpu_bytes = torch.cuda.get_device_properties(cluster.device).total_memory
+    if gpu_bytes is not None and not memory.fits(gpu_bytes):
+        helps = "; ".join(advice(options, memory, gpu_bytes, cluster.world_size))
+        problem = f"{memory.shortage(gpu_bytes)}. What helps: {helps}"
+        if dry_run:
+            raise UserError(problem)
+        warn(problem)
+    return memory
+
+
+def memory_of(
+    options: LoraRun,
+    about: PretrainedConfig,
+    plan: BatchPlan,
+    compute_type: torch.dtype,
+    device_type: str,
+    ranks: int,
+) -> MemoryEstimate:
+    """What a process will need, from the base model's config and the largest micro-batch of the plan."""
+    batches = np.split(sorted_by_length(plan.lengths), plan.cuts[1:-1])
+    largest = max(batches, key=lambda batch: len(batch) * int(plan.lengths[batch[-1]]))
+    return estimate(
+        about,
+        options.quantisation,
+        options.lora,
+        Shape(len(largest), int(plan.lengths[largest[-1]]), int(plan.weights[largest].sum())),
+        compute_type=compute_type,
+        optimizer=options.optim.kind,
+        checkpoint_layers=options.memory.checkpoint_layers,
+        logits_tokens=options.memory.logits_tokens,
+        device_type=device_type,
+        ranks=ranks,
+        zero=options.zero if options.parallel == "deepspeed" else None,
+    )
+
+
+def advice(options: LoraRun, memory: MemoryEstimate, gpu_bytes: float, ranks: int) -> list[str]:
+    """What to change so that a process fits into so many bytes, the cheapest first."""
+    room = memory.room_for_activations(gpu_bytes)
+    found = []
+    if options.parallel == "deepspeed":
+        if options.zero.offload == "none" and memory.optimizer > 0.05 * gpu_bytes:
+            found.append("--zero.offload optimizer, which takes the optimizer away")
+    elif options.optim.kind == "adamw" and memory.optimizer > 0.05 * gpu_bytes:
+        found.append("--optim.kind paged_adamw8bit, which takes three quarters of the optimizer away")
+    if not options.memory.checkpoint_layers:
+        found.append("--memory.checkpoint_layers true, which takes most of the activations away")
+    elif room > 0.1 * memory.activations:
+        tokens = options.batch.tokens_per_micro_batch
+        most = f" to about {int(tokens * room / memory.activations):,}" if tokens else ""
+        found.append(f"lower batch.tokens_per_micro_batch{most}, and raise batch.micro_batches_per_step in return")
+    if options.quantisation.kind == "none":
+        found.append("--quantisation.kind nf4, which takes about three quarters of the weights away")
+    spread = options.parallel == "deepspeed" and options.zero.stage == 3
+    if ranks > 1 and not spread and memory.weights > 0.4 * gpu_bytes:
+        found.append(f"--parallel deepspeed --zero.stage 3, which spreads the weights over the {ranks} processes")
+    found.append("fewer or smaller adapters (lora.targets, lora.rank)" if room > 0 else "a smaller base model")
+    return found
 
 
 def estimate(
@@ -117,23 +233,14 @@ def estimate(
     """
     base = on_meta(config, compute_type)
     in_4_bits = {layer.weight for layer in linear_layers(base)} if quantisation.kind == "nf4" else set()
-    frozen = {*base.parameters()}
     scales = sum(_bytes_of_scales(each, quantisation.double) for each in in_4_bits)
-    scales += sum(each.nbytes for each in {*base.buffers()} - frozen)
-    stored = [_Stored(each.numel() // 2, 1) if each in in_4_bits else _Stored.of(each) for each in frozen]
+    scales += sum(each.nbytes for each in base.buffers())
+    stored = [_Stored(each.numel() // 2, 1) if each in in_4_bits else _Stored.of(each) for each in base.parameters()]
     whole = scales + sum(each.bytes for each in stored)
     largest = max((each.nbytes for each in in_4_bits), default=0)  # comes in 16 bits, one after the other
     # DoRA unpacks each weight for its norm, in fp32, which layers without weights cannot show.
     unpacked = 4 * max(map(Tensor.numel, in_4_bits), default=0) if lora.dora else 0
-    if in_4_bits and not lora.dora:
-        _hold_in_4_bits(base, compute_type)
-    freeze(base, compute_type)
-    adapted = add_adapters(base, lora)
-    if in_4_bits and device_type == "cuda" and compute_type != torch.float32:
-        # Under a GPU's autocast, of which it asks even on a CPU, peft hands these layers' input on as it is.
-        for module in adapted.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
+    adapted = _adapted(base, lora, compute_type, device_type, in_4_bits=bool(in_4_bits))
     model = AdaptedModel(adapted, logits_tokens=logits_tokens, checkpoint_layers=checkpoint_layers)
     sizes = [each.numel() for each in model.parameters() if each.requires_grad]
     trained = sum(sizes)
@@ -146,18 +253,17 @@ def estimate(
             activations=unpacked + _activations(model, shape, compute_type),
             trained=trained,
         )
-    told = deepspeed_config(zero, None, trained, device_type, frozen=True)["zero_optimization"]
-    part, bucket = 4 * -(-trained // ranks), 4 * told["reduce_bucket_size"]
+    settings = deepspeed_config(zero, None, trained, device_type, frozen=True)["zero_optimization"]
+    part, bucket = 4 * -(-trained // ranks), 4 * settings["reduce_bucket_size"]
     spread = None
     weights, adapters = whole, 4 * trained
     gradients = bucket + (part if zero.stage == 2 else adapters)
     if zero.stage == 3:
-        small, on_host = told["stage3_param_persistence_threshold"], zero.offload == "all"
+        small, on_host = settings["stage3_param_persistence_threshold"], zero.offload == "all"
         weights = scales + sum(each.spread(ranks, small, on_host) for each in stored)
         adapters = sum(_Stored(size, 4).spread(ranks, small, on_host) for size in sizes)
         gradients = bucket + 2 * part  # what is added up, and what the optimizer gets
-        size = 1 if in_4_bits else compute_type.itemsize
-        spread = _Spread(small, size * told["stage3_max_live_parameters"])
+        spread = _Spread(small, (1 if in_4_bits else compute_type.itemsize) * settings["stage3_max_live_parameters"])
     return MemoryEstimate(
         weights=weights,
         adapters=adapters,
@@ -167,6 +273,22 @@ def estimate(
         trained=trained,
         loading=max(whole + 4 * trained, whole + largest) if zero.stage == 3 else 0,
     )
+
+
+def _adapted(
+    base: PreTrainedModel, lora: LoraOptions, compute_type: torch.dtype, device_type: str, *, in_4_bits: bool
+) -> PeftModel:
+    """The frozen base model with adapters, as the training has it."""
+    if in_4_bits and not lora.dora:
+        _hold_in_4_bits(base, compute_type)
+    freeze(base, compute_type)
+    adapted = add_adapters(base, lora)
+    if in_4_bits and device_type == "cuda" and compute_type != torch.float32:
+        # Under a GPU's autocast peft hands the input of these layers on as it is; on a CPU it would cast it.
+        for module in adapted.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    return adapted
 
 
 @dataclass(frozen=True)
@@ -193,7 +315,7 @@ class _Stored:
 
 
 def _state_bytes(numbers: int, in_8_bits: bool) -> int:
-    """Of AdamW, for a parameter of so many numbers: two moments, in fp32 or in 8 bits with a scale per 256."""
+    """AdamW's two moments of a parameter of so many numbers, in fp32 or in 8 bits with a scale per 256."""
     if not in_8_bits or numbers < _SMALLEST_IN_8_BITS:
         return 8 * numbers
     return 2 * (numbers + 4 * -(-numbers // 256))
@@ -208,10 +330,10 @@ def _bytes_of_scales(weight: Tensor, double: bool) -> int:
 
 
 def _hold_in_4_bits(base: PreTrainedModel, compute_type: torch.dtype) -> None:
-    """Replaces the linear layers by such as peft and the step find them in a quantised model."""
+    """Replaces the linear layers by ones that look to peft, and to a step, like those of a quantised model."""
     import bitsandbytes  # slow to import
 
-    class In4Bits(bitsandbytes.nn.Linear4bit):
+    class In4Bits(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]  # of a library that is not checked
         def forward(self, x: Tensor) -> Tensor:
             bias = None if self.bias is None else self.bias.to(compute_type)
             return _UnpackedProduct.apply(x.to(compute_type), self.out_features, bias).to(x.dtype)
@@ -228,7 +350,7 @@ def _hold_in_4_bits(base: PreTrainedModel, compute_type: torch.dtype) -> None:
                 device="meta",
             )
             base.set_submodule(name, own)
-    base.is_loaded_in_4bit = True  # what peft goes by
+    base.is_loaded_in_4bit = True  # peft asks for it
 
 
 class _UnpackedProduct(torch.autograd.Function):
@@ -249,12 +371,10 @@ def _unpacked(shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 class _Spread:
-    """Weights that come together where a module begins and part where it ends, as under ZeRO 3.
-
-    small: numbers of a weight that is not spread. ahead: bytes that are fetched before they are needed.
-    """
+    """Weights that come together where a module begins and part where it ends, as under ZeRO 3."""
 
     def __init__(self, small: int, ahead: int):
+        """small: numbers of the largest weight that is not spread. ahead: bytes that are fetched before their use."""
         self._small, self._ahead = small, ahead
         self._now: Tensor | None = None
         self._layer: list[Tensor] = []  # of a layer that is computed again: there until its backward pass begins

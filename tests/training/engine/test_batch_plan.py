@@ -115,7 +115,7 @@ def test_steps_asked_in_any_order_or_of_a_fresh_plan_are_the_same():
 def test_shares_of_all_ranks_add_up_to_the_same_micro_batches(world_size):
     plan = plan_of()
     for step in (0, 3, plan.micro_batches_per_epoch // 4, plan.steps - 1):
-        shares = [content(plan.share(step, rank, world_size)) for rank in range(world_size)]
+        shares = [content(plan.micro_batches_of(step, rank, world_size)) for rank in range(world_size)]
         assert {len(share) for share in shares} == {4 // world_size}
         assert sorted(chain(*shares)) == content(plan.step(step))
         assert [number for number, _ in content(plan.step(step))] == [0, 1, 2, 3]

@@ -29,13 +29,13 @@ from training.engine import loop, run_folder, stopping
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
-from training.engine.metrics import Record, read_metrics
+from training.engine.metrics import MetricsFile, read_metrics
 from training.engine.optim import OptimOptions, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import Precision
 from training.engine.run_folder import RunFolder
 from training.engine.stopping import SessionOptions, StopFlag, Stopped
-from training.engine.task import RunOptions, Share, Task, Validation
+from training.engine.task import OwnPart, RunOptions, Task, Validation
 from training.models.dropout import Dropout
 
 CPU = torch.device("cpu")
@@ -264,9 +264,10 @@ def train_here(folder: Path, name: str = "run", *, stop_at: int | None = None, *
             return summed_loss(model, samples)
 
         @torch.no_grad()
-        def validate(self, model: nn.Module, share: Share) -> Validation:
+        def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
             right = sum(
-                float((model(INPUTS[samples]).argmax(-1) == LABELS[samples]).sum()) for samples in share([slice(0, 60)])
+                float((model(INPUTS[samples]).argmax(-1) == LABELS[samples]).sum())
+                for samples in own_part([slice(0, 60)])
             )
             return Validation(1.0, right / SAMPLES)
 
@@ -317,12 +318,12 @@ def test_run_folder_is_held_by_one_run_at_a_time(tmp_path, monkeypatch):
 
 
 def test_record_is_cut_back_to_the_step_that_a_run_falls_back_to(tmp_path):
-    record = Record(tmp_path, resumed_step=0, validated_step=0)
+    record = MetricsFile(tmp_path, resumed_step=0, validated_step=0)
     for step in (10, 20, 30):
         record.write("train", step, loss=1.0)
         record.write("validation", step, loss=1.0)
     record.close()
-    record = Record(tmp_path, resumed_step=20, validated_step=10)
+    record = MetricsFile(tmp_path, resumed_step=20, validated_step=10)
     record.write("validation", 20, loss=2.0)
     record.close()
     found = [(line["kind"], line["step"], line["loss"]) for line in read_metrics(tmp_path)]

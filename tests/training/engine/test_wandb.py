@@ -27,8 +27,8 @@ from tests.support.wandb_training import CONFIG, EXAMPLES, SCORES, SUMMARY, row_
 from tests.support.zygote import Forked, fork
 from training.base.console import UserError
 from training.base.processes import children
-from training.engine.wandb import visit as wandb_session
-from training.engine.wandb.log_file import SessionLog, item_key, read_records, session_logs
+from training.engine.wandb import visit as wandb_visit
+from training.engine.wandb.log_file import VisitLog, item_key, read_records, visit_logs
 from training.engine.wandb.tracker import WandbOptions, WandbTracker, publish_evaluation
 
 REFUSING = "http://127.0.0.1:9"  # nothing listens there
@@ -123,8 +123,8 @@ class Runner:
     def run_id(self) -> str:
         return json.loads((self.run_dir / "wandb.json").read_text(encoding="utf-8"))["id"]
 
-    def logs(self) -> list[SessionLog]:
-        return session_logs(self.run_dir, self.run_id) if (self.run_dir / "wandb.json").exists() else []
+    def logs(self) -> list[VisitLog]:
+        return visit_logs(self.run_dir, self.run_id) if (self.run_dir / "wandb.json").exists() else []
 
     def offline_rows(self) -> list[dict[str, Any]]:
         """The history rows of all offline sessions in order, without wandb's own keys."""
@@ -254,11 +254,11 @@ def test_what_a_dying_wandb_still_writes_is_not_counted_twice(runner: Runner) ->
 def test_step_that_wandb_has_is_not_logged_again_and_none_is_put_before_the_last(tmp_path):
     """wandb drops what goes back; after a kill and in a file that is not uploaded, steps stand that come again."""
     logged = []
-    session = wandb_session.Session(WandbOptions(), tmp_path, "abc", None)
-    session._run = SimpleNamespace(log=lambda row, step, commit: logged.append((row["step"], step)))
-    session._arrived, session._held, session._next = 3, frozenset({5}), 7  # 7: the server has renumbered some
+    visit = wandb_visit.Visit(WandbOptions(), tmp_path, "abc", None)
+    visit._run = SimpleNamespace(log=lambda row, step, commit: logged.append((row["step"], step)))
+    visit._arrived, visit._held, visit._next = 3, frozenset({5}), 7  # 7: the server has renumbered some
     for step in (2, 3, 4, 5, 6, 9):
-        session.log({"step": step})
+        visit.log({"step": step})
     assert logged == [(4, 7), (6, 8), (9, 9)]
 
 
@@ -417,7 +417,7 @@ def test_evaluation_is_in_the_same_run(runner: Runner, server: WandbServer, mode
 def test_missing_wandb_is_said_before_the_training_and_only_a_warning_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wandb_session, "find_spec", lambda name: None)
+    monkeypatch.setattr(wandb_visit, "find_spec", lambda name: None)
     options = WandbOptions(mode="offline")
     with pytest.raises(UserError, match="pip install wandb"):
         WandbTracker(options, tmp_path, run_id=None, config={}, lines=[])

@@ -200,7 +200,7 @@ def test_validation_is_the_mean_over_real_target_tokens_without_dropout_whatever
     model.train()
     for most in (15, 40, 2048):
         monkeypatch.setattr(translation, "VALIDATION_TOKENS", most)
-        found = held_out_scores(model, pairs, SimpleNamespace(device="cpu", share=list, sum=lambda values: values))
+        found = held_out_scores(model, pairs, SimpleNamespace(device="cpu", own_part=list, sum=lambda values: values))
         assert (found.loss, found.accuracy) == (pytest.approx(loss / tokens, rel=1e-5), pytest.approx(right / tokens))
         assert model.training
 

@@ -1,8 +1,8 @@
-"""Reads back what wandb wrote into a run folder: the steps and the summary of its sessions, whatever ended them.
+"""Reads back what wandb wrote into a run folder: the steps and the summary of each visit, whatever ended it.
 
-wandb keeps a session in `wandb/[offline-]run-DATE-ID/run-ID.wandb`: records in LevelDB's log framing, each a protobuf
-message. Promises: only whole records with a right checksum count, so of a file torn by a kill its whole part is good;
-and what `seal` has seen to, no process of an earlier session changes any more.
+wandb keeps a visit in `wandb/[offline-]run-DATE-ID/run-ID.wandb`: records in LevelDB's log framing, each a protobuf
+message. Promises: only whole records with a right checksum count, so the whole part of a file that a kill has torn is
+good; and once `seal` has been called, no process of an earlier visit changes the file any more.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class SessionLog:
-    """What the file of one session holds. `summary` has JSON texts; `whole` counts the bytes up to the first damage."""
+class VisitLog:
+    """What the file of one visit holds."""
 
     path: Path
     steps: frozenset[int]
-    summary: dict[str, str]
+    summary: dict[str, str]  # JSON texts
     begun: bool
     ended: bool
-    whole: int
+    whole: int  # bytes up to the first damage
 
     @property
     def is_offline(self) -> bool:
@@ -48,11 +48,11 @@ class SessionLog:
         self.path.with_name(f"{self.path.name}.synced").touch()
 
     def seal(self) -> None:
-        """Cuts the file of a session that did not end by itself back to what was read; removes it if it never began.
+        """Cuts the file of a visit that did not end by itself back to what was read; removes it if it never began.
 
         wandb's own process outlives a killed training for a moment and may write once more. The file is replaced, not
-        changed, so what is still written goes into the old one, which has no name any more. (`wandb sync` ends with
-        an error at a torn record, and uploads nothing at all if one of its folders has no run in it.)
+        changed, so that it writes into the old one, which has no name any more. (`wandb sync` ends with an error at a
+        torn record, and uploads nothing at all if one of its folders has no run in it.)
         """
         if not self.begun:
             shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -60,14 +60,14 @@ class SessionLog:
             write_atomically(self.path, self.path.read_bytes()[: self.whole])
 
 
-def session_logs(run_dir: Path, run_id: str) -> list[SessionLog]:
-    """All sessions of the run in this folder, oldest first."""
+def visit_logs(run_dir: Path, run_id: str) -> list[VisitLog]:
+    """All visits to the run in this folder, oldest first."""
     paths = run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
     return [_read(path) for path in sorted(paths, key=lambda path: path.parent.name.removeprefix("offline-"))]
 
 
-def last_summary(logs: list[SessionLog]) -> dict[str, Any]:
-    """The run's summary as these sessions have left it, without wandb's own keys."""
+def last_summary(logs: list[VisitLog]) -> dict[str, Any]:
+    """The run's summary as these visits have left it, without wandb's own keys."""
     texts: dict[str, str] = {}
     for log in logs:
         texts |= log.summary
@@ -84,7 +84,7 @@ def item_key(item: Any) -> str:
     return item.key or ".".join(item.nested_key)
 
 
-def _read(path: Path) -> SessionLog:
+def _read(path: Path) -> VisitLog:
     steps: set[int] = set()
     summary: dict[str, str] = {}
     kinds: set[str] = set()
@@ -95,7 +95,7 @@ def _read(path: Path) -> SessionLog:
             steps.add(record.history.step.num)
         elif kind == "summary":
             summary |= {item_key(item): item.value_json for item in record.summary.update}
-    return SessionLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole)
+    return VisitLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole)
 
 
 def _records(content: bytes) -> tuple[list[Any], int]:

@@ -1,7 +1,7 @@
 """One visit to a wandb run: opened online or offline, some rows, ended. The tracker and the evaluation make them.
 
 Promises: a visit without a key, a network or a living server is offline within seconds and says why; steps that wandb
-has are not logged again. Everything here may wait, up to the limits below: a training calls it from another thread.
+has are not logged again. Everything here may wait, up to the limits below; a training calls it from a thread.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from training.base.files import write_atomically, writing_to
 from training.base.network import why_unreachable
 from training.base.options import Options
 from training.engine.run_folder import WANDB_FILE
-from training.engine.wandb.log_file import SessionLog, last_summary, session_logs
+from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
 
 CONNECT_LIMIT_S = 2.0
 INIT_LIMIT_S = 10.0
-FINISH_LIMIT_S = 8.0  # for what is still to be uploaded when a session ends
+FINISH_LIMIT_S = 8.0  # for what is still to be uploaded when a visit ends
+UPLOAD_LIMIT_S = 300.0  # for earlier offline visits, before an online one goes on
 
-UPLOAD_LIMIT_S = 300.0  # for earlier offline sessions, before a session goes on online
+RETRIES = 100_000  # of an upload, up to 60 s apart: if wandb gave up, after minutes, it would drop all later rows
+FLUSH_EVERY_S = 2.0  # with wandb's own 15 s a kill would cost as much, until the run is resumed
 
-RETRIES = 100_000  # of an upload, up to 60 s apart: when wandb gives up, after minutes, it drops all later rows
-FLUSH_EVERY_S = 2.0  # wandb's own 15 s would be what a kill costs until the run is resumed
-
-# How wandb shows the end of a session; a run that will go on is marked as preempted, which takes a status other than 0.
+# How wandb shows the end of a visit; a run that will go on is marked as preempted, which takes a status other than 0.
 _EXIT_CODES = {"finished": 0, "resumable": 75}
 
 
@@ -50,8 +49,8 @@ class WandbOptions(Options):
     name: str | None = Field(None, description="name of the run; null: that of the run folder")
 
 
-class Session:
-    """One visit to the wandb run. All of it may wait for a server, up to the limits above. config None: no training."""
+class Visit:
+    """One visit to the wandb run. config: the training's; None for an evaluation."""
 
     def __init__(self, options: WandbOptions, run_dir: Path, run_id: str, config: dict[str, Any] | None):
         self._options, self._run_dir, self._run_id, self._config = options, run_dir, run_id, config
@@ -61,7 +60,7 @@ class Session:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means that nobody is contacted
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # the home folder may be small, or read-only
             os.environ.setdefault(name, str(self._run_dir.resolve() / "wandb/cache"))
-        earlier = session_logs(self._run_dir, self._run_id)
+        earlier = visit_logs(self._run_dir, self._run_id)
         if self._config is not None:
             for log in earlier:
                 log.seal()
@@ -72,19 +71,19 @@ class Session:
         self._run.define_metric("*", step_metric="step")
         self._next = self._run.starting_step
         if self._online:
-            # wandb's step of the last row is ahead of the row's own where it has renumbered, see `log`; the summary is
-            # sent before its row, so after a kill it may be one row ahead.
+            # wandb's step of the last row is ahead of the row's own where it has renumbered, see `log`; the summary may
+            # be one row ahead after a kill, since it is sent before its row.
             self._arrived = min(self._next - 1, int(self._run.summary.get("step", self._next - 1)))
             self._held: frozenset[int] = frozenset()
             self._remember()
         else:
             self._arrived = _read(self._run_dir).get("arrived", -1)
             self._held = frozenset().union(*(log.steps for log in offline))
-            # `wandb sync` will replace the whole summary by that of the last session.
+            # `wandb sync` will replace the whole summary by that of the last visit.
             self._run.summary.update(last_summary(earlier))
         self._last = self._arrived
 
-    def _open(self, waiting: list[SessionLog]) -> None:
+    def _open(self, waiting: list[VisitLog]) -> None:
         """Starts wandb and says in one line where the run can be seen, or how it gets there later."""
         import wandb
 
@@ -104,7 +103,7 @@ class Session:
         if self._online:
             say(f"wandb: {self._run.url}")
             if self._config is not None:
-                for log in waiting:  # what did not get through comes from the record now, and must not come again
+                for log in waiting:  # rows that did not get through come from metrics.jsonl now, and not again
                     log.mark_uploaded()
             return
         self._run = self._init("offline")
@@ -159,7 +158,7 @@ class Session:
         self._run.save(str(copy), base_path=self._run.dir, policy="now")
 
     def finish(self, status: str) -> None:
-        """Ends the visit. A server that does not take the rest within FINISH_LIMIT_S gets it in the next one."""
+        """Ends the visit. What the server does not take within FINISH_LIMIT_S follows in the next one."""
         if status == "resumable":
             self._run.mark_preempting()
         try:
@@ -172,7 +171,7 @@ class Session:
             self._remember()
 
     def _remember(self) -> None:
-        """Keeps which step is known to have arrived, for a later session that cannot ask."""
+        """Writes down which step is known to have arrived, for a later visit that cannot ask."""
         write_atomically(
             self._run_dir / WANDB_FILE, json.dumps({"id": self._run_id, "arrived": self._arrived}, indent=2) + "\n"
         )
@@ -182,7 +181,7 @@ def holds(run_dir: Path, step: int) -> bool:
     """Whether this step is known to have arrived at the server, or is kept here for `wandb sync`."""
     known = _read(run_dir)
     return known.get("arrived", -1) >= step or any(
-        log.is_offline and step in log.steps for log in session_logs(run_dir, known.get("id", ""))
+        log.is_offline and step in log.steps for log in visit_logs(run_dir, known.get("id", ""))
     )
 
 
@@ -217,10 +216,10 @@ def why_offline() -> str | None:
     return f"{url} does not answer ({obstacle})" if obstacle is not None else None
 
 
-def _upload(waiting: list[SessionLog]) -> None:
-    """Sends what offline sessions have kept, before anything newer: wandb renumbers steps that come too late.
+def _upload(waiting: list[VisitLog]) -> None:
+    """Sends what offline visits have kept, before anything newer: wandb renumbers steps that come too late.
 
-    Stopped after UPLOAD_LIMIT_S; the rows that did not get through are then logged from the record.
+    Stopped after UPLOAD_LIMIT_S; the rows that did not get through are then logged from metrics.jsonl.
     """
     if not waiting:
         return
@@ -232,7 +231,7 @@ def _upload(waiting: list[SessionLog]) -> None:
 
 
 def abandon() -> None:
-    """At its exit, Python would wait for wandb without any limit: not any more. wandb's own process ends with ours."""
+    """Keeps Python from waiting for wandb without any limit at its exit. wandb's own process ends with this one."""
     try:
         from wandb.sdk import wandb_setup
 

@@ -47,8 +47,9 @@ class LawAnswers:
         scores = {**compare_sides(self.questions, *sides), "too_long": self.too_long, "overlap": None}
         if overlap is not None:
             others = np.flatnonzero(~overlap).tolist()
-            own = ([each[place] for place in others] for each in (self.questions, *sides))
-            without = compare_sides(*own) if 0 < len(others) < len(overlap) else None
+            questions = [self.questions[place] for place in others]
+            before, now = ([side[place] for place in others] for side in sides)
+            without = compare_sides(questions, before, now) if 0 < len(others) < len(overlap) else None
             scores["overlap"] = {"questions": int(overlap.sum()), "without": without}
         texts = [ModelAnswers("before", self.open_answers), ModelAnswers("after", after.open_answers)]
         return scores, render("DISC-Law-Eval, open questions", self.open_questions, texts, "greedy")

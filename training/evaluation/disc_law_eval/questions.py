@@ -62,9 +62,9 @@ def load_questions(folder: Path) -> list[Question]:
         for exam in kind.exams:
             path = folder / "objective" / f"mcq_{kind.objective}_{exam.lower()}.csv"
             for number, row in enumerate(read_table(path, ("input", "output", *LETTERS)), 1):
-                options = tuple(row[letter] for letter in LETTERS)
+                a, b, c, d = (row[letter] for letter in LETTERS)
                 gold = gold_of(row["output"], path, number)
-                questions.append(Question(kind.name, exam, number, row["input"], options, gold))
+                questions.append(Question(kind.name, exam, number, row["input"], (a, b, c, d), gold))
     return questions
 
 

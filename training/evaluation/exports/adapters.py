@@ -159,7 +159,7 @@ class Export:
         """Publishes the adapters as peft has them."""
         import peft
 
-        trained, model = replace(self.trained, model=None), self.trained.model.model
+        trained, model = self.trained.without_model(), self.trained.model.model
         expected = self._logits(model)
         numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         with unpublished(output) as folder:
@@ -280,7 +280,7 @@ class Export:
 
     def _let_go(self) -> None:
         """Frees the run's model, for which there is no room beside another one."""
-        self.trained = replace(self.trained, model=None)
+        self.trained = self.trained.without_model()
         gc.collect()
 
     def _logits(self, model: torch.nn.Module) -> Tensor:

@@ -177,7 +177,7 @@ def _arcee(gpt: GPT) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         "expand": "mlp.up_proj",
         "contract": "mlp.down_proj",
     }
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in _renamed(gpt, names).items():
         if "{}" in name:
             state |= {name.format(part): piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}

@@ -15,7 +15,7 @@ import gc
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def merged(model: PeftModel, config: PretrainedConfig, dtype: torch.dtype) -> Pr
     return plain
 
 
-def _merged_weight(layer: nn.Module, inner: nn.Module) -> Tensor:
+def _merged_weight(layer: Any, inner: Any) -> Tensor:
     """The weight of a layer with its adapter, if it has one, fp32."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit

@@ -134,7 +134,7 @@ class SourceState:
 
     def select(self, rows: Tensor) -> SourceState:
         """The state of `rows`, indices [B']."""
-        sources, memory = self.sources[rows], self.state.memory
+        sources, encoded = self.sources[rows], self.state.encoded
         # Rows of one source remember the same, and that is most of the state: hypotheses that change places leave it.
         if not torch.equal(sources, self.sources):
             memory = memory.select(rows)

@@ -61,7 +61,8 @@ def ranked_rows(translations: Sequence[str], references: Sequence[str]) -> dict[
     picked: dict[str, list[tuple[int, float]]] = {}
     left = set(range(len(chrf)))
     for kind, distance in distances.items():
-        order = sorted(left, key=lambda row, distance=distance: (distance[row], -len(references[row]), row))
+        keys = {row: (distance[row], -len(references[row]), row) for row in left}
+        order = sorted(left, key=keys.__getitem__)
         picked[kind] = [(row, chrf[row]) for row in order[:RANKED]]
         left -= set(order[:RANKED])
     return {kind: picked[kind] for kind in ("best", "typical", "worst")}

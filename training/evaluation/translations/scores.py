@@ -45,7 +45,8 @@ def sentence_counts(
 
 def score_of(metric: BLEU | CHRF, summed_counts: np.ndarray) -> float:
     """The score, 0 to 100, of sentences whose counts sum to this."""
-    return float(metric._compute_score_from_stats(summed_counts).score)
+    score = metric._compute_score_from_stats(summed_counts)  # type: ignore[arg-type]  # an array does as well as a list
+    return float(score.score)
 
 
 def resample(metric: BLEU | CHRF, *systems: np.ndarray) -> np.ndarray:

@@ -29,9 +29,9 @@ def training_part(trained: TrainedModel, data: Prepared) -> Part | None:
 def seen_rows(part: Part, train: Part, cluster: Cluster) -> list[bool]:
     """For each row of `part`, whether it was seen; the ranks share the work. Memory grows with `part` only."""
     own = [list(map(normalise, texts)) for texts in (part.source_texts, part.target_texts)]
-    wanted, found = [set(side) for side in own], [set(), set()]
+    wanted, found = [set(side) for side in own], [set[str](), set[str]()]
     with Progress("looking for what was seen", len(train), "pairs") as progress:
-        for row in cluster.share(range(len(train))):
+        for row in cluster.own_part(range(len(train))):
             for side, texts in enumerate((train.source_texts, train.target_texts)):
                 text = normalise(texts[row])
                 if text in wanted[side]:
