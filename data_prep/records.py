@@ -97,7 +97,11 @@ class Record:
         yield "the answer", self.answer
 
 
-class Corpus(ABC):
+RecordT = TypeVar("RecordT", bound=Record)
+FileT = TypeVar("FileT", bound=SourceFile)
+
+
+class Corpus(ABC, Generic[RecordT, FileT]):
     """The records of one command. Every worker has a copy."""
 
     record_name: ClassVar[str]  # for messages: "57 lines are no ..."
@@ -126,11 +130,11 @@ class Corpus(ABC):
         """Whether the answer is too short to learn from."""
         return len(record.answer) < self.options.min_answer_characters
 
-    def asked(self, record: Record) -> list[Message]:
+    def asked(self, record: RecordT) -> list[Message]:
         """The turns that the model reads before it answers."""
         return list(record.turns)
 
-    def shortened(self, record: Record, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
+    def shortened(self, record: RecordT, count: Callable[[list[Message]], int], room: int) -> list[Message] | None:
         """Those turns, cut so that `count` of them is at most `room`; None where that may not be done."""
         return None
 

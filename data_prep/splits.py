@@ -134,7 +134,7 @@ def leakage(split: Split, chinese: Side, english: Side) -> dict[str, dict[str, o
 def _overlap(
     part: str, rows: np.ndarray, against: str, seen_rows: np.ndarray, chinese: Side, english: Side
 ) -> dict[str, object]:
-    def numbers(chinese_texts: Sequence[str], english_texts: Sequence[str]) -> dict[str, object]:
+    def numbers(chinese_texts: Sequence[str], english_texts: Sequence[str]) -> dict[str, float]:
         was_seen = []
         for texts in (chinese_texts, english_texts):
             seen = {texts[row] for row in seen_rows}
@@ -241,7 +241,8 @@ def _draw(seed: int, group: int) -> int:
 
 def _take(groups: np.ndarray, sizes: np.ndarray, rows: int, *, leave: int) -> np.ndarray:
     """The first of `groups` that fit into `rows` rows, skipping others: at least one, at most all but `leave`."""
-    taken, room = [], rows
+    taken: list[int] = []
+    room = rows
     for group in groups.tolist():
         if room == 0 or len(taken) == len(groups) - leave:
             break

@@ -17,7 +17,7 @@ from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.options import CommandLine
-from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
+from training.engine.status import STOP_FILE, Session, pace_s, read_sessions, read_status
 
 # So much of the end of metrics.jsonl certainly holds its last line of training.
 _TAIL_BYTES = 1 << 16
@@ -118,7 +118,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
     )
 
 
-def _step_s(sessions: Sequence[dict[str, Any]], last: dict[str, Any]) -> float | None:
+def _step_s(sessions: Sequence[Session], last: dict[str, Any]) -> float | None:
     """Seconds a step takes: in the session under way, by its last line of metrics.jsonl; else in the last one."""
     if sessions and sessions[-1]["ended"] is None and last.get("step", 0) > sessions[-1]["from_step"]:
         began = datetime.strptime(sessions[-1]["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from training.base.console import UserError, say
+from training.base.files import lock
 from training.base.network import why_unreachable
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: the hub's own locks on single files must do
-    fcntl = None  # type: ignore[assignment]
 
 _CONNECT_LIMIT_S = 5.0  # the library itself would try for most of a minute
 
@@ -59,9 +56,8 @@ def fetch_snapshot(
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as lock:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as file:
+        lock(file, wait=True)
         if found := cached():  # by the process that had the lock before
             return found
         obstacle = why_unreachable(endpoint, _CONNECT_LIMIT_S)

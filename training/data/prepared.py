@@ -39,13 +39,10 @@ MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {fold
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`. Views on the file."""
+    """Rows of different length in one array: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values int32 [total], offsets int64 [rows + 1]; of an open data set both are read-only views on the file.
-    """
-
-    values: np.ndarray
-    offsets: np.ndarray
+    values: np.ndarray  # int32 [total]; of an open data set a read-only view on the file, as is `offsets`
+    offsets: np.ndarray  # int64 [rows + 1]
 
     @classmethod
     def of(cls, rows: Sequence[np.ndarray]) -> Ragged:

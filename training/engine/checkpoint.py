@@ -45,7 +45,7 @@ from training.base.files import (
     writing_to,
 )
 from training.base.options import CommandLine
-from training.engine.status import saved_steps
+from training.engine.status import Best, saved_steps
 
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"

@@ -12,6 +12,7 @@ two chat models by their answers to the same questions after training, task by t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from training.base.console import UserError, run_main
@@ -38,12 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{names[kinds.index(QLORA)]} answers questions and {names[kinds.index(TRANSLATION)]} translates: only "
             "runs of one kind can be compared"
         )
-    if QLORA in kinds:
-        from training.evaluation.answers.comparison import compare, open_evaluation, print_comparison
-    else:
-        from training.evaluation.translations.comparison import compare, open_evaluation, print_comparison
-    first, second = (open_evaluation(name, *each) for name, each in zip(names, parts, strict=True))
-    print_comparison(first, second, compare(first, second))
+    room = "answers" if QLORA in kinds else "translations"
+    comparison = import_module(f"training.evaluation.{room}.comparison")
+    first, second = (comparison.open_evaluation(name, *each) for name, each in zip(names, parts, strict=True))
+    comparison.print_comparison(first, second, comparison.compare(first, second))
     return 0
 
 

@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         translator.export(open_trained(arguments.run_dir, arguments.checkpoint, device=cpu), output)
         return 0
     from training.evaluation.exports import adapters
+    from training.qlora import LIBRARIES
 
-    with needing(*adapters.LIBRARIES):
+    with needing(*LIBRARIES):
         # The base model can go when it is no longer needed: nothing here holds it.
         export = adapters.Export(adapters.open_run(arguments.run_dir, arguments.checkpoint, arguments.base_model))
     if arguments.merge:

@@ -50,7 +50,7 @@ class Weights:
         found = re.fullmatch(r"(best|last)(?::([1-9]\d*))?|ema", text)
         if found is None:
             raise UserError(f"--checkpoint {text} is none of best, last, best:N, last:N (mean of N), ema")
-        return cls(found[1] or "ema", int(found[2] or 1))
+        return cls(found[1] or "ema", int(found[2] or 1))  # type: ignore[arg-type]  # the pattern has only these
 
     def __str__(self) -> str:
         return self.which + (f":{self.count}" if self.count > 1 else "")

@@ -172,7 +172,7 @@ def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
 def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, label: str) -> np.ndarray:
     """Nats of each row's answer, [rows]; every rank computes its share."""
     batches = batches_by_length(answers.lengths, LOSS_TOKENS)
-    with Progress(label, len(cluster.share(batches)), "batches") as progress:
+    with Progress(label, len(cluster.own_part(batches)), "batches") as progress:
 
         def work(own: Sequence[np.ndarray]) -> list[list[float]]:
             found = []
@@ -195,7 +195,8 @@ def _both_sides(
     trained: TrainedAdapters, answers: Answers, rows: Sequence[int], asking: Asking, cluster: Cluster
 ) -> list[Side]:
     """Before and after: losses of all rows, and answers to the questions of `rows` and to the benchmark's."""
-    law = None if asking.disc_law_eval is None else load_law_questions(asking.disc_law_eval, asking.disc_law_eval_limit)
+    folder = asking.disc_law_eval
+    questions = None if folder is None else load_law_questions(folder, asking.disc_law_eval_limit)
     part, most = answers.part, asking.max_new_tokens
     prompts = [part.ids[row][: part.prompt_lengths[row]].tolist() for row in rows]
     sides = []
@@ -203,7 +204,7 @@ def _both_sides(
         with trained.adapters(name == "after"):
             nats = losses_by_row(trained, answers, cluster, f"losses {name}")
             said = answers_to(trained, prompts, most, cluster, f"answers {name}")
-            sides.append(Side(nats, said, law and ask_law_eval(trained, law, most, cluster, name)))
+            sides.append(Side(nats, said, questions and ask_law_eval(trained, questions, most, cluster, name)))
     return sides
 
 

@@ -45,6 +45,10 @@ class TrainedAdapters(TrainedRun):
         """Of the base model: a layer in 4 bits counts by its weights, not by its bytes."""
         return sum(each.numel() for each in set(on_meta(self.model.model.get_base_model().config).parameters()))
 
+    def without_model(self) -> TrainedAdapters:
+        """All of it but the model, for whoever needs the memory."""
+        return replace(self, model=None)  # type: ignore[arg-type]  # nothing asks for the model afterwards
+
     @contextmanager
     def adapters(self, active: bool) -> Iterator[None]:
         """Inside, with `active` false, the model is the base model: what it was before the training."""
@@ -78,6 +82,7 @@ def open_adapters(
     """
     run, state = open_run(run_dir, weights, {"qlora": QLoRAConfig}, what="answer questions")
     config = run.config
+    assert isinstance(config, QLoRAConfig)
     base = find_base_model(base_model or config.base_model, config.base_revision)
     if fingerprint_of(base) != run.checkpoint.manifest["built_on"]["base_model"]:
         raise UserError(

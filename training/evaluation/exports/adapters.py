@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import shutil
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +199,7 @@ class Export:
 
     def merged(self, output: Path, dtype_name: str) -> None:
         """Publishes base and adapters as one model in the type of this name."""
-        trained, dtype = replace(self.trained, model=None), DTYPES[dtype_name]
+        trained, dtype = self.trained.without_model(), DTYPES[dtype_name]
         config = read_config(trained.base, trained.config.quantisation)
         self._tell_memory(config, dtype_name)
         with unpublished(output) as folder:

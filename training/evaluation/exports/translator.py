@@ -92,7 +92,7 @@ def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str
             "header": header,
             "about": about,
             "weights": weights_in_words(about, trained.weights),
-            "options": trained.config.model,
+            "options": trained.model.options,
             "data": trained.data,
             "place": place_of(source),
             "scores": _scores(trained),

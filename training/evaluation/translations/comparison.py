@@ -89,8 +89,8 @@ def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
     references = [[reference] for reference in first.references]
     verdicts = []
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
-        both = [sentence_counts(metric, one.translations, references) for one in (first, second)]
-        test = paired(partial(score_of, metric), *both)
+        counts, others = (sentence_counts(metric, one.translations, references) for one in (first, second))
+        test = paired(partial(score_of, metric), counts, others)
         verdicts.append(Verdict(**vars(test), metric=name, signature=signature_of(metric)))
     return verdicts
 

@@ -55,9 +55,8 @@ class GPTDecoder:
     def build(config: gpt.GPTConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> GPT:
         return GPT(config.model, target_vocabulary_size)
 
-    @staticmethod
-    def pairs(config: gpt.GPTConfig, part: Part) -> gpt.Sequences:
-        return gpt.Sequences(part, config.model.context)
+    def pairs(self, part: Part) -> gpt.Sequences:
+        return gpt.Sequences(part, self.model.options.context)
 
     @torch.inference_mode()
     def attention(
@@ -105,9 +104,8 @@ class AttentionGRUDecoder:
     def build(config: seq2seq.Seq2SeqConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> AttentionGRU:
         return AttentionGRU(config.model, source_vocabulary_size, target_vocabulary_size)
 
-    @staticmethod
-    def pairs(config: seq2seq.Seq2SeqConfig, part: Part) -> seq2seq.TwoSides:
-        return seq2seq.TwoSides(part, config.model.max_length)
+    def pairs(self, part: Part) -> seq2seq.TwoSides:
+        return seq2seq.TwoSides(part, self.model.options.max_length)
 
     @torch.inference_mode()
     def attention(
@@ -137,8 +135,8 @@ class SourceState:
         sources, encoded = self.sources[rows], self.state.encoded
         # Rows of one source remember the same, and that is most of the state: hypotheses that change places leave it.
         if not torch.equal(sources, self.sources):
-            memory = memory.select(rows)
-        return SourceState(State([hidden[rows] for hidden in self.state.hidden], memory), sources)
+            encoded = encoded.select(rows)
+        return SourceState(State([hidden[rows] for hidden in self.state.hidden], encoded), sources)
 
 
 DECODERS: dict[str, Any] = {"gpt": GPTDecoder, "seq2seq": AttentionGRUDecoder}  # by the name of the training

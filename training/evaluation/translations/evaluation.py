@@ -111,7 +111,7 @@ def _check_part(trained: TrainedModel, data: Prepared, part: Part) -> None:
 def _translated(trained: TrainedModel, part: Part, search: Search, cluster: Cluster) -> list[Translation]:
     """The translation of every row; every rank translates its share."""
     # Every world-size-th row: long and short ones are spread evenly, since rows come shuffled.
-    sources = [part.source[row].tolist() for row in cluster.share(range(len(part)))]
+    sources = [part.source[row].tolist() for row in cluster.own_part(range(len(part)))]
     translated = translate(
         trained.decoder,
         sources,
@@ -125,7 +125,7 @@ def _translated(trained: TrainedModel, part: Part, search: Search, cluster: Clus
 
 def _token_scores(trained: TrainedModel, part: Part, cluster: Cluster) -> dict[str, Any]:
     """Loss and accuracy as validation computes them in training; `unscored_pairs` are too long for the model."""
-    pairs = trained.decoder.pairs(trained.config, part)
+    pairs = trained.decoder.pairs(part)
     validation = held_out_scores(trained.model, pairs, cluster)
     trained.model.eval()  # validation hands the model back for training
     return {
