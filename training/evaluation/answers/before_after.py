@@ -204,7 +204,8 @@ def _both_sides(
         with trained.adapters(name == "after"):
             nats = losses_by_row(trained, answers, cluster, f"losses {name}")
             said = answers_to(trained, prompts, most, cluster, f"answers {name}")
-            sides.append(Side(nats, said, questions and ask_law_eval(trained, questions, most, cluster, name)))
+            law = ask_law_eval(trained, questions, most, cluster, name) if questions is not None else None
+            sides.append(Side(nats, said, law))
     return sides
 
 

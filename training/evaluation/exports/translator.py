@@ -37,8 +37,10 @@ def export(trained: TrainedModel, output: Path) -> None:
         )
     with needing("transformers", "tokenizers"):
         # Here, because nothing else needs them, and transformers is slow to import.
+        from transformers.utils import logging
+
         from training.evaluation.exports import hugging_face
-    hugging_face.transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
     model = hugging_face.model_of(trained.model)
     with unpublished(output) as folder:
         check_room(folder, sum(parameter.nbytes for parameter in model.parameters()) + _ROOM_BESIDE_WEIGHTS)
