@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str = "", *, start: int = 0, log_interval_s: float = 10.0):
         self.label, self.total, self.unit = label, total, unit
         self.done = self.start = start
-        self.note = ""
+        self.note = ""  # shown behind the bar
         self._terminal = sys.stderr.isatty()
         self._interval_s = 0.1 if self._terminal else log_interval_s
         self._began = self._drawn = time.monotonic()
@@ -31,10 +31,9 @@ class Progress:
         if speaks():
             clear_line()
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Counts `count` more units as done; `note` is shown behind the bar."""
+    def advance(self, count: int = 1) -> None:
+        """Counts `count` more units as done."""
         self.done += count
-        self.note = note or self.note
         now = time.monotonic()
         if speaks() and now - self._drawn >= self._interval_s:
             self._drawn = now

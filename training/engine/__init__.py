@@ -1,1 +1,1 @@
-"""What every training script shares: batch plan, loop, checkpoints, stopping, parallelism, tracking. No task."""
+"""What every training script shares: batch plan, loop, checkpoints, stopping, parallelism, metrics. It knows no task."""
