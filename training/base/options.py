@@ -91,14 +91,12 @@ class CommandLine(argparse.ArgumentParser):
             words.append(name + equals + value)
         return super().parse_known_args(words, namespace)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            self.error(f"{unknown[0]} is none of the options" + (f" (nearest: {near[0]})" if near else ""))
-        return found
-
     def error(self, message: str) -> typing.NoReturn:
+        kind, _, words = message.partition(": ")
+        if kind == "unrecognized arguments":
+            word = words.split()[0]
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            message = f"{word} is none of the options" + (f" (nearest: {near[0]})" if near else "")
         raise UserError(f"{message}. All options: {self.prog} --help")
 
 
