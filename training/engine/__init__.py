@@ -1,1 +1,1 @@
-"""What every training script shares: batch plan, loop, checkpoints, stopping, parallelism, metrics. It knows no task."""
+"""What every training script shares: batch plan, loop, checkpoints, stopping, parallelism, metrics; no task."""
