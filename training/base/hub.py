@@ -40,16 +40,11 @@ def fetch_snapshot(
     by_hand = f"hf download {name}" + (" --repo-type dataset" if kind == "dataset" else "")
     by_hand += f" --revision {revision}" if revision else ""
 
-    def download(*, local: bool) -> Path:
-        return Path(
-            hub.snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=list(patterns), local_files_only=local
-            )
-        )
+    which = {"repo_type": kind, "revision": revision, "allow_patterns": list(patterns)}
 
     def cached() -> Path | None:
         try:
-            folder = download(local=True)
+            folder = Path(hub.snapshot_download(name, local_files_only=True, **which))
         except hub.errors.LocalEntryNotFoundError:
             return None
         return folder if is_complete(folder) else None
@@ -71,7 +66,7 @@ def fetch_snapshot(
         _check_network(name, by_hand, hub.constants.ENDPOINT)
         say(f"fetching {name} ({revision or 'newest revision'}) from {hub.constants.ENDPOINT}")
         try:
-            folder = download(local=False)
+            folder = Path(hub.snapshot_download(name, **which))
         except Exception as error:  # a connection that breaks comes out as whatever the library at work raises
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
