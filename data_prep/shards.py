@@ -85,7 +85,7 @@ class Workers:
 
 def _begin(prepare: Callable[[], None]) -> None:
     # A signal to the whole group is meant for the parent, which ends its workers in good order.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # A parent killed outright ends nobody; without this its workers would wait for it for ever.
     Thread(target=_leave_with_parent, daemon=True).start()

@@ -70,13 +70,15 @@ judge() {
 }
 
 requeue() {
-    local said
+    # One task of an array has the array's own number, by which all of its tasks would be queued again.
+    local said job=$SLURM_JOB_ID
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     for _ in {1..30}; do
-        if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then return; fi
+        if said=$(scontrol requeue "$job" 2>&1); then return; fi
         if [[ $said == *disabled* ]]; then break; fi
         sleep 10  # the controller may be restarting
     done
-    echo "job $SLURM_JOB_ID is not queued again: $said"
+    echo "job $job is not queued again: $said"
     echo "The next job of its chain goes on, if there is one; else the same submission continues the run."
 }
 

@@ -137,6 +137,11 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     add("--script", help="module that trains (default: what the config says)")
     add("--print", **FLAG, help="print the batch script and do nothing")
     arguments, words = parser.parse_known_args(argv)
+    if re.search(r"(^|\s)(--array|-a)\b", " ".join([arguments.sbatch, *words])):
+        raise UserError(
+            "--array would start all of its tasks in one run folder, of which one trains and the others are refused: "
+            "submit each run by a command of its own, with its own --run_dir (slurm/README.md has a loop for it)"
+        )
     time_s, gpus, ranks_per_node = _checked(arguments)
     script = arguments.script or script_of(arguments.config)
     words = [str(arguments.config), *words]
@@ -332,4 +337,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, prints_product=True)

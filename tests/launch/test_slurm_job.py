@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from launch.slurm import job as slurm_job
 from launch.slurm.job import EXIT_RESTING, JOBS, begin, end, judge, note, read_events
+from tests.support.commands import ROOT
 from training.base.console import tell_launcher
 from training.engine.status import EXIT_RESUMABLE, write_status
 
@@ -148,3 +150,16 @@ def test_record_survives_lines_that_are_no_events(tmp_path):
         file.write('3\n{"x": 1}\n{"event": "beg')
     note(tmp_path, "began", "1", step=3)
     assert [event["event"] for event in read_events(tmp_path)] == ["submitted", "began"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "queued"), [({}, "8"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}, "7_2")]
+)
+def test_of_an_array_the_task_alone_is_queued_again(variables, queued, tmp_path):
+    source = (ROOT / "slurm/session.sh").read_text()
+    function = source[source.index("requeue() {") : source.index("# session CONFIG")]
+    script = f'scontrol() {{ echo "$@" > {tmp_path}/asked; }}\n{function}\nrequeue'
+    subprocess.run(
+        ["bash", "-euc", script], env={"SLURM_JOB_ID": "8", "PATH": "/usr/bin:/bin", **variables}, check=True
+    )
+    assert (tmp_path / "asked").read_text() == f"requeue {queued}\n"

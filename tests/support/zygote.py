@@ -300,7 +300,9 @@ def main(kind: str, address: str, controller: str) -> None:
     for module in KINDS[kind]:
         importlib.import_module(module)
     gc.freeze()  # garbage collection in a child shall not touch, and so copy, what is here
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job comes with Ctrl-C ignored
+    # A shell's background job comes with Ctrl-C ignored, one under nohup with SIGHUP.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")
     listener.listen(64)

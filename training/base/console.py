@@ -15,16 +15,28 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from training.base.environment import adopt_srun_task, own_rank, relay_error_file, torchrun_error_file
+from training.base.environment import (
+    adopt_srun_task,
+    own_rank,
+    relay_error_file,
+    torchrun_error_file,
+    was_launched,
+)
 from training.base.errors import PeerError as PeerError
 from training.base.errors import Terminated as Terminated
 from training.base.errors import TryLaterError as TryLaterError
 from training.base.errors import UserError as UserError
+from training.base.streams import guard_outputs, outlive_readers
 
 
 def speaks() -> bool:
-    """Whether this process prints for all: rank 0 does."""
-    return own_rank() == "0"
+    """Whether this process prints for all: rank 0 does, and a process that is alone."""
+    return own_rank() == "0" or not was_launched()
+
+
+def is_ignored(number: int) -> bool:
+    """Whether whoever started this process wants it to ignore the signal, as `nohup` does with SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def say(text: str = "") -> None:
@@ -47,14 +59,18 @@ def say_as_any_rank(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
+def run_main(main: Callable[[], int | None], *, prints_product: bool = False) -> NoReturn:
     """Runs `main` and exits with what it returns; a `UserError` becomes one line on standard error, status 1.
 
-    Every command begins here, under whatever launcher. SIGTERM ends it in good order with status 75 (try again later),
-    unless `main` handles the signal itself.
+    Every command begins here, under whatever launcher. SIGTERM, and SIGHUP when its terminal closes, end it in good
+    order with status 75 (try again later), unless `main` handles the signals itself. prints_product: whether the
+    command has to end when nobody can read what it prints, since it has no other product.
     """
+    guard_outputs(is_needed=prints_product)
     adopt_srun_task()
     signal.signal(signal.SIGTERM, _terminate)
+    if not is_ignored(signal.SIGHUP):
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         status = _run(main)
     except UserError as error:
@@ -65,10 +81,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except PeerError as error:
         say_as_any_rank(f"rank {own_rank()} ends as well: {error}")
         status = 1
-    except Terminated:
+    except Terminated as told:
         if speaks():
             say_as_any_rank(
-                "stopped by signal SIGTERM; nothing unfinished was left behind, start the same command again"
+                f"stopped by signal {told}; nothing unfinished was left behind, start the same command again"
             )
         status = 75
     except KeyboardInterrupt:
@@ -76,8 +92,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             say_as_any_rank("interrupted")
         status = 130
     except BrokenPipeError:  # `... | head` closed our standard output: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    outlive_readers()
     _leave(status)
 
 
@@ -97,31 +113,34 @@ def _exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-_told_to_leave = False
+_told_to_leave = ""  # the name of the signal
 
 
 def _run(main: Callable[[], int | None]) -> int:
     global _told_to_leave
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except (UserError, PeerError):
         raise
     except Exception as error:
         # The library that was at work when the signal came may have turned it into an error of its own: an extension
         # module that was being loaded says that it cannot be imported.
         if _told_to_leave:
-            raise Terminated from error
+            raise Terminated(_told_to_leave) from error
         raise
     finally:
-        _told_to_leave = True  # how it ends is known; the launcher may tell us to leave because another rank has left
+        # How it ends is known; the launcher may tell us to leave because another rank has left.
+        _told_to_leave = _told_to_leave or "SIGTERM"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     global _told_to_leave
     if _told_to_leave:  # leaving already: `timeout` for one sends the signal twice, to the process and to its group
         return
-    _told_to_leave = True
-    raise Terminated
+    _told_to_leave = signal.Signals(number).name
+    raise Terminated(_told_to_leave)
 
 
 def tell_launcher(message: str, *, to_mend: bool) -> None:

@@ -115,6 +115,11 @@ def without_local_rank(words: Sequence[str]) -> list[str]:
     return [word for word in words if own is None or word not in (f"--local_rank={own}", f"--local-rank={own}")]
 
 
+def was_launched() -> bool:
+    """Whether torchrun, deepspeed or srun started this process as a rank: one variable alone may be anybody's."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def own_rank() -> str:
     """The process's rank as its launcher wrote it down, for messages; 0 without a launcher."""
     return os.environ.get("RANK", "0")
@@ -130,7 +135,7 @@ class Ranks:
     local_world_size: int = 1
     # Whether a launcher started this process that, unlike srun, cannot pass its exit status on. Found once: DeepSpeed
     # later wants the variable in every process.
-    launched: bool = field(default_factory=lambda: "LOCAL_RANK" in os.environ and not _by_srun)
+    launched: bool = field(default_factory=lambda: was_launched() and not _by_srun)
 
 
 def read_ranks() -> Ranks:

@@ -21,4 +21,7 @@ class PeerError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM in a command that has nothing to save: it leaves, and what is half written is removed on the way out."""
+    """SIGTERM or SIGHUP in a command that has nothing to save: it leaves, and removes what is half written.
+
+    Its argument is the signal's name.
+    """

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from training.base.console import say
+from training.base.console import is_ignored, say
 from training.base.durations import format_duration
 from training.base.environment import process_age_s, time_left
 from training.base.options import Duration, Options
@@ -76,7 +76,7 @@ class StopFlag:
         self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
         self.saves_fail: Callable[[], bool] = lambda: False
         names = ["SIGTERM", "SIGINT", *([options.stop_signal] if options.stop_signal else [])]
-        for name in names:
+        for name in names + ([] if is_ignored(signal.SIGHUP) else ["SIGHUP"]):
             signal.signal(signal.Signals[name], self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

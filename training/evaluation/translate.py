@@ -126,4 +126,4 @@ def _opened(path: Path) -> BinaryIO:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, prints_product=True)

@@ -101,3 +101,54 @@ def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch,
 def works(pid: int) -> bool:
     """Whether the process has got as far as loading torch."""
     return "libtorch" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+
+
+PRINTS = """
+import os, sys
+from training.base.console import UserError, run_main, say, warn
+def main():
+    say("译" * 40_000)
+    warn("看")
+    if "fails" in sys.argv:
+        raise UserError("no such thing")
+run_main(main, prints_product="training" not in sys.argv)
+"""
+
+
+def printing(tmp_path: Path, around: str = '"$@"', *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command that prints, in the surroundings of a line of shell."""
+    (tmp_path / "printing.py").write_text(PRINTS)
+    command = ["bash", "-o", "pipefail", "-c", around, "bash", sys.executable, str(tmp_path / "printing.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_process_that_is_alone_speaks_whatever_rank_its_surroundings_have(tmp_path: Path):
+    for variables in ({"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}):
+        result = printing(tmp_path, '"$@"', "fails", **variables)
+        assert (result.returncode, result.stdout) == (1, "译" * 40_000 + "\n")
+        assert result.stderr == "warning: 看\nerror: no such thing\n"
+    peer = printing(tmp_path, '"$@"', "fails", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert (peer.returncode, peer.stdout, peer.stderr) == (1, "", "")
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path: Path):
+    result = printing(tmp_path, '"$@" | head -c 3')
+    assert (result.returncode, result.stdout, result.stderr) == (141, "译", "")
+
+
+def test_output_that_cannot_be_written_is_an_error_and_what_cannot_be_told_is_none(tmp_path: Path):
+    result = printing(tmp_path, '"$@" > /dev/full')
+    assert result.returncode == 1
+    assert result.stderr == "error: standard output cannot be written (No space left on device): it is incomplete\n"
+    for around in ('"$@" 2> /dev/full', '"$@" training > /dev/full', '"$@" training | head -c 0'):
+        assert printing(tmp_path, around).returncode == 0
+    # Closed files, too, and the next file that somebody opens is not taken for one of them.
+    result = printing(tmp_path, '"$@" <&- >&- 2>&-')
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_character_that_a_terminal_cannot_show_is_spelt_out(tmp_path: Path):
+    result = printing(tmp_path, PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "warning: \\u770b\n")
+    assert result.stdout.startswith("\\u8bd1\\u8bd1")
