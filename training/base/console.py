@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -162,10 +163,24 @@ _line_is_open = False
 
 
 def draw_line(text: str) -> None:
-    """Draws `text` over the terminal's last line, where it stays open."""
+    """Draws as much of `text` over the terminal's last line as has room there, and leaves the line open."""
     global _line_is_open
-    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        columns = 80
+    print(f"\r\033[K{cut(text, columns - 1)}", end="", file=sys.stderr, flush=True)
     _line_is_open = True
+
+
+def cut(text: str, columns: int) -> str:
+    """The beginning of `text` that takes at most so many columns of a terminal, where Han characters take two each."""
+    for place, character in enumerate(text):
+        if not unicodedata.combining(character):
+            columns -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return text[:place]
+    return text
 
 
 def clear_line() -> None:

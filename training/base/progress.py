@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 
 from training.base.console import clear_line, draw_line, speaks
 from training.base.durations import format_duration
+
+_RECENT_S = 60.0
 
 
 class Progress:
@@ -18,11 +21,12 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str = "", *, start: int = 0, log_interval_s: float = 10.0):
         self.label, self.total, self.unit = label, total, unit
-        self.done = self.start = start
+        self.done = start
         self.note = ""  # shown behind the bar
         self._terminal = sys.stderr.isatty()
         self._interval_s = 0.1 if self._terminal else log_interval_s
-        self._began = self._drawn = time.monotonic()
+        self._drawn = time.monotonic()
+        self._marks = deque([(self._drawn, start)])  # when how many were done, of late
 
     def __enter__(self) -> Progress:
         return self
@@ -37,18 +41,21 @@ class Progress:
         now = time.monotonic()
         if speaks() and now - self._drawn >= self._interval_s:
             self._drawn = now
-            self._draw(now)
+            self._draw(self._seconds_left(now))
 
-    def seconds_left(self, now: float | None = None) -> float | None:
-        """Seconds to the end at the mean pace since the start; None before anything is done."""
-        fresh = self.done - self.start
-        if fresh <= 0:
-            return None
-        return ((now or time.monotonic()) - self._began) / fresh * (self.total - self.done)
+    def _seconds_left(self, now: float) -> float | None:
+        """Seconds to the end at the pace of the last minute, or of the last ten units where these took longer.
 
-    def _draw(self, now: float) -> None:
+        None before anything is done.
+        """
+        self._marks.append((now, self.done))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= _RECENT_S and self.done - self._marks[1][1] >= 10:
+            self._marks.popleft()
+        moment, done = self._marks[0]
+        return (now - moment) / (self.done - done) * (self.total - self.done) if self.done > done else None
+
+    def _draw(self, left: float | None) -> None:
         share = min(1.0, self.done / self.total) if self.total else 1.0
-        left = self.seconds_left(now)
         unit = f" {self.unit}" if self.unit else ""
         text = f"{share:4.0%} {self.done:,}/{self.total:,}{unit}"
         if left is not None:

@@ -29,6 +29,8 @@ from training.engine.cluster import Cluster
 
 METRICS = "metrics.jsonl"
 
+_NUMBERS = ("step", "time", "loss")  # which a line has at least, beside its kind
+
 
 class MetricsFile:
     """Appends to `run_dir`/metrics.jsonl. Used on one rank only."""
@@ -158,12 +160,24 @@ def memory_mb(device: torch.device) -> float:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first. A last line torn by a kill is left out."""
-    path = Path(run_dir, METRICS)
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The lines of metrics.jsonl, oldest first. A line that is damaged, or torn by a kill, is left out."""
+    return _read(Path(run_dir, METRICS))[0]
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether there are lines in a metrics.jsonl that cannot be read; the last one may be torn by a kill."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    found = []
+    for line in filter(None, lines):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            values = json.loads(line)
+            if isinstance(values["kind"], str) and all(isinstance(values[name], int | float) for name in _NUMBERS):
+                found.append(values)
+    return found, len(found) < len([line for line in lines if line])
 
 
 def _is_torn(path: Path) -> bool:

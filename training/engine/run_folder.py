@@ -12,22 +12,26 @@ runs/NAME/
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from training.base.console import TryLaterError, UserError, say
+import yaml
+
+from training.base.console import TryLaterError, UserError, say, warn
 from training.base.files import lock, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
-from training.engine.metrics import METRICS
-from training.engine.status import end_killed_saves
+from training.engine.metrics import METRICS, is_damaged, read_metrics
+from training.engine.status import RECORDS, WANDB_FILE, end_killed_saves, read_checked, read_sessions, read_status
 
-WANDB_FILE = "wandb.json"
+CONFIG = "config.yaml"
 
 # A session that was told to stop may still be writing its checkpoint when the next one starts.
 _LOCK_PATIENCE_S = 10.0
@@ -65,6 +69,7 @@ class RunFolder:
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
             end_killed_saves(self.run_dir)
+            _set_damaged_aside(self.run_dir)
             latest = newest_valid(self.run_dir)
             if latest is not None:
                 _check_same_run(latest, about, may_change)
@@ -75,17 +80,21 @@ class RunFolder:
                 if other is not None and (latest is None or other.step > latest.step):
                     _check_same_run(other, about, may_change)
                     latest = _carry_over(source, self.run_dir, other, data)
+            known = self.run_dir / CONFIG
             if latest is None:
-                known = self.run_dir / "config.yaml"
+                _refuse_lost_checkpoints(self.run_dir)
                 if known.exists() and known.read_text(encoding="utf-8") != config:
                     # Another run was begun here and never came to a checkpoint: its name in wandb is not this one's.
                     (self.run_dir / WANDB_FILE).unlink(missing_ok=True)
+            if latest is None or not known.exists():
                 write_atomically(known, config)
-                for name, path in data.kept.items():
-                    if path.is_dir():
-                        shutil.copytree(path, self.run_dir / name, dirs_exist_ok=True)
-                    else:
-                        write_atomically(self.run_dir / name, path.read_bytes())
+            for name, path in data.kept.items():
+                if latest is not None and (self.run_dir / name).exists():
+                    continue
+                if path.is_dir():
+                    shutil.copytree(path, self.run_dir / name, dirs_exist_ok=True)
+                else:
+                    write_atomically(self.run_dir / name, path.read_bytes())
         return latest
 
     def close(self) -> None:
@@ -109,6 +118,45 @@ class RunFolder:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+
+
+def _set_damaged_aside(run_dir: Path) -> None:
+    """Gives files beside the checkpoints that cannot be read another name, so that the run goes on without them."""
+    for name, problem in _damaged(run_dir):
+        path = run_dir / name
+        names = (run_dir / f"damaged-{number}-{name}" for number in count(1))
+        aside = next(each for each in names if not each.exists())
+        shutil.copyfile(path, aside)
+        if name == METRICS:
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(run_dir)))
+        else:
+            path.unlink()
+        warn(f"{path} is damaged ({problem}); what was found is in {aside.name}, and the run goes on")
+
+
+def _damaged(run_dir: Path) -> Iterator[tuple[str, str]]:
+    """The names of such files, and what is wrong with them."""
+    for name, content in RECORDS.items():
+        if (run_dir / name).exists() and read_checked(run_dir / name, content) is None:
+            yield name, "it cannot be read"
+    if is_damaged(run_dir / METRICS):
+        yield METRICS, "not all of its lines can be read"
+    try:
+        yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, yaml.YAMLError):
+        yield CONFIG, "it cannot be read"
+
+
+def _refuse_lost_checkpoints(run_dir: Path) -> None:
+    """Raises UserError if the run has had checkpoints: it would train again over the record of what they held."""
+    finished = (read_status(run_dir) or {}).get("status") == "finished"
+    if finished or any(each["from_step"] > 0 or each.get("saves") for each in read_sessions(run_dir)):
+        raise UserError(
+            f"{run_dir} is the record of a run that has had checkpoints, and no valid one is left: put a copy of one "
+            f"back into {run_dir}/checkpoints, or, to train anew, move the record aside: mv {run_dir} {run_dir}-1"
+        )
 
 
 def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[str]) -> None:

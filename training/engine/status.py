@@ -14,13 +14,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.durations import format_duration
 from training.base.environment import job_id
 from training.base.files import recover, write_atomically, writing_to
 
+STATUS = "status.json"
 SESSIONS = "sessions.json"
+WANDB_FILE = "wandb.json"
 STOP_FILE = "STOP"  # made by anybody, it ends the session
 Status = Literal["running", "finished", "resumable", "failed"]
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
@@ -44,6 +49,31 @@ class Session(TypedDict):
     saves: NotRequired[int]
     stall_s: NotRequired[float]  # how long a save kept the training waiting, in the mean
     save_s: NotRequired[float]  # how long a save took until it was published, in the mean
+
+
+@with_config(ConfigDict(extra="allow"))
+class _StatusFile(TypedDict):
+    """status.json, as far as others rely on it."""
+
+    status: Status
+    reason: str
+    restart: bool
+    step: NotRequired[int]
+    steps: NotRequired[int]
+
+
+class _WandbFile(TypedDict):
+    """wandb.json: wandb's id of the run, and the last step that the server is known to have."""
+
+    id: str
+    arrived: NotRequired[int]
+
+
+T = TypeVar("T")
+_STATUS, _SESSIONS = TypeAdapter(_StatusFile), TypeAdapter(list[Session])
+
+# What the JSON files beside the checkpoints hold.
+RECORDS: dict[str, TypeAdapter[Any]] = {STATUS: _STATUS, SESSIONS: _SESSIONS, WANDB_FILE: TypeAdapter(_WandbFile)}
 
 
 class Outlook(TypedDict):
@@ -70,25 +100,26 @@ def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, *
     """
     kept = read_status(run_dir) or {}
     content = {**kept, "status": status, "reason": reason, "restart": restart, **more, "time": _now()}
-    write_atomically(run_dir / "status.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(run_dir / STATUS, json.dumps(content, indent=2) + "\n")
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """What `write_status` wrote last; None where there is nothing that can be read."""
-    try:
-        found = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"status", "reason", "restart"} <= found.keys() else None
+    found = read_checked(run_dir / STATUS, _STATUS)
+    return None if found is None else {**found}
 
 
 def read_sessions(run_dir: str | Path) -> list[Session]:
     """All sessions of a run, the first one first; none where there is no sessions.json, or a damaged one."""
+    return read_checked(Path(run_dir, SESSIONS), _SESSIONS) or []
+
+
+def read_checked(path: Path, content: TypeAdapter[T]) -> T | None:
+    """What a JSON file holds; None where there is none, or where it is not such content."""
     try:
-        sessions: list[Session] = json.loads(Path(run_dir, SESSIONS).read_text(encoding="utf-8"))
-        return sessions
-    except (FileNotFoundError, ValueError):
-        return []
+        return content.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:

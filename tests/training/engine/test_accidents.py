@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import Started
+from tests.support.commands import Result, Started
 from tests.support.lives import (
     EPOCH,
     LOG_EVERY,
@@ -335,9 +335,57 @@ def test_damaged_checkpoints_are_named_and_set_aside_and_the_run_goes_on_before_
         flip_a_bit(each.folder)
         (each.folder / "state.json").unlink()
     damaged = checkpoints(life.run_dir)
-    result = life.finish(uninterrupted(2))
-    assert "resuming" not in result.out
+    result = life.start().wait()
     assert all(f"checkpoint {each.folder} is damaged: " in result.err for each in damaged)
+    assert_refuses_to_train_anew(result, life.run_dir)
+
+
+def assert_refuses_to_train_anew(result: Result, run_dir: Path) -> None:
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert "no valid one is left: put a copy of one back" in line and f"mv {run_dir} {run_dir}-1" in line
+
+
+def test_damaged_or_lost_files_beside_the_checkpoints_are_set_aside_or_written_again(
+    uninterrupted, launch, sample_data, tmp_path
+):
+    life = Life(launch, tmp_path, sample_data, ranks=None)
+    session = life.start({"at": "forward", "step": 26, "do": "SIGTERM"})
+    assert session.wait().status == 75
+    run_dir = life.run_dir
+    first, *others = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    no_lines = b'not JSON\n\0\0\n{"kind": "train", "step": 9}\n\xff\n[]\n'
+    damages = {
+        "metrics.jsonl": b"".join([first, no_lines, *others]),
+        "sessions.json": b'[{"number": 1}]',
+        "status.json": b"\xff\xfe",
+        "wandb.json": b"[]",
+        "config.yaml": b"\x80",
+    }
+    for name, content in damages.items():
+        (run_dir / name).write_bytes(content)
+    (run_dir / "data.json").unlink()
+    shutil.rmtree(run_dir / "tokenizer")
+
+    result = life.finish(uninterrupted(1))
+    for name, content in damages.items():
+        assert f"{run_dir / name} is damaged" in result.err
+        assert (run_dir / f"damaged-1-{name}").read_bytes() == content
+    assert (run_dir / "config.yaml").is_file()
+    whole = uninterrupted(1)
+    for path in (whole / "data.json", *(whole / "tokenizer").rglob("*")):
+        assert path.is_dir() or (run_dir / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+    # Of a finished run, too.
+    (run_dir / "sessions.json").write_text("{}")
+    result = life.start().wait()
+    assert result.status == 0 and "is finished" in result.out and "damaged-2-sessions.json" in result.err
+
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+    before = content_of(run_dir)
+    assert_refuses_to_train_anew(life.start().wait(), run_dir)
+    assert content_of(run_dir) == before
 
 
 # Disks.

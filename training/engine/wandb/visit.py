@@ -12,6 +12,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.base.console import UserError, say, warn
 from training.base.files import write_atomically, writing_to
 from training.base.network import why_unreachable
 from training.base.options import Options
-from training.engine.run_folder import WANDB_FILE
+from training.engine.status import RECORDS, WANDB_FILE, read_checked
 from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
 
 CONNECT_LIMIT_S = 2.0
@@ -199,9 +200,8 @@ def same_run(run_dir: Path, run_id: str | None) -> str:
     return run_id
 
 
-def _read(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / WANDB_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(run_dir: Path) -> Mapping[str, Any]:
+    return read_checked(run_dir / WANDB_FILE, RECORDS[WANDB_FILE]) or {}
 
 
 def why_offline() -> str | None:
