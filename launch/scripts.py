@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base.console import UserError
-from training.base.options import parse, raw_values
+from training.base.options import meant_for, parse, raw_values
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -36,11 +36,11 @@ def _texts(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def script_of(config: Path) -> str:
-    """The module that trains by a config file: what its key `training` says, or `training.NAME` for configs/NAME/..."""
-    said: dict[str, str] = {}
+    """The module that trains by a config file, see `meant_for`."""
+    values: dict[str, Any] = {}
     with suppress(UserError):  # whoever reads all of it reports what is wrong with it
-        said = peek([str(config)])
-    return said.get("training", f"training.{config.resolve().parent.name}")
+        values = raw_values([str(config)])
+    return meant_for(config, values)
 
 
 def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:

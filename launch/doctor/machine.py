@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -164,8 +165,8 @@ def surroundings(ranks: Ranks, launcher: Launcher | None) -> Iterator[Finding]:
     job = f", in SLURM's job {job_id()}" if job_id() is not None else ""
     yield Finding("ok", "launcher", f"started by {starter}{job}")
     left = time_left()
-    if left is None:
-        yield Finding("ok", "time limit", "none is known")
+    if left is None or left[0] == math.inf:
+        yield Finding("ok", "time limit", left[1] if left is not None else "none is known")
     elif left[0] < _LITTLE_TIME_S:
         text = f"only {format_duration(left[0])} are left ({left[1]}): a run will hardly begin; ask for more"
         yield Finding("warning", "time limit", text)

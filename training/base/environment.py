@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import subprocess
@@ -263,7 +264,8 @@ def staged(folder: Path) -> Path:
 
 
 def time_left() -> tuple[float, str] | None:
-    """Seconds until the surroundings end this process, and who says so; None where no limit is known.
+    """Seconds until the surroundings end this process, and who says so; None where no limit is known. Infinite where
+    there is none although it looks as if there were one.
 
     A job of SLURM: the time that the scheduler has left for it, else its end time. Kaggle: twelve hours from the start
     of the container.
@@ -280,14 +282,18 @@ def time_left() -> tuple[float, str] | None:
 
 def _slurm_time_left() -> tuple[float, str] | None:
     # The scheduler's own count does not depend on this machine's clock; the end time does.
-    command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%L"]
+    job = os.environ["SLURM_JOB_ID"]
+    command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
     over = False
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-        if said and said[0] == "UNLIMITED":
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        if "Invalid job id" in answer.stderr or (answer.returncode == 0 and not answer.stdout.split()):
+            return math.inf, f"SLURM has no job {job} now, so the variables of that job are ignored"
+        (left,) = answer.stdout.split()
+        if left == "UNLIMITED":
             return None
-        over = bool(said) and said[0] == "INVALID"  # the limit has passed
-        return parse_duration(said[0] if said else ""), "SLURM's time limit"
+        over = left == "INVALID"  # the limit has passed
+        return parse_duration(left), "SLURM's time limit"
     with contextlib.suppress(KeyError, ValueError):
         return float(os.environ["SLURM_JOB_END_TIME"]) - time.time(), "SLURM's time limit"
     return (0.0, "SLURM's time limit") if over else None

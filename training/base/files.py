@@ -7,13 +7,14 @@ removes. One process writes a path at a time: for a folder `temporary_folder` ch
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -149,6 +150,15 @@ def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
     except OSError:
         return True
     return True
+
+
+def nearest_folder(path: Path) -> str:
+    """What to add to the message that there is no folder `path`: one beside it whose name is nearly the same, or ""."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _remove(path: Path) -> None:

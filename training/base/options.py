@@ -12,6 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Hashable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -130,10 +131,20 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
         options = cls.model_validate(values)
     except ValidationError as error:
         mistakes += [_explain(cls, detail) for detail in error.errors()]
+    if files and prog.startswith("python -m training."):
+        meant = meant_for(Path(origin), values)
+        is_said = values.get("training") or (mistakes and find_spec(meant) is not None)
+        if is_said and prog != f"python -m {meant}":
+            mistakes.append(f"{origin} is for another training: python -m {meant} {origin}")
     if mistakes or options is None:
         found = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
         raise UserError(f"{found} in the options ({origin}): " + "; ".join(mistakes) + f". All keys: {prog} --help")
     return options, _TRUE_OR_FALSE[dry_run.lower()]
+
+
+def meant_for(config: Path, values: dict[str, Any]) -> str:
+    """The module that trains by a config file: what its key `training` says, or training.NAME for configs/NAME/..."""
+    return str(values.get("training") or f"training.{config.resolve().parent.name}")
 
 
 def raw_values(argv: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.base.console import UserError
+from training.base.files import nearest_folder
 from training.base.hub import fetch_snapshot
 
 if TYPE_CHECKING:
@@ -218,9 +219,10 @@ def load_chat_tokenizer(name: str) -> ChatTokenizer:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        near = nearest_folder(folder)
+        if near or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise UserError(
-                f"--tokenizer {name}: there is no such folder, and it is no name on the hub (like "
+                f"--tokenizer {name}: there is no such folder{near}, and it is no name on the hub (like "
                 "Qwen/Qwen2.5-3B-Instruct)"
             )
         folder = fetch_snapshot(name, revision=None, patterns=_FILES, is_complete=_holds_tokenizer)

@@ -349,7 +349,7 @@ class _Run:
         if skipped >= SKIPPED_STEPS_LIMIT:
             raise UserError(
                 f"the gradients of {skipped} steps in a row were not finite (step {self.step}): lower optim.lr, "
-                "or try --precision fp32; the checkpoints before stand"
+                "or try --precision fp32" + ("; the checkpoints before stand" if self.saved_step is not None else "")
             )
         self.progress.note = f"loss {figures.loss:.3f} · {figures.tokens_per_s:,.0f} tokens/s"
 

@@ -169,5 +169,8 @@ def _deadline(options: SessionOptions) -> tuple[float, str | None]:
     if not limits:
         return math.inf, None
     deadline, source = min(limits)
+    if deadline == math.inf:
+        say(source)
+        return deadline, None
     say(f"this session ends in {format_duration(deadline - now)}: {source}")
     return deadline, source

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from training.base.console import UserError, run_main
+from training.base.files import nearest_folder
 from training.base.options import CommandLine
 from training.evaluation.runs import QLORA, TRANSLATION, kind_of
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [_parts_of(name) for name in names]
     for run_dir, _ in parts:
         if not run_dir.is_dir():
-            raise UserError(f"there is no run folder {run_dir}; a run is made by one of the training scripts")
+            near = nearest_folder(run_dir)
+            raise UserError(f"there is no run folder {run_dir}{near}; a run is made by one of the training scripts")
     kinds = [kind_of(run_dir) for run_dir, _ in parts]
     if QLORA in kinds and TRANSLATION in kinds:
         raise UserError(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from training.base.console import UserError
+from training.base.files import nearest_folder
 from training.data.conversations import FORMAT as CONVERSATIONS
 from training.data.prepared import FORMAT as PAIRS
 from training.data.prepared import PreparedFolder
@@ -114,7 +115,8 @@ def open_run(
     """
     run_dir, wanted = Path(run_dir), Weights.parse(weights)
     if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}; a run is made by one of the training scripts")
+        near = nearest_folder(run_dir)
+        raise UserError(f"there is no run folder {run_dir}{near}; a run is made by one of the training scripts")
     if not (run_dir / "checkpoints").is_dir() or not (run_dir / "data.json").is_file():
         raise UserError(f"{run_dir} is not a run folder: data.json and checkpoints/ are expected in it")
     checkpoints, state = wanted.load(run_dir)

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from training.base.console import UserError
+from training.base.files import nearest_folder
 from training.base.hub import fetch_snapshot
 from training.base.options import Options
 from training.engine.precision import gpu_of
@@ -56,9 +57,10 @@ def find_base_model(name: str, revision: str | None) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        near = nearest_folder(folder)
+        if near or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
             raise UserError(
-                f"base_model {name}: there is no such folder, and it is no name on the hub (like "
+                f"base_model {name}: there is no such folder{near}, and it is no name on the hub (like "
                 "Qwen/Qwen2.5-3B-Instruct); name a folder with config.json, weights (.safetensors) and tokenizer"
             )
         folder = fetch_snapshot(

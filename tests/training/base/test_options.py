@@ -73,6 +73,16 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         assert part in message
 
 
+def test_config_of_another_training_is_named_as_that(tmp_path):
+    for config in (ROOT / "configs/seq2seq/sample.yaml", ROOT / "configs/qlora/tiny.yaml"):
+        name = config.parent.name
+        assert f"{config} is for another training: python -m training.{name} {config}" in refusal(str(config))
+    other = config_file(tmp_path, "run_dir: x\ndata: y\ntraining: characters\n")
+    assert "is for another training: python -m characters" in refusal(other)
+    mistaken = config_file(tmp_path, "run_dir: x\ndata: y\nmodle: 3\n")
+    assert "another training" not in refusal(mistaken)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
