@@ -299,6 +299,10 @@ def _run(request: dict[str, Any]) -> None:
 def main(kind: str, address: str, controller: str) -> None:
     for module in KINDS[kind]:
         importlib.import_module(module)
+    from training.engine import surroundings
+
+    for path in surroundings.computing_files():
+        surroundings.digest_of(path)  # kept, as what is imported is
     gc.freeze()  # garbage collection in a child shall not touch, and so copy, what is here
     # A shell's background job comes with Ctrl-C ignored, one under nohup with SIGHUP.
     signal.signal(signal.SIGINT, signal.default_int_handler)

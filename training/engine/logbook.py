@@ -18,6 +18,7 @@ from training.engine.metrics import MetricsFile
 from training.engine.saver import Saver
 from training.engine.status import Best, Sessions, Status, write_status
 from training.engine.stopping import StopFlag
+from training.engine.surroundings import changes, surroundings
 from training.engine.task import RunOptions
 from training.engine.wandb.tracker import WandbTracker
 
@@ -80,12 +81,18 @@ class FirstRanksLogbook(Logbook):
         )
         self.wandb_id = self._tracker.run_id
         self._metrics.follower = self._tracker.add
-        ranks = cluster.world_size
-        self._sessions = Sessions(config.run_dir, step=step, steps=steps, world_size=ranks, device=str(cluster.device))
+        ranks, now = cluster.world_size, surroundings(cluster.device, about["versions"])
+        self._sessions = Sessions(
+            config.run_dir, step=step, steps=steps, world_size=ranks, device=str(cluster.device), surroundings=now
+        )
         say(self._sessions.describe(self._usable_s))
-        before = self._sessions.all[-2]["world_size"] if step and len(self._sessions.all) > 1 else ranks
-        if before != ranks:
-            say(f"the last session had {before} rank(s), this one {ranks}: equal up to rounding only")
+        if step and len(self._sessions.all) > 1:
+            before = self._sessions.all[-2]
+            other = changes(before.get("surroundings", {}), now)
+            if before["world_size"] != ranks:
+                other = [f"ranks: {before['world_size']} -> {ranks}", *other]
+            if other:
+                say(f"not as in the last session: {', '.join(other)}; the numbers are equal up to rounding only")
         self._write_status("running", "training", step, best, restart=True)
 
     def line(self, kind: str, step: int, **values: Any) -> None:

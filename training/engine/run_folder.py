@@ -30,6 +30,7 @@ from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.metrics import METRICS, is_damaged, read_metrics
 from training.engine.status import RECORDS, WANDB_FILE, end_killed_saves, read_checked, read_sessions, read_status
+from training.engine.surroundings import commit
 
 CONFIG = "config.yaml"
 
@@ -173,8 +174,13 @@ def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[s
     if differences:
         raise UserError(
             f"{latest.folder.parents[1]} holds a run with another definition ({'; '.join(differences)}): "
-            "restore these keys to continue it, or choose another --run_dir; nothing was changed"
+            f"restore these keys to continue it{_made_with(latest)}, or choose another --run_dir; nothing was changed"
         )
+
+
+def _made_with(checkpoint: Checkpoint) -> str:
+    made, now = checkpoint.manifest.get("commit"), commit()
+    return f" (it was saved by Relay's commit {made}, this is {now})" if made not in (None, now) else ""
 
 
 def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> Checkpoint:

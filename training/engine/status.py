@@ -46,6 +46,7 @@ class Session(TypedDict):
     ended: str | None
     reason: str | None
     seconds: float
+    surroundings: NotRequired[dict[str, str]]  # what it computed with, see `training.engine.surroundings`
     saves: NotRequired[int]
     stall_s: NotRequired[float]  # how long a save kept the training waiting, in the mean
     save_s: NotRequired[float]  # how long a save took until it was published, in the mean
@@ -145,7 +146,9 @@ def end_killed_saves(run_dir: Path) -> None:
 class Sessions:
     """sessions.json, and what it tells about the sessions to come. Used on one rank only."""
 
-    def __init__(self, run_dir: Path, *, step: int, steps: int, world_size: int, device: str):
+    def __init__(
+        self, run_dir: Path, *, step: int, steps: int, world_size: int, device: str, surroundings: dict[str, str]
+    ):
         self._run_dir, self._steps = run_dir, steps
         self._began = time.monotonic()
         self.all = read_sessions(run_dir)
@@ -165,6 +168,7 @@ class Sessions:
             "ended": None,
             "reason": None,
             "seconds": 0.0,
+            "surroundings": surroundings,
         }
         self.all.append(self.current)
         with writing_to(run_dir, option="--run_dir"):

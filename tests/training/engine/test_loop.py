@@ -25,7 +25,7 @@ from torch import nn
 
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, status_of
 from training.base.console import TryLaterError, UserError
-from training.engine import loop, run_folder, stopping
+from training.engine import loop, run_folder, stopping, surroundings
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
@@ -34,6 +34,7 @@ from training.engine.optim import OptimOptions, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import Precision
 from training.engine.run_folder import RunFolder
+from training.engine.status import EXIT_RESUMABLE
 from training.engine.stopping import SessionOptions, StopFlag, Stopped
 from training.engine.task import OwnPart, RunOptions, Task, Validation
 from training.models.dropout import Dropout
@@ -394,3 +395,34 @@ def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
         assert stops and str(reason) == "the time limit"
     else:
         assert not stops
+
+
+# What the bits depend on.
+
+
+def test_other_surroundings_are_said_at_the_start_and_a_refusal_names_the_commit(
+    tmp_path, handlers, monkeypatch, capsys
+):
+    assert train_here(tmp_path, stop_at=2) == EXIT_RESUMABLE
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert train_here(tmp_path) == 0
+    finally:
+        torch.set_num_threads(threads)
+    said = f"not as in the last session: threads: {threads} -> {threads + 1}; the numbers are equal up to rounding only"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr(run_folder, "commit", lambda: "another")
+    with pytest.raises(UserError, match=rf"it was saved by Relay's commit {surroundings.commit()}, this is another"):
+        train_here(tmp_path, seed=4)
+
+
+def test_code_is_the_same_whatever_its_comments(tmp_path):
+    def digest(text: str) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(text)
+        return surroundings.digest_of(path)
+
+    code = digest("def half(x):\n    return x / 2\n")
+    assert digest('"""Halves."""\n\ndef half(x):  # of it\n    """Half."""\n    return x / 2\n') == code
+    assert digest("def half(x):\n    return x / 3\n") != code
