@@ -259,7 +259,11 @@ def test_local_rank_is_a_launchers_word_and_no_users(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="there is no key local_rank"):
         parse(GPTConfig, ["--local_rank=1", *words], prog="", about="")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # alone it may be anybody's
+    with pytest.raises(UserError, match="there is no key local_rank"):
+        parse(GPTConfig, ["--local_rank=1", *words], prog="", about="")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert parse(GPTConfig, ["--local_rank=1", *words], prog="", about="")[0] == expected
     for other in (["--local_rank=2"], ["--local_rank", "1"], ["--local_ranks=1"]):
         with pytest.raises(UserError, match="there is no key local_rank"):

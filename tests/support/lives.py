@@ -71,7 +71,7 @@ class Life:
         torchrun: tuple[str, ...] = (),
         ranks: int | None = None,
         real: bool | None = None,
-        starter: Sequence[str] | None = None,
+        **how: Any,
     ) -> Started:
         self._sessions += 1
         self.places = self._folder / f"places-{self._sessions}"
@@ -87,7 +87,7 @@ class Life:
             environment={**(environment or {}), "ACCIDENTS": json.dumps(about)},
             torchrun=torchrun,
             real=self._real if real is None else real,
-            starter=starter,
+            **how,
         )
 
     def wait_at(self, started: Started, place: str, rank: int = 0) -> None:
