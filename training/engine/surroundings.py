@@ -58,7 +58,7 @@ def _processor() -> str:
 
 def _digest() -> str:
     script = getattr(sys.modules["__main__"], "__file__", None)
-    paths = computing_files() | ({Path(script)} if script else set())
+    paths = computing_files() | ({Path(script).resolve()} if script else set())
     return hashlib.sha256("".join(digest_of(path) for path in sorted(paths)).encode()).hexdigest()[:12]
 
 
