@@ -46,7 +46,7 @@ from training.base.files import (
     writing_to,
 )
 from training.base.options import CommandLine
-from training.engine.status import Best, saved_steps
+from training.engine.status import Best, checkpoint_folder, saved_steps
 
 MANIFEST = "manifest.json"
 EMA = "ema.safetensors"
@@ -301,7 +301,7 @@ def publish(
     Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the older checkpoints then
     stand untouched.
     """
-    final = Path(run_dir, "checkpoints", f"step-{step:010d}")
+    final = checkpoint_folder(run_dir, step)
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
         check_room(folder, bytes_of(tensors) + _ROOM_BESIDE_TENSORS)
         for name, part in tensors.items():

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
 from training.engine.saver import price_of_a_kill, write_s
-from training.engine.status import EXIT_RESUMABLE, Best, Status, write_status
+from training.engine.status import EXIT_RESUMABLE, Best, Status, checkpoint_folder, write_status
 from training.engine.stopping import StopFlag, Stopped
 from training.engine.surroundings import commit
 from training.engine.task import MAY_CHANGE, RunOptions, Task
@@ -240,7 +239,7 @@ class _Run:
         latest = self.cluster.on_first(open_on_first)
         (step,) = self.cluster.maximum([latest.step if latest is not None else -1])
         if step >= 0:
-            self._restore(Checkpoint(Path(config.run_dir, "checkpoints", f"step-{int(step):010d}")))
+            self._restore(Checkpoint(checkpoint_folder(config.run_dir, int(step))))
 
     def _restore(self, latest: Checkpoint) -> None:
         self.engine.load(latest)

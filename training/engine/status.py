@@ -123,6 +123,11 @@ def read_checked(path: Path, content: TypeAdapter[T]) -> T | None:
         return None
 
 
+def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is published."""
+    return Path(run_dir, "checkpoints", f"step-{step:010d}")
+
+
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
     """The steps of the published checkpoints and their folders, oldest first, by name alone: nothing is verified."""
     folders = sorted(Path(run_dir, "checkpoints").glob("step-*"))
