@@ -18,7 +18,7 @@ from training.engine.metrics import MetricsFile
 from training.engine.saver import Saver
 from training.engine.status import Best, Sessions, Status, write_status
 from training.engine.stopping import StopFlag
-from training.engine.surroundings import changes, surroundings
+from training.engine.surroundings import changes, commit, surroundings
 from training.engine.task import RunOptions
 from training.engine.wandb.tracker import WandbTracker
 
@@ -66,7 +66,7 @@ class FirstRanksLogbook(Logbook):
     ):
         """about: what goes into every manifest. steps: of the whole run."""
         self._run_dir, self._steps = config.run_dir, steps
-        self._saver = saver = Saver(config.run_dir, config.checkpoint, about)
+        self._saver = saver = Saver(config.run_dir, config.checkpoint, {**about, "commit": commit()})
         stop.reserve_s, stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
         self._usable_s = stop.usable_s()
         self._metrics = MetricsFile(config.run_dir, resumed_step=step, validated_step=validated_step)

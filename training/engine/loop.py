@@ -37,7 +37,6 @@ from training.engine.run_folder import Data, RunFolder
 from training.engine.saver import price_of_a_kill, write_s
 from training.engine.status import EXIT_RESUMABLE, Best, Status, checkpoint_folder, write_status
 from training.engine.stopping import StopFlag, Stopped
-from training.engine.surroundings import commit
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
 from training.engine.watchdog import Watchdog
@@ -206,7 +205,6 @@ def _about(config: RunOptions, task: Task, data: Data) -> dict[str, Any]:
         "data": data.identity,
         **({"built_on": task.built_on} if task.built_on else {}),
         "versions": {name: version(name) for name in ("torch", "numpy", "safetensors", *task.libraries)},
-        "commit": commit(),
     }
 
 

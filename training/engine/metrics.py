@@ -170,14 +170,14 @@ def is_damaged(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line] if path.is_file() else []
     found = []
-    for line in filter(None, lines):
+    for line in lines:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             values = json.loads(line)
             if isinstance(values["kind"], str) and all(isinstance(values[name], int | float) for name in _NUMBERS):
                 found.append(values)
-    return found, len(found) < len([line for line in lines if line])
+    return found, len(found) < len(lines)
 
 
 def _is_torn(path: Path) -> bool:

@@ -29,7 +29,7 @@ from training.base.files import lock, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.metrics import METRICS, is_damaged, read_metrics
-from training.engine.status import RECORDS, WANDB_FILE, end_killed_saves, read_checked, read_sessions, read_status
+from training.engine.status import RECORDS, WANDB_FILE, end_killed_saves, read_record, read_sessions, read_status
 from training.engine.surroundings import commit
 
 CONFIG = "config.yaml"
@@ -70,7 +70,6 @@ class RunFolder:
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
             end_killed_saves(self.run_dir)
-            _set_damaged_aside(self.run_dir)
             latest = newest_valid(self.run_dir)
             if latest is not None:
                 _check_same_run(latest, about, may_change)
@@ -81,6 +80,7 @@ class RunFolder:
                 if other is not None and (latest is None or other.step > latest.step):
                     _check_same_run(other, about, may_change)
                     latest = _carry_over(source, self.run_dir, other, data)
+            _set_damaged_aside(self.run_dir)
             known = self.run_dir / CONFIG
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
@@ -137,8 +137,8 @@ def _set_damaged_aside(run_dir: Path) -> None:
 
 def _damaged(run_dir: Path) -> Iterator[tuple[str, str]]:
     """The names of such files, and what is wrong with them."""
-    for name, content in RECORDS.items():
-        if (run_dir / name).exists() and read_checked(run_dir / name, content) is None:
+    for name in RECORDS:
+        if (run_dir / name).exists() and read_record(run_dir, name) is None:
             yield name, "it cannot be read"
     if is_damaged(run_dir / METRICS):
         yield METRICS, "not all of its lines can be read"

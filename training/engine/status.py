@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NotRequired, TypeVar
+from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
@@ -70,11 +70,12 @@ class _WandbFile(TypedDict):
     arrived: NotRequired[int]
 
 
-T = TypeVar("T")
-_STATUS, _SESSIONS = TypeAdapter(_StatusFile), TypeAdapter(list[Session])
-
 # What the JSON files beside the checkpoints hold.
-RECORDS: dict[str, TypeAdapter[Any]] = {STATUS: _STATUS, SESSIONS: _SESSIONS, WANDB_FILE: TypeAdapter(_WandbFile)}
+RECORDS: dict[str, TypeAdapter[Any]] = {
+    STATUS: TypeAdapter(_StatusFile),
+    SESSIONS: TypeAdapter(list[Session]),
+    WANDB_FILE: TypeAdapter(_WandbFile),
+}
 
 
 class Outlook(TypedDict):
@@ -106,19 +107,19 @@ def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, *
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """What `write_status` wrote last; None where there is nothing that can be read."""
-    found = read_checked(run_dir / STATUS, _STATUS)
-    return None if found is None else {**found}
+    found: dict[str, Any] | None = read_record(run_dir, STATUS)
+    return found
 
 
 def read_sessions(run_dir: str | Path) -> list[Session]:
     """All sessions of a run, the first one first; none where there is no sessions.json, or a damaged one."""
-    return read_checked(Path(run_dir, SESSIONS), _SESSIONS) or []
+    return read_record(run_dir, SESSIONS) or []
 
 
-def read_checked(path: Path, content: TypeAdapter[T]) -> T | None:
-    """What a JSON file holds; None where there is none, or where it is not such content."""
+def read_record(run_dir: str | Path, name: str) -> Any:
+    """What the file of RECORDS called `name` holds; None where there is none, or where it holds something else."""
     try:
-        return content.validate_json(path.read_bytes())
+        return RECORDS[name].validate_json(Path(run_dir, name).read_bytes())
     except (OSError, ValidationError):
         return None
 

@@ -92,6 +92,19 @@ class TrainedRun:
         """Optimizer steps that the weights have seen; of a mean, the first's of its checkpoints."""
         return self.checkpoint.step
 
+    def about(self, data: PreparedFolder, part: str, label: str) -> dict[str, Any]:
+        """What every evaluation of these weights on a part of `data` says of itself."""
+        return {
+            "label": label,
+            "task": self.checkpoint.manifest["task"],
+            "part": part,
+            "synthetic": bool(data.meta.get("synthetic")),
+            "data_fingerprint": data.fingerprint,
+            "step": self.step,
+            "weights": str(self.weights),
+            "checkpoints": [checkpoint.step for checkpoint in self.checkpoints],
+        }
+
     def is_trained_on(self, data: PreparedFolder) -> bool:
         """Whether `data` has the very content that the run is trained on."""
         return data.fingerprint == self.checkpoint.manifest["data"]["fingerprint"]

@@ -24,7 +24,7 @@ from training.base.console import UserError, say, warn
 from training.base.files import write_atomically, writing_to
 from training.base.network import why_unreachable
 from training.base.options import Options
-from training.engine.status import RECORDS, WANDB_FILE, read_checked
+from training.engine.status import WANDB_FILE, read_record
 from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
 
 CONNECT_LIMIT_S = 2.0
@@ -201,7 +201,7 @@ def same_run(run_dir: Path, run_id: str | None) -> str:
 
 
 def _read(run_dir: Path) -> Mapping[str, Any]:
-    return read_checked(run_dir / WANDB_FILE, RECORDS[WANDB_FILE]) or {}
+    return read_record(run_dir, WANDB_FILE) or {}
 
 
 def why_offline() -> str | None:

@@ -117,17 +117,10 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
 def _about(trained: TrainedAdapters, data: Conversations, part_name: str, label: str, asking: Asking) -> dict[str, Any]:
     """What was evaluated, and how."""
     return {
-        "label": label,
-        "task": "qlora",
-        "part": part_name,
-        "step": trained.step,
-        "weights": str(trained.weights),
-        "checkpoints": [checkpoint.step for checkpoint in trained.checkpoints],
+        **trained.about(data, part_name, label),
         "base_model": trained.config.base_model,
         "base_model_fingerprint": trained.checkpoint.manifest["built_on"]["base_model"],
         "decoding": f"greedy, at most {asking.max_new_tokens} tokens, computed in {trained.precision.name}",
-        "data_fingerprint": data.fingerprint,
-        "synthetic": bool(data.meta.get("synthetic")),
     }
 
 

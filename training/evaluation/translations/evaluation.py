@@ -56,15 +56,8 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     label = Setting.of(trained, data, part_name, search).label
     translations = [trained.target_tokenizer.decode(result.ids) for result in results]
     scores = {
-        "label": label,
-        "task": trained.checkpoint.manifest["task"],
-        "part": part_name,
+        **trained.about(data, part_name, label),
         "split": data.meta["options"]["split"],
-        "synthetic": data.meta["synthetic"],
-        "data_fingerprint": data.fingerprint,
-        "step": trained.step,
-        "weights": str(trained.weights),
-        "checkpoints": [checkpoint.step for checkpoint in trained.checkpoints],
         "search": str(search),
         **_text_scores(part, translations, seen),
         **token_scores,
