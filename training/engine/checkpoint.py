@@ -314,7 +314,7 @@ def publish(
         write_atomically(folder / MANIFEST, _manifest_text(written))
         publish_folder(folder, final, replace=True)
     checkpoint = Checkpoint(final)
-    _retire(run_dir, checkpoint, keep, keep_best)
+    retire(run_dir, checkpoint, keep, keep_best)
     return checkpoint
 
 
@@ -355,7 +355,8 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -> None:
+def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -> None:
+    """Removes the checkpoints beyond those to keep, once `newest` was read back. Raises OSError if it is damaged."""
     best_ones = best(run_dir, keep_best)
     found = checkpoints(run_dir)
     kept = [checkpoint for checkpoint in found if checkpoint == found[-1] or checkpoint.is_due][-keep:]

@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from training.base.console import UserError, warn
 from training.base.durations import format_duration
 from training.base.options import Options
-from training.engine.checkpoint import Tensors, bytes_of, checkpoints, publish
+from training.engine.checkpoint import Tensors, bytes_of, checkpoints, publish, retire
 
 # Network file systems have bad moments. A save is tried so many times, with these pauses in seconds.
 _PAUSES_S = (1.0, 5.0, 15.0)
@@ -98,6 +99,11 @@ class Saver:
         self.saves_s: list[float] = []  # how long each took until it was published
         self.failures = 0  # saves in a row, up to the last one
         self.error: str | None = None  # why the last save failed, None if it did not
+        # A kill behind a save leaves one checkpoint too many, and there would be two while the next is written. Where
+        # the newest cannot be read back nothing is removed; the next save says so if it is no better then.
+        with suppress(OSError):
+            for newest in checkpoints(run_dir)[-1:]:
+                retire(run_dir, newest, options.keep, options.keep_best)
 
     def prepare(self, tensors: Mapping[str, Tensors]) -> None:
         """Makes the buffers for such tensors, in the background: what costs most is the first touch of their memory."""

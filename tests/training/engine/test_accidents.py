@@ -727,4 +727,4 @@ def test_number_of_ranks_may_change_between_sessions_and_the_account_shows_it(
         (2, 27, read_sessions(life.run_dir)[2]["step"], "killed, or its machine went down", socket.gethostname()),
         (4, newest, STEPS, "all steps done", socket.gethostname()),
     ]
-    assert read_sessions(life.run_dir)[2]["step"] in (newest, newest + SAVE_EVERY)
+    assert newest <= read_sessions(life.run_dir)[2]["step"] <= newest + SAVE_EVERY  # the last save was cut off, or not

@@ -59,6 +59,18 @@ class Gate:
         self._open.set()
 
 
+def test_a_kill_behind_a_save_does_not_leave_one_checkpoint_too_many_for_the_next(tmp_path, monkeypatch):
+    first = saver(tmp_path, keep=9, background=False)  # as if none had been retired yet
+    for step in range(1, 6):
+        first.save(step, tensors(step), STATE)
+    gate, ours = Gate(monkeypatch), saver(tmp_path, keep=2)
+    ours.save(6, tensors(6), STATE)
+    assert [each.step for each in checkpoints(tmp_path)] == [4, 5], "while the next one is written"
+    gate.open()
+    ours.drain()
+    assert [each.step for each in checkpoints(tmp_path)] == [5, 6]
+
+
 @pytest.mark.parametrize("prepared", [True, False])
 def test_what_is_saved_is_the_state_of_the_step_whatever_training_does_meanwhile(tmp_path, monkeypatch, prepared):
     gate, ours, state = Gate(monkeypatch), saver(tmp_path), tensors(1)
