@@ -21,9 +21,9 @@ from training.base.environment import staged
 from training.base.options import parse
 from training.data.prepared import Part, open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
-from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions
+from training.engine.watchdog import watched_ranks
 from training.models.gpt import GPT, GPTOptions
 from training.translation import Pairs, Translating, TranslationLoss
 
@@ -97,7 +97,7 @@ def main() -> int:
     for each in (pairs, held_out):
         each.check(f"model.context ({config.model.context})")
 
-    with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
+    with watched_ranks(config) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = GPT(config.model, data.source_tokenizer.vocabulary_size)
         scored = pairs.target_tokens.sum() + (pairs.source_tokens.sum() if config.loss.source_weight else 0)

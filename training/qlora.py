@@ -26,6 +26,7 @@ from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import OwnPart, RunOptions, Task, Validation
+from training.engine.watchdog import watched_ranks
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
@@ -190,7 +191,7 @@ def main() -> int:
     about = read_config(folder, config.quantisation)
     text = about.get_text_config()
 
-    with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
+    with watched_ranks(config) as cluster:
         cluster.on_first(lambda: data.check_tokenizer(folder, text.vocab_size))
         longest = int(max(answers.lengths.max(), held_out.lengths.max(initial=0)))
         if longest > text.max_position_embeddings:

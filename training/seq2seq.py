@@ -20,9 +20,9 @@ from training.base.environment import staged
 from training.base.options import parse
 from training.data.prepared import Part, open_prepared
 from training.data.tokenizers import EOS, PAD, SOS
-from training.engine.cluster import Cluster
 from training.engine.loop import train
 from training.engine.task import RunOptions
+from training.engine.watchdog import watched_ranks
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.translation import Pairs, Translating, TranslationLoss
 
@@ -92,7 +92,7 @@ def main() -> int:
     for each in (pairs, held_out):
         each.check(f"model.max_length ({config.model.max_length})")
 
-    with Cluster(config.session.hang_timeout + 60, deterministic=config.deterministic) as cluster:
+    with watched_ranks(config) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
         model = AttentionGRU(config.model, *sizes)

@@ -11,6 +11,7 @@ step, rank: where; without, at each. do: what, see `happen`. always: at every su
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib
 import json
@@ -25,7 +26,7 @@ from typing import Any
 import training.gpt as gpt
 from training.base.console import UserError, run_main
 from training.base.environment import adopt_srun_task, own_rank
-from training.engine import checkpoint
+from training.engine import checkpoint, watchdog
 from training.engine.batch_plan import BatchPlan
 
 _ACCIDENTS = json.loads(os.environ["ACCIDENTS"])
@@ -56,7 +57,7 @@ def hold(name: str) -> None:
 
 
 def happen(about: dict[str, Any], name: str) -> None:
-    """The accident itself: hold, pause, sleep, raise, mend, clock, a signal to itself, or a file system's error."""
+    """The accident itself: hold, pause, sleep, lock, raise, mend, clock, a signal to itself, or a disk's error."""
     what = about["do"]
     if what == "hold":
         hold(name)
@@ -64,6 +65,11 @@ def happen(about: dict[str, Any], name: str) -> None:
         time.sleep(about["seconds"])
     elif what == "sleep":
         sleep_for_ever()
+    elif what == "lock":  # a library that hangs and does not let go of Python's lock
+        watchdog._REPORT_PATIENCE_S = 1.0
+        time.sleep(1)  # so that the sentry hears of it
+        while True:
+            ctypes.PyDLL(None).sleep(3600)
     elif what == "raise":
         raise PlantedError("a planted mistake")
     elif what == "mend":

@@ -179,6 +179,17 @@ def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:
     return host, int(port), name
 
 
+def why_not_alone() -> str:
+    """By what this process takes itself for one of several, and how to run without the others."""
+    if _by_srun:
+        step = f"{job_id()}.{os.environ['SLURM_STEP_ID']}"
+        return (
+            f"this is a task of SLURM's step {step}, which has {os.environ['WORLD_SIZE']} tasks; to run alone in its "
+            "shell begin the command with: env -u SLURM_STEP_ID"
+        )
+    return f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; to run alone unset RANK, LOCAL_RANK and WORLD_SIZE"
+
+
 def gpus_of_node() -> int | None:
     """How many GPUs of this node SLURM gave the job, of which a task of srun may see its own only; None elsewhere."""
     text = os.environ.get("SLURM_GPUS_ON_NODE", "") if _by_srun else ""

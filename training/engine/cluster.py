@@ -12,13 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from itertools import count
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.base.console import PeerError, UserError
+from training.base.console import PeerError, UserError, say_as_any_rank
 from training.base.environment import (
     Ranks,
     gpus_of_node,
@@ -27,13 +28,22 @@ from training.base.environment import (
     read_ranks,
     torchrun_restarts,
     watching_launcher,
+    why_not_alone,
 )
 
 T = TypeVar("T")
 Result = TypeVar("Result")
 
-# Long enough for the slowest save or download between two collectives, short enough to end a hanging run.
-COLLECTIVE_TIMEOUT_S = 600.0
+
+class Beat(Protocol):
+    """A sign of life of this rank. All ranks give equally many, at the same places."""
+
+    def __call__(self, doing: str, slow: bool = False) -> None:
+        """doing: what the rank begins with. slow: whether that may take much longer than a step."""
+
+
+# How long the ranks wait for each other: until all have come, and in a collective where nobody watches over them.
+PATIENCE_S = 600.0
 
 # How long torchrun may take to answer its ranks, which it does in milliseconds. Torch gives up after twice that.
 _LAUNCHER_ANSWERS_S = 10.0
@@ -41,8 +51,10 @@ _LAUNCHER_ANSWERS_S = 10.0
 # How long a rank that ends with an error tries to find out whether another has announced it.
 _ERROR_PATIENCE_S = 5.0
 
-# How often a rank that waits for the others, without torchrun, looks whether that still makes sense.
+# How often a rank that waits for the others, without torchrun, looks whether that still makes sense; and after how long
+# the first one says that it waits.
 _LOOK_EVERY_S = 0.25
+_SAID_AFTER_S = 3.0
 
 # What gloo and NCCL say when the process at the other end is gone.
 _PEER_IS_GONE = (
@@ -62,9 +74,9 @@ class Cluster:
     An error that only means that another rank is gone leaves the context as `PeerError`.
     """
 
-    def __init__(self, timeout_s: float = COLLECTIVE_TIMEOUT_S, *, deterministic: bool = False) -> None:
-        """timeout_s: how long a rank waits for the others in a collective before it gives up. deterministic: use only
-        kernels that give the same bits every time.
+    def __init__(self, timeout_s: float = PATIENCE_S, *, deterministic: bool = False) -> None:
+        """timeout_s: how long a rank waits for the others in a collective before it gives up, by the clock: a pause of
+        all of them counts. deterministic: use only kernels that give the same bits every time.
         """
         if deterministic:
             # cuBLAS has one order of sums only with this, and torch looks once, at the first product on a GPU.
@@ -75,6 +87,7 @@ class Cluster:
         # Looked up before the ranks meet: if they do, this was their launcher and not a process that adopts orphans.
         self.launcher = watching_launcher()
         self.device = self._own_device()
+        self.beat: Beat = lambda doing, slow=False: None  # tells whoever watches over this rank what it begins with
         self._control: dist.ProcessGroup | None = None
         self._store: dist.Store | None = None
 
@@ -144,10 +157,10 @@ class Cluster:
         # In a thread of its own, since torch is deaf to signals while it waits.
         reaching = threading.Thread(target=reach, daemon=True)
         reaching.start()
-        end = time.monotonic() + self._timeout.total_seconds()
+        looks = count(1)
         while not found:
             reaching.join(_LOOK_EVERY_S)
-            self._check_waiting(end, f"the first rank does not answer at {where}")
+            self._check_waiting(next(looks), f"the first rank does not answer at {where}")
         (server,) = found
         if isinstance(server, Exception):
             if not self.is_first:
@@ -160,19 +173,24 @@ class Cluster:
         try:
             came = store.add("came", 1)
             while came < self.world_size:
-                self._check_waiting(end, f"only {came} of {self.world_size} ranks came to meet at {where}")
+                self._check_waiting(next(looks), f"only {came} of {self.world_size} ranks came to meet at {where}")
                 time.sleep(_LOOK_EVERY_S)
                 came = store.add("came", 0)
         except RuntimeError as error:
             raise PeerError(f"lost contact to the first rank at {where}") from error
         return store
 
-    def _check_waiting(self, end: float, what: str) -> None:
-        """Raises PeerError if the launcher is gone, or with `what` when the time is over."""
+    def _check_waiting(self, looks: int, what: str) -> None:
+        """Raises PeerError if the launcher is gone, or with `what` after too many looks.
+
+        They count, not the clock, which goes on while all processes of a job are paused.
+        """
         if self.launcher is not None and self.launcher.is_gone():
             raise PeerError("the launcher is gone, it was probably killed; nothing was done")
-        if time.monotonic() > end:
+        if looks * _LOOK_EVERY_S >= PATIENCE_S:
             raise PeerError(what)
+        if looks * _LOOK_EVERY_S == (_SAID_AFTER_S if self.is_first else 10 * _SAID_AFTER_S):
+            say_as_any_rank(f"rank {self.rank} waits: {what}; {why_not_alone()}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if not dist.is_initialized():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
@@ -39,7 +39,6 @@ from training.engine.status import EXIT_RESUMABLE, Best, Status, checkpoint_fold
 from training.engine.stopping import StopFlag, Stopped
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
-from training.engine.watchdog import Watchdog
 from training.engine.zero import Zero, state_bytes
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
@@ -166,9 +165,8 @@ def forward_backward(
     engine: Parallel,
     cluster: Cluster,
     step: int,
-    beat: Callable[[str], None] = lambda doing: None,
 ) -> Tensor:
-    """Adds up the gradient of `step` over this rank's micro-batches. beat(doing): tells the watchdog what goes on.
+    """Adds up the gradient of `step` over this rank's micro-batches.
 
     Every loss is divided by the weight of the whole step, so that the gradient does not depend on how the micro-batches
     are spread over the ranks. Returns this rank's part of the step's loss, a scalar on the device: the sum over ranks
@@ -179,12 +177,12 @@ def forward_backward(
     total = torch.zeros((), device=cluster.device)
     for batch in batches:
         with engine.micro_batch(last=batch is batches[-1]):
-            beat(f"step {step + 1}, forward pass")
+            cluster.beat(f"step {step + 1}, forward pass")
             seed_dropout(config.seed, step, batch.number, cluster.device)
             with engine.autocast():
                 loss = task.loss(engine.replica, batch.samples) / weight
             total += loss.detach()
-            beat(f"step {step + 1}, backward pass")
+            cluster.beat(f"step {step + 1}, backward pass")
             engine.backward(loss)
     return total
 
@@ -265,14 +263,11 @@ class _Run:
 
     def session(self) -> int:
         """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
-        config, plan, stopped = self.config, self.task.plan, None
+        plan, stopped = self.task.plan, None
         if self.cluster.is_first:
             self._open_logbook()
         first_step = self.step + 1
-        with (
-            Watchdog(config.run_dir, self.cluster, self.stop, config.session.hang_timeout) as self.watchdog,
-            Progress("training", plan.steps, "steps", start=self.step) as self.progress,
-        ):
+        with Progress("training", plan.steps, "steps", start=self.step) as self.progress:
             try:
                 self._boundary()  # the last session may have been stopped within one
                 while self.step < plan.steps:
@@ -283,6 +278,7 @@ class _Run:
                     self._boundary()
             except Stopped as raised:
                 stopped = raised
+            self.cluster.beat("the end of the session", slow=True)
             if self.saved_step != self.step:
                 self._save(due=False)
             self.cluster.on_first(self.logbook.finish_saving)
@@ -303,7 +299,7 @@ class _Run:
         self.wandb_id = self.logbook.wandb_id
 
     def _train_step(self) -> None:
-        loss = forward_backward(self.config, self.task, self.engine, self.cluster, self.step, self.watchdog.beat)
+        loss = forward_backward(self.config, self.task, self.engine, self.cluster, self.step)
         lr = learning_rate(self.step, self.task.plan.steps, self.config.optim)
         norm = self.engine.step(lr)
         self.window.add(self.step, loss)
@@ -371,7 +367,7 @@ class _Run:
     def _own_part(self, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         if self.engine.in_step:
             batches = in_rounds(batches, self.cluster.world_size)
-        return self.stop.until_stop(batches, lambda: self.watchdog.beat(f"validation after step {self.step}"))
+        return self.stop.until_stop(batches, lambda: self.cluster.beat(f"validation after step {self.step}"))
 
     def _save(self, *, due: bool) -> None:
         """due: whether an uninterrupted run saves here, too."""

@@ -66,13 +66,13 @@ class StopFlag:
     def __init__(self, run_dir: Path, cluster: Cluster, options: SessionOptions):
         self._cluster = cluster
         self._file = run_dir / STOP_FILE
-        self._margin_s = options.margin
+        self._options = options
         self._asked = 0
         self._interrupted = False
         self._calls = self._next_call = self._last_call = 0
         self._last_time: float | None = None
         self._slowest_step_s = 0.0
-        self._deadline, self.limit = _deadline(options) if cluster.is_first else (math.inf, None)
+        self._deadline = _deadline(options) if cluster.is_first else math.inf
         self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
         self.saves_fail: Callable[[], bool] = lambda: False
         names = ["SIGTERM", "SIGINT", *([options.stop_signal] if options.stop_signal else [])]
@@ -86,10 +86,6 @@ class StopFlag:
             self._interrupted = True  # a launcher may send SIGTERM in between
         self._asked = number
 
-    def launcher_is_gone(self) -> None:
-        """Asks for a stop because nobody watches over the ranks any more."""
-        self._asked = self._asked or _LAUNCHER
-
     def check(self) -> None:
         """Raises `Stopped` on every rank if any has a reason. To be called by all ranks equally often.
 
@@ -100,6 +96,10 @@ class StopFlag:
             return
         now = time.monotonic()
         step_s = 0.0 if self._last_time is None else (now - self._last_time) / (self._calls - self._last_call)
+        if step_s > self._options.hang_timeout:  # a pause: no step takes so long. SLURM does not count it, others do
+            step_s = 0.0
+            if self._cluster.is_first:
+                self._deadline = _deadline(self._options)
         asked, slowest_s = self._cluster.maximum([self._own_reason(now), step_s])
         # Every rank computes the same next call from the same numbers; where the duration is unknown, it is the next.
         self._next_call = self._calls + (max(1, min(100, int(_AGREE_EVERY_S / slowest_s))) if slowest_s else 1)
@@ -109,11 +109,14 @@ class StopFlag:
             raise Stopped(self._words(int(asked)))
 
     def _own_reason(self, now: float) -> int:
+        launcher = self._cluster.launcher
+        if not self._asked and launcher is not None and launcher.is_gone():
+            return _LAUNCHER
         if self._asked or not self._cluster.is_first:
             return self._asked
         if self.saves_fail():
             return _SAVES
-        if now + self._slowest_step_s + self.reserve_s() + self._margin_s > self._deadline:
+        if now + self._slowest_step_s + self.reserve_s() + self._options.margin > self._deadline:
             return _TIME
         return _FILE if self._file.exists() else 0
 
@@ -142,7 +145,7 @@ class StopFlag:
         """The seconds that this session has left for training; None without a time limit."""
         if self._deadline == math.inf:
             return None
-        return max(1.0, self._deadline - time.monotonic() - self._margin_s - self.reserve_s())
+        return max(1.0, self._deadline - time.monotonic() - self._options.margin - self.reserve_s())
 
     def clear(self) -> bool:
         """Whether somebody wants the run to rest, so that no launcher should start it again by itself.
@@ -157,8 +160,8 @@ class StopFlag:
         return any(self._cluster.maximum([wanted]))
 
 
-def _deadline(options: SessionOptions) -> tuple[float, str | None]:
-    """When the session has to be over, on the monotonic clock, which nobody can set; and who says so."""
+def _deadline(options: SessionOptions) -> float:
+    """When the session has to be over, on the monotonic clock, which nobody can set; says so."""
     now = time.monotonic()
     limits = []
     if options.time_limit is not None:
@@ -167,10 +170,7 @@ def _deadline(options: SessionOptions) -> tuple[float, str | None]:
     if surroundings is not None:
         limits.append((now + surroundings[0], surroundings[1]))
     if not limits:
-        return math.inf, None
+        return math.inf
     deadline, source = min(limits)
-    if deadline == math.inf:
-        say(source)
-        return deadline, None
-    say(f"this session ends in {format_duration(deadline - now)}: {source}")
-    return deadline, source
+    say(source if deadline == math.inf else f"this session ends in {format_duration(deadline - now)}: {source}")
+    return deadline

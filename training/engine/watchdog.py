@@ -5,35 +5,51 @@ watchdog leaves a report with the stacks of its process in the run folder. Toget
 which only wait for it. That is printed, and the processes end with an error, so that a hanging run does not burn its
 allocation. A rank that cannot even write a report (its process is stopped, its machine is gone) is named too.
 
-If the launcher dies, a polite stop is asked for: the ranks save, and none outlives it for long.
+Time in which a rank stood still itself does not count for it: a run that is paused, all of it, for however long, goes
+on. So the ranks of a run wait for each other as long as they have to, and the watchdog alone decides what is too long.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
-import shutil
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict
 
 from training.base.console import say_as_any_rank, tell_launcher
 from training.base.durations import format_duration
+from training.engine import sentry
 from training.engine.cluster import Cluster
 from training.engine.status import write_status
-from training.engine.stopping import StopFlag
+from training.engine.task import RunOptions
 
 # How often the thread looks; and how long it waits for the reports of the others, which look as often.
 _LOOK_EVERY_S = 0.5
 _REPORTS_S = 3.0
 
+# A thread that looks so much later than it should was not late: its process was paused, or Python's lock was taken.
+_LATE_S = 2.0
+
 # How long all of that may take before the process is ended without a report.
 _REPORT_PATIENCE_S = 30.0
+
+# What is no step, such as loading a model from a slow disk, may take so much longer.
+_SLOW_S = 3600.0
+
+# How long the ranks of a run wait for each other, at most, in a collective: a pause counts there, even of all ranks.
+_LONGEST_PAUSE_S = 7 * 24 * 3600.0
+
+# Makes a process print its stacks, whatever it is doing. Nobody else uses it.
+_PRINT_STACKS = signal.SIGRTMIN + 7
 
 # Without a launcher to end it, a rank that does not move is given less time.
 _ORPHAN_TIMEOUT_S = 60.0
@@ -51,47 +67,69 @@ class SignOfLife(TypedDict):
     doing: str
 
 
-class Watchdog:
-    """A context around everything that a rank does in a session."""
+@contextmanager
+def watched_ranks(config: RunOptions) -> Iterator[Cluster]:
+    """The processes of a run, each with a watchdog from before they meet until they part."""
+    cluster = Cluster(_LONGEST_PAUSE_S, deterministic=config.deterministic)
+    with Watchdog(config.run_dir, cluster, config.session.hang_timeout) as watchdog:
+        cluster.beat = watchdog.beat
+        with cluster:
+            yield cluster
 
-    def __init__(self, run_dir: Path, cluster: Cluster, stop: StopFlag, timeout_s: float):
+
+class Watchdog:
+    """A context around everything that a rank does."""
+
+    def __init__(self, run_dir: Path, cluster: Cluster, timeout_s: float):
         self._folder, self._run_dir = run_dir / FOLDER, run_dir
         self._rank, self._world_size = cluster.rank, cluster.world_size
-        self._stop, self._timeout_s = stop, timeout_s
-        self._launcher = cluster.launcher
-        self._beats, self._doing, self._since = 0, "starting", time.monotonic()
+        self._timeout_s, self._launcher = timeout_s, cluster.launcher
+        self._beats = 0
+        self.beat("the start", slow=True)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self._rank == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._since = time.monotonic()
+        with suppress(OSError):  # what an earlier session left
+            self._report_of(self._rank).unlink(missing_ok=True)
+            self._stack_of(self._rank).unlink(missing_ok=True)
+            self._folder.rmdir()
+        faulthandler.register(_PRINT_STACKS, file=2)
+        command = [sys.executable, "-I", "-S", sentry.__file__, str(os.getpid()), str(int(_PRINT_STACKS))]
+        self._sentry = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, bufsize=0, start_new_session=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        assert self._sentry.stdin is not None
+        self._sentry.stdin.close()
+        self._sentry.wait()
+        faulthandler.unregister(_PRINT_STACKS)
 
-    def beat(self, doing: str) -> None:
-        """A sign of life: the rank now begins with `doing`. All ranks give equally many, at the same places."""
+    def beat(self, doing: str, slow: bool = False) -> None:
+        """See `training.engine.cluster.Beat`."""
         self._beats += 1
         self._doing, self._since = doing, time.monotonic()
+        self._limit_s = self._timeout_s + (_SLOW_S if slow else 0)
 
     def _watch(self) -> None:
-        while not self._over.wait(min(_LOOK_EVERY_S, self._timeout_s / 4)):
-            timeout_s = self._timeout_s
+        looked, look_every_s = time.monotonic(), min(_LOOK_EVERY_S, self._timeout_s / 4)
+        assert self._sentry.stdin is not None
+        while not self._over.wait(look_every_s):
+            now = time.monotonic()
+            if now - looked > look_every_s + _LATE_S:
+                self._since += now - looked
+            looked, limit_s = now, self._limit_s
             if self._launcher is not None and self._launcher.is_gone():
-                self._stop.launcher_is_gone()
-                timeout_s = min(timeout_s, _ORPHAN_TIMEOUT_S)
-            # If a library holds Python's lock for ever, this thread stands still as well; faulthandler's does not.
-            # It ends the process, too: the run folder may be what hangs, and then no report can be written.
-            faulthandler.dump_traceback_later(timeout_s + _REPORT_PATIENCE_S, exit=True)
-            silent_s = time.monotonic() - self._since
-            if silent_s > timeout_s:
-                self._end(silent_s)
+                limit_s = min(limit_s, _ORPHAN_TIMEOUT_S)
+            # If a library holds Python's lock for ever, this thread stands still as well; then the sentry ends the
+            # process. The run folder may be what hangs, too, and then no report can be written.
+            with suppress(OSError):  # somebody has killed it
+                self._sentry.stdin.write(b"%f\n" % (limit_s + _REPORT_PATIENCE_S))
+            if now - self._since > limit_s:
+                self._end(now - self._since)
 
     def _end(self, silent_s: float) -> None:
         """Says who hangs, and ends the process whatever happens."""
@@ -116,10 +154,10 @@ class Watchdog:
             "beats": self._beats,
             "doing": self._doing,
         }
-        self._folder.mkdir(exist_ok=True)
-        with (self._folder / f"stack-{self._rank}.txt").open("w", encoding="utf-8") as file:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._stack_of(self._rank).open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        path = self._folder / f"rank-{self._rank}.json"
+        path = self._report_of(self._rank)
         path.with_suffix(".partial").write_text(json.dumps(report), encoding="utf-8")
         path.with_suffix(".partial").replace(path)
         end = time.monotonic() + _REPORTS_S + 2 * _LOOK_EVERY_S
@@ -129,13 +167,20 @@ class Watchdog:
         if self._rank == min(report["rank"] for report in reports):
             say_as_any_rank(f"error: {message}\n{self._stacks(behind)}")
             tell_launcher(message, to_mend=False)
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 write_status(self._run_dir, "failed", message, restart=True)
         else:
             time.sleep(1)  # the launcher ends all when the first has gone; that one should be the one with the message
 
+    def _stack_of(self, rank: int) -> Path:
+        return self._folder / f"stack-{rank}.txt"
+
+    def _report_of(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.json"
+
     def _reports(self) -> list[SignOfLife]:
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._folder.glob("rank-*.json"))]
+        paths = [path for path in map(self._report_of, range(self._world_size)) if path.exists()]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
     def _verdict(self, reports: list[SignOfLife], silent_s: float) -> tuple[str, list[int]]:
         """What to say, and the ranks whose stacks belong to it."""
@@ -166,5 +211,5 @@ class Watchdog:
         )
 
     def _stacks(self, ranks: list[int]) -> str:
-        texts = [f"where rank {rank} is:\n{(self._folder / f'stack-{rank}.txt').read_text('utf-8')}" for rank in ranks]
+        texts = [f"where rank {rank} is:\n{self._stack_of(rank).read_text('utf-8')}" for rank in ranks]
         return "\n".join([*texts, f"the stacks of all ranks are in {self._folder}"])

@@ -47,6 +47,7 @@ from tests.support.runs import (
     train_lines,
 )
 from training.base.environment import KAGGLE_LIMIT_S, time_left
+from training.base.processes import family_of
 from training.engine.checkpoint import checkpoints
 from training.engine.metrics import read_metrics
 from training.engine.status import read_sessions
@@ -605,6 +606,32 @@ def test_error_to_mend_is_told_once_whichever_ranks_it_is_of(launch, sample_data
     assert result.err.count("error: a planted mistake that the user can mend\n") >= 1
     own = [line for line in result.err.splitlines() if line == "error: a planted mistake that the user can mend"]
     assert len(own) == 1, result.err
+
+
+def test_process_whose_lock_a_library_never_gives_back_is_shown_where_it_is_and_ended(launch, sample_data, tmp_path):
+    life = Life(launch, tmp_path, sample_data, ranks=None)
+    session = life.start({"at": "forward", "step": 7, "do": "lock"}, words=("--session.hang_timeout", "3s"))
+    result = session.wait()
+    assert result.status == -signal.SIGKILL
+    assert "a library may hold Python's lock" in result.err and "in happen" in result.err
+    assert last_checkpoint(life.run_dir).step == 6
+    assert_all_gone(session)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_pause_of_a_whole_run_is_survived_however_long(ranks, uninterrupted, launch, sample_data, tmp_path):
+    life = Life(launch, tmp_path, sample_data, ranks, real=ranks is not None)
+    session = life.start(SLOW, words=("--session.hang_timeout", "6s"))
+    session.wait_for_step(life.run_dir, 10)
+    family = family_of(session.process.pid)
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(20)  # longer than torchrun waits for its own sign of life, too
+    for pid in family:
+        os.kill(pid, signal.SIGCONT)
+    assert session.wait().status == 0, session.printed()
+    assert_same_model(life.run_dir, uninterrupted(ranks or 1))
+    assert_all_gone(session)
 
 
 def test_hanging_process_that_can_write_no_report_says_so_and_ends(launch, sample_data, tmp_path):
