@@ -239,6 +239,26 @@ def watching_launcher() -> Launcher | None:
     return None
 
 
+def time_to_leave() -> tuple[float, str] | None:
+    """Seconds from a signal to leave, which a launcher or SLURM sends, to the kill behind it, and what sets them.
+
+    The shortest there is; None where nobody kills.
+    """
+    found: list[tuple[float, str]] = []
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = " ".join(command_line(os.getppid())).replace("=", " ").replace("_", "-")
+        given = re.search(r"--shutdown-timeout (\d+)", words)
+        default = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+        found.append((float(given[1] if given else default), "torchrun's --shutdown-timeout"))
+    elif "CROSS_SIZE" in os.environ:
+        found.append((30.0, "DeepSpeed's launcher, which cannot be told another"))
+    if job_id() is not None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError, TypeError):
+            answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=10).stdout
+            found.append((float(re.search(r"KillWait *= *(\d+)", answer)[1]), "SLURM's KillWait"))  # type: ignore[index]
+    return min(found, default=None)
+
+
 def _deepspeed_lineage() -> tuple[int, ...]:
     """From this process's parent to DeepSpeed's launcher on this node, and to the `deepspeed` command if that is here.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from training.base.console import UserError, warn
 from training.base.durations import format_duration
+from training.base.environment import time_to_leave
 from training.base.options import Options
 from training.engine.checkpoint import Tensors, bytes_of, checkpoints, publish, retire
 
@@ -213,6 +214,18 @@ class Saver:
             raise
         self.failures, self.error = 0, None
         self.saves_s.append(time.monotonic() - began)
+        if len(self.saves_s) == 1:
+            self._compare_with_time_to_leave()
+
+    def _compare_with_time_to_leave(self) -> None:
+        """Warns if a save takes longer than a launcher leaves for it: the last one would be cut off."""
+        limit = time_to_leave()
+        if limit is not None and self.seconds > limit[0]:
+            warn(
+                f"a save takes {format_duration(self.seconds)}, but a run that is told to leave is killed after "
+                f"{format_duration(limit[0])} ({limit[1]}): raise that, or save more often than every "
+                f"{self._options.every_steps:,} steps (--checkpoint.every_steps), so that less is done again"
+            )
 
     def _try_to_publish(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         for pause_s in (*_PAUSES_S, None):

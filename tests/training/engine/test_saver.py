@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from training.base import environment
 from training.base.console import UserError
 from training.engine import saver as saver_module
 from training.engine.checkpoint import checkpoints, newest_valid
@@ -208,3 +209,31 @@ def test_recommended_interval_loses_least_of_all():
         best_s = best_interval_s(save_s, between_kills_s)
         least = lost_share(best_s, save_s, between_kills_s)
         assert all(lost_share(best_s * factor, save_s, between_kills_s) > least for factor in (0.5, 0.9, 1.1, 2))
+
+
+def test_a_save_that_takes_longer_than_the_launcher_leaves_for_it_is_told_once(tmp_path, monkeypatch, capsys):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "CROSS_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment.time_to_leave() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert environment.time_to_leave() == (30, "torchrun's --shutdown-timeout")
+    words = ["python", "-m", "torch.distributed.run", "--shutdown-timeout=240", "-m", "training.gpt"]
+    monkeypatch.setattr(environment, "command_line", lambda pid: words)
+    assert environment.time_to_leave() == (240, "torchrun's --shutdown-timeout")
+    words[3:4] = ["--shutdown_timeout", "0"]
+    saving = saver(tmp_path)
+    for step in (1, 2):
+        saving.save(step, tensors(step), STATE)
+        saving.drain()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is killed after 0s (torchrun's --shutdown-timeout): raise that, or save more often than every 500" in line
+    # SLURM's kill comes first.
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 'KillOnBadExit           = 0'\necho 'KillWait                = 20 sec'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words[4] = "30"
+    assert environment.time_to_leave() == (20, "SLURM's KillWait")
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    assert environment.time_to_leave() == (30, "torchrun's --shutdown-timeout")
