@@ -199,6 +199,21 @@ def test_ranks_whose_port_is_taken_say_so_and_do_not_disturb_who_has_it(launch, 
     assert not life.run_dir.exists()
 
 
+def test_a_shell_in_one_task_of_srun_hears_whom_its_command_waits_for_and_how_to_run_alone(
+    launch, sample_data, tmp_path
+):
+    life = Life(launch, tmp_path, sample_data, None)
+    session = life.start(environment=task(0, 4))
+    wait_until(session, lambda: "rank 0 waits: only 1 of 4 ranks came to meet" in session.printed(), "told")
+    step = f"{os.getpid()}.0"
+    assert f"a task of SLURM's step {step}, which has 4 tasks" in session.printed()
+    assert "begin the command with: env -u SLURM_STEP_ID" in session.printed()
+    session.process.terminate()
+    assert session.wait().status == 75 and not life.run_dir.exists()
+    alone = {name: text for name, text in task(0, 4).items() if name != "SLURM_STEP_ID"}
+    assert seen_by_a_process(**alone)["ranks"] == [0, 0, 1, 1]
+
+
 def seen_by_a_process(**environment: str) -> dict[str, Any]:
     """The ranks and variables of a process that is started in such surroundings."""
     code = (
