@@ -208,7 +208,9 @@ def status_of_step(content: dict[str, bytes | None], run_dir: Path) -> int:
     return json.loads(content[str(run_dir / "status.json")] or b"")["step"]
 
 
-def test_finished_run_says_so_and_changes_nothing(uninterrupted, launch: Launch, sample_data, tmp_path):
+def test_finished_run_says_so_refuses_another_model_and_changes_nothing(
+    uninterrupted, launch: Launch, sample_data, tmp_path
+):
     """Even if the process was killed right behind its last checkpoint, before it could write that it has finished."""
     run_dir = shutil.copytree(uninterrupted(2), tmp_path / "run")
     before = content_of(run_dir)
@@ -217,6 +219,9 @@ def test_finished_run_says_so_and_changes_nothing(uninterrupted, launch: Launch,
     result = launch(*command_of(run_dir, sample_data, *WHOLE_RUN)).wait()
     assert result.status == 0, result
     assert f"{run_dir} is finished" in result.out
+    assert content_of(run_dir) == before
+    other = launch(*command_of(run_dir, sample_data, *WHOLE_RUN), "--model.layers", 3).wait()
+    assert_only_one_line_is_said(other, "another definition", "model.layers: 2 -> 3", "nothing was changed")
     assert content_of(run_dir) == before
 
 
