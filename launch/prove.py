@@ -36,9 +36,24 @@ from training.base.options import CommandLine
 from training.base.processes import children, family_of, is_alive, kill_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
 from training.engine.metrics import METRICS, read_metrics
-from training.engine.status import read_sessions, read_status
+from training.engine.run_folder import CONFIG
+from training.engine.status import RECORDS, read_sessions, read_status
 
-Accident = Literal["rank killed", "all killed", "launcher killed", "killed while saving", "rank told to stop"]
+Accident = Literal[
+    "rank killed",
+    "all killed",
+    "launcher killed",
+    "killed while saving",
+    "record damaged",
+    "rank told to stop",
+    "terminal closed",
+    "output unread",
+    "all paused",
+]
+
+# Those that a session outlives; it is told to stop a moment later.
+_OUTLIVED = ("output unread", "all paused")
+_PAUSE_S = 8.0
 
 # Each of them happens once before any happens twice, in random order.
 ACCIDENTS: tuple[Accident, ...] = get_args(Accident)
@@ -56,11 +71,12 @@ class Training:
     steps: int
     processes: int  # ranks under torchrun
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Starts a session; what it prints goes to `output`."""
+    def start(self, pipe: int | None = None) -> subprocess.Popen[bytes]:
+        """Starts a session; what it prints goes to `output`, or into a pipe."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         command = [sys.executable, *torchrun, "-m", *self.words, "--run_dir", str(self.run_dir)]
-        with self.output.open("ab") as output:
+        with self.output.open("ab") as file:
+            output = file.fileno() if pipe is None else pipe
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
     @property
@@ -106,7 +122,9 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
     """One session that ends by `accident`, at a random moment; None if the run was finished before."""
     began_at = max((checkpoint.step for checkpoint in checkpoints(training.run_dir)), default=0)
     sessions = len(read_sessions(training.run_dir))
-    process = training.start()
+    reader, writer = os.pipe()
+    process = training.start(writer if accident == "output unread" else None)
+    os.close(writer)
 
     def wait_for(happened: Callable[[], bool], pause_s: float = 0.01) -> None:
         while process.poll() is None and not happened():
@@ -114,7 +132,7 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
 
     wait_for(lambda: len(children(process.pid)) >= training.processes)
     ranks, family = children(process.pid)[: training.processes], family_of(process.pid)
-    if accident in ("rank killed", "all killed") and dice.random() < 0.125:
+    if accident in ("rank killed", "all killed", "all paused") and dice.random() < 0.125:
         time.sleep(dice.uniform(0, 6))  # perhaps before the first step
     else:
         # Somewhere before the end, but late enough for the run to get on.
@@ -126,18 +144,28 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
             wait_for(lambda: bool(list(saving.glob(".step-*.partial"))), pause_s=0.0005)
         else:
             time.sleep(dice.random() * 0.1)
-    if process.poll() is not None:
+    ended_before = process.poll() is not None
+    os.close(reader)
+    if ended_before:
         return None
     with suppress(ProcessLookupError):  # it has just ended by itself
-        if accident in ("all killed", "killed while saving"):
+        if accident in ("all killed", "killed while saving", "record damaged"):
             kill_all(family)
         elif accident == "launcher killed":
             process.kill()
+        elif accident == "terminal closed":
+            process.send_signal(signal.SIGHUP)
         else:
+            if accident == "all paused":
+                _pause(family)
+            if accident in _OUTLIVED:
+                time.sleep(dice.random())
             number = signal.SIGKILL if accident == "rank killed" else signal.SIGTERM
             os.kill(dice.choice(ranks), number)
     process.wait()
     _wait_until_gone(family)
+    if accident == "record damaged":
+        _damage_record(training.run_dir, dice)
     at = training.step()
     found = checkpoints(training.run_dir)
     problems = [f"{checkpoint.folder.name}: {problem}" for checkpoint in found if (problem := checkpoint.verify())]
@@ -145,6 +173,25 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
     if saved < began_at:
         problems.append(f"step {began_at} was published before and is gone")
     return Event(accident, at, saved, "; ".join(problems) or None)
+
+
+def _pause(family: Sequence[int]) -> None:
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in family:
+            os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(_PAUSE_S)
+
+
+def _damage_record(run_dir: Path, dice: random.Random) -> None:
+    """Damages one of the files beside the checkpoints: noise, half of it, or nothing at all is left."""
+    name = dice.choice([name for name in (METRICS, CONFIG, *RECORDS) if (run_dir / name).exists()])
+    content = (run_dir / name).read_bytes()
+    if name == METRICS:  # what it holds cannot be made again, but for what comes behind the last checkpoint
+        damaged = content + dice.randbytes(30)
+    else:
+        damaged = dice.choice([dice.randbytes(len(content)), content[: len(content) // 2], b""])
+    (run_dir / name).write_bytes(damaged)
 
 
 def _wait_until_gone(family: Sequence[int], patience_s: float = 90.0) -> None:

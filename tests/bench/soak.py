@@ -1,8 +1,9 @@
 """Random kills, run after run: how many were survived, how many lost something.
 
 Each run is a training of a small GPT under torchrun on two ranks, interrupted by SIGKILL (of one rank, of all, of the
-launcher, in the middle of a save) and by polite stops, at random moments, until it is finished; one time in eight
-perhaps before its first step. Its last checkpoint must then equal that of an uninterrupted run byte for byte, and its
+launcher, in the middle of a save), polite stops, hang-ups, pauses that are longer than `session.hang_timeout`, outputs
+that nobody reads any more and damaged records, at random moments, until it is finished; one time in eight perhaps
+before its first step. Its last checkpoint must then equal that of an uninterrupted run byte for byte, and its
 record line by line. A kill counts as lost if a published checkpoint is damaged or missing after it, or if its run ends
 with a difference.
 """
@@ -28,6 +29,7 @@ TRAINING = (
     *("training.gpt", "--model.width", 64, "--model.layers", 2, "--model.heads", 2, "--model.context", 128),
     *("--optim.steps", STEPS, "--optim.warmup_steps", 10, "--optim.lr", 3e-3, "--batch.tokens_per_micro_batch", 512),
     *("--checkpoint.every_steps", 4, "--log.every_steps", 1, "--log.validate_every_steps", 30),
+    *("--session.hang_timeout", "6s"),
 )
 
 

@@ -35,8 +35,9 @@ from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
 from training.engine.saver import price_of_a_kill, write_s
-from training.engine.status import EXIT_RESUMABLE, Best, Status, checkpoint_folder, write_status
+from training.engine.status import EXIT_RESUMABLE, Best, Status, checkpoint_folder, read_sessions, write_status
 from training.engine.stopping import StopFlag, Stopped
+from training.engine.surroundings import keep_threads
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
 from training.engine.zero import Zero, state_bytes
@@ -53,6 +54,8 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     then says `failed`.
     """
     _check_world_size(config, cluster)
+    if cluster.world_size == 1:
+        keep_threads(read_sessions(config.run_dir) or read_sessions(config.resume_from or config.run_dir))
     precision = choose_precision(config.precision, cluster.device)
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))

@@ -80,7 +80,7 @@ class RunFolder:
                 if other is not None and (latest is None or other.step > latest.step):
                     _check_same_run(other, about, may_change)
                     latest = _carry_over(source, self.run_dir, other, data)
-            _set_damaged_aside(self.run_dir)
+            _set_damaged_aside(self.run_dir, {} if latest is None else latest.manifest["config"])
             known = self.run_dir / CONFIG
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
@@ -121,9 +121,12 @@ class RunFolder:
         file.flush()
 
 
-def _set_damaged_aside(run_dir: Path) -> None:
-    """Gives files beside the checkpoints that cannot be read another name, so that the run goes on without them."""
-    for name, problem in _damaged(run_dir):
+def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Gives damaged files beside the checkpoints another name, so that the run goes on without them.
+
+    config: what config.yaml has to hold, at least.
+    """
+    for name, problem in _damaged(run_dir, config):
         path = run_dir / name
         names = (run_dir / f"damaged-{number}-{name}" for number in count(1))
         aside = next(each for each in names if not each.exists())
@@ -135,7 +138,7 @@ def _set_damaged_aside(run_dir: Path) -> None:
         warn(f"{path} is damaged ({problem}); what was found is in {aside.name}, and the run goes on")
 
 
-def _damaged(run_dir: Path) -> Iterator[tuple[str, str]]:
+def _damaged(run_dir: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The names of such files, and what is wrong with them."""
     for name in RECORDS:
         if (run_dir / name).exists() and read_record(run_dir, name) is None:
@@ -143,11 +146,21 @@ def _damaged(run_dir: Path) -> Iterator[tuple[str, str]]:
     if is_damaged(run_dir / METRICS):
         yield METRICS, "not all of its lines can be read"
     try:
-        yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+        if _lacks(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")), config):
+            yield CONFIG, "a part is missing"
     except FileNotFoundError:
         pass
     except (OSError, ValueError, yaml.YAMLError):
         yield CONFIG, "it cannot be read"
+
+
+def _lacks(found: object, expected: object) -> bool:
+    """Whether a key of `expected` is missing, at any depth."""
+    if not isinstance(expected, Mapping):
+        return False
+    return not isinstance(found, Mapping) or any(
+        key not in found or _lacks(found[key], value) for key, value in expected.items()
+    )
 
 
 def _refuse_lost_checkpoints(run_dir: Path) -> None:

@@ -47,7 +47,7 @@ class Session(TypedDict):
     reason: str | None
     seconds: float
     surroundings: NotRequired[dict[str, str]]  # what it computed with, see `training.engine.surroundings`
-    saves: NotRequired[int]
+    saves: NotRequired[int]  # that were published
     stall_s: NotRequired[float]  # how long a save kept the training waiting, in the mean
     save_s: NotRequired[float]  # how long a save took until it was published, in the mean
 
@@ -180,10 +180,10 @@ class Sessions:
         with writing_to(run_dir, option="--run_dir"):
             self._write()
 
-    def update(self, step: int) -> None:
-        """Notes the step that the session has come to."""
+    def update(self, step: int, saves: int) -> None:
+        """Notes the step that the session has come to, and how many checkpoints it has published."""
         current = self.current
-        current["step"], current["seen"] = step, _now()
+        current["step"], current["seen"], current["saves"] = step, _now(), saves
         current["seconds"] = round(time.monotonic() - self._began, 1)
         with contextlib.suppress(OSError):  # a full disk costs this note, not the training
             self._write()
@@ -191,10 +191,10 @@ class Sessions:
     def end(self, step: int, reason: str, *, stalls_s: Sequence[float], saves_s: Sequence[float]) -> None:
         """Notes how the session ended. stalls_s, saves_s: of its saves, see `Saver`."""
         current = self.current
-        current["ended"], current["reason"], current["saves"] = _now(), reason, len(saves_s)
+        current["ended"], current["reason"] = _now(), reason
         if saves_s:
             current["stall_s"], current["save_s"] = round(mean(stalls_s), 4), round(mean(saves_s), 4)
-        self.update(step)
+        self.update(step, len(saves_s))
 
     def _write(self) -> None:
         write_atomically(self._run_dir / SESSIONS, json.dumps(self.all, indent=2) + "\n")

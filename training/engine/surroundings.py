@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from training.engine.status import Session
 
 _ROOT = Path(__file__).parents[2]
 
@@ -31,6 +34,17 @@ def surroundings(device: torch.device, versions: Mapping[str, str]) -> dict[str,
     on_cpu = {"threads": str(torch.get_num_threads()), "processor": _processor()}
     on = on_cpu if device.type == "cpu" else {"card": torch.cuda.get_device_name(device)}
     return {**on, "Python": platform.python_version(), **versions, "code": _digest()}
+
+
+def keep_threads(sessions: Sequence[Session]) -> None:
+    """Gives a process that is alone as many threads as in the run's last session, unless somebody says how many.
+
+    A new run has one for each core, and so has one that comes to a machine with fewer cores than that.
+    """
+    if sessions and sessions[-1]["world_size"] == 1 and not os.environ.get("OMP_NUM_THREADS"):
+        threads = int(sessions[-1].get("surroundings", {}).get("threads", 0))
+        if 0 < threads < torch.get_num_threads():
+            torch.set_num_threads(threads)
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -380,14 +380,27 @@ def test_damaged_or_lost_files_beside_the_checkpoints_are_set_aside_or_written_a
 
     # Of a finished run, too.
     (run_dir / "sessions.json").write_text("{}")
+    config = (run_dir / "config.yaml").read_bytes()
+    (run_dir / "config.yaml").write_bytes(config[: len(config) // 2])
     result = life.start().wait()
     assert result.status == 0 and "is finished" in result.out and "damaged-2-sessions.json" in result.err
+    assert "damaged (a part is missing)" in result.err and (run_dir / "config.yaml").read_bytes() == config
 
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").mkdir()
     before = content_of(run_dir)
     assert_refuses_to_train_anew(life.start().wait(), run_dir)
     assert content_of(run_dir) == before
+
+
+def test_run_whose_first_session_was_killed_does_not_begin_again_when_its_checkpoints_are_gone(
+    launch, sample_data, tmp_path
+):
+    life = Life(launch, tmp_path, sample_data, ranks=None)
+    life.kill_at(10)
+    assert len(checkpoints(life.run_dir)) == 2
+    shutil.rmtree(life.run_dir / "checkpoints")
+    assert_refuses_to_train_anew(life.start().wait(), life.run_dir)
 
 
 # Disks.

@@ -40,7 +40,7 @@ from training.engine.task import OwnPart, RunOptions, Task, Validation
 from training.models.dropout import Dropout
 
 CPU = torch.device("cpu")
-ONE = SimpleNamespace(rank=0, world_size=1, device=CPU)
+ONE = SimpleNamespace(rank=0, world_size=1, device=CPU, beat=lambda doing: None)
 STEPS = 24
 SAMPLES = 60
 _dice = np.random.default_rng(3)
@@ -89,7 +89,7 @@ def engine_of(
 
 
 def forward_backward(engine: DataParallel, step: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-    shares = SimpleNamespace(rank=rank, world_size=ranks, device=CPU)
+    shares = SimpleNamespace(rank=rank, world_size=ranks, device=CPU, beat=lambda doing: None)
     task = SimpleNamespace(plan=plan(), loss=summed_loss)
     return loop.forward_backward(SimpleNamespace(seed=11), task, engine, shares, step)
 
@@ -342,9 +342,12 @@ class Threads:
 
     def __init__(self, ranks: int):
         self._barrier, self._values = threading.Barrier(ranks, timeout=5), [[0.0]] * ranks
+        self.without_launcher: set[int] = set()
 
     def rank(self, number: int) -> SimpleNamespace:
-        return SimpleNamespace(rank=number, is_first=number == 0, maximum=partial(self._maximum, number))
+        launcher = SimpleNamespace(is_gone=lambda: number in self.without_launcher)
+        maximum = partial(self._maximum, number)
+        return SimpleNamespace(rank=number, is_first=number == 0, launcher=launcher, maximum=maximum)
 
     def _maximum(self, rank: int, values: list[float]) -> list[float]:
         self._values[rank] = values
@@ -362,7 +365,7 @@ def test_all_ranks_stop_at_the_same_step_though_one_alone_has_a_reason(tmp_path,
     def run(number: int) -> None:
         for step in range(1, 5):
             if (number, step) == (2, 3):
-                flags[2].launcher_is_gone()
+                ranks.without_launcher.add(2)
             time.sleep(0.05)  # so long a step that they agree at each
             try:
                 flags[number].check()
@@ -386,7 +389,7 @@ def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
 ):
     monkeypatch.setattr(stopping, "process_age_s", lambda: 0.0)
     monkeypatch.setattr(stopping, "time_left", lambda: None)
-    cluster = SimpleNamespace(rank=0, is_first=True, maximum=list)
+    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list)
     flag = StopFlag(tmp_path, cluster, SessionOptions(time_limit=left_s, margin=30))
     flag.reserve_s = lambda: save_s
     try:
@@ -395,6 +398,17 @@ def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
         assert stops and str(reason) == "the time limit"
     else:
         assert not stops
+
+
+def test_a_pause_is_no_slow_step_and_the_scheduler_is_asked_again_what_is_left(tmp_path, monkeypatch, handlers):
+    left_s = iter([0.5, 100.0])  # SLURM does not count the time in which it has suspended a job
+    monkeypatch.setattr(stopping, "time_left", lambda: (next(left_s), "SLURM's time limit"))
+    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list)
+    flag = StopFlag(tmp_path, cluster, SessionOptions(margin=0, hang_timeout=0.2))
+    flag.check()
+    time.sleep(0.6)
+    flag.check()
+    assert 90 < (flag.usable_s() or 0) <= 100 and flag._slowest_step_s == 0
 
 
 # What the bits depend on.
@@ -415,6 +429,19 @@ def test_other_surroundings_are_said_at_the_start_and_a_refusal_names_the_commit
     monkeypatch.setattr(run_folder, "commit", lambda: "another")
     with pytest.raises(UserError, match=rf"it was saved by Relay's commit {surroundings.commit()}, this is another"):
         train_here(tmp_path, seed=4)
+
+
+def test_a_process_that_is_alone_goes_on_with_as_many_threads_as_before(tmp_path, handlers, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = torch.get_num_threads()
+    assert train_here(tmp_path, stop_at=2) == EXIT_RESUMABLE
+    torch.set_num_threads(threads + 1)
+    try:
+        assert train_here(tmp_path) == 0
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+    assert "not as in the last session" not in capsys.readouterr().out
 
 
 def test_code_is_the_same_whatever_its_comments(tmp_path):
