@@ -62,6 +62,7 @@ class Piece:
     lines: int = 0
     blank: int = 0
     malformed: list[tuple[int, str, str]] = field(default_factory=list)  # line, reason, how it begins
+    unread: Counter[str] = field(default_factory=Counter)  # records by key that is not read
     # Per record: id, line, offset, bytes, task, whether its answer is too short, hash of group, hash of all of it.
     rows: list[tuple[str | None, int, int, int, str, bool, int, int]] = field(default_factory=list)
 
@@ -78,6 +79,7 @@ class Records:
     lines: int
     blank: int
     malformed: list[dict[str, object]]
+    unread: Counter[str]  # records by key that is not read
     counts: Counter[tuple[str, str]]  # (what, task): records, duplicates, too_short, left_out
 
 
@@ -87,6 +89,7 @@ def read_records(workers: Workers, corpus: Corpus) -> Records:
     jobs = [(number, start, end) for number, file in enumerate(files) for start, end in _pieces(file)]
     blank = 0
     malformed: list[dict[str, object]] = []
+    unread: Counter[str] = Counter()
     counts: Counter[tuple[str, str]] = Counter()
     kept: list[tuple[int, int, int, str, int]] = []  # file, offset, bytes, task, group
     uids: list[str] = []
@@ -112,6 +115,7 @@ def read_records(workers: Workers, corpus: Corpus) -> Records:
                     seen.add(pair)
                     kept.append((number, offset, size, task, group))
                     uids.append(uid)
+            unread.update(piece.unread)
             lines_before[number] += piece.lines
             blank += piece.blank
             progress.advance(end - start)
@@ -127,6 +131,7 @@ def read_records(workers: Workers, corpus: Corpus) -> Records:
         lines=lines_before.total(),
         blank=blank,
         malformed=malformed,
+        unread=unread,
         counts=counts,
     )
 
@@ -163,6 +168,8 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
                 group = _hash(normalise(record.group))
                 pair = _hash(*(turn["content"] for turn in record.turns), record.answer)
                 short = corpus.is_short(record)
+                for key in record.unread:
+                    piece.unread[key] += 1
                 piece.rows.append((record.id, line, offset, len(raw), record.task, short, group, pair))
         offset += len(raw) + 1
     return piece

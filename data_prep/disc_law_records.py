@@ -13,7 +13,18 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from data_prep.records import Malformed, Record, SourceFile, checked_text, json_object, kind_of, written_text
+from data_prep.records import (
+    NOT_LEARNED,
+    Malformed,
+    Record,
+    SourceFile,
+    checked_text,
+    is_learned,
+    json_object,
+    keys_left,
+    kind_of,
+    written_text,
+)
 from training.base.console import UserError, warn
 from training.base.files import sha256_of
 from training.base.hub import fetch_snapshot
@@ -231,15 +242,19 @@ def read_record(line: bytes, file: PublishedFile) -> LawRecord:
     lacking = [key for key in keys if key not in values]
     if lacking:
         raise Malformed(f"no {' and no '.join(lacking)}")
-    question, answer = (written_text(key, values[key]) for key in ("input", "output"))
-    reference = values["reference"] if file.has_reference else []
+    question, answer = (written_text(key, values.pop(key)) for key in ("input", "output"))
+    reference = values.pop("reference") if file.has_reference else []
     if not isinstance(reference, list):
         raise Malformed(f"reference is {kind_of(reference)}, not a list of texts")
     statutes = [checked_text("reference", statute).strip() for statute in reference]
-    name = values["id"]
+    name = values.pop("id")
     if name is not None:
         checked_text("id", name)
-    return LawRecord(name, _task_of(name, file), (user(question),), answer, tuple(filter(None, statutes)))
+    if not is_learned(values):
+        raise Malformed(NOT_LEARNED)
+    unread = tuple(keys_left(values))
+    task = _task_of(name, file)
+    return LawRecord(name, task, (user(question),), answer, tuple(filter(None, statutes)), unread=unread)
 
 
 def _task_of(name: str | None, file: PublishedFile) -> str:

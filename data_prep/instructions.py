@@ -3,16 +3,17 @@
     python -m data_prep.instructions --source mine.jsonl --tokenizer Qwen/Qwen2.5-3B-Instruct --output prepared/mine
     python -m data_prep.instructions --source FOLDER --tokenizer models/mine --max_length 2048 --output prepared/mine
 
-A line is a record in any of `LAYOUTS`; one file may hold several of them. The answer to the last question is learned;
-the turns before it, and a system's, are what the model reads. A record is counted, split and scored as its `task` or
-`category`, if it has one, and otherwise under the name of its file. This promises what `prepare_conversations` does.
+A line is a record in any of `LAYOUTS`; one file may hold several of them. The last answer that has no weight of 0 is
+learned; the turns before it, and a system's, are what the model reads. A record is counted, split and scored as its
+`task` or `category`, if it has one, and otherwise under the name of its file. This promises what
+`prepare_conversations` does.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,17 @@ from pydantic import Field
 
 from data_prep.prepare_conversations import prepare
 from data_prep.records import (
+    NOT_LEARNED,
+    WEIGHTS,
     ConversationOptions,
     Corpus,
     Malformed,
     Record,
     SourceFile,
     checked_text,
+    is_learned,
     json_object,
+    keys_left,
     kind_of,
     written_text,
 )
@@ -58,10 +63,11 @@ ABOUT = f"""Prepares your own questions and answers for fine-tuning. A line of t
 
   {(chr(10) + "  ").join(LAYOUTS)}
 
-and, if you like, task or category, id, and {" or ".join(SYSTEM)}; no other key is read. Of several turns the last
-answer is learned, and the others are read. Equal questions (of several, the first) are in one part. Dropped and
-counted: a record that is too long, and one that says the same as another before it. A task is scored as free text,
-unless it bears the name of one of DISC-Law-SFT's."""
+and, if you like, task or category, id, and {" or ".join(SYSTEM)}; other keys are not read, but counted and named. Of
+several turns the last answer is learned in which none of {", ".join(WEIGHTS)} is 0 or false, and what stands
+before it is read. Equal questions (of several, the first) are in one part. Dropped and counted: a record that is too
+long, and one that says the same as another before it. A task is scored as free text, unless it bears the name of one of
+DISC-Law-SFT's."""
 # What the files of other formats begin with, and what to do about them.
 NOT_TEXT = {
     b"\x1f\x8b": "it is compressed; `gunzip -k {path}` unpacks it",
@@ -96,34 +102,40 @@ class Instructions(Corpus[Record, SourceFile]):
 
     def read(self, line: bytes, file: SourceFile) -> Record:
         values = json_object(line)
-        turns, answer = _turns_of(values)
+        turns, answer, unread = _turns_of(values)
         if values.get("history"):
             raise Malformed("history holds turns, which are read from messages or conversations only")
         system = next((key for key in SYSTEM if values.get(key)), None)
         if system and turns[0]["role"] != "system":
-            turns = [_turn("system", written_text(system, values[system])), *turns]
-        name = values.get("id")
+            turns = [_turn("system", written_text(system, values.pop(system))), *turns]
+        name = values.pop("id", None)
         if name is not None and not isinstance(name, int):
             checked_text("id", name)
         task = _task_of(values) if self.options.tasks == "field" else None
-        return Record(None if name is None else str(name), task or file.stem, tuple(turns), answer)
+        if not is_learned(values):
+            raise Malformed(NOT_LEARNED)
+        unread = tuple(dict.fromkeys([*unread, *keys_left(values)]))
+        return Record(None if name is None else str(name), task or file.stem, tuple(turns), answer, unread=unread)
 
 
-def _task_of(values: Mapping[str, Any]) -> str | None:
+def _task_of(values: dict[str, Any]) -> str | None:
     key = "task" if values.get("task") else "category"
     if not values.get(key):
         return None
-    task = " ".join(written_text(key, values[key]).split())
+    task = " ".join(written_text(key, values.pop(key)).split())
     if task in FOR_ALL:
         raise Malformed(f"{key} is {task!r}, which is what tables call all of them: name it otherwise")
     return task
 
 
-def _turns_of(values: Mapping[str, Any]) -> tuple[list[Message], str]:
-    """The turns before the answer, and the answer, whatever the layout. Raises Malformed."""
+def _turns_of(values: dict[str, Any]) -> tuple[list[Message], str, Sequence[str]]:
+    """The turns before the answer, the answer, and keys of turns that are not read, whatever the layout.
+
+    Takes what is read out of `values`. Raises Malformed.
+    """
     for key, speaker, text in TURNS:
         if key in values:
-            return _conversation(key, values[key], speaker, text)
+            return _conversation(key, values.pop(key), speaker, text)
     questions = [key for key in QUESTIONS if key in values] or [key for key in MORE[:1] if key in values]
     answers = [key for key in ANSWERS if key in values]
     if questions and not answers:
@@ -134,23 +146,29 @@ def _turns_of(values: Mapping[str, Any]) -> tuple[list[Message], str]:
         if len(both) > 1:
             raise Malformed(f"it has {' and '.join(both)}, of which one is expected")
     keys = dict.fromkeys([*questions, *(key for key in MORE if values.get(key))])
-    asked = "\n".join(filter(None, (checked_text(key, values[key]).strip() for key in keys)))
-    return [user(written_text(" and ".join(keys), asked))], written_text(answers[0], values[answers[0]])
+    asked = "\n".join(filter(None, (checked_text(key, values.pop(key)).strip() for key in keys)))
+    return [user(written_text(" and ".join(keys), asked))], written_text(answers[0], values.pop(answers[0])), ()
 
 
-def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[list[Message], str]:
+def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[list[Message], str, Sequence[str]]:
     if not isinstance(turns, list):
         raise Malformed(f"{key} is {kind_of(turns)}, not a list of turns")
-    read = []
+    read: list[Message] = []
+    learned: list[int] = []  # places of turns
+    unread: list[str] = []
     for number, turn in enumerate(turns, 1):
         where = f"turn {number} of {key}"
         if not isinstance(turn, dict) or speaker not in turn or text not in turn:
             found = f", but with {', '.join(turn) or 'nothing'}" if isinstance(turn, dict) else ""
             raise Malformed(f"{where} is no object with {speaker} and {text}{found}"[:200])
-        role = ROLES.get(checked_text(f"{speaker} of {where}", turn[speaker]))
+        who = checked_text(f"{speaker} of {where}", turn.pop(speaker))
+        role = ROLES.get(who)
         if role is None:
-            raise Malformed(f"{where} is of {turn[speaker]!r}, who is none of {', '.join(ROLES)}"[:200])
-        read.append(_turn(role, written_text(f"{text} of {where}", turn[text])))
+            raise Malformed(f"{where} is of {who!r}, who is none of {', '.join(ROLES)}"[:200])
+        if is_learned(turn) and role == "assistant":
+            learned.append(len(read))
+        read.append(_turn(role, written_text(f"{text} of {where}", turn.pop(text))))
+        unread += (f"{key}[].{name}" for name in keys_left(turn))
     roles = [turn["role"] for turn in read]
     expected = ["system"] * (roles[:1] == ["system"])
     expected += ["user", "assistant"] * ((len(roles) - len(expected)) // 2)
@@ -159,7 +177,10 @@ def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[lis
             f"{key}: a user and an assistant take turns, behind a system at most, and the assistant has the last; here "
             f"they are of {', '.join(roles) or 'nobody'}"[:300]
         )
-    return read[:-1], read[-1]["content"]
+    if not learned:
+        raise Malformed(NOT_LEARNED)
+    last = learned[-1]
+    return read[:last], read[last]["content"], unread
 
 
 def _turn(role: str, content: str) -> Message:

@@ -32,6 +32,7 @@ from data_prep.preparing import (
     claim_output,
     is_done,
     resolved,
+    say_malformed,
     sha256_of_json,
     versions,
     write_meta,
@@ -48,6 +49,7 @@ from training.data.conversations import FORMAT, Conversations, open_conversation
 from training.data.prepared import PARTS, list_files
 
 ROWS_PER_SHARD = 1000  # what a kill costs each worker at most; a second or two
+LISTED_KEYS, NAMED_KEYS = 100, 10  # that were not read, the most frequent, in meta.json and in the report
 MAX_TASKS = 100  # each has a question of its own in the report, and a row in its tables
 
 
@@ -206,6 +208,7 @@ def _counts(records: Records, parts: dict[str, MadePart]) -> dict[str, Any]:
         "blank": records.blank,
         "malformed": len(records.malformed),
         "malformed_listed": records.malformed[:LISTED_MALFORMED],
+        "unread_keys": {repr(key[:60])[1:-1]: count for key, count in records.unread.most_common(LISTED_KEYS)},
         **totals,
         "tasks": tasks,
     }
@@ -235,9 +238,14 @@ def _report(output: Path, meta: dict[str, Any], corpus: Corpus, seconds: float) 
     say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
     say(
         f"  left out  {counts['duplicates']:,} duplicates, {counts['too_short']:,} with too short an answer, "
-        f"{counts['too_long']:,} too long, {counts['malformed']:,} malformed lines (meta.json lists them)"
+        f"{counts['too_long']:,} too long"
         + (f", {counts['left_out']:,} of {', '.join(corpus.left_out)}" if counts["left_out"] else "")
     )
+    say_malformed(counts)
+    if counts["unread_keys"]:
+        keys = [f"{key} (in {count:,} records)" for key, count in counts["unread_keys"].items()]
+        more = ", ... (meta.json lists them)" if len(keys) > NAMED_KEYS else ""
+        say(f"  not read  the keys {', '.join(keys[:NAMED_KEYS])}{more}")
     say(f"  {'tokens':<36}{'rows':>9}{'prompt and answer':>26}{'answer':>26}{'truncated':>11}{'too long':>10}")
     say(f"  {'':<36}{'':>9}{'median    p95    max':>26}{'median    p95    max':>26}")
     for task, about in meta["lengths"].items():

@@ -21,6 +21,7 @@ from training.data.prepared import META, PARTS, PreparedFolder
 
 OUR_NAMES = {*PARTS, "tokenizer", META}
 LISTED_MALFORMED = 100  # lines that meta.json lists, of those that cannot be read
+NAMED_MALFORMED = 3  # of them, those that the report names
 
 Opened = TypeVar("Opened", bound=PreparedFolder)
 
@@ -80,6 +81,16 @@ def is_done(existing: PreparedFolder, differences: list[str], overwrite: bool) -
 def resolved(options: Options) -> str:
     """The options in force, one a line."""
     return "\n".join(f"  {key}: {value}" for key, value in options.model_dump(mode="json").items())
+
+
+def say_malformed(counts: dict[str, Any]) -> None:
+    """How many lines could not be read, if there are any, and the first of them."""
+    if counts["malformed"]:
+        first = counts["malformed_listed"][:NAMED_MALFORMED]
+        named = [f"{line['file']} line {line['line']}: {line['reason']}" for line in first]
+        if counts["malformed"] > len(first):
+            named.append("...")
+        say(f"  malformed {counts['malformed']:,} lines were left out, and meta.json lists them: {'; '.join(named)}")
 
 
 def sha256_of_json(value: object) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,6 +19,10 @@ from data_prep.preparing import sha256_of_json
 from data_prep.shards import cores
 from training.base.options import Options
 from training.data.chat import Message
+
+# Keys of an answer, or of its record, that say with 0 or false that it is not to be learned.
+WEIGHTS = ("weight", "loss_weight", "loss", "train")
+NOT_LEARNED = f"no answer of it is to be learned ({', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} is 0 or false)"
 
 
 class ConversationOptions(Options):
@@ -79,6 +83,7 @@ class Record:
     task: str
     turns: tuple[Message, ...]  # all that stands before the answer; the last is of the user
     answer: str
+    unread: tuple[str, ...] = field(default=(), kw_only=True)  # keys that hold something and are not read, each once
 
     @property
     def question(self) -> str:
@@ -150,6 +155,17 @@ def json_object(line: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Malformed(f"{kind_of(values)}, not an object")
     return values
+
+
+def is_learned(values: dict[str, Any]) -> bool:
+    """Whether the answer in `values` is to be learned, by its `WEIGHTS`. Takes those of 0 and 1 out of `values`."""
+    said = [values.pop(key) for key in WEIGHTS if key in values and values[key] in (0, 1)]  # false is 0, true is 1
+    return 0 not in said
+
+
+def keys_left(values: Mapping[str, Any]) -> list[str]:
+    """The keys that nobody has read, of values that readers take out; null and what is empty says nothing."""
+    return [key for key, value in values.items() if value not in (None, "", [], {})]
 
 
 def checked_text(key: str, value: object) -> str:

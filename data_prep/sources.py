@@ -22,7 +22,7 @@ from data_prep.preparing import LISTED_MALFORMED
 from training.base.console import UserError, say, warn
 from training.base.files import open_atomically, sha256_of, writing_to
 from training.base.progress import Progress
-from training.data.text import HAN, clean
+from training.data.text import HAN, clean, split_lines
 
 DOWNLOAD_URL = "https://www.manythings.org/anki/cmn-eng.zip"
 DOWNLOAD_NAME = "cmn-eng.zip"  # in the folder of downloads
@@ -31,6 +31,7 @@ DOWNLOAD_TIMEOUT_S = 15
 
 # Kinds of malformed lines.
 NO_TAB, SWAPPED, HEADING = "one column, no TAB", "Chinese before English", "a heading"
+EXTRA_TAB = "3 columns where most lines have 2"
 _HEADINGS = {
     *("english", "en", "eng", "英文", "英语", "chinese", "mandarin", "zh", "cn", "cmn", "中文", "汉语"),
     *("source", "src", "target", "tgt", "translation"),
@@ -91,7 +92,7 @@ class RawPairs:
     chinese: list[str] = field(default_factory=list)
     attribution: list[str] = field(default_factory=list)
     blank: int = 0
-    malformed: list[dict[str, object]] = field(default_factory=list)  # each with line, reason, and how it begins
+    malformed: list[dict[str, object]] = field(default_factory=list)  # each with file, line, reason, how it begins
 
     def __len__(self) -> int:
         return len(self.english)
@@ -110,7 +111,7 @@ class RawPairs:
     @property
     def licence(self) -> str:
         """The licence that the lines themselves state."""
-        stated = sum("tatoeba" in text.lower() for text in self.attribution)
+        stated = sum(map(_names_tatoeba, self.attribution))
         return _TATOEBA_LICENCE if stated > len(self) // 2 else _UNKNOWN_LICENCE
 
 
@@ -121,8 +122,8 @@ def sample_lines() -> list[str]:
     enough to learn in minutes, and so regular that a model translates combinations that it has never seen. Every
     sentence is unique on its side and has one right translation; shorter English comes first, as in the real file.
     """
-    lines = Path(__file__).with_name("sample.tsv").read_text(encoding="utf-8").splitlines()
-    return [f"{line}\t{SAMPLE_ATTRIBUTION}" for line in lines]
+    lines = split_lines([Path(__file__).with_name("sample.tsv").read_bytes()])
+    return [f"{line.decode()}\t{SAMPLE_ATTRIBUTION}" for line in lines]
 
 
 def open_source(name: str, downloads: Path) -> Source:
@@ -207,24 +208,25 @@ def _downloaded(folder: Path) -> Path:
 
 
 def read_pairs(source: Source, max_malformed_share: float) -> RawPairs:
-    """The pairs of `English TAB Chinese [TAB attribution]` lines (UTF-8 with or without BOM, LF or CRLF).
+    """The pairs of `English TAB Chinese [TAB attribution]` lines (UTF-8 with or without BOM; LF, CRLF or CR).
 
     Raises UserError when the text is empty, not UTF-8, of another form or language, or when more than
     `max_malformed_share` of its lines that are not blank are malformed.
     """
-    lines = _decoded(source).split("\n")
-    if lines[-1] == "":
-        lines.pop()  # the end of the last line, not one more line
+    _check_text(source)
+    lines = [line.decode("utf-8-sig") for line in split_lines([source.content])]
+    rows = [[clean(column) for column in line.split("\t")] for line in lines]
+    others_have_two = _others_have_two(rows)
     pairs = RawPairs(len(lines))
-    for number, line in enumerate(lines, start=1):
-        if not clean(line):
+    for number, (line, columns) in enumerate(zip(lines, rows, strict=True), start=1):
+        if not any(columns):
             pairs.blank += 1
             continue
-        columns = [clean(column) for column in line.split("\t")]
         first = not pairs and not pairs.malformed
-        reason = HEADING if first and _is_heading(columns) else _malformed(columns)
+        reason = HEADING if first and _is_heading(columns) else _malformed(columns, others_have_two)
         if reason:
-            pairs.malformed.append({"line": number, "reason": reason, "text": line.rstrip("\r")[:80]})
+            file = Path(source.place).name
+            pairs.malformed.append({"file": file, "line": number, "reason": reason, "text": line[:80]})
         else:
             pairs.english.append(columns[0])
             pairs.chinese.append(columns[1])
@@ -234,15 +236,16 @@ def read_pairs(source: Source, max_malformed_share: float) -> RawPairs:
     return pairs
 
 
-def _decoded(source: Source) -> str:
+def _check_text(source: Source) -> None:
     if not source.content:
         raise UserError(f"{source.place} is empty; expected lines of `English TAB Chinese`")
     try:
-        return source.content.decode("utf-8-sig")
+        source.content.decode()
+        return
     except UnicodeDecodeError as wrong:
         error = wrong
-        line = source.content.count(b"\n", 0, error.start) + 1
-    if b"\0" not in source.content and source.content.count(b"\n") < line and error.reason == "unexpected end of data":
+        line = sum(1 for _ in split_lines([source.content[: error.start + 1]]))
+    if b"\0" not in source.content and error.reason == "unexpected end of data":
         advice = "it ends in the middle of a character: copy it again, whole"
     elif source.content.startswith((b"\xff\xfe", b"\xfe\xff")):
         advice = f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {source.place} > cmn-utf8.txt`"
@@ -261,7 +264,20 @@ def _decoded(source: Source) -> str:
     raise UserError(f"{source.place} is not UTF-8 text (line {line}); {advice}")
 
 
-def _malformed(columns: list[str]) -> str | None:
+def _names_tatoeba(attribution: str) -> bool:
+    return "tatoeba" in attribution.lower()
+
+
+def _others_have_two(rows: list[list[str]]) -> bool:
+    """Whether most lines have two columns, so that a third is half a sentence, torn off by a tab inside it.
+
+    Lines that name Tatoeba do not count: pairs without an attribution may have been added to them.
+    """
+    counts = Counter(len(columns) for columns in rows if not _names_tatoeba(columns[-1]))
+    return counts[2] > counts[3]
+
+
+def _malformed(columns: list[str], others_have_two: bool) -> str | None:
     """Why this line is no pair, or None if it is one."""
     if len(columns) == 1:
         return NO_TAB
@@ -273,6 +289,8 @@ def _malformed(columns: list[str]) -> str | None:
         return "no Chinese"
     if _HAN.search(columns[0]) and not _HAN.search(columns[1]):
         return SWAPPED
+    if others_have_two and len(columns) == 3 and columns[2] and not _names_tatoeba(columns[2]):
+        return EXTRA_TAB
     return None
 
 
@@ -306,8 +324,8 @@ def _check_malformed(source: Source, pairs: RawPairs, max_malformed_share: float
         advice = "if its columns are separated by commas (CSV), save it with tabs instead"
     elif reason == NO_TAB:
         advice = "put a tab between the languages; `paste english.txt chinese.txt > pairs.tsv` joins two files"
-    elif "\r" in text:
-        advice = f"its lines end as on an old Mac: `tr '\\r' '\\n' < {source.place} > lines.tsv`"
+    elif reason == EXTRA_TAB:
+        advice = "if a tab stands inside a sentence, take it out; if notes stand behind these pairs, take those out"
     raise UserError(
         f"{source.place}: {len(pairs.malformed):,} of {found:,} lines are not `English TAB Chinese [TAB attribution]` "
         f"(mostly: {reason}, {count:,}; the first of them is line {example['line']}: {text!r}), more than "

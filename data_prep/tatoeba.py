@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_prep.preparing import claim_output, is_done, resolved, sha256_of_json, versions, write_meta
+from data_prep.preparing import claim_output, is_done, resolved, say_malformed, sha256_of_json, versions, write_meta
 from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, RawPairs, Source, open_source, read_pairs
 from data_prep.splits import Split, grouped_split, leakage, random_split, side_of
 from training.base.console import run_main, say, warn
@@ -255,8 +255,7 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
             f"{counts['pairs']:,} pairs are few: with less than about {FEW_PAIRS:,} a run by configs/*/base.yaml is "
             "shorter than its warm-up (--optim.warmup_steps shortens that), and little can be learned"
         )
-    if counts["malformed"]:
-        say(f"  malformed {counts['malformed']:,} lines were left out; meta.json lists them")
+    say_malformed(counts)
     say(f"  identity  {meta['fingerprint'][:16]}")
 
 

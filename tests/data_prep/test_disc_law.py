@@ -321,6 +321,7 @@ BAD_LINES = {
         {"id": None, "input": "问", "output": "答", "reference": ["法<|endoftext|>"]},
         "<|endoftext|>",
     ),
+    "weight_0": (PAIR, {"id": "exam-900", "input": "问题", "output": "B. 答案", "weight": 0}, "is to be learned"),
 }
 
 
@@ -341,6 +342,14 @@ def test_bad_line_is_counted_listed_and_never_trained_on(name, tmp_path, make, l
     ):
         make(source, "--max_malformed_share", 0.002)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["law", "made-1"]
+
+
+def test_a_key_that_is_read_in_another_file_only_is_counted_and_named(tmp_path, make, law, capsys):
+    assert law.meta["counts"]["unread_keys"] == {}
+    values = {"id": "exam-900", "input": "问题在哪里？", "output": "B. 在这里", "reference": ["《刑法》第一条"]}
+    made = make(write_source(tmp_path / "law", extra={PAIR: [values, {**values, "id": "exam-901", "input": "谁？"}]}))
+    assert made.meta["counts"]["unread_keys"] == {"reference": 2}
+    assert "  not read  the keys reference (in 2 records)\n" in capsys.readouterr().out
 
 
 def test_last_line_cut_off_crlf_and_byte_order_mark(tmp_path, make, law):

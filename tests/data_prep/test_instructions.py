@@ -249,6 +249,45 @@ def test_lines_that_are_no_record_are_named_with_file_line_and_reason(make: Make
         make(source)
 
 
+def test_an_answer_of_weight_0_is_read_and_never_learned(make: Make):
+    def weighted(number: int, *weights: object, key: str = "weight") -> dict[str, object]:
+        told = turns(asked(number), said(number), "Once more?", f"Wrong, {number}.")
+        for turn, weight in zip(told[1::2], weights, strict=True):
+            turn[key] = weight
+        return {"messages": told}
+
+    records = [weighted(number, 1, 0) for number in range(8)]
+    records += [weighted(number, None, False, key="train") for number in range(8, 16)]
+    records += [weighted(number, 0, 1.0) for number in range(16, 24)]
+    never = [weighted(24, 0, 0), qa(25, loss_weight=0.0), {**weighted(26, 1, 1), "weight": 0}]
+    data = make([*records, *never, qa(27, weight=0.5)], "--max_malformed_share", 0.2)
+    both = [turns(asked(number), said(number), "Once more?", f"Wrong, {number}.") for number in range(24)]
+    learned = [*(messages[:2] for messages in both[:16]), *both[16:], turns(asked(27), said(27))]
+    assert messages_of(data) == sorted(learned, key=str)
+    assert_only_the_last_answer_is_learned(data)
+    counts = data.meta["counts"]
+    assert [line["line"] for line in counts["malformed_listed"]] == [25, 26, 27]
+    assert all("no answer of it is to be learned" in line["reason"] for line in counts["malformed_listed"])
+    assert counts["unread_keys"] == {"weight": 1}, "half a weight is not known, so it is named"
+
+
+def test_keys_that_were_not_read_are_counted_and_named(make: Make, tmp_path: Path, capsys):
+    thought = [{**turn, "reasoning_content": "Hm.", "name": None} for turn in turns(asked(1), said(1))]
+    records: list[Line] = [
+        qa(0, id="a", task="t", system="Be brief.", context="", history=[]),  # all of it read, or nothing said
+        {"messages": thought, "tools": [{"name": "calc"}]},
+        {"messages": turns("Be kind.", asked(2), said(2), first="system"), "system": "Be brief.", "tools": []},
+        *(json.dumps(qa(number, reference=["§ 1"], **{"\ud800\n": 0})).encode() for number in range(3, 30)),
+        b"no record",
+    ]
+    data = make(records, "--max_malformed_share", 0.1)
+    expected = {"reference": 27, r"\ud800\n": 27, "messages[].reasoning_content": 1, "tools": 1, "system": 1}
+    assert data.meta["counts"]["unread_keys"] == expected
+    named = capsys.readouterr().out
+    assert ", ".join(f"{key} (in {count} records)" for key, count in expected.items()) in named
+    assert "malformed 1 lines were left out, and meta.json lists them: mine-1.jsonl line 31: not JSON" in named
+
+
 def test_sources_that_hold_no_lines_of_records_say_what_to_do(make: Make, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "list.json").write_text(json.dumps([qa(1), qa(2)], indent=1))

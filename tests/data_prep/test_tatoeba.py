@@ -66,7 +66,7 @@ BAD_SOURCES = {
     "one_column": ("\n".join(line.split("\t")[0] for line in CORPUS.split("\n")).encode(), "one column, no TAB"),
     "gbk": (CORPUS.encode("gb18030"), "iconv -f GB18030 -t UTF-8"),
     "utf16": (CORPUS.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
-    "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 2)"),
+    "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 3)"),
     "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "is it another language's file?"),
     "swapped": ("嗨。\tHi.\n跑。\tRun.\n".encode(), "swap the columns: `awk"),
     "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "put English first on these lines"),
@@ -75,7 +75,6 @@ BAD_SOURCES = {
     "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as text separated by tabs"),
     "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "put a tab between the languages; `paste "),
     "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: write English, a tab"),
-    "old_mac": (CORPUS.replace("\n", "\r").encode(), "its lines end as on an old Mac: `tr"),
     "latin1": (b"caf\xe9\tna\xefve\n", "not UTF-8 text (line 1); save it as UTF-8 (`iconv -f"),
     "cut_short": (CORPUS.encode() + "\nHi.\t嗨".encode()[:-1], "(line 201); it ends in the middle of a character"),
     "numbered": (b"1\tHi.\t\xe5\x97\xa8\n2\tRun.\t\xe8\xb7\x91\n", "`cut -f 2,3` takes those two"),
@@ -124,6 +123,46 @@ def test_bom_crlf_and_odd_blanks_are_cleaned_and_two_columns_are_enough(tmp_path
     part = open_prepared(tmp_path / "x").part("train")
     assert part.target_texts[0] == f"Line {part.rows[0]}."
     assert part.source_texts[0] == f"第 {part.rows[0]} 行。"
+
+
+def test_lines_end_at_lf_crlf_and_cr_and_nowhere_within_a_sentence():
+    lines = [f"Line\u2028{number}.\t第\x0c{number}\u2029行\x85。" for number in range(60)]
+    mixed = "".join(line + end for line, end in zip(lines, ("\n", "\r\n", "\r") * 20, strict=True))
+    for text in (mixed, mixed + "\r", *(end.join(lines) for end in ("\n", "\r\n", "\r"))):
+        pairs = sources.read_pairs(sources.Source("file", "cmn.txt", b"\xef\xbb\xbf" + text.encode()), 0)
+        assert pairs.english == [f"Line {number}." for number in range(60)]
+        assert pairs.chinese == [f"第 {number} 行 。" for number in range(60)]
+    broken = f"{lines[0]}\r{lines[1]}\r\n{lines[2]}\n".encode() + b"\xff\n"
+    with pytest.raises(UserError, match=r"is not UTF-8 text \(line 4\)"):
+        sources.read_pairs(sources.Source("file", "cmn.txt", broken), 0)
+
+
+def test_half_a_sentence_before_a_tab_is_no_pair_and_the_line_is_named(tmp_path: Path, capsys):
+    pairs = [f"Contract {number} costs 37 yuan.\t第{number}号合同要37元。" for number in range(1, 201)]
+    torn = ["Contract\t5 costs 37 yuan.\t第5号合同要37元。", "It runs Linux.\t它用\tLinux。", "He left.\t他\t走了。"]
+    attributed = [
+        f"Hi {number}.\t嗨{number}。\tCC-BY 2.0 (France) Attribution: tatoeba.org #{number}" for number in range(300)
+    ]
+    source = tmp_path / "mine.tsv"
+    source.write_text("\n".join([*pairs, *torn, *attributed, "Go.\t走。\t"]), encoding="utf-8")
+    prepare_here("--source", source, "--output", tmp_path / "x")
+    counts = open_prepared(tmp_path / "x").meta["counts"]
+    assert (counts["pairs"], counts["malformed"]) == (501, 3)
+    named = "; ".join(f"mine.tsv line {line}: 3 columns where most lines have 2" for line in (201, 202, 203))
+    assert f"3 lines were left out, and meta.json lists them: {named}\n" in capsys.readouterr().out
+    source.write_text("\n".join([*pairs, *torn]), encoding="utf-8")
+    expected = (
+        r"3 of 203 lines .*most lines have 2, 3; the first of them is line 201: 'Contract.*if a tab stands inside"
+    )
+    with pytest.raises(UserError, match=expected):
+        prepare_here("--source", source, "--output", tmp_path / "y")
+
+
+def test_a_third_column_that_most_lines_have_is_an_attribution(tmp_path: Path):
+    lines = [f"Line {number}.\t第{number}行。" + f"\t来源{number}" * (number % 3 > 0) for number in range(90)]
+    (tmp_path / "mine.tsv").write_text("\n".join(lines), encoding="utf-8")
+    prepare_here("--source", tmp_path / "mine.tsv", "--output", tmp_path / "x")
+    assert open_prepared(tmp_path / "x").meta["counts"]["pairs"] == 90
 
 
 @pytest.mark.parametrize("heading", ["English\tChinese", "en\tzh\tattribution", "英文\t中文"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 
 _NOT_COMPARED = ("P", "S", "Z", "C")  # Unicode categories: punctuation, symbols, blanks, control characters
+
+
+def split_lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a UTF-8 text without their ends: LF, CRLF or CR. No part ends between a CR and its LF.
+
+    What else Unicode calls the end of a line (U+2028, U+0085, a form feed) stands inside sentences.
+    """
+    for part in parts:
+        yield from part.splitlines()  # of bytes: at these three only
 
 
 def clean(text: str) -> str:

@@ -23,7 +23,7 @@ from typing import BinaryIO
 from training.base.console import UserError, run_main, say, warn
 from training.base.files import open_atomically, writing_to
 from training.base.options import CommandLine
-from training.data.text import HAN
+from training.data.text import HAN, split_lines
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
 from training.evaluation.runs import QLORA, kind_of
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.sentences:
             lines: Iterable[bytes] = (sentence.encode("utf-8", "surrogateescape") for sentence in arguments.sentences)
         elif arguments.input:
-            lines = files.enter_context(_opened(arguments.input))
+            lines = split_lines(files.enter_context(_opened(arguments.input)))
         else:
-            lines = sys.stdin.buffer
+            lines = split_lines(sys.stdin.buffer)
         trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         # Whoever types at a terminal wants an answer to every line.
         typed = not (arguments.sentences or arguments.input) and sys.stdin.isatty()

@@ -107,6 +107,14 @@ def test_a_sentence_as_long_as_the_model_takes_is_translated_and_the_output_ends
     assert len(longest.split()) <= trained.decoder.room(most) and nothing == ""
 
 
+def test_input_lines_end_at_lf_crlf_or_cr_and_nowhere_within_a_sentence(run, trained, sentences, tmp_path, capsys):
+    first, second, third, fourth = sentences[:4]
+    lines = [first, second, third, f"{fourth[:2]}\u2028{fourth[2:]}"]
+    (tmp_path / "zh.txt").write_bytes("{}\r{}\r\n{}\n{}\n".format(*lines).encode())
+    assert translate.main([str(run), "--input", str(tmp_path / "zh.txt")]) == 0
+    assert capsys.readouterr().out.splitlines() == expected(trained, lines)
+
+
 def test_sentences_without_chinese_are_translated_with_a_warning(run, capsys):
     assert translate.main([str(run), "How are you?", "你好。", "Fine!"]) == 0
     assert "2 of 3 sentences hold no Chinese, which this model translates from" in capsys.readouterr().err
