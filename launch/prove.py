@@ -35,8 +35,8 @@ from training.base.durations import format_duration
 from training.base.options import CommandLine
 from training.base.processes import children, family_of, is_alive, kill_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.metrics import METRICS, read_metrics
-from training.engine.status import read_sessions, read_status
+from training.engine.metrics import read_metrics
+from training.engine.status import METRICS, read_sessions, read_status
 
 Accident = Literal["rank killed", "all killed", "launcher killed", "killed while saving", "rank told to stop"]
 
