@@ -35,9 +35,9 @@ from training.base.durations import format_duration
 from training.base.options import CommandLine
 from training.base.processes import children, family_of, is_alive, kill_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
-from training.engine.metrics import METRICS, read_metrics
+from training.engine.metrics import read_metrics
 from training.engine.run_folder import CONFIG
-from training.engine.status import RECORDS, read_sessions, read_status
+from training.engine.status import METRICS, RECORDS, read_sessions, read_status
 
 Accident = Literal[
     "rank killed",

@@ -5,7 +5,9 @@ Importing this costs no torch; `read_options` imports it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +52,14 @@ def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
     if missing:
         raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
     return Path(said["run_dir"]), Path(said["data"])
+
+
+def digest_of(run_dir: Path) -> str:
+    """Eight hexadecimal digits for a run folder's whole path: a name that lost some of the path is one run's with them.
+
+    They are the same from whatever folder, and by whatever link, the run is named.
+    """
+    return hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:8]
 
 
 def read_options(script: str, words: Sequence[str]) -> RunOptions:

@@ -17,7 +17,7 @@ from launch.doctor.findings import Finding, Level, MustMatch
 from launch.scripts import read_options
 from training.base.console import UserError
 from training.base.environment import staged
-from training.base.files import write_atomically, writing_to
+from training.base.files import dangling, write_atomically, writing_to
 from training.data.conversations import open_conversations
 from training.data.prepared import open_prepared
 from training.engine.precision import PrecisionName
@@ -47,6 +47,10 @@ def precision_of(script: str | None, words: Sequence[str]) -> PrecisionName:
 
 def existing_folder(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there. Raises UserError where a file is in the way."""
+    if (link := dangling(path)) is not None:
+        raise UserError(
+            f"{link}, so that no run folder can be made there: mount or make that, or choose another --run_dir"
+        )
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from launch.kaggle.kernel_run import SUMMARY
-from launch.scripts import read_options, script_of
+from launch.scripts import digest_of, read_options, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import KAGGLE_INPUT, KAGGLE_WORKING
 from training.base.files import open_atomically, sha256_of, write_atomically, writing_to
@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("config", type=Path, metavar="CONFIG.yaml")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the notebook")
     add("--owner", required=True, help="your name on Kaggle")
-    add("--slug", help="the notebook's name on Kaggle (default: relay- and the run's name)")
+    add("--slug", help="the notebook's name on Kaggle (default: relay-, the run's name, and a digest of its path)")
     add("--dataset", metavar="OWNER/SLUG", help="data set with code, config and data (default: one is made to upload)")
     add("--previous", action="append", default=[], metavar="OWNER/SLUG", help="notebook whose output to go on from")
     add("--script", help="module that trains (default: what the config says)")
@@ -376,11 +376,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def slug_of(run_dir: Path) -> str:
-    """A run's name on Kaggle. The prefix keeps it apart from the user's own notebooks."""
-    slug = re.sub(r"[^a-z0-9]+", "-", f"relay-{run_dir.name}".lower()).strip("-")
-    if len(slug) > _SLUG_LENGTH:
-        slug = f"{slug[: _SLUG_LENGTH - 9].strip('-')}-{hashlib.sha256(run_dir.name.encode()).hexdigest()[:8]}"
-    return slug
+    """A new run's name on Kaggle. The prefix keeps it apart from the user's own notebooks."""
+    readable = re.sub(r"[^a-z0-9]+", "-", f"relay-{run_dir.resolve().name}".lower())
+    return f"{readable[: _SLUG_LENGTH - 9].strip('-')}-{digest_of(run_dir)}"
 
 
 def checked_options(script: str, words: Sequence[str]) -> RunOptions:

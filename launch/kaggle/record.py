@@ -7,6 +7,7 @@ that is lost or behind costs questions, not kernel runs.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -53,6 +54,12 @@ class RelayRecord:
     path: Path
     dataset: dict[str, Any] = field(default_factory=dict)  # last uploaded: name, sha256, version; the words for it
     kernel_runs: list[KernelRun] = field(default_factory=list)
+
+    @property
+    def name(self) -> str | None:
+        """What the run has been called on Kaggle since it began, by whatever rule; None before it began."""
+        known = [*(each.kernel for each in self.kernel_runs), *([self.dataset["name"]] if self.dataset else [])]
+        return re.sub(r"^.*/|-(a|b|files)$", "", known[0]) if known else None
 
     @classmethod
     def read(cls, path: Path) -> RelayRecord:

@@ -75,10 +75,7 @@ class Run:
     run_dir: Path
     data: Path
     owner: str
-
-    @property
-    def name(self) -> str:
-        return notebook.slug_of(self.run_dir)
+    name: str
 
     @property
     def kernels(self) -> tuple[str, str]:
@@ -101,9 +98,17 @@ class Relay:
     mistake; called when they or the uploaded files are new.
     """
 
-    def __init__(self, run: Run, kaggle: Kaggle, clock: Clock, every_s: float, check: Callable[[], object]):
-        self.run, self._kaggle, self._clock, self._every_s, self._check = run, kaggle, clock, every_s, check
-        self._record = RelayRecord.read(run.run_dir / RECORD)
+    def __init__(
+        self,
+        run: Run,
+        record: RelayRecord,
+        kaggle: Kaggle,
+        clock: Clock,
+        every_s: float,
+        check: Callable[[], object],
+    ):
+        self.run, self._record, self._check = run, record, check
+        self._kaggle, self._clock, self._every_s = kaggle, clock, every_s
         self._folder = run.run_dir / "kaggle"
         self._said_busy = False  # that the account is busy is said once, not at every try
 
@@ -417,6 +422,7 @@ def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
     A killed relay leaves a command behind that may be pushing. That command holds the second lock until it has its
     answer: only then can Kaggle be asked what happened.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield ()
         return
@@ -460,19 +466,17 @@ def main(argv: Sequence[str]) -> int:
     run_dir, data = run_and_data([arguments.config, *words])
     if not data.is_dir():
         raise UserError(f"there is no prepared data at {data}; README.md says how to prepare it")
-    with writing_to(run_dir, option="--run_dir"):
-        run_dir.mkdir(parents=True, exist_ok=True)
     clock = Clock()
-    with _alone(run_dir) as inherited:
+    with writing_to(run_dir, option="--run_dir"), _alone(run_dir) as inherited:
         kaggle = Kaggle(clock, first_pause_s=min(30.0, every_s), inherited=inherited)
         account = kaggle.account()
         if arguments.owner not in (None, account):
             raise UserError(f"--owner {arguments.owner}: the token belongs to {account}, who cannot push for others")
         run_words = (arguments.config, *(["--script", arguments.script] if arguments.script else []), *words)
-        run = Run(run_words, run_dir, data, account)
+        record = RelayRecord.read(run_dir / RECORD)
+        run = Run(run_words, run_dir, data, account, record.name or notebook.slug_of(run_dir))
 
         def check() -> None:
             notebook.checked_options(script, [arguments.config, *words])
 
-        with writing_to(run_dir, option="--run_dir"):
-            return Relay(run, kaggle, clock, every_s, check).drive()
+        return Relay(run, record, kaggle, clock, every_s, check).drive()

@@ -26,11 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.scripts import read_options, script_of
-from launch.slurm.job import last_step, note
+from launch.scripts import digest_of, read_options, script_of
+from launch.slurm.job import JOBS, last_step, note
 from launch.slurm.status import jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
+from training.base.files import writing_to
 from training.base.options import FLAG, CommandLine
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
@@ -74,7 +75,7 @@ class Job:
     @property
     def name(self) -> str:
         """The job's name, which no other run has: SLURM starts one job of a name at a time."""
-        return str(self.run_dir).strip("/.").replace("/", "-")
+        return f"{self.run_dir.resolve().name}-{digest_of(self.run_dir)}"
 
     def text(self) -> str:
         """The batch script: the template with its #SBATCH lines, the run and the settings filled in."""
@@ -303,9 +304,11 @@ def submit(argv: Sequence[str]) -> int:
     _print_plan(job, _pace(job, no_dry_run=arguments.no_dry_run), arguments.chain)
     say(f"SLURM: {accepted}")
     numbers = []
-    job.run_dir.mkdir(parents=True, exist_ok=True)  # for the log: a job that cannot open it ends at once, silently
-    if not queued:
-        (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for a session that did not live to see it
+    with writing_to(job.run_dir, option="--run_dir"):
+        job.run_dir.mkdir(parents=True, exist_ok=True)  # for the log: a job that cannot open it ends at once, silently
+        (job.run_dir / JOBS).touch()  # what is submitted has to be written down
+        if not queued:
+            (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for a session that did not live to see it
     for _ in range(arguments.chain or 1):
         # singleton: one at a time, even of several submissions
         numbers.append(_sbatch(job, "--parsable", "--dependency=singleton").stdout.strip().partition(";")[0])

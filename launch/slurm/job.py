@@ -24,6 +24,7 @@ from typing import Any, Literal
 from launch.scripts import run_and_data, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, time_left
+from training.base.files import writing_to
 from training.base.options import FLAG, CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
@@ -66,11 +67,12 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 def note(run_dir: Path, event: Literal["submitted", "began", "ended"], job: str, **more: Any) -> None:
     """Adds an event. Appended, since a job may be submitted while another one ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     about = {"event": event, "job": job, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
-    with (run_dir / JOBS).open("ab+") as file:
-        cut_off = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * cut_off + json.dumps(about).encode() + b"\n")
+    with writing_to(run_dir, option="--run_dir"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / JOBS).open("ab+") as file:
+            cut_off = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write(b"\n" * cut_off + json.dumps(about).encode() + b"\n")
 
 
 def last_step(run_dir: Path) -> int:

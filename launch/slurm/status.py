@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import time
@@ -17,7 +16,7 @@ from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.options import CommandLine
-from training.engine.status import STOP_FILE, Session, pace_s, read_sessions, read_status
+from training.engine.status import METRICS, STOP_FILE, Session, metrics_line, pace_s, read_sessions, read_status
 
 # So much of the end of metrics.jsonl certainly holds its last line of training.
 _TAIL_BYTES = 1 << 16
@@ -152,11 +151,10 @@ def _is_held(run_dir: Path) -> bool:
 
 
 def _last_train_line(run_dir: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+    with contextlib.suppress(OSError), (run_dir / METRICS).open("rb") as file:
         file.seek(-min(_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        for line in reversed(file.read().splitlines()):
-            with contextlib.suppress(ValueError):
-                found = json.loads(line)
-                if found["kind"] == "train":
-                    return found
+        for text in reversed(file.read().splitlines()):
+            line = metrics_line(text)
+            if line is not None and line["kind"] == "train":
+                return line
     return {}

@@ -32,7 +32,8 @@ from tests.bench.common import (
 from training.base.console import UserError, run_main, say
 from training.base.processes import family_of, kill_all
 from training.engine.checkpoint import checkpoints, publish
-from training.engine.metrics import METRICS, read_metrics
+from training.engine.metrics import read_metrics
+from training.engine.status import METRICS
 
 STEP = 100_000
 TRAINING = ("--optim.steps", 2 * STEP, "--checkpoint.every_steps", 2, "--log.every_steps", 1)

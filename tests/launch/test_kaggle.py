@@ -33,7 +33,7 @@ from launch.kaggle.kernel_run import (
     previous_run,
     retention,
 )
-from launch.kaggle.notebook import CODE, content_hash, write_dataset, write_kernel
+from launch.kaggle.notebook import CODE, content_hash, slug_of, write_dataset, write_kernel
 from tests.support.commands import ENVIRONMENT, Launch, Started
 from tests.support.lives import RUN, STEPS, wait_until
 from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
@@ -391,6 +391,7 @@ def test_notebook_is_valid_and_its_metadata_are_those_that_kaggle_documents(laun
     result = notebook_command(launch, *words).wait()
     assert result.status == 0, result
     assert f"kaggle kernels push -p {folder}" in result.out
+    slug = slug_of(tmp_path / "run")
     written = nbformat.read(folder / "relay.ipynb", as_version=4)
     nbformat.validate(written)
     assert [cell.cell_type for cell in written.cells] == ["markdown", "code", "code", "code"]
@@ -398,8 +399,8 @@ def test_notebook_is_valid_and_its_metadata_are_those_that_kaggle_documents(laun
         compile(cell.source, "cell", "exec")
     assert '["configs/gpt/run.yaml", "--expect-step", "1", "--optim.lr", "2e-3"]' in written.cells[2].source
     assert json.loads((folder / "kernel-metadata.json").read_text()) == {
-        "id": "me/relay-run",
-        "title": "relay run",
+        "id": f"me/{slug}",
+        "title": slug.replace("-", " "),
         "code_file": "relay.ipynb",
         "language": "python",
         "kernel_type": "notebook",
@@ -408,13 +409,13 @@ def test_notebook_is_valid_and_its_metadata_are_those_that_kaggle_documents(laun
         "enable_internet": True,
         "machine_shape": "NvidiaTeslaT4",
         "docker_image_pinning_type": "original",
-        "dataset_sources": ["me/relay-run-files"],
+        "dataset_sources": [f"me/{slug}-files"],
         "competition_sources": [],
         "kernel_sources": ["me/relay-1"],
         "model_sources": [],
     }
     about = json.loads((folder / "dataset/dataset-metadata.json").read_text())
-    assert about["id"] == "me/relay-run-files" and 6 <= len(about["title"]) <= 50 and len(about["licenses"]) == 1
+    assert about["id"] == f"me/{slug}-files" and 6 <= len(about["title"]) <= 50 and len(about["licenses"]) == 1
 
 
 def test_mistakes_are_all_told_before_anything_is_written(launch, config, tmp_path):

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from launch.kaggle.client import Clock, Kaggle, LostAnswer
+from launch.kaggle.notebook import name_mistakes, slug_of
 from launch.kaggle.record import KernelRun, RelayRecord, hours_between, runs_without_progress, to_continue, utc
 from tests.support.commands import ROOT, Launch, Result, Started
 from tests.support.kaggle_stand_in import OWNER, TOKEN
 from training.base.console import UserError
 from training.base.files import write_atomically
 
-KERNELS = f"{OWNER}/relay-tiny-a", f"{OWNER}/relay-tiny-b"
+KERNEL = f"{OWNER}/relay-tiny-a"
 
 
 @dataclass
@@ -56,6 +57,14 @@ class Account:
 
     def calls(self, command: str) -> int:
         return (self.folder / "site/calls").read_text().count(command)
+
+    @property
+    def name(self) -> str:
+        return slug_of(self.run_dir)
+
+    @property
+    def kernels(self) -> tuple[str, str]:
+        return f"{OWNER}/{self.name}-a", f"{OWNER}/{self.name}-b"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -93,26 +102,26 @@ def account(tmp_path: Path, launch: Launch) -> Account:
 def test_one_command_brings_a_run_through_its_kernel_runs_to_the_end(account: Account) -> None:
     result = account.relay()
     assert result.status == 0, result
-    a, b = (account.site["kernels"][kernel] for kernel in KERNELS)
+    a, b = (account.site["kernels"][kernel] for kernel in account.kernels)
     assert [(each["from"], each["step"], each["sources"]) for each in (a[0], b[0], a[1])] == [
         (0, 300, []),
-        (300, 600, [KERNELS[0]]),
-        (600, 900, [KERNELS[1]]),
+        (300, 600, [account.kernels[0]]),
+        (600, 900, [account.kernels[1]]),
     ]
     kernel_runs = account.record["kernel_runs"]
     assert [(each["kernel"], each["version"], each["step"]) for each in kernel_runs] == [
-        (KERNELS[0], 1, 300),
-        (KERNELS[1], 1, 600),
-        (KERNELS[0], 2, 900),
+        (account.kernels[0], 1, 300),
+        (account.kernels[1], 1, 600),
+        (account.kernels[0], 2, 900),
     ]
     assert all(each["pushed"] <= each["began"] <= each["ended"] for each in kernel_runs)
     told = [line.partition("): ")[2] for line in result.out.splitlines() if line.startswith("kernel run 2 ")]
     assert told == [
-        "started, continues kernel run 1 (relay-tiny-a version 1) at step 300",
+        f"started, continues kernel run 1 ({account.name}-a version 1) at step 300",
         "running",
         "complete, step 600 of 900: the time budget is used up",
     ]
-    assert f"kaggle kernels output {KERNELS[0]}/2" in result.out
+    assert f"kaggle kernels output {account.kernels[0]}/2" in result.out
     assert account.calls("datasets create") == 1 and account.calls("datasets version") == 0
     assert not list(account.run_dir.rglob("*.safetensors"))  # only the small files were fetched
     again = account.relay()
@@ -157,7 +166,7 @@ def test_push_that_arrives_late_is_watched_too(account: Account) -> None:
     account.set(steps=600, faults=[{"command": "kernels push", "how": "late", "times": 1}])
     result = account.relay()
     assert result.status == 0, result
-    assert "kernel run 2 (relay-tiny-a version 1): began without this relay's knowledge" in result.err
+    assert f"kernel run 2 ({account.name}-a version 1): began without this relay's knowledge" in result.err
     assert [(each["version"], each["state"]) for each in account.record["kernel_runs"][:2]] == [
         (2, "complete"),
         (1, "complete"),
@@ -169,7 +178,7 @@ def test_kernel_that_the_user_deleted_is_forgotten(account: Account) -> None:
     account.set(outcomes=[{"restart": False, "status": "resumable"}], steps=600)
     assert account.relay().status == 75
     site = account.site
-    del site["kernels"][KERNELS[0]]
+    del site["kernels"][account.kernels[0]]
     write_atomically(account.folder / "site/site.json", json.dumps(site))
     account.set(outcomes=[])
     result = account.relay()
@@ -186,13 +195,13 @@ def test_command_that_tells_of_versions_that_cannot_exist_is_not_relied_on(accou
 def test_lost_record_is_asked_of_kaggle(account: Account) -> None:
     account.set(running_looks=5)
     relay = account.start()
-    wait_until(lambda: "kernel run 2 (relay-tiny-b version 1): running" in relay.printed(), relay)
+    wait_until(lambda: f"kernel run 2 ({account.name}-b version 1): running" in relay.printed(), relay)
     relay.kill_all()
     (account.run_dir / "kaggle.json").write_text('{"dataset": {}, "kernel_runs": []}')
     result = account.relay()
     assert result.status == 0, result
     assert [version["step"] for version in account.versions()] == [300, 600, 900] and account.site["overlaps"] == []
-    assert "kernel run 1 (relay-tiny-a version 1): found on Kaggle, complete" in result.out
+    assert f"kernel run 1 ({account.name}-a version 1): found on Kaggle, complete" in result.out
 
 
 def test_used_up_quota_says_when_to_come_back_and_goes_on_then(account: Account) -> None:
@@ -212,6 +221,17 @@ def test_quota_and_busy_account_do_not_end_the_wait(account: Account) -> None:
     assert relay.printed().count("the account is busy") == 1  # not at every try
     account.set(busy=0)
     assert relay.wait().status == 0 and account.site["overlaps"] == []
+
+
+def test_run_keeps_the_names_on_kaggle_that_it_began_with(account: Account) -> None:
+    account.set(outcomes=[{"restart": False, "status": "resumable"}])
+    assert account.relay().status == 75
+    moved = account.folder / "moved/tiny"
+    moved.parent.mkdir()
+    account.run_dir.rename(moved)
+    result = account.relay("--run_dir", str(moved))
+    assert result.status == 0 and set(account.site["kernels"]) == set(account.kernels), result
+    assert account.calls("datasets create") == 1 and account.site["overlaps"] == []
 
 
 def test_token_is_nowhere(account: Account) -> None:
@@ -277,7 +297,7 @@ def test_failed_kernel_run_is_followed_by_one_from_the_last_usable_output(accoun
     result = account.relay()
     assert result.status == 0, result
     assert [version["from"] for version in account.versions()] == [0, 300, 300, 600, 600, 900]
-    assert "kernel run 2 (relay-tiny-b version 1): error, step 600 of 1,200: Your notebook tried" in result.out
+    assert f"kernel run 2 ({account.name}-b version 1): error, step 600 of 1,200: Your notebook tried" in result.out
     assert "not valid kernel sources" not in result.err
 
 
@@ -291,7 +311,7 @@ def test_kernel_run_without_the_output_before_it_does_not_begin_anew(account: Ac
         (300, 600),
         (600, 900),
     ]
-    assert "kernel run 2 (relay-tiny-b version 1): complete, no checkpoint: its input is missing" in result.out
+    assert f"kernel run 2 ({account.name}-b version 1): complete, no checkpoint: its input is missing" in result.out
 
 
 def test_three_runs_without_progress_stop_with_reason_and_log(account: Account) -> None:
@@ -388,7 +408,7 @@ def test_passing_errors_are_tried_again_with_growing_pauses(
 ) -> None:
     account.set(faults=[{"command": "kernels status", "how": how, "times": 7}])
     client, clock = kaggle
-    assert client.status(KERNELS[0], 1) is None
+    assert client.status(KERNEL, 1) is None
     assert clock.waits == [30, 60, 120, 240, 480, 900, 900]
 
 
@@ -399,7 +419,7 @@ def test_errors_that_do_not_pass_end_after_a_day(account: Account, kaggle: tuple
     with pytest.raises(
         UserError, match=r"no answer from Kaggle for 1d00h, the last error: .*503 Server Error.*nothing is lost"
     ):
-        client.status(KERNELS[0], 1)
+        client.status(KERNEL, 1)
 
 
 def test_push_is_tried_again_only_if_it_cannot_have_arrived(
@@ -407,7 +427,7 @@ def test_push_is_tried_again_only_if_it_cannot_have_arrived(
 ) -> None:
     client, clock = kaggle
     (tmp_path / "kernel").mkdir()
-    about = {"id": KERNELS[0], "code_file": "code.json", "kernel_sources": [], "dataset_sources": []}
+    about = {"id": KERNEL, "code_file": "code.json", "kernel_sources": [], "dataset_sources": []}
     (tmp_path / "kernel/kernel-metadata.json").write_text(json.dumps(about))
     (tmp_path / "kernel/code.json").write_text("{}")
     account.set(faults=[{"command": "kernels push", "how": "429", "times": 2}])
@@ -447,6 +467,29 @@ def test_progress_that_cannot_be_continued_does_not_count() -> None:
     done = [kernel_run(1), kernel_run(2, state="error"), kernel_run(3, state="cancelled"), kernel_run(4, state="error")]
     assert runs_without_progress(done) == 3
     assert runs_without_progress([*done, kernel_run(5)]) == 0
+
+
+def test_every_run_has_a_name_of_its_own_on_kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = 60 * "a"
+    folders = ("runs/中文", "runs/试验", "gpt_base", "gpt-base", "old/gpt", "new/gpt", long, long + "b")
+    names = [slug_of(tmp_path / each) for each in folders]
+    assert len(set(names)) == len(names)
+    assert not [mistake for name in names for mistake in name_mistakes(OWNER, f"{name}-files")]
+    assert names[3].startswith("relay-gpt-base-")
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("old/gpt")
+    assert slug_of(Path("old/gpt")) == slug_of(Path("link")) == names[4]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kernel_runs"),
+    [({"name": "me/relay-gpt-files"}, []), ({}, [kernel_run(1, "me/relay-gpt-b"), kernel_run(2, "me/relay-gpt-a")])],
+)
+def test_name_of_a_run_is_read_from_what_is_on_record(
+    tmp_path: Path, dataset: dict[str, Any], kernel_runs: list[KernelRun]
+) -> None:
+    assert RelayRecord(tmp_path, dataset, kernel_runs).name == "relay-gpt"
+    assert RelayRecord(tmp_path).name is None
 
 
 def test_record_survives_being_written_and_read(tmp_path: Path) -> None:

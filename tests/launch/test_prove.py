@@ -14,7 +14,7 @@ from launch.prove import ACCIDENTS, Training, differences, have_accident
 from tests.support.commands import ROOT, Launch
 from training.base.console import UserError
 from training.engine.checkpoint import checkpoints
-from training.engine.metrics import METRICS
+from training.engine.status import METRICS
 
 CONFIG = ROOT / "configs/gpt/sample.yaml"
 SMALL = ("--model.width", 32, "--model.layers", 1, "--batch.tokens_per_micro_batch", 512)

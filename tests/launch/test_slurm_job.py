@@ -12,8 +12,10 @@ import pytest
 
 from launch.slurm import job as slurm_job
 from launch.slurm.job import EXIT_RESTING, JOBS, begin, end, judge, note, read_events
+from launch.slurm.status import row
 from tests.support.commands import ROOT
-from training.base.console import tell_launcher
+from tests.support.disks import not_as_root
+from training.base.console import UserError, tell_launcher
 from training.engine.status import EXIT_RESUMABLE, write_status
 
 JOB = "17"
@@ -163,3 +165,17 @@ def test_of_an_array_the_task_alone_is_queued_again(variables, queued, tmp_path)
         ["bash", "-euc", script], env={"SLURM_JOB_ID": "8", "PATH": "/usr/bin:/bin", **variables}, check=True
     )
     assert (tmp_path / "asked").read_text() == f"requeue {queued}\n"
+
+
+def test_record_of_jobs_that_may_not_be_written_is_one_clear_error():
+    with not_as_root() as run_dir:
+        note(run_dir, "submitted", JOB)
+        (run_dir / JOBS).chmod(0o444)
+        with pytest.raises(UserError, match=f"no permission to write {run_dir / JOBS}"):
+            note(run_dir, "began", JOB)
+
+
+def test_status_takes_a_loss_that_is_no_number_and_passes_over_lines_that_say_nothing(tmp_path):
+    line = '{"kind": "train", "step": 7, "time": 1.0, "loss": NaN, "tokens_per_s": 1200.0}'
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n[]\n{{"step": 8}}\n')
+    assert row(tmp_path, [])[5] == "1,200"

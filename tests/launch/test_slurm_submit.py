@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -141,7 +142,7 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
         "CPUs/Task=3",
         "Comment=two words",
         "Requeue=1",
-        "-run",
+        "JobName=run-",
     ):
         assert part in about, part
     assert f"set -- {config} --optim.lr 2e-3" in result.out
@@ -149,6 +150,20 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
 
     by_deepspeed = submission(config, "--time", "5", "--print", "--parallel", "deepspeed").out
     assert "--parallel deepspeed\n" in by_deepspeed and "torch.distributed.run" not in by_deepspeed
+
+
+def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+
+    def name_of(run_dir: str | Path) -> str:
+        slurm.main(["configs/gpt/sample.yaml", "--time", "5", "--run_dir", str(run_dir), "--print"])
+        return re.search(r"^#SBATCH --job-name=(.*)$", capsys.readouterr().out, flags=re.M)[1]
+
+    clones = [tmp_path / clone / run for clone in ("one", "two") for run in ("runs/a-b", "runs/a/b", "runs/中文")]
+    names = [name_of(each) for each in clones]
+    assert len(set(names)) == len(names) and names[0].startswith("a-b-")
+    (tmp_path / "link").symlink_to(tmp_path / "one/runs")
+    assert name_of(tmp_path / "link/a-b") == name_of(os.path.relpath(clones[0])) == names[0]
 
 
 @pytest.mark.whole

@@ -1,11 +1,14 @@
-"""Disks of their own, which can be filled or read-only at no one else's cost."""
+"""Disks of their own, which can be filled or read-only at no one else's cost; and a folder that root does not own."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,18 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def not_as_root() -> Iterator[Path]:
+    """An empty folder of a user who, unlike root, may not write what its mode forbids; this process is that user."""
+    import_module("torch._dynamo")  # which an optimizer imports late: others may not be able to read root's Python
+    user, nobody = os.geteuid(), 65534
+    with tempfile.TemporaryDirectory() as folder:  # root's own temporary folders are closed to others
+        if user == 0:
+            os.chown(folder, nobody, nobody)
+            os.seteuid(nobody)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)

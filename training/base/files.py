@@ -23,9 +23,9 @@ from training.base.console import UserError
 _MENDABLE = {
     errno.ENOSPC: "no space left on the disk of {path}: free some room or choose another {option}",
     errno.EDQUOT: "the disk quota is used up at {path}: free some room or choose another {option}",
-    errno.EROFS: "{path} is on a read-only file system: choose another {option}",
-    errno.EACCES: "no permission to write {path}: choose another {option} or change the folder's permissions",
-    errno.EPERM: "writing {path} is not permitted: choose another {option} or change the folder's permissions",
+    errno.EROFS: "{refused} is on a read-only file system: choose another {option}",
+    errno.EACCES: "no permission to write {refused}: choose another {option} or change the permissions there",
+    errno.EPERM: "writing {refused} is not permitted: choose another {option} or change the permissions there",
     errno.EEXIST: "{path} cannot be made, a part of this path is a file: choose another {option}",
     errno.ENOTDIR: "{path} cannot be made, a part of this path is a file: choose another {option}",
     errno.ENAMETOOLONG: "the name {path} is too long for this file system: choose a shorter {option}",
@@ -46,8 +46,25 @@ def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
             raise
         known = os.strerror(error.errno or 0)
         more = f" ({error.strerror})" if error.strerror and error.strerror != known else ""
-        said = reason.format(path=path, option=option)
+        said = reason.format(path=path, option=option, refused=_refused(error, path))
+        if error.errno == errno.EEXIST and (link := dangling(path)) is not None:
+            said = f"{link}: mount or make that, or choose another {option}"
         raise UserError(f"{said}{more}; nothing unfinished was left behind") from error
+
+
+def _refused(error: OSError, path: Path) -> Path:
+    """What of `path` may not be written: a file that is there, or the folder in which none may be made."""
+    named = error.filename2 or error.filename
+    place = Path(named) if isinstance(named, str) else path
+    return place if os.access(place, os.F_OK) else place.parent
+
+
+def dangling(path: Path) -> str | None:
+    """In words, the link on the way to `path` that leads to nothing; None where there is none."""
+    for each in (path, *path.parents):
+        if each.is_symlink() and not os.access(each, os.F_OK):
+            return f"{each} is a link to {os.path.realpath(each)}, which is not there"
+    return None
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -153,7 +170,9 @@ def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
 
 
 def nearest_folder(path: Path) -> str:
-    """What to add to the message that there is no folder `path`: one beside it whose name is nearly the same, or ""."""
+    """What to add to the message that there is no folder `path`: where a link leads, a name nearly the same, or ""."""
+    if (link := dangling(path)) is not None:
+        return f" ({link})"
     names: list[str] = []
     with suppress(OSError):
         names = [each.name for each in path.parent.iterdir() if each.is_dir()]

@@ -23,6 +23,7 @@ from torch import Tensor
 from training.base.console import UserError, say
 from training.base.durations import format_duration
 from training.base.environment import process_age_s
+from training.base.files import writing_to
 from training.base.options import to_yaml
 from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
@@ -259,7 +260,8 @@ class _Run:
         """Says again that the run is finished: a kill may have come between the last checkpoint and that."""
         if self.cluster.is_first:
             run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
-            write_status(run_dir, "finished", "all steps done", restart=False, step=self.step)
+            with writing_to(run_dir, option="--run_dir"):
+                write_status(run_dir, "finished", "all steps done", restart=False, step=self.step)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
     # The session.
@@ -267,8 +269,7 @@ class _Run:
     def session(self) -> int:
         """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
         plan, stopped = self.task.plan, None
-        if self.cluster.is_first:
-            self._open_logbook()
+        self.cluster.on_first(self._open_logbook)
         first_step = self.step + 1
         with Progress("training", plan.steps, "steps", start=self.step) as self.progress:
             try:
@@ -288,17 +289,18 @@ class _Run:
         return self._end(stopped, wants_rest=self.stop.clear())
 
     def _open_logbook(self) -> None:
-        self.logbook = FirstRanksLogbook(
-            self.config,
-            self.about,
-            self.cluster,
-            self.stop,
-            steps=self.task.plan.steps,
-            step=self.step,
-            validated_step=self.validated_step,
-            best=self.best,
-            wandb_id=self.wandb_id,
-        )
+        with writing_to(self.config.run_dir, option="--run_dir"):
+            self.logbook = FirstRanksLogbook(
+                self.config,
+                self.about,
+                self.cluster,
+                self.stop,
+                steps=self.task.plan.steps,
+                step=self.step,
+                validated_step=self.validated_step,
+                best=self.best,
+                wandb_id=self.wandb_id,
+            )
         self.wandb_id = self.logbook.wandb_id
 
     def _train_step(self) -> None:

@@ -2,6 +2,7 @@
 
 Lines are appended and flushed as they come. When a run resumes from an earlier step, the file is cut back to it, so no
 step ever stands twice. After any number of stops and kills it reads as if the run had never been interrupted.
+A value that is no finite number, such as a loss that ran away, is written as null: JSON has no word for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,7 @@ from training.base.console import warn
 from training.base.files import write_atomically
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
-
-METRICS = "metrics.jsonl"
-
-_NUMBERS = ("step", "time", "loss")  # which a line has at least, beside its kind
+from training.engine.status import METRICS, metrics_line
 
 
 class MetricsFile:
@@ -50,7 +49,10 @@ class MetricsFile:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line: its kind (train or validation), after how many optimizer steps, the values, and the time."""
-        line = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
+        finite = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in values.items()
+        }
+        line = {"kind": kind, "step": step, **finite, "time": round(time.time(), 3)}
         self._waiting += json.dumps(line).encode() + b"\n"
         self._flush()
         if self.follower is not None:
@@ -160,7 +162,7 @@ def memory_mb(device: torch.device) -> float:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first. A line that is damaged, or torn by a kill, is left out."""
+    """The lines of metrics.jsonl, oldest first, see `metrics_line`. What is damaged, or torn by a kill, is left out."""
     return _read(Path(run_dir, METRICS))[0]
 
 
@@ -171,12 +173,7 @@ def is_damaged(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
     lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line] if path.is_file() else []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            values = json.loads(line)
-            if isinstance(values["kind"], str) and all(isinstance(values[name], int | float) for name in _NUMBERS):
-                found.append(values)
+    found = [values for line in lines if (values := metrics_line(line)) is not None]
     return found, len(found) < len(lines)
 
 

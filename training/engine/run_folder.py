@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol, TextIO
 
 import yaml
@@ -28,8 +29,16 @@ from training.base.console import TryLaterError, UserError, say, warn
 from training.base.files import lock, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
-from training.engine.metrics import METRICS, is_damaged, read_metrics
-from training.engine.status import RECORDS, WANDB_FILE, end_killed_saves, read_record, read_sessions, read_status
+from training.engine.metrics import is_damaged, read_metrics
+from training.engine.status import (
+    METRICS,
+    RECORDS,
+    WANDB_FILE,
+    end_killed_saves,
+    read_record,
+    read_sessions,
+    read_status,
+)
 from training.engine.surroundings import commit
 
 CONFIG = "config.yaml"
@@ -69,6 +78,8 @@ class RunFolder:
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
+            with TemporaryFile(dir=self.run_dir / "checkpoints"):
+                pass  # another user's: better known now than at the first save
             end_killed_saves(self.run_dir)
             latest = newest_valid(self.run_dir)
             if latest is not None:
@@ -92,10 +103,7 @@ class RunFolder:
             for name, path in data.kept.items():
                 if latest is not None and (self.run_dir / name).exists():
                     continue
-                if path.is_dir():
-                    shutil.copytree(path, self.run_dir / name, dirs_exist_ok=True)
-                else:
-                    write_atomically(self.run_dir / name, path.read_bytes())
+                _copy(path, self.run_dir / name)
         return latest
 
     def close(self) -> None:
@@ -119,6 +127,16 @@ class RunFolder:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file, or a folder into what is there of it; unlike `shutil.copytree` it ends with the first error."""
+    if not source.is_dir():
+        write_atomically(target, source.read_bytes())
+        return
+    target.mkdir(exist_ok=True)
+    for each in source.iterdir():
+        _copy(each, target / each.name)
 
 
 def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -206,10 +224,10 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     with writing_to(run_dir, option="--run_dir"):
         for path in source.iterdir():
             if path.is_file() and path.name not in ("lock", "status.json"):
-                write_atomically(run_dir / path.name, path.read_bytes())
+                _copy(path, run_dir / path.name)
         for name in (*data.kept, "wandb"):
             if (source / name).is_dir():
-                shutil.copytree(source / name, run_dir / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
+                _copy(source / name, run_dir / name)
         (run_dir / METRICS).touch()
     for older in checkpoints(source):
         if older.step < newest.step and older.verify() is None:

@@ -1,4 +1,4 @@
-"""How a run stands now (status.json), and all its sessions (sessions.json).
+"""How a run stands now (status.json), all its sessions (sessions.json), and what a line of metrics.jsonl says.
 
 Read by people, launchers and the report. Nothing here imports torch, so that a launcher's look costs nothing.
 """
@@ -21,10 +21,11 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 
 from training.base.durations import format_duration
 from training.base.environment import job_id
-from training.base.files import recover, write_atomically, writing_to
+from training.base.files import recover, write_atomically
 
 STATUS = "status.json"
 SESSIONS = "sessions.json"
+METRICS = "metrics.jsonl"
 WANDB_FILE = "wandb.json"
 STOP_FILE = "STOP"  # made by anybody, it ends the session
 Status = Literal["running", "finished", "resumable", "failed"]
@@ -124,6 +125,19 @@ def read_record(run_dir: str | Path, name: str) -> Any:
         return None
 
 
+def metrics_line(text: bytes) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl says: `kind`, `step`, `time`, `loss` and more; None where it cannot be read.
+
+    What was no finite number, the loss too, is None, whether written as null or as NaN.
+    """
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        values: dict[str, Any] = json.loads(text, parse_constant=lambda word: None)
+        kind, step, when, loss = (values[key] for key in ("kind", "step", "time", "loss"))
+        numbers = isinstance(step, int) and isinstance(when, int | float) and isinstance(loss, int | float | None)
+        return values if isinstance(kind, str) and numbers else None
+    return None
+
+
 def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
     """Where the checkpoint of a step is published."""
     return Path(run_dir, "checkpoints", f"step-{step:010d}")
@@ -177,8 +191,7 @@ class Sessions:
             "surroundings": surroundings,
         }
         self.all.append(self.current)
-        with writing_to(run_dir, option="--run_dir"):
-            self._write()
+        self._write()
 
     def update(self, step: int, saves: int) -> None:
         """Notes the step that the session has come to, and how many checkpoints it has published."""

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import count, product
@@ -20,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.disks import not_as_root
 from training.base.console import UserError
 from training.engine import checkpoint as checkpoint_module
 from training.engine.checkpoint import (
@@ -422,19 +422,11 @@ def test_read_only_disk_is_one_clear_error_and_the_old_checkpoint_stands(small_d
 
 
 def test_read_only_folder_is_one_clear_error_and_the_old_checkpoint_stands():
-    user, nobody = os.geteuid(), 65534
-    with tempfile.TemporaryDirectory() as folder:  # root's own temporary folders are closed to others
-        run_dir = Path(folder)
-        if user == 0:  # who may write everywhere
-            os.chown(folder, nobody, nobody)
-            os.seteuid(nobody)
-        try:
-            save_step(run_dir, 1)
-            (run_dir / "checkpoints").chmod(0o555)
-            assert_refused_without_a_trace(run_dir, "no permission to write")
-        finally:
-            (run_dir / "checkpoints").chmod(0o755)
-            os.seteuid(user)
+    with not_as_root() as run_dir:
+        save_step(run_dir, 1)
+        (run_dir / "checkpoints").chmod(0o555)
+        assert_refused_without_a_trace(run_dir, "no permission to write")
+        (run_dir / "checkpoints").chmod(0o755)
 
 
 def test_manifest_is_json_that_people_can_read(tmp_path):

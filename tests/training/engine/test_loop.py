@@ -6,6 +6,7 @@ Where it takes several ranks, they are processes without a launcher.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import signal
 import threading
@@ -23,13 +24,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from launch.doctor.run import disk
+from tests.support.disks import not_as_root
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, status_of
 from training.base.console import TryLaterError, UserError
+from training.base.files import nearest_folder
 from training.engine import loop, run_folder, stopping, surroundings
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.loop import train
-from training.engine.metrics import MetricsFile, read_metrics
+from training.engine.metrics import MetricsFile, is_damaged, read_metrics
 from training.engine.optim import OptimOptions, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import Precision
@@ -37,6 +41,7 @@ from training.engine.run_folder import RunFolder
 from training.engine.status import EXIT_RESUMABLE
 from training.engine.stopping import SessionOptions, StopFlag, Stopped
 from training.engine.task import OwnPart, RunOptions, Task, Validation
+from training.engine.wandb.tracker import _values
 from training.models.dropout import Dropout
 
 CPU = torch.device("cpu")
@@ -332,6 +337,46 @@ def test_record_is_cut_back_to_the_step_that_a_run_falls_back_to(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == read_metrics(
         tmp_path
     )
+
+
+def test_what_is_no_number_is_null_on_record_and_none_to_readers(tmp_path):
+    record, followed = MetricsFile(tmp_path, resumed_step=0, validated_step=0), []
+    record.follower = followed.append
+    record.write("train", 10, loss=math.nan, grad_norm=math.inf, lr=0.1)
+    record.close()
+    path = tmp_path / "metrics.jsonl"
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == followed[0]
+    assert (followed[0]["loss"], followed[0]["grad_norm"], followed[0]["lr"]) == (None, None, 0.1)
+    assert _values(followed[0]).keys() == {"step", "_timestamp", "train/lr"}, "wandb gets a gap"
+    for text in (line, line.replace("null", "NaN")):  # written before there was a null, too
+        path.write_text(f"{text}\n")
+        assert read_metrics(tmp_path) == followed and not is_damaged(path)
+
+
+@pytest.mark.parametrize("name", ["lock", "checkpoints", "metrics.jsonl"])
+def test_what_may_not_be_written_is_one_clear_error_before_the_first_step(name, handlers):
+    with not_as_root() as folder:
+        place = folder / "run" / name
+        (folder / "run/checkpoints").mkdir(parents=True)
+        if place.suffix or name == "lock":
+            place.touch()
+        place.chmod(0o555 if place.is_dir() else 0o444)
+        with pytest.raises(UserError, match=f"no permission to write {place}: choose another --run_dir"):
+            train_here(folder)
+        place.chmod(0o755)
+        assert train_here(folder, stop_at=1) == EXIT_RESUMABLE
+
+
+def test_link_to_what_is_not_there_is_said_to_be_one(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    run_dir, said = tmp_path / "runs/gpt", f"{tmp_path}/runs is a link to {tmp_path}/disk, which is not there"
+    folder, data = RunFolder(run_dir), SimpleNamespace(kept={}, identity={})
+    with pytest.raises(UserError, match=f"^{said}: mount or make that, or choose another --run_dir"):
+        folder.open({}, data, config="", source=None, may_change=set())
+    assert nearest_folder(run_dir) == f" ({said})"
+    with pytest.raises(UserError, match=said):
+        next(disk(run_dir))
 
 
 # The end of a session.

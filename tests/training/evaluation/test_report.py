@@ -228,6 +228,14 @@ def test_a_run_without_a_record_has_a_report_all_the_same(report):
     assert "Sessions" not in text and "Beside other evaluations" not in text
 
 
+def test_a_record_with_gaps_has_a_report_all_the_same(report):
+    first, *others = report["metrics"]
+    bare = {"kind": "train", "step": 5, "loss": None}
+    text = Page(render({**report, "metrics": [bare, first | {"lr": None}, *others[:-1]]})).text
+    assert "5,000 tokens/s" in text and "1,234 MB" in text and "nan" not in text
+    assert "metrics.jsonl has no training steps" not in Page(render({**report, "metrics": [bare]})).text
+
+
 def test_a_run_that_did_nothing_but_save_has_no_pace_to_tell_of(report):
     session = make_session(1, 600, 600, "all steps done", saves=1, stall_s=0.01, save_s=0.02) | {"seconds": 0.0}
     text = Page(render({**report, "sessions": [session]})).text

@@ -164,6 +164,10 @@ def publish_evaluation(
 
 
 def _values(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl as part of a history row: `train/loss`, `validation/accuracy`, its step and its time."""
-    row = {f"{line['kind']}/{key}": value for key, value in line.items() if key not in ("kind", "step", "time")}
+    """A line of metrics.jsonl as part of a history row: `train/loss`, `validation/accuracy`, its step and its time.
+
+    What is null there leaves a gap.
+    """
+    values = {key: value for key, value in line.items() if key not in ("kind", "step", "time") and value is not None}
+    row = {f"{line['kind']}/{key}": value for key, value in values.items()}
     return {"step": line["step"], "_timestamp": line.get("time", time.time()), **row}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -63,7 +64,11 @@ def _training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, An
     marks = [(s["from_step"], f"session {s['number']} begins after step {s['from_step']:,}") for s in sessions[1:]]
 
     def points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-        return [(line["step"], line[key]) for line in lines]
+        values = (line.get(key) for line in lines)
+        return [(line["step"], nan if value is None else value) for line, value in zip(lines, values, strict=True)]
+
+    def figures(key: str) -> list[float]:
+        return [value for _, value in points(train, key) if isfinite(value)] or [nan]
 
     def over_steps(about: str, *lines: Line, from_zero: bool = False) -> str:
         return curve(lines, marks, about=f"{about} over steps", until=train[-1]["step"], from_zero=from_zero)
@@ -71,10 +76,10 @@ def _training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, An
     losses = Line(points(train, "loss"), "faint"), Line(points(validation, "loss"))
     return {
         "steps": train[-1]["step"],
-        "epochs": train[-1]["epoch"],
-        "tokens_per_s": median(line["tokens_per_s"] for line in train),
-        "padding_share": mean(line["padding_share"] for line in train),
-        "memory_mb": max(line["memory_mb"] for line in train),
+        "epochs": figures("epoch")[-1],
+        "tokens_per_s": median(figures("tokens_per_s")),
+        "padding_share": mean(figures("padding_share")),
+        "memory_mb": max(figures("memory_mb")),
         "loss": over_steps("training and validation loss", *losses),
         "accuracy": over_steps("accuracy", Line(points(validation, "accuracy"))),
         "lr": over_steps("learning rate", Line(points(train, "lr"), "faint"), from_zero=True),
