@@ -73,7 +73,7 @@ def checks_of(asked: Asked, place: Ranks, launcher: Launcher | None, device: tor
     nothing.
     """
     data, base = asked.known.get("data"), asked.known.get("base_model")
-    revision, wandb_mode = asked.known.get("base_revision"), asked.known.get("wandb.mode", "disabled")
+    revision, wandb_mode = asked.known.get("base_revision"), asked.known.get("wandb.mode")
 
     def precision() -> Iterable[Finding]:
         return machine.precision(run.precision_of(asked.script, asked.words), device) if device is not None else ()

@@ -21,6 +21,7 @@ from training.base.files import dangling, write_atomically, writing_to
 from training.data.conversations import open_conversations
 from training.data.prepared import open_prepared
 from training.engine.precision import PrecisionName
+from training.engine.wandb.options import mode_of
 
 _FREE_BYTES: dict[Level, float] = {"error": 0.5e9, "warning": 5e9}
 _FREE_FILES: dict[Level, float] = {"error": 100, "warning": 10_000}
@@ -122,8 +123,9 @@ def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]
     yield MustMatch("base model", "fingerprint", fingerprint, "error", "bring the same model to all nodes")
 
 
-def wandb(mode: str) -> Iterator[Finding]:
-    """Whether the run can be shown in wandb, found out as the training does."""
+def wandb(said: str | None) -> Iterator[Finding]:
+    """Whether the run can be shown in wandb, found out as the training does. said: the option wandb.mode, if given."""
+    mode = mode_of(said)
     if mode not in ("auto", "online"):
         yield Finding("ok", "wandb", mode)
         return

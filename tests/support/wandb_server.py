@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ENTITY = "tester"
 
@@ -28,6 +30,7 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)  # system metrics
     files: dict[str, bytes] = field(default_factory=dict)
     commit: str | None = None
+    said: dict[str, Any] = field(default_factory=dict)  # in announcing it: project, sweep, groupName, tags, ...
     ends: list[int] = field(default_factory=list)  # exit status of every session that ended
     preempted: bool = False
 
@@ -45,10 +48,15 @@ class Run:
 
 
 class WandbServer:
-    """Use as a context manager. `runs` by id; `lossy` loses two of three uploads; `silent` takes and never answers."""
+    """Use as a context manager. `runs` by id; `lossy` loses two of three uploads; `silent` takes and never answers.
+
+    It has one sweep, by the config `sweep` (YAML), whose agents get one of `trials` at a time: id and arguments.
+    """
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
+        self.sweep = ""
+        self.trials: list[tuple[str, dict[str, Any]]] = []
         self.lossy = self.silent = False
         self.lost = 0  # connections lost so far
         self._uploads = 0
@@ -154,8 +162,9 @@ class WandbServer:
             run = self.runs.setdefault(given["name"], Run())
             run.name = given.get("displayName") or run.name
             run.commit = given.get("commit") or run.commit
+            run.said |= {key: value for key, value in given.items() if value is not None}
             run.config = json.loads(given["config"]) if given.get("config") else run.config
-            bucket = {**self._bucket(given["name"], run), "project": project, "sweepName": None}
+            bucket = {**self._bucket(given["name"], run), "project": project, "sweepName": given.get("sweep")}
             return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
         if "query RunResumeStatus" in query:
             run = self.runs.get(given["name"])
@@ -172,10 +181,26 @@ class WandbServer:
             return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}}}
         if "query ArtifactType" in query:  # of the table, whose artifact the client looks at again
             return {"project": {"artifact": {"artifactType": {"name": "run_table"}}}}
+        if "query SweepWithRuns" in query:
+            return {"project": {"sweep": {"id": "s", "config": self.sweep, "runs": {"edges": []}}}}
+        if "mutation CreateAgent" in query:
+            return {"createAgent": {"agent": {"id": "g"}}}
+        if "mutation Heartbeat" in query:
+            return {"agentHeartbeat": {"agent": {"id": "g"}, "commands": json.dumps(self._orders(given["runState"]))}}
         if "query Viewer" in query:
             flags = {"id": "u", "entity": ENTITY, "username": ENTITY, "email": None, "flags": "{}"}
             return {"viewer": {**flags, "teams": {"edges": []}}}
         return {}
+
+    def _orders(self, running: str) -> list[dict[str, Any]]:
+        """What an agent is to do next, whose trials (a JSON text, by id) are running."""
+        if json.loads(running):
+            return []
+        if not self.trials:
+            return [{"type": "exit"}]
+        run_id, arguments = self.trials.pop(0)
+        values = {key: {"value": value} for key, value in arguments.items()}
+        return [{"type": "run", "run_id": run_id, "program": yaml.safe_load(self.sweep)["program"], "args": values}]
 
     def _bucket(self, run_id: str, run: Run) -> dict[str, Any]:
         # The real server answers `wandbConfig` to tell a run that has begun from one that was only announced.
@@ -192,6 +217,6 @@ class WandbServer:
             "logLineCount": 0,
             "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
             "eventsTail": json.dumps([json.dumps(row) for row in run.events[-1:]]),
-            "tags": [],
-            "notes": "",
+            "tags": run.said.get("tags", []),
+            "notes": run.said.get("notes", ""),
         }

@@ -36,8 +36,10 @@ from tests.support.once import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The tests run on the CPU everywhere, one thread per process, since several processes run at once.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+# The tests run on the CPU everywhere, one thread per process, since several processes run at once, and show nobody's
+# wandb anything.
+_OWN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**{key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}, **_OWN}
 
 # What each kind has imported, beside what the kind before it has, from which it is forked. torch's optimizers import
 # torch._dynamo when the first is made. Nothing that a command promises not to import belongs here, such as wandb.

@@ -95,7 +95,7 @@ class RunFolder:
             known = self.run_dir / CONFIG
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
-                if known.exists() and known.read_text(encoding="utf-8") != config:
+                if known.exists() and not _same_but_for_wandb(known.read_text(encoding="utf-8"), config):
                     # Another run was begun here and never came to a checkpoint: its name in wandb is not this one's.
                     (self.run_dir / WANDB_FILE).unlink(missing_ok=True)
             if latest is None or not known.exists():
@@ -127,6 +127,12 @@ class RunFolder:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+
+
+def _same_but_for_wandb(config: str, other: str) -> bool:
+    """Whether two configs (YAML) say the same of a run; where wandb shows it may come from a variable and go again."""
+    first, second = (yaml.safe_load(text) for text in (config, other))
+    return isinstance(first, dict) and {**first, "wandb": None} == {**second, "wandb": None}
 
 
 def _copy(source: Path, target: Path) -> None:

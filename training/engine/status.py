@@ -64,10 +64,14 @@ class _StatusFile(TypedDict):
     steps: NotRequired[int]
 
 
-class _WandbFile(TypedDict):
-    """wandb.json: wandb's id of the run, and the last step that the server is known to have."""
+class WandbRecord(TypedDict):
+    """wandb.json: the run's place in wandb, and the last step that the server is known to have."""
 
     id: str
+    project: NotRequired[str]
+    entity: NotRequired[str | None]  # None: that of the key
+    name: NotRequired[str]
+    folder: NotRequired[str | None]  # of wandb's own files; None: the run folder
     arrived: NotRequired[int]
 
 
@@ -75,7 +79,7 @@ class _WandbFile(TypedDict):
 RECORDS: dict[str, TypeAdapter[Any]] = {
     STATUS: TypeAdapter(_StatusFile),
     SESSIONS: TypeAdapter(list[Session]),
-    WANDB_FILE: TypeAdapter(_WandbFile),
+    WANDB_FILE: TypeAdapter(WandbRecord),
 }
 
 

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,6 +322,21 @@ def test_run_folder_is_held_by_one_run_at_a_time(tmp_path, monkeypatch):
     first.close()
     second.open(**begin)
     second.close()
+
+
+def test_run_without_a_checkpoint_keeps_its_place_in_wandb_unless_another_run_is_begun_in_its_folder(tmp_path):
+    """A sweep's variables are gone when a trial is started by hand, and what they said stands in its config."""
+
+    def is_kept(config: str) -> bool:
+        (tmp_path / "wandb.json").write_text('{"id": "trial"}')
+        with closing(RunFolder(tmp_path)) as folder:
+            data = SimpleNamespace(kept={}, identity={})
+            folder.open({}, data, config=config, source=None, may_change=set())
+        return (tmp_path / "wandb.json").exists()
+
+    assert is_kept("{seed: 1, wandb: {project: theirs}}")
+    assert is_kept("{seed: 1, wandb: {project: relay}}")
+    assert not is_kept("{seed: 2, wandb: {project: relay}}")
 
 
 def test_record_is_cut_back_to_the_step_that_a_run_falls_back_to(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from training.base.console import UserError
 from training.base.processes import children
 from training.engine.wandb import visit as wandb_visit
 from training.engine.wandb.log_file import VisitLog, item_key, read_records, visit_logs
+from training.engine.wandb.options import mode_of, same_run, write_wandb_record
 from training.engine.wandb.tracker import WandbOptions, WandbTracker, publish_evaluation
 
 REFUSING = "http://127.0.0.1:9"  # nothing listens there
@@ -175,6 +177,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def test_disabled_imports_no_wandb(runner: Runner) -> None:
+    runner.environment["WANDB_MODE"] = "online"  # behind the option
     result = runner.session("disabled", last=20, real=True)
     assert not result["wandb"] and result["run_id"] is None
     assert [path.name for path in runner.run_dir.iterdir()] == ["report.html"]
@@ -293,6 +296,7 @@ def test_online_kill_loses_no_row_and_doubles_none(runner: Runner, server: Wandb
     "upload", ["by itself", *(pytest.param(way, marks=pytest.mark.whole) for way in ("by hand", "not possible"))]
 )
 def test_online_after_offline_is_one_run_in_order(runner: Runner, server: WandbServer, upload: str) -> None:
+    runner.environment["WANDB_MODE"] = "offline"  # behind the option, in the upload too
     runner.session("auto", last=10, end="resumable")
     runner.session("offline", first=10, last=20, end="resumable")
     if upload == "by hand":
@@ -426,11 +430,126 @@ def test_missing_wandb_is_said_before_the_training_and_only_a_warning_after_it(
 
 
 def test_training_gives_wandb_its_record(runner: Runner, launch: Launch, sample_data: Path) -> None:
-    words = ("--optim.steps", 12, "--log.every_steps", 1, "--wandb.mode", "offline", "--wandb.project", "lab")
+    runner.environment["WANDB_MODE"] = "offline"  # as good as the option
+    words = ("--optim.steps", 12, "--log.every_steps", 1, "--wandb.project", "lab")
     command = command_of(runner.run_dir, sample_data, *RUN, *words)
     assert launch(*command, ranks=2, environment=runner.environment, real=False).wait().status == 0
     shown = [(row["step"], row["train/loss"]) for row in runner.offline_rows() if "train/loss" in row]
     assert shown == [(line["step"], line["loss"]) for line in train_lines(runner.run_dir)] and len(shown) == 12
+
+
+@pytest.mark.parametrize(
+    ("variables", "said", "mode"),
+    [
+        ({}, None, "disabled"),
+        ({"WANDB_MODE": "online"}, None, "online"),
+        ({"WANDB_MODE": "dryrun"}, None, "offline"),
+        ({"WANDB_MODE": "disabled"}, "auto", "auto"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "True"}, None, "disabled"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "false"}, None, "online"),
+        ({"WANDB_SWEEP_ID": "s"}, None, "auto"),
+        ({"WANDB_SWEEP_ID": "s", "WANDB_MODE": "disabled"}, None, "disabled"),
+    ],
+)
+def test_option_decides_on_the_mode_before_wandbs_variables(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str | None, mode: str
+) -> None:
+    set_wandb(monkeypatch, variables)
+    assert mode_of(said) == mode
+
+
+def test_unknown_wandb_mode_is_an_error_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_wandb(monkeypatch, {"WANDB_MODE": "shared"})
+    with pytest.raises(UserError, match="WANDB_MODE is shared: set it to online, offline or disabled"):
+        WandbOptions()
+    assert WandbOptions(mode="auto").mode == "auto"
+
+
+def set_wandb(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """These are all of wandb's variables that there are."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_place_in_wandb_is_the_options_then_the_runs_then_the_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"
+    variables = {"WANDB_RUN_ID": "one", "WANDB_PROJECT": "variables", "WANDB_NAME": "named", "WANDB_DIR": str(folder)}
+    set_wandb(monkeypatch, variables)
+    options = WandbOptions(project="options")
+    begun = {"id": "one", "project": "options", "entity": None, "name": "named", "folder": str(folder)}
+    assert same_run(options, tmp_path, None) == begun
+    assert folder.is_dir()
+    set_wandb(monkeypatch, {"WANDB_RUN_ID": "two", "WANDB_PROJECT": "other", "WANDB_DIR": "other"})
+    assert same_run(WandbOptions(), tmp_path, "one") == begun
+    # A sweep's trial is the run that the sweep says, whatever was here; with nothing of it, least of all what arrived.
+    write_wandb_record(tmp_path, {**begun, "arrived": 9})
+    set_wandb(monkeypatch, {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "two", "WANDB_PROJECT": "sweeps"})
+    trial = {"id": "two", "project": "sweeps", "entity": None, "name": tmp_path.name, "folder": None}
+    assert same_run(options, tmp_path, "one") == trial
+    set_wandb(monkeypatch, {})
+    assert same_run(WandbOptions(), tmp_path, "two") == trial
+
+
+@pytest.mark.parametrize("sweep", [{"WANDB_SWEEP_ID": "sweep-1"}, {"WANDB_MODE": "online"}], ids=["sweep", "no-sweep"])
+def test_run_begun_under_wandbs_variables_goes_on_as_the_same_one_without_them(
+    runner: Runner, server: WandbServer, sweep: dict[str, str]
+) -> None:
+    usual = dict(runner.environment)
+    folder = runner.home.parent / "elsewhere"
+    variables = {"RUN_ID": "run-1", "PROJECT": "theirs", "NAME": "called", "NOTES": "why", "TAGS": "a,b"}
+    variables |= {"RUN_GROUP": "group", "DIR": str(folder)}
+    runner.environment |= sweep | {f"WANDB_{name}": value for name, value in variables.items()}
+    first = runner.session(options={}, last=10, end="resumable")
+    url = f"wandb: {server.url}/tester/theirs/runs/run-1"
+    assert first["run_id"] == "run-1" and lines_said(first) == [url]
+    runner.environment = usual
+    second = runner.session("online", options={"mode": "online"}, first=10, last=20, run_id="run-1")
+    assert lines_said(second) == [url]
+    ((run_id, run),) = server.runs.items()
+    assert run_id == runner.run_id == "run-1" and run.name == "called"
+    assert rows_of(run) == [row_of(step) for step in steps(20)]
+    said = {"project": "theirs", "notes": "why", "tags": ["a", "b"], "groupName": "group"}
+    said |= {"sweep": "sweep-1"} if "WANDB_SWEEP_ID" in sweep else {}
+    assert {key: run.said.get(key) for key in said} == said
+    assert not (runner.run_dir / "wandb").exists() and len(visit_logs(folder, "run-1")) == 2
+
+
+@pytest.mark.parametrize("trials", [1, pytest.param(2, marks=pytest.mark.whole)])
+def test_sweep_of_the_docs_trains_each_trial_as_the_run_that_the_sweep_announced(
+    runner: Runner, server: WandbServer, sample_data: Path, tmp_path: Path, trials: int
+) -> None:
+    text = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
+    (server.sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    short = {"data": str(sample_data), "optim.steps": 3, "optim.warmup_steps": 1, "log.every_steps": 1}
+    rates = {f"trial-{number}": number / 1000 for number in steps(trials)}
+    server.trials = [(run_id, {"optim.lr": lr, "model.dropout": 0.0, **short}) for run_id, lr in rates.items()]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    own = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    agent = (
+        "from wandb import wandb_agent; wandb_agent.Agent.POLL_INTERVAL = 0.1; wandb_agent.agent('tester/lab/sweep-1')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", agent],
+        env={**runner.environment, **own, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done
+    assert {run_id: run.said["sweep"] for run_id, run in server.runs.items()} == dict.fromkeys(rates, "sweep-1")
+    for run_id, run in server.runs.items():
+        run_dir = tmp_path / "runs/sweep-1" / run_id
+        assert json.loads((run_dir / "status.json").read_text(encoding="utf-8"))["status"] == "finished"
+        assert json.loads((run_dir / "wandb.json").read_text(encoding="utf-8"))["id"] == run_id
+        assert run.value("optim", "lr") == run.value("optim.lr") == rates[run_id] and run.ends == [0]
+        found = [(row["step"], row["train/loss"]) for row in run.history]
+        assert found == [(line["step"], line["loss"]) for line in train_lines(run_dir)] and len(found) == 3
+        assert "validation/accuracy" in run.summary
 
 
 @pytest.mark.whole

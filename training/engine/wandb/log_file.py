@@ -12,6 +12,7 @@ import shutil
 import struct
 import zlib
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,10 @@ class VisitLog:
             write_atomically(self.path, self.path.read_bytes()[: self.whole])
 
 
-def visit_logs(run_dir: Path, run_id: str) -> list[VisitLog]:
-    """All visits to the run in this folder, oldest first."""
-    paths = run_dir.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
+def visit_logs(folder: Path, run_id: str) -> list[VisitLog]:
+    """All visits to a run whose files wandb has put under this folder, oldest first."""
+    name = escape(run_id)
+    paths = folder.glob(f"wandb/*run-*-{name}*/run-{name}.wandb")
     return [_read(path) for path in sorted(paths, key=lambda path: path.parent.name.removeprefix("offline-"))]
 
 

@@ -23,7 +23,8 @@ from threading import Thread
 from typing import Any
 
 from training.base.console import warn
-from training.engine.wandb.visit import Visit, WandbOptions, abandon, first_line, holds, same_run
+from training.engine.wandb.options import WandbOptions, mode_of, same_run
+from training.engine.wandb.visit import Visit, abandon, first_line, holds
 
 __all__ = ["WandbOptions", "WandbTracker", "publish_evaluation", "send_the_rest"]
 
@@ -50,16 +51,16 @@ class WandbTracker:
         config: dict[str, Any],
         lines: list[dict[str, Any]],
     ):
-        """run_id: wandb's id of the run as the checkpoint has it; without, it is that of `run_dir`/wandb.json, or a new
-        one. config: the resolved options, shown with the run. lines: those of metrics.jsonl so far, oldest first.
+        """run_id: wandb's id of the run as the checkpoint has it, see `same_run`. config: the resolved options, shown
+        with the run. lines: those of metrics.jsonl so far, oldest first.
 
         Raises UserError if wandb is asked for and not installed, or the run folder cannot be written.
         """
         self._run_id: str | None = None
-        if options.mode == "disabled":
+        if mode_of(options.mode) == "disabled":
             return
-        self._run_id = same_run(run_dir, run_id)
-        self._visit = Visit(options, run_dir, self._run_id, config)
+        self._visit = Visit(options, run_dir, run_id, config)
+        self._run_id = self._visit.run_id
         self._left = False
         self._queue: SimpleQueue[dict[str, Any] | _End] = SimpleQueue()
         for line in lines:
@@ -115,7 +116,9 @@ def send_the_rest(
     summary: Mapping[str, Any],
 ) -> None:
     """Brings to wandb what the last session of a finished run could not; does nothing if nothing is missing."""
-    if options.mode != "disabled" and lines and not holds(run_dir, lines[-1]["step"]):
+    if mode_of(options.mode) == "disabled" or not lines:
+        return
+    if not holds(run_dir, same_run(options, run_dir, run_id), lines[-1]["step"]):
         WandbTracker(options, run_dir, run_id=run_id, config=config, lines=lines).close(
             "finished", "all steps done", summary
         )
@@ -135,14 +138,14 @@ def publish_evaluation(
     examples: source, reference, translation, note. Returns within PUBLISH_LIMIT_S and never raises: what goes wrong is
     a warning, since the evaluation itself is on the disk. The history stays as it is, so the run can still go on.
     """
-    if options.mode == "disabled":
+    if mode_of(options.mode) == "disabled":
         return
 
     def work() -> None:
         try:
             import wandb
 
-            visit = Visit(options, run_dir, same_run(run_dir, None), config=None)
+            visit = Visit(options, run_dir, None, config=None)
             visit.start()
             try:
                 visit.summarise({f"{part}/{key}": value for key, value in scores.items()})

@@ -6,26 +6,20 @@ has are not logged again. Everything here may wait, up to the limits below; a tr
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from training.base.console import UserError, say, warn
-from training.base.files import write_atomically, writing_to
 from training.base.network import why_unreachable
-from training.base.options import Options
-from training.engine.status import WANDB_FILE, read_record
+from training.engine.status import WandbRecord
 from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
+from training.engine.wandb.options import WandbOptions, mode_of, same_run, wandb_folder, write_wandb_record
 
 CONNECT_LIMIT_S = 2.0
 INIT_LIMIT_S = 10.0
@@ -39,29 +33,33 @@ FLUSH_EVERY_S = 2.0  # with wandb's own 15 s a kill would cost as much, until th
 _EXIT_CODES = {"finished": 0, "resumable": 75}
 
 
-class WandbOptions(Options):
-    """Where to show the run, if anywhere."""
-
-    mode: Literal["disabled", "auto", "online", "offline"] = Field(
-        "disabled", description="auto: online where there is a key and the server answers, else offline"
-    )
-    project: str = Field("relay", min_length=1, description="wandb project that the run stands in")
-    entity: str | None = Field(None, description="wandb user or team; null: the key's own")
-    name: str | None = Field(None, description="name of the run; null: that of the run folder")
-
-
 class Visit:
-    """One visit to the wandb run. config: the training's; None for an evaluation."""
+    """One visit to the wandb run."""
 
-    def __init__(self, options: WandbOptions, run_dir: Path, run_id: str, config: dict[str, Any] | None):
-        self._options, self._run_dir, self._run_id, self._config = options, run_dir, run_id, config
+    def __init__(self, options: WandbOptions, run_dir: Path, run_id: str | None, config: dict[str, Any] | None):
+        """run_id: the checkpoint's, see `same_run`. config: the training's; None for an evaluation.
+
+        Raises UserError if wandb is not installed, or the run folder cannot be written.
+        """
+        if find_spec("wandb") is None:
+            raise UserError(
+                "wandb is not installed: `pip install wandb==0.31.0`, or go without it by --wandb.mode disabled"
+            )
+        self._mode, self._run_dir, self._config = mode_of(options.mode), run_dir, config
+        self._record = same_run(options, run_dir, run_id)
+        self._folder = wandb_folder(run_dir, self._record)
+
+    @property
+    def run_id(self) -> str:
+        """wandb's id of the run."""
+        return self._record["id"]
 
     def start(self) -> None:
         """Opens the run, online if asked and possible, and finds out which steps wandb has."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # offline means that nobody is contacted
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):  # the home folder may be small, or read-only
-            os.environ.setdefault(name, str(self._run_dir.resolve() / "wandb/cache"))
-        earlier = visit_logs(self._run_dir, self._run_id)
+            os.environ.setdefault(name, str(self._folder.resolve() / "wandb/cache"))
+        earlier = visit_logs(self._folder, self.run_id)
         if self._config is not None:
             for log in earlier:
                 log.seal()
@@ -71,26 +69,30 @@ class Visit:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._next = self._run.starting_step
+        self._record["project"] = self._run.project  # what wandb really gave
+        self._record["entity"] = self._run.entity or self._record["entity"]
         if self._online:
             # wandb's step of the last row is ahead of the row's own where it has renumbered, see `log`; the summary may
             # be one row ahead after a kill, since it is sent before its row.
             self._arrived = min(self._next - 1, int(self._run.summary.get("step", self._next - 1)))
             self._held: frozenset[int] = frozenset()
-            self._remember()
+            self._record["arrived"] = self._arrived
         else:
-            self._arrived = _read(self._run_dir).get("arrived", -1)
+            self._arrived = self._record.get("arrived", -1)
             self._held = frozenset().union(*(log.steps for log in offline))
             # `wandb sync` will replace the whole summary by that of the last visit.
             self._run.summary.update(last_summary(earlier))
         self._last = self._arrived
+        write_wandb_record(self._run_dir, self._record)
 
     def _open(self, waiting: list[VisitLog]) -> None:
         """Starts wandb and says in one line where the run can be seen, or how it gets there later."""
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True, mode="online"))  # whatever WANDB_MODE says: the options decide
+        # Here, too, and not in wandb.init alone: whatever WANDB_MODE says, and since a sweep ignores the id there.
+        wandb.setup(wandb.Settings(silent=True, mode="online", run_id=self.run_id))
         self._online, obstacle = False, None
-        if self._options.mode != "offline":
+        if self._mode != "offline":
             obstacle = why_offline()
             if obstacle is None:
                 _upload(waiting)
@@ -100,7 +102,7 @@ class Visit:
                 except Exception as error:
                     obstacle = f"the server did not accept the run: {first_line(error)}"
                     wandb.teardown()  # else the id stays in use
-        upload = f"wandb sync {self._run_dir}/wandb/offline-run-*"
+        upload = f"wandb sync {self._folder}/wandb/offline-run-*-{self.run_id}*"
         if self._online:
             say(f"wandb: {self._run.url}")
             if self._config is not None:
@@ -109,7 +111,7 @@ class Visit:
             return
         self._run = self._init("offline")
         text = f"wandb: offline{f', because {obstacle}' if obstacle else ''}; to upload: {upload}"
-        if self._options.mode == "online":
+        if self._mode == "online":
             warn(text)
         else:
             say(text)
@@ -120,6 +122,7 @@ class Visit:
         settings = wandb.Settings(
             silent=True,
             console="off",
+            use_dot_wandb=False,  # where `visit_logs` looks
             save_code=False,
             init_timeout=INIT_LIMIT_S,
             finish_timeout=FINISH_LIMIT_S,
@@ -130,12 +133,12 @@ class Visit:
         )
         return wandb.init(
             mode=mode,
-            project=self._options.project,
-            entity=self._options.entity,
-            name=self._options.name or self._run_dir.resolve().name,
-            id=self._run_id,
+            project=self._record["project"],
+            entity=self._record["entity"],
+            name=self._record["name"],
+            id=self.run_id,
             resume="allow",
-            dir=str(self._run_dir),
+            dir=str(self._folder),
             config=self._config,
             settings=settings,
         )
@@ -167,41 +170,15 @@ class Visit:
         except TimeoutError:
             warn("the wandb server did not take the last rows in time; the next start of the same command sends them")
             return
-        if self._online:
-            self._arrived = self._last
-            self._remember()
-
-    def _remember(self) -> None:
-        """Writes down which step is known to have arrived, for a later visit that cannot ask."""
-        write_atomically(
-            self._run_dir / WANDB_FILE, json.dumps({"id": self._run_id, "arrived": self._arrived}, indent=2) + "\n"
-        )
+        if self._online:  # for a later visit that cannot ask
+            self._record["arrived"] = self._last
+            write_wandb_record(self._run_dir, self._record)
 
 
-def holds(run_dir: Path, step: int) -> bool:
+def holds(run_dir: Path, record: WandbRecord, step: int) -> bool:
     """Whether this step is known to have arrived at the server, or is kept here for `wandb sync`."""
-    known = _read(run_dir)
-    return known.get("arrived", -1) >= step or any(
-        log.is_offline and step in log.steps for log in visit_logs(run_dir, known.get("id", ""))
-    )
-
-
-def same_run(run_dir: Path, run_id: str | None) -> str:
-    """wandb's id of the run: the checkpoint's, the run folder's, or a new one that is then the run folder's."""
-    if find_spec("wandb") is None:
-        raise UserError(
-            "wandb is not installed: `pip install wandb==0.31.0`, or go without it by --wandb.mode disabled"
-        )
-    known = _read(run_dir)
-    run_id = run_id or known.get("id") or secrets.token_hex(4)
-    if known.get("id") != run_id:
-        with writing_to(run_dir, option="--run_dir"):
-            write_atomically(run_dir / WANDB_FILE, json.dumps({"id": run_id}, indent=2) + "\n")
-    return run_id
-
-
-def _read(run_dir: Path) -> Mapping[str, Any]:
-    return read_record(run_dir, WANDB_FILE) or {}
+    logs = visit_logs(wandb_folder(run_dir, record), record["id"])
+    return record.get("arrived", -1) >= step or any(log.is_offline and step in log.steps for log in logs)
 
 
 def why_offline() -> str | None:
