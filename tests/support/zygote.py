@@ -246,7 +246,7 @@ def _fork_ranks(count: int) -> None:
         status = 1
         end_all(signal.SIGKILL if number == signal.SIGALRM else number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, pass_on)
     # Last, since it has threads.
     store = torch.distributed.TCPStore(
