@@ -29,6 +29,7 @@ from data_prep.splits import stratified_split
 from tests.support import commands
 from tests.support.base_models import CHATML
 from tests.support.commands import REAL_TATOEBA, ROOT, Launch, Result
+from tests.support.exports import content_of
 from tests.support.legal_records import (
     PAIR,
     PAIR_QA,
@@ -177,6 +178,22 @@ def test_tokenizer_kept_in_the_set_has_the_same_identity_as_the_one_given(law, s
     kept = load_chat_tokenizer(str(law.folder / "tokenizer"))
     assert kept.sha256 == load_chat_tokenizer(str(small)).sha256 == law.meta["tokenizer"]["sha256"]
     assert law.identity == {"fingerprint": law.fingerprint, "tokenizer": kept.sha256}
+
+
+def test_tokenizer_files_are_kept_as_they_were_published(small, tmp_path):
+    published = Path(shutil.copytree(small, tmp_path / "published"))
+    for name in ("merges.txt", "vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.model"):
+        (published / name).write_text("{ }\n")
+    (published / "config.json").write_text('{"model_type": "qwen2"}')
+    expected = content_of(published)
+    (published / "model.safetensors").write_text("weights")
+    tokenizer = load_chat_tokenizer(str(published))
+    tokenizer.save(tmp_path / "kept")
+    assert content_of(tmp_path / "kept") == expected
+    text = (published / "tokenizer.json").read_text(encoding="utf-8")
+    (published / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|end|>"), encoding="utf-8")
+    with pytest.raises(UserError, match="were changed meanwhile: prepare the data again"):
+        tokenizer.save(tmp_path / "changed")
 
 
 def test_other_template_is_another_tokenizer(small, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 # Data is prepared by one process per core; threads in each of them would only take turns.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+# A tokenizer's files in a model's folder. The model's config is one: it decides which class of transformers reads them.
+_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
+)
 _BATCH = 256  # texts that are encoded at a time: what the library holds meanwhile is many times their size
 
 Message = dict[str, str]
@@ -44,8 +54,9 @@ def assistant(content: str) -> Message:
 class ChatTokenizer:
     """A tokenizer whose chat template does what training needs; the constructor raises UserError if it does not."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str, folder: Path):
         self.name = name
+        self._folder = folder
         self._tokenizer = tokenizer
         if not tokenizer.is_fast:
             raise UserError(f"--tokenizer {name} has no tokenizer.json, which the tokenizers library reads")
@@ -145,8 +156,15 @@ class ChatTokenizer:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes it to `folder`, as `AutoTokenizer.from_pretrained` reads it."""
-        self._tokenizer.save_pretrained(str(folder))
+        """Copies its files to `folder`, which is made: as they were published, since every version can read those.
+
+        Raises UserError where the copy is another tokenizer: the files were changed since it was loaded.
+        """
+        folder.mkdir()
+        for path in (path for pattern in _FILES for path in self._folder.glob(pattern) if path.is_file()):
+            shutil.copyfile(path, folder / path.name)
+        if load_chat_tokenizer(str(folder)).sha256 != self.sha256:
+            raise UserError(f"the files of --tokenizer {self._folder} were changed meanwhile: prepare the data again")
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -236,7 +254,7 @@ def load_chat_tokenizer(name: str) -> ChatTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # damaged files come out as whatever the parser at work raises
         raise UserError(f"--tokenizer {folder} cannot be read ({str(error).splitlines()[0]}); fetch it again") from None
-    return ChatTokenizer(tokenizer, name)
+    return ChatTokenizer(tokenizer, name, folder)
 
 
 def _holds_tokenizer(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import training.evaluation
 from data_prep import tatoeba
 from tests.support.commands import REAL_TATOEBA, launching
-from tests.support.exports import content_of, nobody_asked
+from tests.support.exports import assert_older_transformers_loads_the_same, content_of, nobody_asked
 from training.base.console import UserError
 from training.data.prepared import PARTS, open_prepared
 from training.data.text import clean
@@ -159,6 +159,27 @@ def test_transformers_loads_the_model_without_a_word_and_with_the_runs_logits(ex
         for row in range(20):
             tokens = torch.tensor([[SOS, *test.source[row], SEP, *test.target[row]]])
             torch.testing.assert_close(model(tokens).logits, trained.model(tokens), rtol=0, atol=1e-5)
+
+
+# What transformers 4 would else take its own defaults for, or not know.
+OLDER_KEYS = {
+    "GPT2LMHeadModel": {},
+    "GPTNeoXForCausalLM": {"rotary_pct": 1.0, "rotary_emb_base": 10_000.0},
+    "ArceeForCausalLM": {"rope_theta": 10_000.0},
+}
+
+
+def test_the_keys_of_transformers_4_stand_beside_those_of_5(exported):
+    trained, folder = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {**config, **OLDER_KEYS[config["architectures"][0]]}
+    assert ("rope_parameters" in config) == (trained.model.options.positions == "rotary")
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.whole
+def test_transformers_4_loads_the_same_model_and_tokenizer(exported, tmp_path):
+    assert_older_transformers_loads_the_same(exported[1], tmp_path / "older.pt")
 
 
 def test_training_further_has_the_runs_dropout(exported):
@@ -438,7 +459,7 @@ def test_what_transformers_would_load_as_another_model_is_not_published(run, tmp
         monkeypatch.setattr(hugging_face, "ROTARY_BASE", 9_000.0)
     else:
 
-        def save_with_another_key(model, folder):
+        def save_with_another_key(model, folder, **more):
             torch_state = {"surplus": torch.zeros(1), **model.state_dict()}
             del torch_state["lm_head.weight"]
             model.config.save_pretrained(folder)

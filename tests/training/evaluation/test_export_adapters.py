@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep import disc_law
 from tests.support.base_models import make_tiny_qwen2, make_tokenizer
 from tests.support.commands import launching
-from tests.support.exports import content_of, nobody_asked
+from tests.support.exports import assert_older_transformers_loads_the_same, content_of, nobody_asked
 from training.base.console import UserError
 from training.data.conversations import FORMAT as CONVERSATIONS
 from training.data.prepared import FORMAT as PAIRS
@@ -33,6 +33,7 @@ from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapte
 from training.evaluation.exports import adapters
 from training.evaluation.exports.adapter_card import licence_of
 from training.evaluation.exports.adapters import Export, prompts_of, trained_in
+from training.evaluation.exports.folder import older_keys
 from training.evaluation.exports.merging import difference, logits_of
 from training.models.adapted_model import LoraOptions
 from training.models.base_model import QuantisationOptions
@@ -57,7 +58,11 @@ def base(tmp_path_factory) -> Path:
         for name, parameter in model.named_parameters():
             if "_proj.weight" in name:
                 parameter.mul_(8)
+    model.config.rope_parameters["rope_theta"] = 1_000_000.0  # Qwen2.5's
     model.save_pretrained(made)
+    # As published tokenizers have it, whose files transformers 4 can read.
+    settings = made / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     return made
 
 
@@ -189,6 +194,59 @@ def test_the_command_merges_them_into_a_model_that_needs_neither_peft_nor_bitsan
     # What the adapters say is far above rounding, and rounding is what the difference is.
     assert about["of_the_base_model"]["mean"] > 20 * apart.mean
     assert 0.2 < apart.mean / about["of_computing_in_this_type"]["mean"] < 4
+
+
+@pytest.fixture(scope="module")
+def merged_export(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("merged") / "export"
+    Export(opened(run)).merged(folder, "bfloat16")
+    return folder
+
+
+def test_a_merged_model_has_the_keys_of_transformers_4_beside_those_of_5(merged_export):
+    config = json.loads((merged_export / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_theta": 1_000_000.0, "rope_type": "default"}
+    assert config["rope_theta"] == 1_000_000.0 and "rope_scaling" not in config
+    assert "Its keys are those of transformers 4.57, too." in (merged_export / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tokenizer_is_in_prepared_data_and_exports_as_it_was_published(run, base, merged_export, tmp_path):
+    Export(opened(run)).adapters(tmp_path / "adapters")
+    for folder in (run / "tokenizer", tmp_path / "adapters", merged_export):
+        for name in TOKENIZER:
+            assert (folder / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.whole
+def test_transformers_4_loads_the_same_merged_model_and_tokenizer(merged_export, tmp_path):
+    assert_older_transformers_loads_the_same(merged_export, tmp_path / "older.pt")
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rotary", "expected"),
+    [
+        ("qwen2", YARN, {"rope_theta": 5e5, "rope_scaling": YARN}),
+        ("stablelm", {"partial_rotary_factor": 0.5}, {"rope_theta": 5e5, "partial_rotary_factor": 0.5}),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, {"rotary_emb_base": 5e5, "rotary_pct": 0.5}),
+    ],
+)
+def test_rotary_positions_of_every_kind_have_keys_that_both_versions_read(kind, rotary, expected):
+    rotary = {"rope_type": "default", "rope_theta": 5e5, **rotary}
+    written = transformers.AutoConfig.for_model(kind, **SMALL, rope_parameters=rotary).to_dict()
+    assert older_keys(written) == expected
+    both = transformers.AutoConfig.for_model(**{**written, **expected})
+    assert both.rope_parameters == written["rope_parameters"]
+
+
+def test_where_transformers_4_has_other_keys_nothing_is_promised():
+    rotary = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    assert older_keys({"model_type": "gemma3_text", "rope_parameters": rotary}) is None
+    assert older_keys({"model_type": "gemma3", "text_config": {"rope_parameters": rotary}}) is None
+    assert older_keys({"model_type": "gpt2"}) == {}
 
 
 VARIANTS = {

@@ -33,7 +33,7 @@ from training.engine.precision import PrecisionName
 from training.engine.status import read_sessions
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
 from training.evaluation.exports.adapter_card import card, merged_differences
-from training.evaluation.exports.folder import origin, publish, unpublished
+from training.evaluation.exports.folder import origin, publish, save_model, unpublished
 from training.evaluation.exports.merging import (
     Difference,
     compute_in_fp32,
@@ -62,7 +62,6 @@ ROUNDING = 4.0
 # In fp32 only the order of sums changes: 3e-7 to 3e-6 of the mean logit, found on 2 and on 30 layers.
 TOLERANCE = 3e-5
 
-_SHARD = "2GB"
 _ROOM_BESIDE_WEIGHTS = 1_000_000  # config, card and the names of tensors; the tokenizer's size is known
 
 
@@ -263,9 +262,13 @@ class Export:
         """The merged model, its tokenizer and settings; returns what it is, for export.json."""
         plain = merged(self.trained.model.model, config, dtype)
         plain.generation_config = _generation_of(self.trained)
-        plain.save_pretrained(folder, max_shard_size=_SHARD)
+        for_transformers_4 = save_model(plain, folder)
         self._copy_tokenizer(folder)
-        return {"architecture": type(plain).__name__, "parameters": plain.num_parameters()}
+        return {
+            "architecture": type(plain).__name__,
+            "parameters": plain.num_parameters(),
+            "for_transformers_4": for_transformers_4,
+        }
 
     @property
     def _compute_type(self) -> torch.dtype:
@@ -276,7 +279,14 @@ class Export:
         return sum(path.stat().st_size for path in (self.trained.run_dir / "tokenizer").iterdir())
 
     def _copy_tokenizer(self, folder: Path) -> None:
-        shutil.copytree(self.trained.run_dir / "tokenizer", folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        # As it was published, which any version can read. config.json, which is kept beside it, is the base model's.
+        shutil.copytree(
+            self.trained.run_dir / "tokenizer",
+            folder,
+            dirs_exist_ok=True,
+            copy_function=shutil.copyfile,
+            ignore=shutil.ignore_patterns("config.json"),
+        )
 
     def _let_go(self) -> None:
         """Frees the run's model, for which there is no room beside another one."""

@@ -1,6 +1,7 @@
 """What every export has in common: where it may appear, how it appears, and what stands in it about itself.
 
-Promises: the folder is complete or absent; nothing is replaced but an earlier export that nobody has changed.
+Promises: the folder is complete or absent; nothing is replaced but an earlier export that nobody has changed. A model's
+config.json has the keys of transformers 5 and of 4, so that both load the same model.
 export.json says what an export was made from, and holds the size and SHA-256 of every other file.
 """
 
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.base.console import UserError, say
 from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
@@ -20,9 +21,14 @@ from training.data.prepared import list_files
 from training.engine.checkpoint import EMA
 from training.evaluation.runs import TrainedRun, Weights
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FORMAT = "relay-export-1"
 ABOUT = "export.json"
 CARD = "README.md"
+
+_SHARD = "2GB"
 
 WHICH = {"best": "the best on validation", "last": "the newest", "ema": "the moving average of the weights"}
 
@@ -76,6 +82,38 @@ def unpublished(output: Path) -> Iterator[Path]:
     """An empty folder to fill and then hand to `publish`; disk errors that a user can mend become a UserError."""
     with writing_to(output), temporary_folder(output) as folder:
         yield folder
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> bool:
+    """Writes the weights of `model`, config.json and the settings of generation; whether transformers 4 loads it, too.
+
+    transformers 4 passes over the keys for rotary positions that 5 writes, and computes another model in silence.
+    """
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    older = older_keys(config)
+    write_atomically(path, json.dumps({**config, **(older or {})}, indent=2, sort_keys=True) + "\n")
+    return older is not None
+
+
+def older_keys(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The keys of transformers 4 (4.57.6) for the rotary positions of `config`, a config.json of transformers 5.
+
+    None where that is not known here: each kind of layers has positions of its own, or the language model's config is
+    inside that of a larger model.
+    """
+    rotary = config.get("rope_parameters")
+    if rotary is None and "text_config" not in config:
+        return {}
+    if rotary is None or "rope_theta" not in rotary:
+        return None
+    scaling = dict(rotary)
+    base, share = scaling.pop("rope_theta"), scaling.pop("partial_rotary_factor", None)
+    scaled = {} if scaling["rope_type"] == "default" else {"rope_scaling": scaling}
+    if config["model_type"] == "gpt_neox":
+        return {"rotary_emb_base": base, "rotary_pct": share, **scaled}
+    return {"rope_theta": base, **({} if share is None else {"partial_rotary_factor": share}), **scaled}
 
 
 def publish(folder: Path, output: Path, card: str, about: dict[str, Any]) -> None:

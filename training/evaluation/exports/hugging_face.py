@@ -14,6 +14,7 @@ approximated.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 from training.base.console import UserError
+from training.base.files import write_atomically
 from training.data.text import HAN
 from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS, UNK, SentencePieceTokenizer, load_tokenizer
 from training.evaluation.translations.decoding import NEVER_PRODUCED
@@ -249,6 +251,14 @@ def tokenizer_of(folder: Path, context: int) -> PreTrainedTokenizerFast:
         split_special_tokens=True,  # no text can produce a special token
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes it to `folder` for `AutoTokenizer`; transformers 4 does not know the class name that 5 writes."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    about = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_atomically(path, json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 # What `training.data.text.clean` does, up to blanks at the ends. Python counts four more characters as blanks than \s.

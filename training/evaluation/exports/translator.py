@@ -15,7 +15,15 @@ from typing import Any
 
 from training.base.console import UserError, say
 from training.base.files import check_room
-from training.evaluation.exports.folder import needing, origin, place_of, publish, unpublished, weights_in_words
+from training.evaluation.exports.folder import (
+    needing,
+    origin,
+    place_of,
+    publish,
+    save_model,
+    unpublished,
+    weights_in_words,
+)
 from training.evaluation.report import templates
 from training.evaluation.setting import Setting
 from training.evaluation.translations.trained import TrainedModel
@@ -44,9 +52,9 @@ def export(trained: TrainedModel, output: Path) -> None:
     model = hugging_face.model_of(trained.model)
     with unpublished(output) as folder:
         check_room(folder, sum(parameter.nbytes for parameter in model.parameters()) + _ROOM_BESIDE_WEIGHTS)
-        model.save_pretrained(folder)
+        save_model(model, folder)
         tokenizer = hugging_face.tokenizer_of(trained.run_dir / "tokenizer/source", trained.model.options.context)
-        tokenizer.save_pretrained(folder)
+        hugging_face.save_tokenizer(tokenizer, folder)
         difference = hugging_face.check_same(folder, trained.model)
         about = {
             **origin(trained),
