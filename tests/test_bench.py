@@ -171,6 +171,7 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         signal.signal(number, handler)
 
 
+@pytest.mark.part
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
 @pytest.mark.parametrize("name", [name for name in PROMISED if name not in NO_SMOKE])
 def test_smoke_of_a_bench_ends_with_the_promised_figures(name: str, capfd: pytest.CaptureFixture[str]) -> None:
