@@ -371,8 +371,14 @@ def kaggle_output_bytes() -> int:
 
 
 def ranks_without_gpus() -> int | None:
-    """How many processes are to train on a machine without GPUs, by the variable RANKS; None where nobody said."""
-    return int(os.environ["RANKS"]) if "RANKS" in os.environ else None
+    """How many processes are to train on a machine without GPUs, by the variable RANKS; None where nobody said.
+
+    Raises UserError if that is no number.
+    """
+    text = os.environ.get("RANKS")
+    if text is not None and not text.isdigit():
+        raise UserError(f"RANKS is {text!r}: set it to a number of processes")
+    return int(text) if text else None
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 LOOK_EVERY_S = 0.5
@@ -28,12 +29,13 @@ def main(pid: int, number: int) -> None:
             limit_s, silent_s = float(heard[-1]), 0.0
         elif not is_stopped(pid):
             silent_s += LOOK_EVERY_S
-    print(
-        f"error: process {pid} gave no sign of life for {silent_s:.0f} s: a library may hold Python's lock, or the run "
-        "folder's disk may not answer; the process is ended, and the checkpoints stand. Where it is:",
-        file=sys.stderr,
-        flush=True,
-    )
+    with suppress(OSError):  # nobody may be reading
+        print(
+            f"error: process {pid} gave no sign of life for {silent_s:.0f} s: a library may hold Python's lock, or the "
+            "run folder's disk may not answer; the process is ended, and the checkpoints stand. Where it is:",
+            file=sys.stderr,
+            flush=True,
+        )
     os.kill(pid, number)
     time.sleep(1)
     os.kill(pid, signal.SIGKILL)

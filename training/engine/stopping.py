@@ -45,7 +45,7 @@ class SessionOptions(Options):
         30, ge=0, description="kept free before the time limit, beside what a step and a save were measured to take"
     )
     stop_signal: Literal["SIGUSR1", "SIGUSR2"] | None = Field(
-        "SIGUSR1", description="a signal that asks for a stop beside SIGTERM and SIGINT; null: none"
+        "SIGUSR1", description="a signal that asks for a stop beside SIGTERM, SIGINT and the like; null: none"
     )
     hang_timeout: Duration = Field(
         600, gt=0, description="without progress for so long a rank is named with its stack, and the run ends"
@@ -75,7 +75,7 @@ class StopFlag:
         self._deadline = _deadline(options) if cluster.is_first else math.inf
         self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
         self.saves_fail: Callable[[], bool] = lambda: False
-        names = ["SIGTERM", "SIGINT", *([options.stop_signal] if options.stop_signal else [])]
+        names = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGXCPU", *([options.stop_signal] if options.stop_signal else [])]
         for name in names + ([] if is_ignored(signal.SIGHUP) else ["SIGHUP"]):
             signal.signal(signal.Signals[name], self._on_signal)
 

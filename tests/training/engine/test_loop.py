@@ -46,6 +46,8 @@ from training.engine.wandb.tracker import _values
 from training.models.dropout import Dropout
 
 CPU = torch.device("cpu")
+STOPPING = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGXCPU", "SIGUSR1")
+
 ONE = SimpleNamespace(rank=0, world_size=1, device=CPU, beat=lambda doing: None)
 STEPS = 24
 SAMPLES = 60
@@ -250,7 +252,7 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """A run takes signals over; this gives them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    kept = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in (*STOPPING, "SIGHUP")}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -416,6 +418,16 @@ class Threads:
         result = [max(each) for each in zip(*self._values, strict=True)]
         self._barrier.wait()
         return result
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_every_signal_that_asks_a_process_to_leave_is_a_stop(tmp_path, handlers, name):
+    """Also that of a limit of CPU time, and of Ctrl-backslash, which torchrun passes on."""
+    flag = StopFlag(tmp_path, SimpleNamespace(is_first=True, launcher=None, maximum=list), SessionOptions())
+    flag.check()
+    signal.raise_signal(signal.Signals[name])
+    with pytest.raises(Stopped, match=f"signal {name}"):
+        flag.check()
 
 
 def test_all_ranks_stop_at_the_same_step_though_one_alone_has_a_reason(tmp_path, handlers):
