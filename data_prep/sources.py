@@ -31,7 +31,7 @@ DOWNLOAD_TIMEOUT_S = 15
 
 # Kinds of malformed lines.
 NO_TAB, SWAPPED, HEADING = "one column, no TAB", "Chinese before English", "a heading"
-EXTRA_TAB = "3 columns where most lines have 2"
+EXTRA_TAB = "3 columns where others without an attribution have 2"
 _HEADINGS = {
     *("english", "en", "eng", "英文", "英语", "chinese", "mandarin", "zh", "cn", "cmn", "中文", "汉语"),
     *("source", "src", "target", "tgt", "translation"),

@@ -178,7 +178,8 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
 def _pause(family: Sequence[int]) -> None:
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in family:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
         if number == signal.SIGSTOP:
             time.sleep(_PAUSE_S)
 
@@ -203,16 +204,19 @@ def _wait_until_gone(family: Sequence[int], patience_s: float = 90.0) -> None:
         time.sleep(0.02)
 
 
-def interrupt(training: Training, kills: int, dice: random.Random) -> list[Event]:
-    """Trains to the end with `kills` accidents, or with as many as fit before the run is finished."""
+def interrupt(training: Training, kills: int, dice: random.Random, waiting: list[Accident]) -> list[Event]:
+    """Trains to the end with `kills` accidents, or with as many as fit before the run is finished.
+
+    waiting: the next ones, taken from its end and filled up when it is empty.
+    """
     events: list[Event] = []
-    waiting: list[Accident] = []
     while len(events) < kills:
         if not waiting:
-            waiting = dice.sample(ACCIDENTS, len(ACCIDENTS))
-        event = have_accident(training, waiting.pop(), dice)
+            waiting += dice.sample(ACCIDENTS, len(ACCIDENTS))
+        event = have_accident(training, waiting[-1], dice)
         if event is None:
             break
+        waiting.pop()
         events.append(event)
     training.finish()
     return events
@@ -265,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole.finish()
     say(f"interrupted: the same with {arguments.kills} accident(s)")
     broken = training("interrupted")
-    events = interrupt(broken, arguments.kills, random.Random(arguments.random_seed))
+    events = interrupt(broken, arguments.kills, random.Random(arguments.random_seed), [])
     different = differences(whole, broken)
     lost = [event for event in events if event.lost]
     _print_proof(events, whole, broken)

@@ -350,7 +350,7 @@ FAULTS = (
     Fault(
         "no margin before the time limit",
         "training/engine/stopping.py",
-        "self.reserve_s() + self._margin_s > self._deadline",
+        "self.reserve_s() + self._options.margin > self._deadline",
         "self.reserve_s() > self._deadline",
         "tests/training/engine/test_loop.py::test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time[25-0-True]",
     ),

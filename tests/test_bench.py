@@ -172,9 +172,12 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         signal.signal(number, handler)
 
 
-@pytest.mark.part
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
-@pytest.mark.parametrize("name", [name for name in PROMISED if name not in NO_SMOKE])
+@pytest.mark.parametrize(
+    "name",
+    # Of "peers" as a whole, --all cannot do anything where JoeyNMT cannot be had.
+    [pytest.param(each, marks=[pytest.mark.part] * (each != "peers")) for each in PROMISED if each not in NO_SMOKE],
+)
 def test_smoke_of_a_bench_ends_with_the_promised_figures(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench(name).main(["--smoke", "--data", "sample"]) == 0
     promised = [each for each in PROMISED[name] if each not in NOT_IN_SMOKE.get(name, ())]

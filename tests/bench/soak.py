@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from launch.prove import Event, Training, differences, interrupt
+from launch.prove import Accident, Event, Training, differences, interrupt
 from tests.bench.common import Figure, prepare, read_arguments, report
 from training.base.console import run_main, say
 from training.base.durations import format_duration
@@ -47,6 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     dice = random.Random(more.random_seed)
     events: list[Event] = []
     lost, runs, began = 0, 0, time.monotonic()
+    waiting: list[Accident] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         data = prepare(arguments, Path(folder, "data"))
         training = (*map(str, TRAINING), "--data", str(data.folder))
@@ -55,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         while time.monotonic() < end if end else len(events) < wanted:
             runs += 1
             broken = Training(training, Path(folder, f"run-{runs}"), STEPS, 2)
-            new = interrupt(broken, KILLS_PER_RUN if end else min(KILLS_PER_RUN, wanted - len(events)), dice)
+            new = interrupt(broken, KILLS_PER_RUN if end else min(KILLS_PER_RUN, wanted - len(events)), dice, waiting)
             different = differences(whole, broken)
             bad = len(new) if different else sum(event.lost is not None for event in new)
             events, lost = events + new, lost + bad

@@ -148,7 +148,9 @@ def test_half_a_sentence_before_a_tab_is_no_pair_and_the_line_is_named(tmp_path:
     prepare_here("--source", source, "--output", tmp_path / "x")
     counts = open_prepared(tmp_path / "x").meta["counts"]
     assert (counts["pairs"], counts["malformed"]) == (501, 3)
-    named = "; ".join(f"mine.tsv line {line}: 3 columns where most lines have 2" for line in (201, 202, 203))
+    named = "; ".join(
+        f"mine.tsv line {line}: 3 columns where others without an attribution have 2" for line in (201, 202, 203)
+    )
     assert f"3 lines were left out, and meta.json lists them: {named}\n" in capsys.readouterr().out
     source.write_text("\n".join([*pairs, *torn]), encoding="utf-8")
     expected = (

@@ -145,9 +145,15 @@ def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission,
     assert set(told) == {("again", "signal SIGUSR1")} and len(told) >= 4
 
 
-def test_signal_to_the_batch_shell_saves_and_requeues_on_two_nodes(submission, cluster, uninterrupted):
-    job = submission.submit(nodes=2, accidents=(hold_at(15),))
+def test_suspended_job_goes_on_and_a_signal_to_its_shell_saves_and_requeues_on_two_nodes(
+    submission, cluster, uninterrupted
+):
+    job = submission.submit(nodes=2, accidents=(hold_at(15),), words=("--session.hang_timeout", "20s"))
     submission.wait_at(15)
+    cluster.ask("scontrol", "suspend", job)
+    assert cluster.state(job) == "SUSPENDED"
+    time.sleep(30)
+    cluster.ask("scontrol", "resume", job)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
     submission.wait_until_told("SIGUSR1")
     submission.go_on(15)

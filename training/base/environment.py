@@ -240,7 +240,7 @@ def watching_launcher() -> Launcher | None:
 
 
 def time_to_leave() -> tuple[float, str] | None:
-    """Seconds from a signal to leave, which a launcher or SLURM sends, to the kill behind it, and what sets them.
+    """Seconds from a signal to leave, which a launcher or SLURM sends, to the kill behind it, and by whom.
 
     The shortest there is; None where nobody kills.
     """
@@ -249,13 +249,13 @@ def time_to_leave() -> tuple[float, str] | None:
         words = " ".join(command_line(os.getppid())).replace("=", " ").replace("_", "-")
         given = re.search(r"--shutdown-timeout (\d+)", words)
         default = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
-        found.append((float(given[1] if given else default), "torchrun's --shutdown-timeout"))
+        found.append((float(given[1] if given else default), "torchrun, unless its --shutdown-timeout is raised"))
     elif "CROSS_SIZE" in os.environ:
-        found.append((30.0, "DeepSpeed's launcher, which cannot be told another"))
+        found.append((30.0, "DeepSpeed's launcher"))
     if job_id() is not None:
         with contextlib.suppress(OSError, subprocess.SubprocessError, TypeError):
             answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=10).stdout
-            found.append((float(re.search(r"KillWait *= *(\d+)", answer)[1]), "SLURM's KillWait"))  # type: ignore[index]
+            found.append((float(re.search(r"KillWait *= *(\d+)", answer)[1]), "SLURM, by its KillWait"))  # type: ignore[index]
     return min(found, default=None)
 
 

@@ -243,7 +243,7 @@ def load_chat_tokenizer(name: str) -> ChatTokenizer:
                 f"--tokenizer {name}: there is no such folder{near}, and it is no name on the hub (like "
                 "Qwen/Qwen2.5-3B-Instruct)"
             )
-        folder = fetch_snapshot(name, revision=None, patterns=_FILES, is_complete=_holds_tokenizer)
+        folder = fetch_snapshot(name, revision=None, patterns=_FILES, is_complete=_is_whole)
     if not _holds_tokenizer(folder):
         raise UserError(
             f"--tokenizer {folder} holds no tokenizer.json and tokenizer_config.json; pass a model's folder"
@@ -255,6 +255,11 @@ def load_chat_tokenizer(name: str) -> ChatTokenizer:
     except Exception as error:  # damaged files come out as whatever the parser at work raises
         raise UserError(f"--tokenizer {folder} cannot be read ({str(error).splitlines()[0]}); fetch it again") from None
     return ChatTokenizer(tokenizer, name, folder)
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether what comes from the hub has all that decides how the tokenizer is read, the model's kind included."""
+    return _holds_tokenizer(snapshot) and (snapshot / "config.json").is_file()
 
 
 def _holds_tokenizer(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,11 +35,21 @@ T = TypeVar("T")
 Result = TypeVar("Result")
 
 
-class Beat(Protocol):
-    """A sign of life of this rank. All ranks give equally many, at the same places."""
+class Watcher:
+    """Who watches over a rank. This one does nothing; see `training.engine.watchdog`."""
 
-    def __call__(self, doing: str, slow: bool = False) -> None:
-        """doing: what the rank begins with. slow: whether that may take much longer than a step."""
+    def beat(self, doing: str, slow: bool = False) -> None:
+        """A sign of life. All ranks give equally many, at the same places.
+
+        doing: what the rank begins with. slow: whether that may take much longer than a step.
+        """
+
+    def may_write(self) -> None:
+        """To be called once the run folder is this run's own: how it ends may be written there."""
+
+    def paused_s(self) -> float:
+        """For how long this process has stood still so far."""
+        return 0.0
 
 
 # How long the ranks wait for each other: until all have come, and in a collective where nobody watches over them.
@@ -82,12 +92,12 @@ class Cluster:
             # cuBLAS has one order of sums only with this, and torch looks once, at the first product on a GPU.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self.timeout = datetime.timedelta(seconds=timeout_s)
         self.ranks: Ranks = read_ranks()
         # Looked up before the ranks meet: if they do, this was their launcher and not a process that adopts orphans.
         self.launcher = watching_launcher()
         self.device = self._own_device()
-        self.beat: Beat = lambda doing, slow=False: None  # tells whoever watches over this rank what it begins with
+        self.watcher = Watcher()
         self._control: dist.ProcessGroup | None = None
         self._store: dist.Store | None = None
 
@@ -124,7 +134,7 @@ class Cluster:
             keep_freed_memory()
         if self.world_size > 1:
             self._meet("nccl" if self.device.type == "cuda" else "gloo")
-            self._control = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._control = dist.new_group(backend="gloo", timeout=self.timeout)
         return self
 
     def _meet(self, backend: str) -> None:
@@ -137,9 +147,9 @@ class Cluster:
                 raise PeerError("the launcher does not answer, it was probably killed; nothing was done") from error
         else:
             store = self._first_ranks_store()
-        store.set_timeout(self._timeout)
+        store.set_timeout(self.timeout)
         self._store = store
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self._timeout)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=self.timeout)
 
     def _first_ranks_store(self) -> dist.Store:
         """The store that the first rank keeps, once all ranks have come to it."""
@@ -150,7 +160,7 @@ class Cluster:
         def reach() -> None:
             try:
                 first = self.is_first
-                found.append(dist.TCPStore(host, port, is_master=first, timeout=self._timeout, wait_for_workers=False))
+                found.append(dist.TCPStore(host, port, is_master=first, timeout=self.timeout, wait_for_workers=False))
             except Exception as error:
                 found.append(error)
 

@@ -181,12 +181,12 @@ def forward_backward(
     total = torch.zeros((), device=cluster.device)
     for batch in batches:
         with engine.micro_batch(last=batch is batches[-1]):
-            cluster.beat(f"step {step + 1}, forward pass")
+            cluster.watcher.beat(f"step {step + 1}, forward pass")
             seed_dropout(config.seed, step, batch.number, cluster.device)
             with engine.autocast():
                 loss = task.loss(engine.replica, batch.samples) / weight
             total += loss.detach()
-            cluster.beat(f"step {step + 1}, backward pass")
+            cluster.watcher.beat(f"step {step + 1}, backward pass")
             engine.backward(loss)
     return total
 
@@ -237,6 +237,7 @@ class _Run:
 
         # Only one rank verifies; the others learn which checkpoint passed.
         latest = self.cluster.on_first(open_on_first)
+        self.cluster.watcher.may_write()
         (step,) = self.cluster.maximum([latest.step if latest is not None else -1])
         if step >= 0:
             self._restore(Checkpoint(checkpoint_folder(config.run_dir, int(step))))
@@ -282,7 +283,7 @@ class _Run:
                     self._boundary()
             except Stopped as raised:
                 stopped = raised
-            self.cluster.beat("the end of the session", slow=True)
+            self.cluster.watcher.beat("the end of the session", slow=True)
             if self.saved_step != self.step:
                 self._save(due=False)
             self.cluster.on_first(self.logbook.finish_saving)
@@ -372,7 +373,7 @@ class _Run:
     def _own_part(self, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         if self.engine.in_step:
             batches = in_rounds(batches, self.cluster.world_size)
-        return self.stop.until_stop(batches, lambda: self.cluster.beat(f"validation after step {self.step}"))
+        return self.stop.until_stop(batches, lambda: self.cluster.watcher.beat(f"validation after step {self.step}"))
 
     def _save(self, *, due: bool) -> None:
         """due: whether an uninterrupted run saves here, too."""

@@ -91,7 +91,8 @@ class RunFolder:
                 if other is not None and (latest is None or other.step > latest.step):
                     _check_same_run(other, about, may_change)
                     latest = _carry_over(source, self.run_dir, other, data)
-            _set_damaged_aside(self.run_dir, {} if latest is None else latest.manifest["config"])
+            saved = {} if latest is None else latest.manifest["config"]
+            _set_damaged_aside(self.run_dir, {key: saved[key] for key in saved.keys() - may_change})
             known = self.run_dir / CONFIG
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
@@ -136,7 +137,12 @@ def _same_but_for_wandb(config: str, other: str) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a file, or a folder into what is there of it; unlike `shutil.copytree` it ends with the first error."""
+    """Copies a file, or a folder into what is there of it; unlike `shutil.copytree` it ends with the first error.
+
+    Links to nothing are left out: wandb makes some, which lead into the folder where the run was before.
+    """
+    if source.is_symlink() and not source.exists():
+        return
     if not source.is_dir():
         write_atomically(target, source.read_bytes())
         return

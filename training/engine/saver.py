@@ -223,8 +223,8 @@ class Saver:
         if limit is not None and self.seconds > limit[0]:
             warn(
                 f"a save takes {format_duration(self.seconds)}, but a run that is told to leave is killed after "
-                f"{format_duration(limit[0])} ({limit[1]}): raise that, or save more often than every "
-                f"{self._options.every_steps:,} steps (--checkpoint.every_steps), so that less is done again"
+                f"{format_duration(limit[0])} by {limit[1]}: save more often than every {self._options.every_steps:,} "
+                "steps (--checkpoint.every_steps), so that less is done again then"
             )
 
     def _try_to_publish(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ LOOK_EVERY_S = 0.5
 
 
 def main(pid: int, number: int) -> None:
-    for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_IGN)  # it leaves with its rank
+    for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "XCPU"):
+        signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)  # it leaves with its rank
     limit_s, silent_s = float("inf"), 0.0
     while silent_s <= limit_s:
         if select.select([0], [], [], LOOK_EVERY_S)[0]:

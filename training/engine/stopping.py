@@ -48,7 +48,10 @@ class SessionOptions(Options):
         "SIGUSR1", description="a signal that asks for a stop beside SIGTERM, SIGINT and the like; null: none"
     )
     hang_timeout: Duration = Field(
-        600, gt=0, description="without progress for so long a rank is named with its stack, and the run ends"
+        600,
+        gt=0,
+        description="without progress for so long (at the start and the end 20 minutes more) a rank is named with its "
+        "stack, and the run ends",
     )
 
 
@@ -71,6 +74,7 @@ class StopFlag:
         self._interrupted = False
         self._calls = self._next_call = self._last_call = 0
         self._last_time: float | None = None
+        self._paused_s = cluster.watcher.paused_s()
         self._slowest_step_s = 0.0
         self._deadline = _deadline(options) if cluster.is_first else math.inf
         self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
@@ -95,11 +99,12 @@ class StopFlag:
         if self._calls < self._next_call:
             return
         now = time.monotonic()
-        step_s = 0.0 if self._last_time is None else (now - self._last_time) / (self._calls - self._last_call)
-        if step_s > self._options.hang_timeout:  # a pause: no step takes so long. SLURM does not count it, others do
-            step_s = 0.0
-            if self._cluster.is_first:
-                self._deadline = _deadline(self._options)
+        paused_s = self._cluster.watcher.paused_s() - self._paused_s
+        self._paused_s += paused_s
+        if paused_s and self._cluster.is_first:  # SLURM does not count the time in which it suspends a job, others do
+            self._deadline = _deadline(self._options)
+        since_s = now - paused_s - (now if self._last_time is None else self._last_time)
+        step_s = max(0.0, since_s) / (self._calls - self._last_call)
         asked, slowest_s = self._cluster.maximum([self._own_reason(now), step_s])
         # Every rank computes the same next call from the same numbers; where the duration is unknown, it is the next.
         self._next_call = self._calls + (max(1, min(100, int(_AGREE_EVERY_S / slowest_s))) if slowest_s else 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from training.base.console import say
 from training.engine.status import Session
 
 _ROOT = Path(__file__).parents[2]
@@ -42,9 +43,10 @@ def keep_threads(sessions: Sequence[Session]) -> None:
     A new run has one for each core, and so has one that comes to a machine with fewer cores than that.
     """
     if sessions and sessions[-1]["world_size"] == 1 and not os.environ.get("OMP_NUM_THREADS"):
-        threads = int(sessions[-1].get("surroundings", {}).get("threads", 0))
-        if 0 < threads < torch.get_num_threads():
-            torch.set_num_threads(threads)
+        threads = sessions[-1].get("surroundings", {}).get("threads", "")
+        if threads.isdigit() and 0 < int(threads) < torch.get_num_threads():
+            torch.set_num_threads(int(threads))
+            say(f"{threads} threads, as in the last session; set OMP_NUM_THREADS for others")
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -28,7 +28,7 @@ from typing import TypedDict
 from training.base.console import say_as_any_rank, tell_launcher
 from training.base.durations import format_duration
 from training.engine import sentry
-from training.engine.cluster import Cluster
+from training.engine.cluster import Cluster, Watcher
 from training.engine.status import write_status
 from training.engine.task import RunOptions
 
@@ -43,13 +43,13 @@ _LATE_S = 2.0
 _REPORT_PATIENCE_S = 30.0
 
 # What is no step, such as loading a model from a slow disk, may take so much longer.
-_SLOW_S = 3600.0
+_SLOW_S = 1200.0
 
 # How long the ranks of a run wait for each other, at most, in a collective: a pause counts there, even of all ranks.
 _LONGEST_PAUSE_S = 7 * 24 * 3600.0
 
-# Makes a process print its stacks, whatever it is doing. Nobody else uses it.
-_PRINT_STACKS = signal.SIGRTMIN + 7
+# Makes a process print its stacks, whatever it is doing. Nobody else uses it but debuggers.
+_PRINT_STACKS = signal.SIGTRAP
 
 # Without a launcher to end it, a rank that does not move is given less time.
 _ORPHAN_TIMEOUT_S = 60.0
@@ -71,29 +71,27 @@ class SignOfLife(TypedDict):
 def watched_ranks(config: RunOptions) -> Iterator[Cluster]:
     """The processes of a run, each with a watchdog from before they meet until they part."""
     cluster = Cluster(_LONGEST_PAUSE_S, deterministic=config.deterministic)
-    with Watchdog(config.run_dir, cluster, config.session.hang_timeout) as watchdog:
-        cluster.beat = watchdog.beat
-        with cluster:
-            yield cluster
+    with Watchdog(config.run_dir, cluster, config.session.hang_timeout) as cluster.watcher, cluster:
+        yield cluster
 
 
-class Watchdog:
+class Watchdog(Watcher):
     """A context around everything that a rank does."""
+
+    _since: float
 
     def __init__(self, run_dir: Path, cluster: Cluster, timeout_s: float):
         self._folder, self._run_dir = run_dir / FOLDER, run_dir
         self._rank, self._world_size = cluster.rank, cluster.world_size
         self._timeout_s, self._launcher = timeout_s, cluster.launcher
-        self._beats = 0
+        self._look_every_s = min(_LOOK_EVERY_S, timeout_s / 4)
+        self._beats, self._may_write = 0, False
+        self._looked, self._paused_s, self._looking = time.monotonic(), 0.0, threading.Lock()
         self.beat("the start", slow=True)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        with suppress(OSError):  # what an earlier session left
-            self._report_of(self._rank).unlink(missing_ok=True)
-            self._stack_of(self._rank).unlink(missing_ok=True)
-            self._folder.rmdir()
         faulthandler.register(_PRINT_STACKS, file=2)
         command = [sys.executable, "-I", "-S", sentry.__file__, str(os.getpid()), str(int(_PRINT_STACKS))]
         self._sentry = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, bufsize=0, start_new_session=True)
@@ -108,20 +106,37 @@ class Watchdog:
         self._sentry.wait()
         faulthandler.unregister(_PRINT_STACKS)
 
+    def may_write(self) -> None:
+        with suppress(OSError):  # what an earlier session left
+            self._report_of(self._rank).unlink(missing_ok=True)
+            self._stack_of(self._rank).unlink(missing_ok=True)
+            self._folder.rmdir()
+        self._may_write = True
+
+    def paused_s(self) -> float:
+        self._look()
+        return self._paused_s
+
+    def _look(self) -> float:
+        """The time, after counting what has been a pause: then nobody looked, though the watchdog does all the time."""
+        with self._looking:
+            now = time.monotonic()
+            late_s = now - self._looked - self._look_every_s
+            if late_s > _LATE_S:
+                self._paused_s += late_s
+                self._since = min(now, self._since + late_s)
+            self._looked = now
+            return now
+
     def beat(self, doing: str, slow: bool = False) -> None:
-        """See `training.engine.cluster.Beat`."""
         self._beats += 1
         self._doing, self._since = doing, time.monotonic()
         self._limit_s = self._timeout_s + (_SLOW_S if slow else 0)
 
     def _watch(self) -> None:
-        looked, look_every_s = time.monotonic(), min(_LOOK_EVERY_S, self._timeout_s / 4)
         assert self._sentry.stdin is not None
-        while not self._over.wait(look_every_s):
-            now = time.monotonic()
-            if now - looked > look_every_s + _LATE_S:
-                self._since += now - looked
-            looked, limit_s = now, self._limit_s
+        while not self._over.wait(self._look_every_s):
+            now, limit_s = self._look(), self._limit_s
             if self._launcher is not None and self._launcher.is_gone():
                 limit_s = min(limit_s, _ORPHAN_TIMEOUT_S)
             # If a library holds Python's lock for ever, this thread stands still as well; then the sentry ends the
@@ -133,17 +148,25 @@ class Watchdog:
 
     def _end(self, silent_s: float) -> None:
         """Says who hangs, and ends the process whatever happens."""
+        message = (
+            f"rank {self._rank} made no progress for {format_duration(silent_s)} (session.hang_timeout) since it began "
+            f"with {self._doing!r}"
+        )
         try:
-            self._report(silent_s)
+            if self._may_write:
+                self._report(silent_s)
+            else:
+                self._say_own(message)
         except Exception as error:  # a full disk, above all
-            say_as_any_rank(
-                f"error: rank {self._rank} made no progress for {format_duration(silent_s)} (session.hang_timeout) "
-                f"since it began with {self._doing!r}, and cannot report it in {self._folder}: {error}"
-            )
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            self._say_own(f"{message}, and cannot report it in {self._folder}: {error}")
         finally:
             sys.stderr.flush()
             os._exit(1)
+
+    def _say_own(self, message: str) -> None:
+        say_as_any_rank(f"error: {message}")
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        tell_launcher(message, to_mend=False)
 
     def _report(self, silent_s: float) -> None:
         """Leaves a report, waits for those of the other ranks, and says who hangs."""

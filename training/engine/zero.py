@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from training.base.console import UserError, leave_at_once
 from training.base.options import Options
@@ -386,5 +387,7 @@ def _initialize(
         dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", str(cluster.ranks.local_rank))  # it insists on it, in a plain process too
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    for group in list(distributed_c10d._world.pg_map):  # its own would wait for torch's default time, in a pause too
+        distributed_c10d._set_pg_timeout(cluster.timeout, group)
     engine.register_forward_pre_hook(model.remember)
     return engine

@@ -32,7 +32,7 @@ from training.base.console import TryLaterError, UserError
 from training.base.files import nearest_folder
 from training.engine import loop, run_folder, stopping, surroundings
 from training.engine.batch_plan import BatchOptions, BatchPlan
-from training.engine.cluster import Cluster
+from training.engine.cluster import Cluster, Watcher
 from training.engine.loop import train
 from training.engine.metrics import MetricsFile, is_damaged, read_metrics
 from training.engine.optim import OptimOptions, build_optimizer, learning_rate
@@ -48,7 +48,7 @@ from training.models.dropout import Dropout
 CPU = torch.device("cpu")
 STOPPING = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGXCPU", "SIGUSR1")
 
-ONE = SimpleNamespace(rank=0, world_size=1, device=CPU, beat=lambda doing: None)
+ONE = SimpleNamespace(rank=0, world_size=1, device=CPU, watcher=Watcher())
 STEPS = 24
 SAMPLES = 60
 _dice = np.random.default_rng(3)
@@ -97,7 +97,7 @@ def engine_of(
 
 
 def forward_backward(engine: DataParallel, step: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-    shares = SimpleNamespace(rank=rank, world_size=ranks, device=CPU, beat=lambda doing: None)
+    shares = SimpleNamespace(rank=rank, world_size=ranks, device=CPU, watcher=Watcher())
     task = SimpleNamespace(plan=plan(), loss=summed_loss)
     return loop.forward_backward(SimpleNamespace(seed=11), task, engine, shares, step)
 
@@ -410,7 +410,8 @@ class Threads:
     def rank(self, number: int) -> SimpleNamespace:
         launcher = SimpleNamespace(is_gone=lambda: number in self.without_launcher)
         maximum = partial(self._maximum, number)
-        return SimpleNamespace(rank=number, is_first=number == 0, launcher=launcher, maximum=maximum)
+        first = number == 0
+        return SimpleNamespace(rank=number, is_first=first, launcher=launcher, maximum=maximum, watcher=Watcher())
 
     def _maximum(self, rank: int, values: list[float]) -> list[float]:
         self._values[rank] = values
@@ -423,7 +424,8 @@ class Threads:
 @pytest.mark.parametrize("name", STOPPING)
 def test_every_signal_that_asks_a_process_to_leave_is_a_stop(tmp_path, handlers, name):
     """Also that of a limit of CPU time, and of Ctrl-backslash, which torchrun passes on."""
-    flag = StopFlag(tmp_path, SimpleNamespace(is_first=True, launcher=None, maximum=list), SessionOptions())
+    cluster = SimpleNamespace(is_first=True, launcher=None, maximum=list, watcher=Watcher())
+    flag = StopFlag(tmp_path, cluster, SessionOptions())
     flag.check()
     signal.raise_signal(signal.Signals[name])
     with pytest.raises(Stopped, match=f"signal {name}"):
@@ -462,7 +464,7 @@ def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
 ):
     monkeypatch.setattr(stopping, "process_age_s", lambda: 0.0)
     monkeypatch.setattr(stopping, "time_left", lambda: None)
-    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list)
+    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list, watcher=Watcher())
     flag = StopFlag(tmp_path, cluster, SessionOptions(time_limit=left_s, margin=30))
     flag.reserve_s = lambda: save_s
     try:
@@ -474,14 +476,18 @@ def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
 
 
 def test_a_pause_is_no_slow_step_and_the_scheduler_is_asked_again_what_is_left(tmp_path, monkeypatch, handlers):
-    left_s = iter([0.5, 100.0])  # SLURM does not count the time in which it has suspended a job
+    left_s = iter([1000.0, 2000.0])  # SLURM does not count the time in which it has suspended a job
     monkeypatch.setattr(stopping, "time_left", lambda: (next(left_s), "SLURM's time limit"))
-    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list)
-    flag = StopFlag(tmp_path, cluster, SessionOptions(margin=0, hang_timeout=0.2))
+    paused_s = [0.0]
+    watcher = SimpleNamespace(paused_s=lambda: paused_s[0])
+    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list, watcher=watcher)
+    flag = StopFlag(tmp_path, cluster, SessionOptions(margin=0))
     flag.check()
-    time.sleep(0.6)
+    later = time.monotonic() + 900
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: later)
+    paused_s[0] = 890.0
     flag.check()
-    assert 90 < (flag.usable_s() or 0) <= 100 and flag._slowest_step_s == 0
+    assert (flag.usable_s() or 0) > 1900 and 9 < flag._slowest_step_s < 11
 
 
 # What the bits depend on.

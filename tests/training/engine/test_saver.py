@@ -18,6 +18,7 @@ from training.engine.checkpoint import checkpoints, newest_valid
 from training.engine.saver import FAILED_SAVES_LIMIT, CheckpointOptions, Saver, best_interval_s
 
 STATE = {"accuracy": None}
+TORCHRUN = "torchrun, unless its --shutdown-timeout is raised"
 
 
 def tensors(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
@@ -216,17 +217,17 @@ def test_a_save_that_takes_longer_than_the_launcher_leaves_for_it_is_told_once(t
         monkeypatch.delenv(name, raising=False)
     assert environment.time_to_leave() is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert environment.time_to_leave() == (30, "torchrun's --shutdown-timeout")
+    assert environment.time_to_leave() == (30, TORCHRUN)
     words = ["python", "-m", "torch.distributed.run", "--shutdown-timeout=240", "-m", "training.gpt"]
     monkeypatch.setattr(environment, "command_line", lambda pid: words)
-    assert environment.time_to_leave() == (240, "torchrun's --shutdown-timeout")
+    assert environment.time_to_leave() == (240, TORCHRUN)
     words[3:4] = ["--shutdown_timeout", "0"]
     saving = saver(tmp_path)
     for step in (1, 2):
         saving.save(step, tensors(step), STATE)
         saving.drain()
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is killed after 0s (torchrun's --shutdown-timeout): raise that, or save more often than every 500" in line
+    assert f"is killed after 0s by {TORCHRUN}: save more often than every 500 steps" in line
     # SLURM's kill comes first.
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\necho 'KillOnBadExit           = 0'\necho 'KillWait                = 20 sec'\n")
@@ -234,6 +235,6 @@ def test_a_save_that_takes_longer_than_the_launcher_leaves_for_it_is_told_once(t
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     words[4] = "30"
-    assert environment.time_to_leave() == (20, "SLURM's KillWait")
+    assert environment.time_to_leave() == (20, "SLURM, by its KillWait")
     scontrol.write_text("#!/bin/sh\nexit 1\n")
-    assert environment.time_to_leave() == (30, "torchrun's --shutdown-timeout")
+    assert environment.time_to_leave() == (30, TORCHRUN)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -42,7 +43,7 @@ from training.qlora import build_model
 CPU = torch.device("cpu")
 MODULE = "training.evaluation.export"
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-ADAPTERS = {"README.md", "adapter_config.json", "adapter_model.safetensors", "export.json", *TOKENIZER}
+ADAPTERS = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "export.json", *TOKENIZER}
 MERGED = {"README.md", "config.json", "export.json", "generation_config.json", "model.safetensors", *TOKENIZER}
 
 
@@ -208,6 +209,19 @@ def test_a_merged_model_has_the_keys_of_transformers_4_beside_those_of_5(merged_
     assert config["rope_parameters"] == {"rope_theta": 1_000_000.0, "rope_type": "default"}
     assert config["rope_theta"] == 1_000_000.0 and "rope_scaling" not in config
     assert "Its keys are those of transformers 4.57, too." in (merged_export / "README.md").read_text(encoding="utf-8")
+
+
+def test_adapters_whose_tokenizer_would_be_another_are_not_exported(run, tmp_path, monkeypatch):
+    export = Export(opened(run))
+    read = adapters.load_chat_tokenizer
+
+    def read_otherwise(name: str) -> object:
+        return read(name) if Path(name).parent == run else SimpleNamespace(sha256="another")
+
+    monkeypatch.setattr(adapters, "load_chat_tokenizer", read_otherwise)
+    with pytest.raises(UserError, match="in an export it is read as another: add --merge"):
+        export.adapters(tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_tokenizer_is_in_prepared_data_and_exports_as_it_was_published(run, base, merged_export, tmp_path):

@@ -84,7 +84,9 @@ def same_run(options: WandbOptions, run_dir: Path, run_id: str | None) -> WandbR
     asked = options.model_dump(include={"project", "entity", "name"}, exclude_none=True)
     insisted = {key: variables[key] for key in ("id", "project", "entity") if key in variables} if _in_sweep() else {}
     found = insisted.get("id") or run_id or known.get("id") or variables.get("id") or secrets.token_hex(4)
-    if known.get("id") != found:
+    if known.get("id") == found:
+        known = {"folder": None, **known}
+    else:
         known = {}
         if "folder" in variables:
             folder = Path(variables["folder"]).absolute()

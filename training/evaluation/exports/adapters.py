@@ -88,7 +88,11 @@ def open_run(run_dir: Path, weights: str, base_model: str | None) -> TrainedAdap
     give_memory_back()
     # The 4 bits are those that the weights have in this type.
     trained = open_adapters(run_dir, weights, device=CPU, base_model=base_model, precision=trained_in(run_dir))
-    _check_tokenizer(trained)
+    folder = trained.run_dir / "tokenizer"
+    mend = f"copy tokenizer/ from the run's prepared data, {trained.config.data}"
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} is missing or incomplete: {mend}")
+    _check_tokenizer(trained, folder, mend)
     return trained
 
 
@@ -106,12 +110,8 @@ def trained_in(run_dir: Path) -> PrecisionName | None:
         return None
 
 
-def _check_tokenizer(trained: TrainedAdapters) -> None:
-    """Raises UserError unless the run's folder has the tokenizer that its data was prepared with."""
-    folder = trained.run_dir / "tokenizer"
-    mend = f"copy tokenizer/ from the run's prepared data, {trained.config.data}"
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} is missing or incomplete: {mend}")
+def _check_tokenizer(trained: TrainedAdapters, folder: Path, mend: str) -> None:
+    """Raises UserError unless the folder has the tokenizer that the run's data was prepared with."""
     if load_chat_tokenizer(str(folder)).sha256 != trained.checkpoint.manifest["data"]["tokenizer"]:
         raise UserError(f"{folder} is not the tokenizer that the adapters were trained with: {mend}")
 
@@ -168,6 +168,7 @@ class Export:
             config.target_modules = sorted(config.target_modules)  # of a set: in another order every time
             model.save_pretrained(folder, save_embedding_layers=False)
             self._copy_tokenizer(folder)
+            _check_tokenizer(trained, folder, "in an export it is read as another: add --merge")
             del model
             self._let_go()
             base = load_base_model(trained.base, trained.config.quantisation, self._compute_type, CPU)
@@ -279,14 +280,10 @@ class Export:
         return sum(path.stat().st_size for path in (self.trained.run_dir / "tokenizer").iterdir())
 
     def _copy_tokenizer(self, folder: Path) -> None:
-        # As it was published, which any version can read. config.json, which is kept beside it, is the base model's.
-        shutil.copytree(
-            self.trained.run_dir / "tokenizer",
-            folder,
-            dirs_exist_ok=True,
-            copy_function=shutil.copyfile,
-            ignore=shutil.ignore_patterns("config.json"),
-        )
+        """As it was published, which any version reads, with the base model's config.json, which has a say in that."""
+        for path in (self.trained.run_dir / "tokenizer").iterdir():
+            if not (folder / path.name).exists():  # a merged model has a config.json of its own
+                shutil.copyfile(path, folder / path.name)
 
     def _let_go(self) -> None:
         """Frees the run's model, for which there is no room beside another one."""
