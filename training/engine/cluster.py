@@ -199,7 +199,7 @@ class Cluster:
             raise PeerError("the launcher is gone, it was probably killed; nothing was done")
         if looks * _LOOK_EVERY_S >= PATIENCE_S:
             raise PeerError(what)
-        if looks * _LOOK_EVERY_S == (_SAID_AFTER_S if self.is_first else 10 * _SAID_AFTER_S):
+        if self.is_first and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
             say_as_any_rank(f"rank {self.rank} waits: {what}; {why_not_alone()}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
