@@ -29,10 +29,6 @@ pytestmark = pytest.mark.timeout(1200)
 
 DEEPSPEED = ("--parallel", "deepspeed", "--zero.stage", 2)
 
-# For jobs of a minute: on a machine so busy that a start takes that long, the signal comes before there is anything to
-# save, perhaps several times in a row.
-PATIENT = {"FAILURE_LIMIT": "20"}
-
 
 def hold_at(step: int) -> dict[str, Any]:
     """The first rank waits there; the others, which need it for the step, with it."""
@@ -131,18 +127,20 @@ def submission(cluster: SlurmCluster, sample_data: Path, tmp_path: Path) -> Subm
 
 
 @pytest.mark.whole
-def test_one_submission_of_one_minute_finishes_a_run_that_needs_four(submission, cluster, uninterrupted):
+def test_one_submission_of_two_minutes_finishes_a_run_that_needs_four(submission, cluster, uninterrupted):
     # SLURM looks every 30 s: the signal comes 10 to 40 s before the end.
-    limit = ("--time", "1", "--signal", "B:USR1@10")
+    limit = ("--time", "2", "--signal", "B:USR1@10")
     words = ("--session.margin", "5")
-    job = submission.submit(*limit, pause_s=240 / STEPS / 2, words=words, environment=PATIENT)
+    # On a machine so busy that a start takes that long, the signal comes before there is anything to save.
+    patient = {"FAILURE_LIMIT": "20"}
+    job = submission.submit(*limit, pause_s=240 / STEPS / 2, words=words, environment=patient)
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
     *again, last = submission.ends()
     assert last == ("finished", "all steps done")
     assert len(again) == int(cluster.about(job, "Restarts"))
     told = [each for each in again if "before it came to train" not in each[1]]
-    assert set(told) == {("again", "signal SIGUSR1")} and len(told) >= 4
+    assert set(told) == {("again", "signal SIGUSR1")} and len(told) >= 2
 
 
 def test_suspended_job_goes_on_and_a_signal_to_its_shell_saves_and_requeues_on_two_nodes(
@@ -167,16 +165,16 @@ def test_suspended_job_goes_on_and_a_signal_to_its_shell_saves_and_requeues_on_t
 def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submission, cluster, uninterrupted, launcher):
     words = DEEPSPEED if launcher == "deepspeed" else ()
     hang = {"at": "forward", "step": 20, "rank": 1, "do": "hold"}
-    limit = ("--time", "1", "--signal", "B:USR1@1")
-    job = submission.submit(*limit, launcher=launcher, accidents=(hang,), words=words, environment=PATIENT)
+    job = submission.submit("--signal", "B:USR1@1", launcher=launcher, accidents=(hang,), words=words)
     submission.wait_at(20, rank=1)
-    # The first one, unless a slow machine took so long to start that its limit came before step 20.
-    hanging = len(read_sessions(submission.run_dir))
+    hours, minutes, _ = map(int, cluster.about(job, "RunTime").split(":"))
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 1}")  # within a minute
     submission.wait_until(lambda: cluster.state(job) == "PENDING", "queued again")
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     submission.go_on(20)
     submission.assert_finished_like(uninterrupted(*words))
-    assert submission.ends()[hanging - 1][0] == "again"
-    assert read_sessions(submission.run_dir)[hanging]["from_step"] == 18
+    assert submission.ends()[0][0] == "again"
+    assert read_sessions(submission.run_dir)[1]["from_step"] == 18
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.whole), "deepspeed"])
