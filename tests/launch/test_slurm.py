@@ -262,7 +262,10 @@ def test_dead_node_costs_no_more_than_a_checkpoint_interval(submission, cluster,
     newest = assert_little_is_lost(submission.run_dir)
     cluster.start_node(cluster.nodes[node])
     submission.assert_finished_like(uninterrupted())
-    assert [session["from_step"] for session in read_sessions(submission.run_dir)] == [0, newest]
+    # More than two only where SLURM's word to end the job, meant for the dead node, reaches it when it lives again.
+    first, *others = read_sessions(submission.run_dir)
+    assert first["from_step"] == 0
+    assert [each["from_step"] for each in others] == [newest, *(each["step"] for each in others[:-1])]
 
 
 @pytest.mark.whole
