@@ -154,7 +154,8 @@ def test_half_a_sentence_before_a_tab_is_no_pair_and_the_line_is_named(tmp_path:
     assert f"3 lines were left out, and meta.json lists them: {named}\n" in capsys.readouterr().out
     source.write_text("\n".join([*pairs, *torn]), encoding="utf-8")
     expected = (
-        r"3 of 203 lines .*most lines have 2, 3; the first of them is line 201: 'Contract.*if a tab stands inside"
+        r"3 of 203 lines .*without an attribution have 2, 3; the first of them is line 201: 'Contract.*if a tab stands "
+        "inside"
     )
     with pytest.raises(UserError, match=expected):
         prepare_here("--source", source, "--output", tmp_path / "y")
