@@ -197,7 +197,7 @@ class Cluster:
         """
         if self.launcher is not None and self.launcher.is_gone():
             raise PeerError("the launcher is gone, it was probably killed; nothing was done")
-        if looks * _LOOK_EVERY_S >= PATIENCE_S:
+        if looks * _LOOK_EVERY_S >= min(PATIENCE_S, self.timeout.total_seconds()):
             raise PeerError(what)
         if self.is_first and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
             say_as_any_rank(f"rank {self.rank} waits: {what}; {why_not_alone()}")
