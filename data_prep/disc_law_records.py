@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.records import (
-    NOT_LEARNED,
     Malformed,
     Record,
     SourceFile,
     checked_text,
-    is_learned,
     json_object,
-    keys_left,
     kind_of,
+    unread_keys,
     written_text,
 )
 from training.base.console import UserError, warn
@@ -250,9 +248,7 @@ def read_record(line: bytes, file: PublishedFile) -> LawRecord:
     name = values.pop("id")
     if name is not None:
         checked_text("id", name)
-    if not is_learned(values):
-        raise Malformed(NOT_LEARNED)
-    unread = tuple(keys_left(values))
+    unread = tuple(unread_keys(values))
     task = _task_of(name, file)
     return LawRecord(name, task, (user(question),), answer, tuple(filter(None, statutes)), unread=unread)
 

@@ -33,6 +33,7 @@ from data_prep.records import (
     json_object,
     keys_left,
     kind_of,
+    unread_keys,
     written_text,
 )
 from training.base.console import UserError, run_main
@@ -112,9 +113,7 @@ class Instructions(Corpus[Record, SourceFile]):
         if name is not None and not isinstance(name, int):
             checked_text("id", name)
         task = _task_of(values) if self.options.tasks == "field" else None
-        if not is_learned(values):
-            raise Malformed(NOT_LEARNED)
-        unread = tuple(dict.fromkeys([*unread, *keys_left(values)]))
+        unread = tuple(dict.fromkeys([*unread, *unread_keys(values)]))
         return Record(None if name is None else str(name), task or file.stem, tuple(turns), answer, unread=unread)
 
 

@@ -168,6 +168,13 @@ def keys_left(values: Mapping[str, Any]) -> list[str]:
     return [key for key, value in values.items() if value not in (None, "", [], {})]
 
 
+def unread_keys(values: dict[str, Any]) -> list[str]:
+    """`keys_left` of a record that has been read. Raises Malformed if it says that it is not to be learned."""
+    if not is_learned(values):
+        raise Malformed(NOT_LEARNED)
+    return keys_left(values)
+
+
 def checked_text(key: str, value: object) -> str:
     """`value`, which stands under `key`. Raises Malformed unless it is text."""
     if not isinstance(value, str):

@@ -33,7 +33,7 @@ from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
 from training.base.durations import format_duration
 from training.base.options import CommandLine
-from training.base.processes import children, family_of, is_alive, kill_all
+from training.base.processes import children, family_of, is_alive, kill_all, signal_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
 from training.engine.run_folder import CONFIG
@@ -157,7 +157,9 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
             process.send_signal(signal.SIGHUP)
         else:
             if accident == "all paused":
-                _pause(family)
+                signal_all(family, signal.SIGSTOP)
+                time.sleep(_PAUSE_S)
+                signal_all(family, signal.SIGCONT)
             if accident in _OUTLIVED:
                 time.sleep(dice.random())
             number = signal.SIGKILL if accident == "rank killed" else signal.SIGTERM
@@ -173,15 +175,6 @@ def have_accident(training: Training, accident: Accident, dice: random.Random) -
     if saved < began_at:
         problems.append(f"step {began_at} was published before and is gone")
     return Event(accident, at, saved, "; ".join(problems) or None)
-
-
-def _pause(family: Sequence[int]) -> None:
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in family:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        if number == signal.SIGSTOP:
-            time.sleep(_PAUSE_S)
 
 
 def _damage_record(run_dir: Path, dice: random.Random) -> None:

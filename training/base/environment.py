@@ -253,9 +253,10 @@ def time_to_leave() -> tuple[float, str] | None:
     elif "CROSS_SIZE" in os.environ:
         found.append((30.0, "DeepSpeed's launcher"))
     if job_id() is not None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError, TypeError):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             answer = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=10).stdout
-            found.append((float(re.search(r"KillWait *= *(\d+)", answer)[1]), "SLURM, by its KillWait"))  # type: ignore[index]
+            if wait := re.search(r"KillWait *= *(\d+)", answer):
+                found.append((float(wait[1]), "SLURM, by its KillWait"))
     return min(found, default=None)
 
 

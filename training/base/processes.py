@@ -58,11 +58,16 @@ def family_of(pid: int) -> list[int]:
     return [pid, *descendants(pid)]
 
 
+def signal_all(family: Iterable[int], number: int) -> None:
+    """A signal to all of them that are still there."""
+    for each in family:
+        with suppress(ProcessLookupError):
+            os.kill(each, number)
+
+
 def kill_all(family: Iterable[int]) -> None:
     """SIGKILL to all of them at once, as when the machine's plug is pulled."""
     family = list(family)
     # All are stopped first: a rank that saw its peer die could still write something.
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for each in family:
-            with suppress(ProcessLookupError):  # already gone
-                os.kill(each, number)
+    signal_all(family, signal.SIGSTOP)
+    signal_all(family, signal.SIGKILL)

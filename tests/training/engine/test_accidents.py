@@ -47,7 +47,7 @@ from tests.support.runs import (
     train_lines,
 )
 from training.base.environment import KAGGLE_LIMIT_S, time_left
-from training.base.processes import family_of
+from training.base.processes import family_of, signal_all
 from training.engine.checkpoint import checkpoints
 from training.engine.metrics import read_metrics
 from training.engine.status import read_sessions
@@ -637,11 +637,9 @@ def test_pause_of_a_whole_run_is_survived_however_long(ranks, uninterrupted, lau
     session = life.start(SLOW, words=("--session.hang_timeout", "6s"))
     session.wait_for_step(life.run_dir, 10)
     family = family_of(session.process.pid)
-    for pid in family:
-        os.kill(pid, signal.SIGSTOP)
+    signal_all(family, signal.SIGSTOP)
     time.sleep(20)  # longer than torchrun waits for its own sign of life, too
-    for pid in family:
-        os.kill(pid, signal.SIGCONT)
+    signal_all(family, signal.SIGCONT)
     assert session.wait().status == 0, session.printed()
     assert_same_model(life.run_dir, uninterrupted(ranks or 1))
     assert_all_gone(session)

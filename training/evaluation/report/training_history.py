@@ -64,8 +64,7 @@ def _training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, An
     marks = [(s["from_step"], f"session {s['number']} begins after step {s['from_step']:,}") for s in sessions[1:]]
 
     def points(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-        values = (line.get(key) for line in lines)
-        return [(line["step"], nan if value is None else value) for line, value in zip(lines, values, strict=True)]
+        return [(line["step"], nan if line.get(key) is None else line[key]) for line in lines]
 
     def figures(key: str) -> list[float]:
         return [value for _, value in points(train, key) if isfinite(value)] or [nan]
