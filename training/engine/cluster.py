@@ -207,7 +207,12 @@ class Cluster:
             return
         # After an error the peers may be gone: leave without waiting, the launcher takes them down.
         if kind is None:
-            dist.barrier(self._control)
+            try:
+                dist.barrier(self._control)
+            except RuntimeError as late:
+                if means_lost_peer(late):
+                    raise peer_error(late) from late
+                raise
         if isinstance(error, UserError) and error.speaks is None:
             error.speaks = self._claims_message(str(error))
         # NCCL waits for what is queued, which never comes to an end after an error of this rank alone.

@@ -103,7 +103,7 @@ class FirstRanksLogbook(Logbook):
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         self._saver.save(step, tensors, state, first=self._metrics.sync)
-        self._sessions.update(step, len(self._saver.saves_s))
+        self._sessions.update(step, stalls_s=self._saver.stalls_s, saves_s=self._saver.saves_s)
 
     def drain(self) -> None:
         self._saver.drain()

@@ -30,6 +30,7 @@ WANDB_FILE = "wandb.json"
 STOP_FILE = "STOP"  # made by anybody, it ends the session
 Status = Literal["running", "finished", "resumable", "failed"]
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
+_KILLED = "killed, or its machine went down"
 
 
 class Session(TypedDict):
@@ -167,6 +168,11 @@ def end_killed_saves(run_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def was_cut_short(session: Session) -> bool:
+    """Whether nobody wrote down how a session ended: it may have come further than is on record, or still run."""
+    return session["reason"] in (None, _KILLED)
+
+
 class Sessions:
     """sessions.json, and what it tells about the sessions to come. Used on one rank only."""
 
@@ -178,7 +184,7 @@ class Sessions:
         self.all = read_sessions(run_dir)
         for session in self.all:
             if session["ended"] is None:  # no process lived to write it down
-                session["ended"], session["reason"] = session["seen"], "killed, or its machine went down"
+                session["ended"], session["reason"] = session["seen"], _KILLED
         self.current: Session = {
             "number": len(self.all) + 1,
             "host": socket.gethostname(),
@@ -197,21 +203,20 @@ class Sessions:
         self.all.append(self.current)
         self._write()
 
-    def update(self, step: int, saves: int) -> None:
-        """Notes the step that the session has come to, and how many checkpoints it has published."""
+    def update(self, step: int, *, stalls_s: Sequence[float], saves_s: Sequence[float]) -> None:
+        """Notes the step that the session has come to. stalls_s, saves_s: of its saves, see `Saver`."""
         current = self.current
-        current["step"], current["seen"], current["saves"] = step, _now(), saves
+        current["step"], current["seen"], current["saves"] = step, _now(), len(saves_s)
+        if saves_s:
+            current["stall_s"], current["save_s"] = round(mean(stalls_s), 4), round(mean(saves_s), 4)
         current["seconds"] = round(time.monotonic() - self._began, 1)
         with contextlib.suppress(OSError):  # a full disk costs this note, not the training
             self._write()
 
     def end(self, step: int, reason: str, *, stalls_s: Sequence[float], saves_s: Sequence[float]) -> None:
-        """Notes how the session ended. stalls_s, saves_s: of its saves, see `Saver`."""
-        current = self.current
-        current["ended"], current["reason"] = _now(), reason
-        if saves_s:
-            current["stall_s"], current["save_s"] = round(mean(stalls_s), 4), round(mean(saves_s), 4)
-        self.update(step, len(saves_s))
+        """Notes how the session ended; the rest as in `update`."""
+        self.current["ended"], self.current["reason"] = _now(), reason
+        self.update(step, stalls_s=stalls_s, saves_s=saves_s)
 
     def _write(self) -> None:
         write_atomically(self._run_dir / SESSIONS, json.dumps(self.all, indent=2) + "\n")

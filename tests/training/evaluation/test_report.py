@@ -12,6 +12,7 @@ import torch
 
 from tests.support.browser import browser
 from tests.support.pages import Page, Poison, brightness, make_session
+from training.engine.status import Sessions, read_sessions
 from training.evaluation.report.curves import HEIGHT, WIDTH, Line, curve
 from training.evaluation.report.examples import EXAMPLES, example_rows
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
@@ -105,7 +106,7 @@ def make_report() -> dict[str, Any]:
         "parameters": 5_234_567,
         "metrics": [*train, *validations],
         "sessions": [
-            make_session(1, 0, 250, "killed, or its machine went down"),
+            make_session(1, 0, 250, "killed, or its machine went down", **saves),
             make_session(2, 200, 450, "signal SIGTERM", **saves),
             make_session(3, 450, 600, "all 600 steps were done", **saves),
         ],
@@ -174,7 +175,7 @@ def test_the_page_tells_all_of_the_run(report):
         *("5,000 tokens/s", "1.23%", "1,234 MB", "session 2 begins after step 200", "session 3 begins after step 450"),
         *("2026-01-01 03:04", "node7 (job 4711)", "2 on cuda", "0 to 250 or later", "killed, or its machine went down"),
         *("resumed, from an older checkpoint200 to 4502h00msignal SIGTERM", "resumed450 to 600"),
-        *("8 checkpoints", "12.0 ms", "0.50 s", "every 100 steps is one every 1h00m, and a kill costs half of that"),
+        *("12 checkpoints", "12.0 ms", "0.50 s", "every 100 steps is one every 55m23s, and a kill costs half of that"),
         # examples and maps
         *("Random", "Best", "Worst", "(chrF 3.2)", "layer 6, head 8"),
         # where all of it comes from
@@ -234,6 +235,16 @@ def test_a_record_with_gaps_has_a_report_all_the_same(report):
     text = Page(render({**report, "metrics": [bare, first | {"lr": None}, *others[:-1]]})).text
     assert "5,000 tokens/s" in text and "1,234 MB" in text and "nan" not in text
     assert "metrics.jsonl has no training steps" not in Page(render({**report, "metrics": [bare]})).text
+
+
+def test_the_saves_of_a_session_that_was_killed_count(report, tmp_path):
+    for step in (0, 200):  # the second finds that nobody wrote down the first one's end
+        sessions = Sessions(tmp_path, step=step, steps=600, world_size=2, device="cpu", surroundings={})
+        sessions.update(step + 100, stalls_s=[0.01], saves_s=[0.2])
+    sessions.end(600, "all steps done", stalls_s=[0.01, 0.03], saves_s=[0.2, 0.2])
+    text = Page(render({**report, "sessions": read_sessions(tmp_path)})).text
+    assert "0 to 100 or later" in text and "200 to 600" in text and "600 or later" not in text
+    assert "3 checkpoints" in text and "16.7 ms" in text and "2 sessions, at least" in text
 
 
 def test_a_run_that_did_nothing_but_save_has_no_pace_to_tell_of(report):

@@ -17,7 +17,7 @@ from typing import Any
 from training.base.durations import format_duration
 from training.engine.metrics import read_metrics
 from training.engine.saver import price_of_a_kill
-from training.engine.status import read_sessions
+from training.engine.status import Session, read_sessions, was_cut_short
 from training.evaluation.report.curves import Line, curve
 
 
@@ -43,16 +43,20 @@ def run_record(run_dir: Path, manifest: Mapping[str, Any], libraries: Iterable[s
 def history(record: Mapping[str, Any]) -> dict[str, Any]:
     """What history.html shows of a `run_record`.
 
-    training: figures and curves, None where no step is on record. sessions: each with its `start` in words. total_time:
-    in words, "" without sessions. saves: what checkpoints cost, None where none is known.
+    training: figures and curves, None where no step is on record. sessions: each with its `start` in words, and
+    whether it was `cut_short`. total_time: in words, "" without sessions. saves: what checkpoints cost, None where
+    none is known.
     """
     sessions, every_steps = record["sessions"], record["checkpoint"]["config"]["checkpoint"]["every_steps"]
     starts = [_start(session, before) for session, before in zip(sessions, [None, *sessions], strict=False)]
     return {
         "training": _training(record["metrics"], sessions),
-        "sessions": [{**session, "start": start} for session, start in zip(sessions, starts, strict=True)],
+        "sessions": [
+            {**session, "start": start, "cut_short": was_cut_short(session)}
+            for session, start in zip(sessions, starts, strict=True)
+        ],
         "total_time": _total_time(sessions),
-        "saves": _saves([session for session in sessions if session.get("saves")], every_steps),
+        "saves": _saves([session for session in sessions if "save_s" in session], every_steps),
     }
 
 
@@ -93,11 +97,11 @@ def _start(session: dict[str, Any], before: dict[str, Any] | None) -> str:
     return "resumed, from an older checkpoint" if older else "resumed"
 
 
-def _total_time(sessions: Sequence[dict[str, Any]]) -> str:
-    """Sessions and their time; that of a session which was killed, and wrote down no saves, counts up to its last."""
+def _total_time(sessions: Sequence[Session]) -> str:
+    """Sessions and their time; that of a session which was killed counts up to its last save."""
     if not sessions:
         return ""
-    least = "" if all("saves" in session for session in sessions) else "at least "
+    least = "at least " if any(map(was_cut_short, sessions)) else ""
     seconds = sum(session["seconds"] for session in sessions)
     return f"{len(sessions):,} session{'s' * (len(sessions) > 1)}, {least}{format_duration(seconds)} in all"
 
