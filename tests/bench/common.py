@@ -7,6 +7,7 @@ settings nor what ran before play into a figure. With --smoke nothing is measure
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import io
 import json
@@ -429,6 +430,7 @@ def peak_of_tensors(work: Callable[[], object]) -> int:
 
     By the profiler, which sees every allocation, those that kernels make for themselves included.
     """
+    gc.collect()  # what was garbage before would else be given back during the work
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
