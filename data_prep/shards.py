@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from training.base.console import UserError, say
-from training.base.files import open_atomically, write_atomically
+from training.base.files import create, open_atomically, write_atomically
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -108,6 +108,8 @@ def shard_folder(output: Path, key: dict[str, object]) -> Iterator[Path]:
     folder = output.with_name(f".{output.name}.shards")
     keep = False
     try:
+        if folder.is_symlink():
+            folder.unlink()
         if _key_of(folder) != key:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -151,7 +153,7 @@ class Column:
 
     def __init__(self, path: Path, kind: pa.DataType):
         self._path, self._kind = path, kind
-        self._file = path.open("wb")
+        self._file = create(path)
         self._ends = [np.zeros(1, dtype=np.int64)]
         self._digest = hashlib.sha256()
 

@@ -42,7 +42,7 @@ run() {
 
 # Copies data and environment to a disk of each node, and has them used instead.
 stage() {
-    staged=$STAGE_TO/relay-$SLURM_JOB_ID
+    staged=$STAGE_TO/relay-$SLURM_JOB_ID-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
     if [ -d .venv ] && [ -z "${container[*]}" ]; then
         # One file to read for every node, instead of tens of thousands.
         if ! tar -df .venv.tar -C .venv ./pyvenv.cfg ./installed-requirements.txt > /dev/null 2>&1; then

@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings: list[Finding] = []
     try:
         with cluster:
-            reports = cluster.gather(report)
+            reports = cluster.gather(report, DoctorReport)
             findings += merge(checks, reports)
             stuck = together(cluster, reports, asked, findings)
             status = _report(findings, reports)

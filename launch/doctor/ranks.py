@@ -52,7 +52,7 @@ def clocks(cluster: Cluster, hosts: Sequence[str]) -> list[Finding]:
         cluster.maximum([0.0])  # no rank leaves it before the last one has come, so all leave it at about one moment
         left_at.append(time.time())
         took_s.append(time.perf_counter() - began)
-    every = cluster.gather(left_at)
+    every = cluster.gather(left_at, list[float])
     reduction_ms = 1e3 * sorted(took_s)[_CLOCK_ROUNDS // 2]
     found = [Finding("ok", "control", f"gloo: a reduction takes {reduction_ms:.1f} ms over {len(hosts)} ranks")]
     # A rank that was held up in some rounds was not in the one that brings its clock nearest to the first rank's.
@@ -76,11 +76,11 @@ def threads(cluster: Cluster, hosts: Sequence[str]) -> list[Finding]:
     """On a CPU: the threads of a node's ranks against the cores that they may use."""
     if cluster.device.type != "cpu":
         return []
-    every = cluster.gather((torch.get_num_threads(), frozenset(os.sched_getaffinity(0))))
+    every = cluster.gather((torch.get_num_threads(), os.sched_getaffinity(0)), tuple[int, set[int]])
     found: list[tuple[str, list[Finding]]] = []
     for host in dict.fromkeys(hosts):
         own = [each for name, each in zip(hosts, every, strict=True) if name == host]
-        cores, wanted = len(frozenset().union(*(cpus for _, cpus in own))), sum(count for count, _ in own)
+        cores, wanted = len(set().union(*(cpus for _, cpus in own))), sum(count for count, _ in own)
         text = f"{len(own)} rank(s) of {own[0][0]} thread(s) on {cores} core(s)"
         if wanted > cores:
             text += f": they hinder each other; export OMP_NUM_THREADS={max(1, cores // len(own))}"
@@ -102,11 +102,11 @@ def shared_folder(cluster: Cluster, names: Sequence[str], folder: Path | None) -
                 with contextlib.suppress(OSError):  # no locks here, as the check of the disk says
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 name = Path(own).name
-        name = cluster.gather(name)[0]
+        name = cluster.gather(name, str | None)[0]
         if name is None:
             return []
         seen_s, locked = (None, True) if folder is None else _see(folder / name / "held")
-        every = cluster.gather((seen_s, locked))  # the file stays until all have looked
+        every = cluster.gather((seen_s, locked), tuple[float | None, bool])  # the file stays until all have looked
     blind = [names[rank] for rank, (seen_s, _) in enumerate(every) if seen_s is None]
     free = [names[rank] for rank, (_, locked) in enumerate(every) if not locked]
     if blind:
@@ -165,7 +165,7 @@ def collectives(cluster: Cluster, names: Sequence[str]) -> tuple[list[Finding], 
     thread = threading.Thread(target=_try, args=(cluster, trial), daemon=True)  # left behind if it does not end in time
     thread.start()
     thread.join(LIMIT_S)
-    every: list[Trial] = cluster.gather(trial)
+    every: list[Trial] = cluster.gather(trial, Trial)
     backend = "NCCL" if cluster.device.type == "cuda" else "gloo"
     times_s = [each.seconds for each in every if each.seconds is not None]
     if len(times_s) < len(every):

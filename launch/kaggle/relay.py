@@ -14,7 +14,6 @@ may be active, and none is lost. That holds for one machine; a second one should
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,7 +39,7 @@ from launch.kaggle.record import (
 from launch.scripts import run_and_data, script_of
 from training.base.console import TryLaterError, UserError, say, warn
 from training.base.durations import format_duration, parse_duration
-from training.base.files import writing_to
+from training.base.files import open_in_place, writing_to
 from training.base.options import CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
@@ -426,9 +425,10 @@ def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
     if fcntl is None:
         yield ()
         return
-    relay = os.open(run_dir / ".kaggle-relay.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    command = os.open(run_dir / ".kaggle-command.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with (
+        open_in_place(run_dir / ".kaggle-relay.lock") as relay,
+        open_in_place(run_dir / ".kaggle-command.lock") as command,
+    ):
         try:
             fcntl.flock(relay, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -438,10 +438,7 @@ def _alone(run_dir: Path) -> Iterator[tuple[int, ...]]:
         except BlockingIOError:
             say("waiting for a `kaggle` command that an earlier relay left behind")
             fcntl.flock(command, fcntl.LOCK_EX)
-        yield (command,)
-    finally:
-        os.close(command)
-        os.close(relay)
+        yield (command.fileno(),)
 
 
 def main(argv: Sequence[str]) -> int:

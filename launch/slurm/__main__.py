@@ -31,8 +31,8 @@ from launch.slurm.job import JOBS, last_step, note
 from launch.slurm.status import jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
-from training.base.files import writing_to
-from training.base.options import FLAG, CommandLine
+from training.base.files import open_in_place, writing_to
+from training.base.options import FLAG, CommandLine, unprintable
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
 # SLURM's signal comes so long before the end of a job, so that the step and the save under way can end.
@@ -96,6 +96,8 @@ class Job:
             f"--output={shlex.quote(str(self.run_dir / 'slurm-%j.log'))}",
             *(shlex.quote(option) for option in self.sbatch),
         ]
+        if problems := unprintable(header):  # a line feed would end SLURM's comment, and begin a command
+            raise UserError("; ".join(problems))
         lines = self.template.read_text(encoding="utf-8").splitlines()
         at = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
         before, after = lines[:at], [line for line in lines[at:] if not line.lstrip("#").startswith("SBATCH")]
@@ -306,7 +308,7 @@ def submit(argv: Sequence[str]) -> int:
     numbers = []
     with writing_to(job.run_dir, option="--run_dir"):
         job.run_dir.mkdir(parents=True, exist_ok=True)  # for the log: a job that cannot open it ends at once, silently
-        (job.run_dir / JOBS).touch()  # what is submitted has to be written down
+        open_in_place(job.run_dir / JOBS).close()  # what is submitted has to be written down
         if not queued:
             (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for a session that did not live to see it
     for _ in range(arguments.chain or 1):

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from launch.scripts import run_and_data, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, time_left
-from training.base.files import writing_to
+from training.base.files import open_in_place, read_plain, writing_to
 from training.base.options import FLAG, CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
@@ -57,7 +57,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; a line that a crash cut off is left out."""
     found = []
     with suppress(FileNotFoundError):
-        for line in (run_dir / JOBS).read_text("utf-8", "replace").splitlines():
+        for line in read_plain(run_dir / JOBS).decode("utf-8", "replace").splitlines():
             with suppress(ValueError):
                 event = json.loads(line)
                 if isinstance(event, dict) and {"event", "job"} <= event.keys():
@@ -70,7 +70,8 @@ def note(run_dir: Path, event: Literal["submitted", "began", "ended"], job: str,
     about = {"event": event, "job": job, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
     with writing_to(run_dir, option="--run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / JOBS).open("ab+") as file:
+        with open_in_place(run_dir / JOBS) as file:
+            file.seek(0, os.SEEK_END)
             cut_off = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
             file.write(b"\n" * cut_off + json.dumps(about).encode() + b"\n")
 

@@ -15,6 +15,7 @@ from typing import Any
 from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
+from training.base.files import open_in_place, open_plain
 from training.base.options import CommandLine
 from training.engine.status import METRICS, STOP_FILE, Session, metrics_line, pace_s, read_sessions, read_status
 
@@ -67,7 +68,7 @@ def stop(argv: Sequence[str]) -> int:
         subprocess.run(["scancel", *waiting], check=True)
         say(f"taken out of the queue: job {', '.join(waiting)}")
     if len(waiting) < len(jobs):
-        (run_dir / STOP_FILE).touch()
+        open_in_place(run_dir / STOP_FILE).close()
         say(f"{run_dir} saves at its next step and stops; the command that submitted it continues it")
     return 0
 
@@ -141,7 +142,7 @@ def _is_held(run_dir: Path) -> bool:
     try:
         import fcntl
 
-        with (run_dir / "lock").open("rb") as file:
+        with open_plain(run_dir / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -151,7 +152,7 @@ def _is_held(run_dir: Path) -> bool:
 
 
 def _last_train_line(run_dir: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError), (run_dir / METRICS).open("rb") as file:
+    with contextlib.suppress(OSError), open_plain(run_dir / METRICS) as file:
         file.seek(-min(_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
         for text in reversed(file.read().splitlines()):
             line = metrics_line(text)

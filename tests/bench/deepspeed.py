@@ -101,7 +101,7 @@ class Turns:
         norm = self._engine.step(lr)
         self._done, self._left = self._done + 1, self._left - 1
         if self._done == WARM_UP_STEPS:
-            ranks = self._cluster.gather(self._most)
+            ranks = self._cluster.gather(self._most, dict[str, int])
             if self._cluster.is_first:
                 self._held.write_text(json.dumps(ranks), encoding="utf-8")
         if not self._left:

@@ -297,13 +297,15 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     )
 
     disk = tmp_path / "disk"
+    disk.mkdir()
     environment = {"STAGE_TO": str(disk), "PREFLIGHT": "0"}
     options = ("--chdir", folder, "--output", tmp_path / "log", "--nodes", 2, "--cpus-per-task", 1)
     job = cluster.submit(*options, folder / SCRIPTS[0], config, "--optim.steps", 12, environment=environment)
     assert cluster.wait_for(job) == "COMPLETED", (tmp_path / "log").read_text()
-    staged = disk / f"relay-{job}"
     read = seen.read_text().split()
-    assert str(staged / "venv") in read and str(staged / "data/meta.json") in read
+    (staged,) = {Path(place).parent for place in read if place.startswith(f"{disk}/") and place.endswith("/venv")}
+    assert re.fullmatch(f"relay-{job}-[0-9a-f]{{32}}", staged.name), "nobody can have made it before"
+    assert str(staged / "data/meta.json") in read
     assert (folder / ".venv.tar").is_file()
     assert str(staged) not in (tmp_path / "run/config.yaml").read_text(), "the copy does not outlive the job"
-    assert not staged.exists()
+    assert not list(disk.iterdir())

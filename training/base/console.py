@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -27,6 +29,7 @@ from training.base.errors import PeerError as PeerError
 from training.base.errors import Terminated as Terminated
 from training.base.errors import TryLaterError as TryLaterError
 from training.base.errors import UserError as UserError
+from training.base.files import create
 from training.base.streams import guard_outputs, outlive_readers
 
 
@@ -44,20 +47,29 @@ def say(text: str = "") -> None:
     """Prints `text` on standard output, on rank 0 only."""
     if speaks():
         clear_line()
-        print(text, flush=True)
+        print(harmless(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Prints `warning: text` on standard error, on rank 0 only."""
     if speaks():
         clear_line()
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {harmless(text)}", file=sys.stderr, flush=True)
 
 
 def say_as_any_rank(text: str) -> None:
     """Prints on standard error, whichever rank this is: for what only this one knows."""
     clear_line()
-    print(text, file=sys.stderr, flush=True)
+    print(harmless(text), file=sys.stderr, flush=True)
+
+
+def harmless(text: str) -> str:
+    """`text` with a terminal's control characters spelled out: a stranger's file name must not command the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+# All but line feeds and tabs.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def run_main(main: Callable[[], int | None], *, prints_product: bool = False) -> NoReturn:
@@ -152,10 +164,15 @@ def tell_launcher(message: str, *, to_mend: bool) -> None:
     """
     if to_mend and (path := relay_error_file()) is not None:
         with contextlib.suppress(OSError):
-            path.write_text(message, encoding="utf-8")
+            _write(path, message)
     if (path := torchrun_error_file()) is not None:
         about = {"message": {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}}
-        path.write_text(json.dumps(about), encoding="utf-8")
+        _write(path, json.dumps(about))
+
+
+def _write(path: Path, text: str) -> None:
+    with create(path) as file:
+        file.write(text.encode())
 
 
 # A progress line stays on the terminal's last line; whoever prints must clear it first.

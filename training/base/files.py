@@ -3,6 +3,10 @@
 Everything is written under a temporary name in the same folder, brought to the disk (fsync), and renamed. A kill at
 any moment leaves the previous version in place, and at most one temporary that the next write to the same path
 removes. One process writes a path at a time: for a folder `temporary_folder` checks that, for a file the caller does.
+
+A folder may be one in which others write as well. So a name that we write to is never followed to where a link leads:
+what stands there is removed, and the file is made anew. The few files that are written in place (`open_in_place`) are
+plain ones.
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from training.base.console import UserError
+from training.base.errors import UserError
 
 _MENDABLE = {
     errno.ENOSPC: "no space left on the disk of {path}: free some room or choose another {option}",
@@ -30,6 +36,12 @@ _MENDABLE = {
     errno.ENOTDIR: "{path} cannot be made, a part of this path is a file: choose another {option}",
     errno.ENAMETOOLONG: "the name {path} is too long for this file system: choose a shorter {option}",
 }
+
+# How whatever lies under a name is opened: a link is not followed, and a pipe does not keep us waiting.
+_HARDENED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+# How often something under our name is removed that others put there again.
+_TRIES = 10
 
 
 @contextmanager
@@ -94,6 +106,57 @@ def _fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def create(path: Path) -> BinaryIO:
+    """A new file to write; whatever had its name is removed, and a link not followed. Raises OSError."""
+    for _ in range(_TRIES):
+        with suppress(FileExistsError):
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _HARDENED, 0o666), "wb")
+        _remove(path)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def open_in_place(path: Path) -> FileIO:
+    """A file to read and to append to, made if it is not there; what is no plain file is removed. Raises OSError."""
+    for _ in range(_TRIES):
+        try:
+            file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _HARDENED, 0o666), "ab+")
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+                raise
+        else:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
+            file.close()
+        _remove(path)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Opens a plain file to read, in whoever's folder. Raises OSError for anything else.
+
+    A link might lead to what only we may read, a pipe would keep us waiting, and a device may never come to an end.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | _HARDENED), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return file
+
+
+def read_plain(path: Path, most_bytes: int = 1 << 26) -> bytes:
+    """What such a file holds. Raises OSError, also where it is larger than `most_bytes`."""
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return file.read(most_bytes)
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """Publishes a copy of such a file."""
+    with open_plain(source) as file, open_atomically(target) as copy:
+        shutil.copyfileobj(file, copy)
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
@@ -107,7 +170,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write; it appears as `path` when the block ends, and not at all if the block fails."""
     partial = _partial(path)
     try:
-        with partial.open("wb") as file:
+        with create(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -133,14 +196,10 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     """
     partial = _partial(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir(exist_ok=True)
-    folder = os.open(partial, os.O_RDONLY)
+    folder = _own_folder(partial)
+    if folder is None:
+        raise UserError(f"another process is writing {final} right now; wait until it has finished")
     try:
-        if not lock(folder):
-            raise UserError(f"another process is writing {final} right now; wait until it has finished")
-        # Emptied rather than removed: whoever holds the lock on this folder owns the name.
-        for leftover in partial.iterdir():
-            _remove(leftover)
         try:
             yield partial
         except BaseException:
@@ -148,6 +207,25 @@ def temporary_folder(final: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(folder)  # also unlocks
+
+
+def _own_folder(path: Path) -> int | None:
+    """Makes an empty folder and returns it open and locked; None where a living process holds the one that is there."""
+    for _ in range(_TRIES):
+        with ExitStack() as stack:
+            with suppress(OSError):  # nothing is there, or no folder
+                left = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _HARDENED)
+                stack.callback(os.close, left)
+                if not lock(left):
+                    return None
+            _remove(path)
+        with suppress(FileExistsError, FileNotFoundError):
+            path.mkdir()
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _HARDENED)
+            if lock(folder) and os.path.samestat(os.fstat(folder), os.lstat(path)):
+                return folder
+            os.close(folder)  # another process has removed it before it was locked
+    return None
 
 
 def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
@@ -181,10 +259,11 @@ def nearest_folder(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
+    """Removes a file, a link, or a folder with all that is in it, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def publish_folder(temporary: Path, final: Path, *, replace: bool = False) -> None:
@@ -199,27 +278,26 @@ def publish_folder(temporary: Path, final: Path, *, replace: bool = False) -> No
             _fsync_file(Path(folder, name))
         fsync_folder(Path(folder))
     aside = _set_aside(final)
-    if replace and final.exists():
+    if replace and os.path.lexists(final):
         recover(final)
         final.rename(aside)
     try:
         temporary.rename(final)
     except OSError:
-        if aside.exists():
+        if os.path.lexists(aside):
             aside.rename(final)
         raise
     fsync_folder(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    _remove(aside)
 
 
 def recover(final: Path) -> bool:
     """Ends a replacement of `final` that was killed halfway; true if the previous `final` had to be brought back."""
     aside = _set_aside(final)
-    if not aside.exists():
+    if not os.path.lexists(aside):
         return False
-    if final.exists():
-        shutil.rmtree(aside)
+    if os.path.lexists(final):
+        _remove(aside)
         return False
     aside.rename(final)
     fsync_folder(final.parent)

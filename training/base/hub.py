@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from training.base.console import UserError, say
-from training.base.files import lock
+from training.base.files import lock, open_in_place
 from training.base.network import why_unreachable
 
 _CONNECT_LIMIT_S = 5.0  # the library itself would try for most of a minute
@@ -56,7 +56,7 @@ def fetch_snapshot(
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".relay-{kind}-{name.replace('/', '--')}.lock").open("w") as file:
+    with open_in_place(cache / f".relay-{kind}-{name.replace('/', '--')}.lock") as file:
         lock(file, wait=True)
         if found := cached():  # by the process that had the lock before
             return found

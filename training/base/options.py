@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 import types
 import typing
@@ -81,6 +82,8 @@ class CommandLine(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         names = {name.replace("_", "-"): name for name in self._option_string_actions}
         given, words = list(sys.argv[1:] if args is None else args), []
+        if problems := unprintable(given):
+            raise UserError("; ".join(problems))
         while given:
             word = given.pop(0)
             name, equals, value = word.partition("=")
@@ -170,7 +173,7 @@ def _split_words(
     """
     files: list[str] = []
     overrides: list[tuple[str, str]] = []
-    mistakes: list[str] = []
+    mistakes: list[str] = unprintable(argv)
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -198,6 +201,23 @@ def _split_words(
     if len(files) > 1:
         mistakes.append(f"one config file is expected, found {len(files)}: {', '.join(files)}")
     return files[:1], overrides, mistakes
+
+
+def unprintable(value: object, key: str = "") -> list[str]:
+    """What is wrong with the texts in a value that YAML or a command line has given, at any depth.
+
+    A control character has no place in an option: in the lines that are made of it, a line feed would begin one more.
+    """
+    if isinstance(value, str):
+        found = _CONTROL.search(value)
+        return [f"{f'{key}: ' if key else ''}{value!r} has the control character {found[0]!r} in it"] if found else []
+    if isinstance(value, dict):
+        parts = [(f"{key}.{name}" if key else str(name), each) for name, each in value.items()]
+        return unprintable(list(map(str, value))) + [each for part in parts for each in unprintable(part[1], part[0])]
+    return [each for part in value for each in unprintable(part, key)] if isinstance(value, list | tuple) else []
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -239,6 +259,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not `key: value` lines")
+    if problems := unprintable(values):
+        raise UserError(f"{path}: {'; '.join(problems)}")
     return values
 
 

@@ -251,8 +251,12 @@ def load_chat_tokenizer(name: str) -> ChatTokenizer:
     from transformers import AutoTokenizer  # slow to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files come out as whatever the parser at work raises
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--tokenizer {folder} needs code of its own, which is never run here: pass one that transformers knows"
+            ) from None
         raise UserError(f"--tokenizer {folder} cannot be read ({str(error).splitlines()[0]}); fetch it again") from None
     return ChatTokenizer(tokenizer, name, folder)
 

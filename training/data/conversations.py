@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 
 from training.base.console import UserError
 from training.data.prepared import PreparedFolder, Ragged, Texts, ragged, read_meta
@@ -51,6 +53,14 @@ class Conversations(PreparedFolder):
     """
 
     make = MAKE
+    kinds: ClassVar = {
+        "ids": pa.large_list(pa.int32()),
+        "prompt_length": pa.int64(),
+        **dict.fromkeys(("uid", "task", "messages"), pa.large_string()),
+    }
+
+    def vocabulary_sizes(self) -> dict[str, int]:
+        return {"ids": self.meta["tokenizer"]["size"]}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -90,7 +100,7 @@ class Conversations(PreparedFolder):
 def open_conversations(folder: str | Path) -> Conversations:
     """The prepared conversations in `folder`. Raises UserError when missing, half there, or its sizes have changed."""
     folder = Path(folder)
-    return Conversations(folder, read_meta(folder, FORMAT, MAKE))
+    return Conversations(folder, read_meta(folder, FORMAT, MAKE)).check_once()
 
 
 Messages = list[dict[str, str]]

@@ -6,7 +6,8 @@
       meta.json                  where everything comes from, and the size and SHA-256 of every other file
 
 Reading costs no memory to speak of: ids are views on the memory-mapped files. A folder that is there was whole once,
-since one rename published it; its sizes on opening, and its hashes on `verify`, show what happened to it since.
+since one rename published it; its sizes and hashes show what happened to it since. It may come from a stranger, though,
+and Arrow follows the offsets in a file wherever they lead: all of it is checked when it is first opened on a machine.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Annotated, Any, ClassVar, Self, overload
 
 import numpy as np
 import pyarrow as pa
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.console import UserError
 from training.base.files import sha256_of
+from training.base.known_files import found_good, sha256_once
 from training.data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "relay-sentence-pairs-1"
@@ -35,6 +40,16 @@ KINDS = {
     "relay-conversations-1": "conversations (for training.qlora)",
 }
 MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {folder}"
+
+
+class FileIdentity(TypedDict):
+    """Of a file in meta.json."""
+
+    bytes: int
+    sha256: str
+
+
+_FILES = TypeAdapter(dict[Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")], FileIdentity])
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,7 @@ class PreparedFolder:
     meta: dict[str, Any]
 
     make: ClassVar[str]  # the command that makes such a data set, for messages
+    kinds: ClassVar[dict[str, pa.DataType]]  # of a part's columns
 
     @property
     def fingerprint(self) -> str:
@@ -143,19 +159,56 @@ class PreparedFolder:
         """Reads every file and compares its SHA-256 with meta.json. Raises UserError naming the first that differs."""
         for name, about in self.meta["files"].items():
             if sha256_of(self.folder / name) != about["sha256"]:
-                raise UserError(
-                    f"{self.folder / name} was changed or damaged since it was prepared; "
-                    f"{_again(self.folder, self.make)}"
-                )
+                raise UserError(self._changed(name))
+
+    def vocabulary_sizes(self) -> dict[str, int]:
+        """How many ids there are, for each column of ids."""
+        raise NotImplementedError
+
+    def check_once(self) -> Self:
+        """Itself, all of it checked, unless this machine has seen it before. Raises UserError."""
+        for name, about in self.meta["files"].items():
+            if sha256_once(self.folder / name) != about["sha256"]:
+                raise UserError(self._changed(name))
+        with found_good(f"prepared data {sha256_of(self.folder / META)}") as known:
+            for part in () if known else PARTS:
+                self._check_part(part)
+        return self
+
+    def _changed(self, name: str) -> str:
+        again = _again(self.folder, self.make)
+        return f"{self.folder / name} was changed or damaged since it was prepared; {again}"
+
+    def _check_part(self, part: str) -> None:
+        """Raises UserError unless columns and offsets are what they should be, and every id has its token."""
+        try:
+            table = self._table(part)
+            table.validate(full=True)
+            for column, kind in self.kinds.items():
+                if table.column(column).type != kind or table.column(column).null_count:
+                    raise ValueError(f"its column {column} is not of the kind {kind}")
+            for column, size in self.vocabulary_sizes().items():
+                ids = ragged(_one_chunk(table.column(column))).values
+                if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+                    raise ValueError(f"its column {column} has ids that the vocabulary of {size:,} lacks")
+        except (ValueError, KeyError, OSError) as error:  # pyarrow's own are among them
+            raise UserError(
+                f"the {part} part of {self.folder} is not as Relay writes it ({error}): do not use it, or "
+                f"{_again(self.folder, self.make)}"
+            ) from None
 
     def columns(self, part: str) -> dict[str, pa.Array]:
         """The columns of the part called train, validation or test, memory-mapped, each in one piece."""
         if part not in PARTS:
             raise UserError(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
-        # Not through `datasets`: every rank of a run opens this, and the import alone takes longer than all the rest.
-        paths = sorted((self.folder / part).glob("data-*.arrow"))
-        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths])
+        table = self._table(part)
         return {column: _one_chunk(table.column(column)) for column in table.column_names}
+
+    def _table(self, part: str) -> pa.Table:
+        # Not through `datasets`: every rank of a run opens this, and the import alone takes longer than all the rest.
+        names = sorted(name for name in self.meta["files"] if fnmatch(name, f"{part}/data-*.arrow"))
+        paths = [self.folder / name for name in names]
+        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths])
 
 
 @dataclass(frozen=True)
@@ -166,6 +219,17 @@ class Prepared(PreparedFolder):
     target_tokenizer: Tokenizer
 
     make = MAKE
+    kinds: ClassVar = {
+        **dict.fromkeys(("source", "target"), pa.large_string()),
+        **dict.fromkeys(("source_ids", "target_ids"), pa.large_list(pa.int32())),
+        "row": pa.int64(),
+    }
+
+    def vocabulary_sizes(self) -> dict[str, int]:
+        return {
+            "source_ids": self.source_tokenizer.vocabulary_size,
+            "target_ids": self.target_tokenizer.vocabulary_size,
+        }
 
     @property
     def joint_vocabulary(self) -> bool:
@@ -206,7 +270,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     meta = read_meta(folder, FORMAT, MAKE)
     return Prepared(
         folder, meta, load_tokenizer(folder / "tokenizer/source"), load_tokenizer(folder / "tokenizer/target")
-    )
+    ).check_once()
 
 
 def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
@@ -231,17 +295,26 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
         raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / META} cannot be read ({error}); {again}") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != format and found in KINDS:
-        raise UserError(f"{folder} holds {KINDS[found]}, and {KINDS[format]} are expected: name another --data")
-    if not isinstance(meta, dict) or found != format:
+    form = meta.get("format") if isinstance(meta, dict) else None
+    if form != format and form in KINDS:
+        raise UserError(f"{folder} holds {KINDS[form]}, and {KINDS[format]} are expected: name another --data")
+    if not isinstance(meta, dict) or form != format:
         raise UserError(f"{folder / META} is not of the form {format} that this version reads; {again}")
     missing = [name for name in (*PARTS, "tokenizer") if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"{folder} lacks {' and '.join(missing)}; {again}")
-    for name, about in meta["files"].items():
+    try:
+        files = _FILES.validate_python(meta.get("files"))
+    except ValidationError:
+        raise UserError(f"{folder / META} does not list the files of the data set; {again}") from None
+    found = {name for part in (*PARTS, "tokenizer") for name in _files_below(folder / part, folder)}
+    if strangers := sorted(found - files.keys()):
+        raise UserError(
+            f"{folder} has files that {META} does not list, such as {strangers[0]}: remove them, or {again}"
+        )
+    for name, about in files.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
         if size != about["bytes"]:
             state = "is missing" if size is None else f"has {size:,} bytes instead of {about['bytes']:,}"
             raise UserError(f"{path} {state}; {again}")
@@ -285,12 +358,17 @@ def write_table(folder: Path, columns: dict[str, pa.Array], fingerprint: str) ->
         writer.write_table(table.replace_schema_metadata(schema.metadata))
 
 
-def list_files(folder: Path) -> dict[str, dict[str, object]]:
+def list_files(folder: Path) -> dict[str, FileIdentity]:
     """Size and SHA-256 of every file below `folder`, by its path in the folder: the `files` of meta.json."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in sorted(_files_below(folder, folder))
     }
+
+
+def _files_below(place: Path, folder: Path) -> Iterator[str]:
+    """Everything below `place` that is no folder, by its path in `folder`."""
+    return (path.relative_to(folder).as_posix() for path in place.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _again(folder: Path, make: str) -> str:

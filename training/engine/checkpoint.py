@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,8 +39,11 @@ from typing_extensions import TypedDict
 from training.base.console import UserError, run_main, say, warn
 from training.base.files import (
     check_room,
+    copy_plain,
     drop_from_cache,
+    open_plain,
     publish_folder,
+    read_plain,
     sha256_of,
     temporary_folder,
     write_atomically,
@@ -73,6 +77,26 @@ class RunState(Best, EngineState):
     due: bool  # false where only a stop asked for the checkpoint
 
 
+class _File(TypedDict):
+    bytes: int
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Manifest(TypedDict):
+    """What is read of a manifest.json before anything vouches for it."""
+
+    step: int
+    task: NotRequired[str]
+    config: NotRequired[dict[str, Any]]
+    data: NotRequired[dict[str, Any]]
+    versions: NotRequired[dict[str, str]]
+    files: dict[str, _File]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A published checkpoint; `verify` tells whether it is still what was published."""
@@ -87,17 +111,18 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """step, task, config, data, versions, `files` (bytes and SHA-256 of each), and the `sha256` of all this."""
-        manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest
+        found: dict[str, Any] = json.loads(read_plain(self.folder / MANIFEST))
+        _MANIFEST.validate_python(found)
+        return found
 
     def verify(self) -> str | None:
         """What is wrong with it, or None. Reads every byte."""
         try:
             files = self.manifest["files"]
             # Nothing else vouches for the manifest: written again from what was read, it must be the same to the byte.
-            intact = (self.folder / MANIFEST).read_bytes() == _manifest_text(self.manifest).encode()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"its {MANIFEST} cannot be read ({error})"
+            intact = read_plain(self.folder / MANIFEST) == _manifest_text(self.manifest).encode()
+        except (OSError, ValueError) as error:
+            return f"its {MANIFEST} cannot be read ({' '.join(str(error).split())})"
         if not intact:
             return f"the content of {MANIFEST} has changed (SHA-256 differs)"
         if self.manifest["step"] != self.step:
@@ -109,18 +134,21 @@ class Checkpoint:
         for name, about in files.items():
             path = self.folder / name
             try:
-                size = path.stat().st_size
-                if size != about["bytes"]:
-                    return f"{name} has {size:,} bytes instead of {about['bytes']:,}"
-                if sha256_of(path) != about["sha256"]:
-                    return f"the content of {name} has changed (SHA-256 differs)"
+                with open_plain(path) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != about["bytes"]:
+                        return f"{name} has {size:,} bytes instead of {about['bytes']:,}"
+                    if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
+                        return f"the content of {name} has changed (SHA-256 differs)"
             except OSError as error:  # a sector that the disk cannot read any more
                 return f"{name} cannot be read ({error.strerror})"
         return None
 
     def state(self) -> RunState:
         """The small values."""
-        state: RunState = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        state: RunState = json.loads(read_plain(self.folder / "state.json"))
+        if not isinstance(state, dict):
+            raise ValueError(f"{self.folder / 'state.json'} holds no values by name")
         return state
 
     @property
@@ -325,8 +353,8 @@ def copy_checkpoint(checkpoint: Checkpoint, run_dir: Path) -> Checkpoint:
         check_room(
             folder, sum(about["bytes"] for about in checkpoint.manifest["files"].values()) + _ROOM_BESIDE_TENSORS
         )
-        for path in checkpoint.folder.iterdir():
-            shutil.copyfile(path, folder / path.name)
+        for name in (*checkpoint.manifest["files"], MANIFEST):
+            copy_plain(checkpoint.folder / name, folder / name)
         publish_folder(folder, final, replace=True)
     copy = Checkpoint(final)
     problem = copy.verify()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from pydantic import ConfigDict, TypeAdapter
+from torch import Tensor, nn
 
 from training.base.console import PeerError, UserError, say_as_any_rank
 from training.base.environment import (
@@ -30,6 +32,7 @@ from training.base.environment import (
     watching_launcher,
     why_not_alone,
 )
+from training.base.network import listening_socket
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -138,6 +141,8 @@ class Cluster:
         return self
 
     def _meet(self, backend: str) -> None:
+        if self.ranks.local_world_size == self.world_size and "lo" in (name for _, name in socket.if_nameindex()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody on the network has business with them
         if self.launcher is not None and self.launcher.keeps_store:
             # torchrun keeps the store through which ranks find each other, and has it ready before it starts them. If
             # it has been killed since, torch would try to reach it for as long as a collective may take.
@@ -159,8 +164,7 @@ class Cluster:
 
         def reach() -> None:
             try:
-                first = self.is_first
-                found.append(dist.TCPStore(host, port, is_master=first, timeout=self.timeout, wait_for_workers=False))
+                found.append(self._store_at(host, port))
             except Exception as error:
                 found.append(error)
 
@@ -189,6 +193,15 @@ class Cluster:
         except RuntimeError as error:
             raise PeerError(f"lost contact to the first rank at {where}") from error
         return store
+
+    def _store_at(self, host: str, port: int) -> dist.TCPStore:
+        """The store at an address; the first rank serves it there and at no other address of its machine."""
+        how: dict[str, Any] = {"is_master": self.is_first, "timeout": self.timeout, "wait_for_workers": False}
+        if self.is_first:
+            # Of a name that many systems give their own loopback, other nodes mean another address.
+            meant = listening_socket(host, port, from_elsewhere=self.ranks.local_world_size < self.world_size)
+            how["master_listen_fd"] = meant.detach()
+        return dist.TCPStore(host, port, **how)
 
     def _check_waiting(self, looks: int, what: str) -> None:
         """Raises PeerError if the launcher is gone, or with `what` after too many looks.
@@ -255,16 +268,17 @@ class Cluster:
         return items[self.rank :: self.world_size]
 
     def shared_out(
-        self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Result]], *, per_rank: int
+        self, items: Sequence[T], work: Callable[[Sequence[T]], list[Result]], *, per_rank: int, kind: Any
     ) -> list[Result]:
         """The result of every item, in order, on every rank. work(own items): as many results, in their order.
 
         The ranks meet whenever each has done `per_rank` items, so that none waits long for the others in a collective.
+        kind: the type of a result, see `gather`.
         """
         results: list[Result] = []
         for start in range(0, len(items), per_rank * self.world_size):
             block = items[start : start + per_rank * self.world_size]
-            parts = self.gather(list(work(self.own_part(block))))
+            parts = self.gather(work(self.own_part(block)), list[kind])
             results += [parts[place % self.world_size][place // self.world_size] for place in range(len(block))]
         return results
 
@@ -274,13 +288,22 @@ class Cluster:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in order of rank, on every rank. For results of moderate size: they travel pickled."""
+    def gather(self, value: T, kind: Any) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank. For results of moderate size.
+
+        kind: its type, as pydantic reads it. Values travel as JSON: a pickle that came over the network could run code.
+        """
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._control)
-        return values
+        adapter: TypeAdapter[list[T]] = TypeAdapter(list[kind], config=ConfigDict(ser_json_inf_nan="constants"))
+        own = torch.frombuffer(bytearray(adapter.dump_json([value])), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]), group=self._control)
+        longest = max(int(size) for size in sizes)
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(texts, nn.functional.pad(own, (0, longest - len(own))), group=self._control)
+        whole = (text[: int(size)].numpy().tobytes() for text, size in zip(texts, sizes, strict=True))
+        return [each for text in whole for each in adapter.validate_json(text)]
 
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's `tensor`, in order of rank, on the first rank; the others get none.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from training.base.console import warn
-from training.base.files import write_atomically
+from training.base.files import open_in_place, read_plain, write_atomically
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.status import METRICS, metrics_line
@@ -44,7 +44,7 @@ class MetricsFile:
         self.follower: Callable[[dict[str, Any]], None] | None = None  # is handed every new line
         if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._file = self._path.open("ab", buffering=0)
+        self._file = open_in_place(self._path)
         self._waiting = b""  # lines for which there was no room
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -172,12 +172,19 @@ def is_damaged(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line] if path.is_file() else []
+    lines = [line for line in _content(path).split(b"\n")[:-1] if line]
     found = [values for line in lines if (values := metrics_line(line)) is not None]
     return found, len(found) < len(lines)
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return read_plain(path, 1 << 32)
+    except FileNotFoundError:
+        return b""
+
+
 def _is_torn(path: Path) -> bool:
     """Whether a kill left half a line at the end, which the next one must not be appended to."""
-    content = path.read_bytes()
+    content = _content(path)
     return bool(content) and not content.endswith(b"\n")

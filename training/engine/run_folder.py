@@ -14,25 +14,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import yaml
 
 from training.base.console import TryLaterError, UserError, say, warn
-from training.base.files import lock, write_atomically, writing_to
+from training.base.files import copy_plain, lock, open_in_place, read_plain, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.metrics import is_damaged, read_metrics
 from training.engine.status import (
     METRICS,
     RECORDS,
+    SESSIONS,
     WANDB_FILE,
     end_killed_saves,
     read_record,
@@ -64,7 +65,7 @@ class RunFolder:
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
-        self._lock: TextIO | None = None
+        self._lock: FileIO | None = None
 
     def open(
         self, about: dict[str, Any], data: Data, *, config: str, source: Path | None, may_change: set[str]
@@ -115,19 +116,18 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         """Takes the right to write here, kept until `close`."""
-        self._lock = file = (self.run_dir / "lock").open("a+", encoding="utf-8")
+        self._lock = file = open_in_place(self.run_dir / "lock")
         end = time.monotonic() + _LOCK_PATIENCE_S
         while not lock(file):
             if time.monotonic() > end:
                 file.seek(0)
+                holders = file.readall().decode("utf-8", "replace").splitlines()
                 raise TryLaterError(
-                    f"{self.run_dir} is in use by {file.read().strip() or 'another process'}: wait for it or stop it "
+                    f"{self.run_dir} is in use by {holders[-1] if holders else 'another process'}: wait or stop it "
                     f"(touch {self.run_dir}/STOP), or choose another --run_dir; nothing was changed"
                 )
             time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def _same_but_for_wandb(config: str, other: str) -> bool:
@@ -137,18 +137,20 @@ def _same_but_for_wandb(config: str, other: str) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a file, or a folder into what is there of it; unlike `shutil.copytree` it ends with the first error.
+    """Copies a plain file, or those of a folder into what is there of it; it ends with the first error.
 
-    Links to nothing are left out: wandb makes some, which lead into the folder where the run was before.
+    Links are left out: they may lead to what nobody meant to copy.
     """
-    if source.is_symlink() and not source.exists():
+    if source.is_symlink():
         return
-    if not source.is_dir():
-        write_atomically(target, source.read_bytes())
-        return
-    target.mkdir(exist_ok=True)
-    for each in source.iterdir():
-        _copy(each, target / each.name)
+    if source.is_file():
+        copy_plain(source, target)
+    elif source.is_dir():
+        if target.is_symlink():
+            target.unlink()
+        target.mkdir(exist_ok=True)
+        for each in source.iterdir():
+            _copy(each, target / each.name)
 
 
 def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -159,12 +161,12 @@ def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
     for name, problem in _damaged(run_dir, config):
         path = run_dir / name
         names = (run_dir / f"damaged-{number}-{name}" for number in count(1))
-        aside = next(each for each in names if not each.exists())
-        shutil.copyfile(path, aside)
+        aside = next(each for each in names if not os.path.lexists(each))
         if name == METRICS:
+            copy_plain(path, aside)
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(run_dir)))
         else:
-            path.unlink()
+            path.rename(aside)
         warn(f"{path} is damaged ({problem}); what was found is in {aside.name}, and the run goes on")
 
 
@@ -176,7 +178,7 @@ def _damaged(run_dir: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, st
     if is_damaged(run_dir / METRICS):
         yield METRICS, "not all of its lines can be read"
     try:
-        if _lacks(yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8")), config):
+        if _lacks(yaml.safe_load(read_plain(run_dir / CONFIG)), config):
             yield CONFIG, "a part is missing"
     except FileNotFoundError:
         pass
@@ -234,12 +236,8 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     """
     say(f"continuing the run in {source} at step {newest.step:,}: copying it to {run_dir}")
     with writing_to(run_dir, option="--run_dir"):
-        for path in source.iterdir():
-            if path.is_file() and path.name not in ("lock", "status.json"):
-                _copy(path, run_dir / path.name)
-        for name in (*data.kept, "wandb"):
-            if (source / name).is_dir():
-                _copy(source / name, run_dir / name)
+        for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, *data.kept, "wandb"):
+            _copy(source / name, run_dir / name)
         (run_dir / METRICS).touch()
     for older in checkpoints(source):
         if older.step < newest.step and older.verify() is None:

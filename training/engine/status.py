@@ -21,7 +21,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 
 from training.base.durations import format_duration
 from training.base.environment import job_id
-from training.base.files import recover, write_atomically
+from training.base.files import read_plain, recover, write_atomically
 
 STATUS = "status.json"
 SESSIONS = "sessions.json"
@@ -125,7 +125,7 @@ def read_sessions(run_dir: str | Path) -> list[Session]:
 def read_record(run_dir: str | Path, name: str) -> Any:
     """What the file of RECORDS called `name` holds; None where there is none, or where it holds something else."""
     try:
-        return RECORDS[name].validate_json(Path(run_dir, name).read_bytes())
+        return RECORDS[name].validate_json(read_plain(Path(run_dir, name)))
     except (OSError, ValidationError):
         return None
 

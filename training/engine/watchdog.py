@@ -27,6 +27,7 @@ from typing import TypedDict
 
 from training.base.console import say_as_any_rank, tell_launcher
 from training.base.durations import format_duration
+from training.base.files import create
 from training.engine import sentry
 from training.engine.cluster import Cluster, Watcher
 from training.engine.status import write_status
@@ -178,10 +179,11 @@ class Watchdog(Watcher):
             "doing": self._doing,
         }
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._stack_of(self._rank).open("w", encoding="utf-8") as file:
+        with create(self._stack_of(self._rank)) as file:
             faulthandler.dump_traceback(file, all_threads=True)
         path = self._report_of(self._rank)
-        path.with_suffix(".partial").write_text(json.dumps(report), encoding="utf-8")
+        with create(path.with_suffix(".partial")) as file:
+            file.write(json.dumps(report).encode())
         path.with_suffix(".partial").replace(path)
         end = time.monotonic() + _REPORTS_S + 2 * _LOOK_EVERY_S
         while time.monotonic() < end and len(reports := self._reports()) < self._world_size:

@@ -167,7 +167,7 @@ class Zero(Parallel):
         if options.offload == "none":
             self._share_memory()
         self._pieces = self._own_pieces()
-        self._layout = cluster.gather(self._pieces)
+        self._layout = cluster.gather(self._pieces, dict[str, _Piece])
         if self._scaler is not None:
             # All that the scaler gets to know is whether the gradient is finite: DeepSpeed does the arithmetic.
             self._probe = nn.Parameter(torch.zeros((), device=cluster.device))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from training.base.console import UserError
 from training.base.files import nearest_folder
 from training.base.hub import fetch_snapshot
+from training.base.known_files import sha256_once
 from training.base.options import Options
 from training.engine.precision import gpu_of
 
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 CONFIG = "config.json"
+_ADAPTERS = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
-# How much of each file of weights is read to tell models apart. Two of them differ if anything near a probe does, or a
-# tensor's name, shape or type, or a file's size.
-_PROBES, _PROBE_BYTES = 64, 1 << 16
+# What a name in the index may be: a file beside it whose tensors can be read without running code.
+_WEIGHTS = re.compile(r"\w[\w.-]*\.safetensors")
+
+# The longest header that safetensors itself accepts.
+_MOST_HEADER_BYTES = 100_000_000
 
 
 class QuantisationOptions(Options):
@@ -66,6 +70,11 @@ def find_base_model(name: str, revision: str | None) -> Path:
         folder = fetch_snapshot(
             name, revision=revision, patterns=_WANTED, is_complete=lambda found: _missing(found) is None
         )
+    if (folder / _ADAPTERS).is_file():
+        raise UserError(
+            f"{folder} holds adapters ({_ADAPTERS}), which would be taken into the model in silence: name the base "
+            "model itself, or merge them into a model first (python -m training.evaluation.export RUN --merge)"
+        )
     missing = _missing(folder)
     if missing == _WHOLE and any(folder.glob("*.bin")):
         raise UserError(
@@ -81,10 +90,17 @@ def find_base_model(name: str, revision: str | None) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    return [folder / _WHOLE]
+    """Raises UserError where the index names anything but files of tensors beside it."""
+    if not (folder / _INDEX).is_file():
+        return [folder / _WHOLE]
+    try:
+        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / _INDEX} is no index of weights: fetch the model again") from None
+    for name in names:
+        if not isinstance(name, str) or not _WEIGHTS.fullmatch(name):
+            raise UserError(f"{folder / _INDEX} names {name!r}, which is no .safetensors file beside it: do not use it")
+    return [folder / name for name in names]
 
 
 def _missing(folder: Path) -> str | None:
@@ -92,16 +108,17 @@ def _missing(folder: Path) -> str | None:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Identifies a base model by its shape and weights, wherever it lies: adapters fit this one and no other."""
+    """Identifies a base model by its weights, wherever it lies: adapters fit this one and no other.
+
+    Reads them whole, once on a machine. Raises UserError where a file is none of tensors.
+    """
     digest = hashlib.sha256()
     for path in _weight_files(folder):
-        size = path.stat().st_size
         with path.open("rb") as file:
-            header = file.read(8 + int.from_bytes(file.read(8), "little"))  # names, shapes and types of all tensors
-            digest.update(f"{size} {hashlib.sha256(header).hexdigest()}".encode())
-            for probe in range(_PROBES):
-                file.seek(max(0, (size - _PROBE_BYTES) * probe // (_PROBES - 1)))
-                digest.update(file.read(_PROBE_BYTES))
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > min(_MOST_HEADER_BYTES, path.stat().st_size):
+            raise UserError(f"{path} is no file of tensors, or a damaged one: fetch it again")
+        digest.update(sha256_once(path).encode())
     return digest.hexdigest()
 
 
@@ -110,8 +127,13 @@ def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedCo
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the model in {folder} needs code of its own, which is never run here: name a model that transformers "
+                "knows"
+            ) from None
         raise UserError(f"{folder / CONFIG} describes no model that transformers knows ({error})") from None
     if config.is_encoder_decoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise UserError(f"the base model in {folder} ({config.model_type}) is no decoder-only language model")
@@ -132,7 +154,7 @@ def on_meta(config: PretrainedConfig, compute_type: torch.dtype = torch.float32)
     import transformers
 
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=compute_type)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=compute_type, trust_remote_code=False)
 
 
 def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
@@ -166,6 +188,8 @@ def load_base_model(
             # Every process holds the whole model on a device of its own: "auto" would spread it over all.
             device_map={"": str(device)},
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             **more,
         )
     for module in model.modules():

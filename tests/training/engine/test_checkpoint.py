@@ -520,6 +520,6 @@ def test_manifest_of_another_step_is_noticed(tmp_path, capsys):
 def test_copy_is_verified_and_whole(tmp_path, monkeypatch):
     original = save_step(tmp_path / "from", 4)
     assert_restores(copy_checkpoint(original, tmp_path / "to"), 4)
-    monkeypatch.setattr(checkpoint_module.shutil, "copyfile", lambda source, target: target.write_bytes(b""))
+    monkeypatch.setattr(checkpoint_module, "copy_plain", lambda source, target: target.write_bytes(b""))
     with pytest.raises(UserError, match="went wrong"):
         copy_checkpoint(original, tmp_path / "broken")

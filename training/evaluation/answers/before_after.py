@@ -177,7 +177,7 @@ def losses_by_row(trained: TrainedAdapters, answers: Answers, cluster: Cluster, 
                 progress.advance()
             return found
 
-        sums = cluster.shared_out(batches, work, per_rank=BATCHES_BETWEEN_MEETINGS)
+        sums = cluster.shared_out(batches, work, per_rank=BATCHES_BETWEEN_MEETINGS, kind=list[float])
     nats = np.full(len(answers.lengths), np.nan)
     for samples, own in zip(batches, sums, strict=True):
         nats[samples] = own

@@ -101,7 +101,7 @@ def answers_to(
             label=label,
         )
 
-    given = cluster.shared_out(order, work, per_rank=ANSWERS_BETWEEN_MEETINGS)
+    given = cluster.shared_out(order, work, per_rank=ANSWERS_BETWEEN_MEETINGS, kind=Generated)
     everything = dict(zip(order, given, strict=True))
     return [everything[place] for place in range(len(prompts))]
 

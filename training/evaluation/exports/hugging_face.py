@@ -207,7 +207,9 @@ def check_same(folder: Path, gpt: GPT) -> float:
     Raises UserError when it is not the same model: with another version of transformers than Relay was tested with, an
     architecture may have changed.
     """
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
     wrong = sorted({str(key) for keys in info.values() for key in keys})
     tokens = torch.randint(gpt.vocabulary_size, (1, gpt.options.context), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

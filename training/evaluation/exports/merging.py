@@ -136,7 +136,7 @@ def load_plain(folder: Path) -> PreTrainedModel:
 
     gc.collect()  # models are full of cycles, and there is no room for two
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     wrong = sorted({str(key) for keys in info.values() for key in keys})
     if wrong or getattr(loaded.config, "quantization_config", None) is not None:

@@ -112,7 +112,7 @@ def _translated(trained: TrainedModel, part: Part, search: Search, cluster: Clus
         length_penalty=search.length_penalty,
         label=f"translating {part.name}",
     )
-    shares = cluster.gather(translated)
+    shares = cluster.gather(translated, list[Translation])
     return [shares[row % cluster.world_size][row // cluster.world_size] for row in range(len(part))]
 
 

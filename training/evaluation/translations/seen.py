@@ -37,6 +37,6 @@ def seen_rows(part: Part, train: Part, cluster: Cluster) -> list[bool]:
                 if text in wanted[side]:
                     found[side].add(text)
             progress.advance(cluster.world_size)
-    everywhere = cluster.gather(found)
+    everywhere = cluster.gather(found, list[set[str]])
     seen = [set().union(*(of_rank[side] for of_rank in everywhere)) for side in range(2)]
     return [chinese in seen[0] or english in seen[1] for chinese, english in zip(*own, strict=True)]
