@@ -24,7 +24,7 @@ from typing import Any, Literal
 from launch.scripts import run_and_data, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, time_left
-from training.base.files import open_in_place, read_plain, writing_to
+from training.base.files import NotPlainError, open_in_place, read_plain, writing_to
 from training.base.options import FLAG, CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
 
@@ -56,7 +56,7 @@ class Verdict:
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; a line that a crash cut off is left out."""
     found = []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotPlainError):
         for line in read_plain(run_dir / JOBS).decode("utf-8", "replace").splitlines():
             with suppress(ValueError):
                 event = json.loads(line)

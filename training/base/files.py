@@ -24,6 +24,8 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from pydantic_core import from_json
+
 from training.base.errors import UserError
 
 _MENDABLE = {
@@ -106,6 +108,10 @@ def _fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+class NotPlainError(OSError):
+    """Something else than a file lies where one is read."""
+
+
 def create(path: Path) -> BinaryIO:
     """A new file to write; whatever had its name is removed, and a link not followed. Raises OSError."""
     for _ in range(_TRIES):
@@ -132,15 +138,20 @@ def open_in_place(path: Path) -> FileIO:
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Opens a plain file to read, in whoever's folder. Raises OSError for anything else.
+    """Opens a plain file to read, in whoever's folder. Raises NotPlainError for anything else, and OSError.
 
     A link might lead to what only we may read, a pipe would keep us waiting, and a device may never come to an end.
     """
-    file = os.fdopen(os.open(path, os.O_RDONLY | _HARDENED), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
-    return file
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | _HARDENED), "rb")
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise NotPlainError(error.errno, "it is no plain file", str(path)) from None
+        raise
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise NotPlainError(errno.EINVAL, "it is no plain file", str(path))
 
 
 def read_plain(path: Path, most_bytes: int = 1 << 26) -> bytes:
@@ -149,6 +160,11 @@ def read_plain(path: Path, most_bytes: int = 1 << 26) -> bytes:
         if os.fstat(file.fileno()).st_size > most_bytes:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         return file.read(most_bytes)
+
+
+def read_json(path: Path) -> Any:
+    """What such a file of JSON holds. Raises OSError and ValueError, also where it is nested without end."""
+    return from_json(read_plain(path))
 
 
 def copy_plain(source: Path, target: Path) -> None:
@@ -294,9 +310,7 @@ def publish_folder(temporary: Path, final: Path, *, replace: bool = False) -> No
 def recover(final: Path) -> bool:
     """Ends a replacement of `final` that was killed halfway; true if the previous `final` had to be brought back."""
     aside = _set_aside(final)
-    if not os.path.lexists(aside):
-        return False
-    if os.path.lexists(final):
+    if not aside.is_dir() or aside.is_symlink() or os.path.lexists(final):
         _remove(aside)
         return False
     aside.rename(final)

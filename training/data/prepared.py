@@ -13,7 +13,6 @@ and Arrow follows the offsets in a file wherever they lead: all of it is checked
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -27,7 +26,7 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.console import UserError
-from training.base.files import sha256_of
+from training.base.files import read_json, sha256_of
 from training.base.known_files import found_good, sha256_once
 from training.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -290,7 +289,7 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
         )
     again = _again(folder, make)
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = read_json(folder / META)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
     except (OSError, ValueError) as error:

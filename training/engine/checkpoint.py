@@ -43,6 +43,7 @@ from training.base.files import (
     drop_from_cache,
     open_plain,
     publish_folder,
+    read_json,
     read_plain,
     sha256_of,
     temporary_folder,
@@ -111,7 +112,7 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """step, task, config, data, versions, `files` (bytes and SHA-256 of each), and the `sha256` of all this."""
-        found: dict[str, Any] = json.loads(read_plain(self.folder / MANIFEST))
+        found: dict[str, Any] = read_json(self.folder / MANIFEST)
         _MANIFEST.validate_python(found)
         return found
 
@@ -146,7 +147,7 @@ class Checkpoint:
 
     def state(self) -> RunState:
         """The small values."""
-        state: RunState = json.loads(read_plain(self.folder / "state.json"))
+        state: RunState = read_json(self.folder / "state.json")
         if not isinstance(state, dict):
             raise ValueError(f"{self.folder / 'state.json'} holds no values by name")
         return state

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from training.base.console import warn
-from training.base.files import open_in_place, read_plain, write_atomically
+from training.base.files import NotPlainError, open_in_place, read_plain, write_atomically
 from training.engine.batch_plan import BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.status import METRICS, metrics_line
@@ -180,7 +180,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
 def _content(path: Path) -> bytes:
     try:
         return read_plain(path, 1 << 32)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotPlainError):
         return b""
 
 

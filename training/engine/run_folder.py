@@ -127,7 +127,8 @@ class RunFolder:
                     f"(touch {self.run_dir}/STOP), or choose another --run_dir; nothing was changed"
                 )
             time.sleep(0.2)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        if os.fstat(file.fileno()).st_nlink == 1:  # else it is another file's name, too
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def _same_but_for_wandb(config: str, other: str) -> bool:

@@ -135,7 +135,7 @@ def metrics_line(text: bytes) -> dict[str, Any] | None:
 
     What was no finite number, the loss too, is None, whether written as null or as NaN.
     """
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         values: dict[str, Any] = json.loads(text, parse_constant=lambda word: None)
         kind, step, when, loss = (values[key] for key in ("kind", "step", "time", "loss"))
         numbers = isinstance(step, int) and isinstance(when, int | float) and isinstance(loss, int | float | None)

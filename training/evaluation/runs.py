@@ -5,7 +5,6 @@ Promises: the weights have passed their checksums, and the mean of several is co
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from training.base.console import UserError
-from training.base.files import nearest_folder
+from training.base.files import nearest_folder, read_json
 from training.data.conversations import FORMAT as CONVERSATIONS
 from training.data.prepared import FORMAT as PAIRS
 from training.data.prepared import PreparedFolder
@@ -30,7 +29,7 @@ _KIND_BY_FORMAT = {PAIRS: TRANSLATION, CONVERSATIONS: QLORA}
 def kind_of(run_dir: Path) -> str | None:
     """TRANSLATION or QLORA, by the format of the data it is trained on; None where its folder does not say."""
     try:
-        return _KIND_BY_FORMAT.get(json.loads((run_dir / "data.json").read_text(encoding="utf-8"))["format"])
+        return _KIND_BY_FORMAT.get(read_json(run_dir / "data.json")["format"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -144,5 +143,5 @@ def open_run(
         raise UserError(
             f"{checkpoints[0].folder} was written by another version: its config differs in {keys}"
         ) from None
-    data = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+    data = read_json(run_dir / "data.json")
     return TrainedRun(run_dir, wanted, checkpoints, config, data), state

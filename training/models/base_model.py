@@ -7,7 +7,6 @@ of its files; nothing of the base is ever trained.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
+from pydantic_core import from_json
 from torch import Tensor, nn
 
 from training.base.console import UserError
@@ -94,7 +94,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / _INDEX).is_file():
         return [folder / _WHOLE]
     try:
-        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(from_json((folder / _INDEX).read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / _INDEX} is no index of weights: fetch the model again") from None
     for name in names:

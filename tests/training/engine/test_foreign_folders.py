@@ -1,0 +1,172 @@
+"""Run folders in places where others write too: what they put there is neither followed nor waited for nor believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.slurm.job import JOBS, note, read_events
+from launch.slurm.status import print_status
+from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
+from training.base.console import UserError, say
+from training.base.files import open_in_place, read_plain, temporary_folder, write_atomically
+from training.base.options import raw_values
+from training.engine.checkpoint import checkpoints, newest_valid
+from training.engine.metrics import read_metrics
+from training.engine.run_folder import RunFolder
+from training.engine.status import end_killed_saves, read_sessions, read_status
+
+SECRET = "a private key\n"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder of the user's that nothing here may change or copy."""
+    home = tmp_path / "home"
+    (home / "documents").mkdir(parents=True)
+    for name in ("key", "documents/letter"):
+        (home / name).write_text(SECRET)
+    return home
+
+
+def is_untouched(home: Path) -> bool:
+    found = {str(path.relative_to(home)): path for path in home.rglob("*")}
+    return found.keys() == {"key", "documents", "documents/letter"} and all(
+        path.read_text() == SECRET for path in found.values() if path.is_file()
+    )
+
+
+def test_a_run_follows_no_link_that_was_planted_where_it_writes(tmp_path, home, handlers):  # noqa: F811
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "status.json", "sessions.json"):
+        (run_dir / f".{name}.partial").symlink_to(home / "key")
+    for name in ("lock", "metrics.jsonl"):
+        (run_dir / name).symlink_to(home / "key")
+    for step in (2, 4, 6, 8):
+        (run_dir / f"checkpoints/.step-{step:010}.partial").symlink_to(home / "documents")
+        (run_dir / f"checkpoints/.step-{step:010}.replaced").symlink_to(home / "documents")
+    assert train_here(tmp_path, checkpoint={"every_steps": 2}) == 0
+    assert is_untouched(home)
+    assert newest_valid(run_dir) == checkpoints(run_dir)[-1] and read_metrics(run_dir)
+    assert not any(path.is_symlink() for path in run_dir.rglob("*"))
+
+
+def test_a_temporary_name_is_made_anew_whatever_lies_there(tmp_path, home):
+    (tmp_path / ".file.partial").symlink_to(home / "key")
+    write_atomically(tmp_path / "file", "content")
+    for left in ("link", "folder", "file"):
+        partial = tmp_path / ".folder.partial"
+        if left == "link":
+            partial.symlink_to(home / "documents")
+        elif left == "folder":
+            partial.mkdir()
+            (partial / "letter").symlink_to(home / "documents/letter")
+        else:
+            os.link(home / "key", partial)
+        with temporary_folder(tmp_path / "folder") as folder:
+            assert folder == partial and list(folder.iterdir()) == [] and not folder.is_symlink()
+        partial.rmdir()
+    assert (tmp_path / "file").read_text() == "content" and is_untouched(home)
+
+
+def test_a_lock_changes_no_file_whose_other_name_it_is(tmp_path, home):
+    (tmp_path / "run").mkdir()
+    os.link(home / "key", tmp_path / "run/lock")
+    folder = RunFolder(tmp_path / "run")
+    folder.open({}, SimpleNamespace(kept={}, identity={}), config="", source=None, may_change=set())
+    folder.close()
+    assert is_untouched(home)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+def test_what_is_written_in_place_is_a_plain_file(tmp_path, home, kind):
+    path = tmp_path / "lines"
+    if kind == "link":
+        path.symlink_to(home / "key")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif os.geteuid() == 0:
+        os.mknod(path, 0o666 | 0o020000, os.makedev(1, 3))
+    with open_in_place(path) as file:
+        file.write(b"line\n")
+    assert path.read_text() == "line\n" and not path.is_symlink() and is_untouched(home)
+
+
+def test_resuming_from_a_strangers_run_copies_the_files_of_a_run_and_no_links(tmp_path, home, handlers):  # noqa: F811
+    assert train_here(tmp_path, "theirs", stop_at=4) == 75
+    theirs = tmp_path / "theirs"
+    (theirs / "notes.txt").symlink_to(home / "key")
+    (theirs / "wandb.json").symlink_to(home / "key")
+    (theirs / "wandb").mkdir()
+    (theirs / "wandb/debug.log").symlink_to(home / "key")
+    (theirs / "wandb/offline").symlink_to(home / "documents")
+    (theirs / "huge.bin").write_bytes(b"x")
+    assert train_here(tmp_path, "ours", resume_from=theirs) == 0
+    ours = {path.relative_to(tmp_path / "ours").as_posix() for path in (tmp_path / "ours").rglob("*")}
+    assert not ours & {"notes.txt", "wandb.json", "wandb/debug.log", "wandb/offline", "huge.bin"}
+    assert not any(SECRET.encode() in path.read_bytes() for path in (tmp_path / "ours").rglob("*") if path.is_file())
+    assert len(read_sessions(tmp_path / "ours")) == 2
+
+
+def test_pipes_and_devices_in_a_run_folder_keep_nobody_waiting(tmp_path, capsys, handlers):  # noqa: F811
+    assert train_here(tmp_path, "good") == 0
+    bad = shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    for name in ("status.json", "sessions.json", "metrics.jsonl", JOBS, "lock", "wandb.json"):
+        (bad / name).unlink(missing_ok=True)
+        os.mkfifo(bad / name)
+    (last,) = (checkpoint.folder for checkpoint in checkpoints(bad)[-1:])
+    (last / "model.safetensors").unlink()
+    os.mkfifo(last / "model.safetensors")
+    assert read_status(bad) is None and read_sessions(bad) == []
+    assert "cannot be read" in (checkpoints(bad)[-1].verify() or "")
+    end_killed_saves(bad)
+    print_status([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/good  finished" in said and f"{tmp_path}/bad" in said
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", "{}", '{"step": 4}', '{"step": "4", "files": {}}', '{"step": 4, "files": {"a": 1}}', "[" * 100_000, "\x00"],
+)
+def test_an_odd_manifest_is_a_damaged_checkpoint(tmp_path, manifest):
+    folder = tmp_path / "checkpoints/step-0000000004"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(manifest)
+    (folder / "state.json").write_text("[]")
+    (checkpoint,) = checkpoints(tmp_path)
+    assert "manifest.json" in (checkpoint.verify() or "")
+    assert newest_valid(tmp_path, set_aside=False) is None
+
+
+def test_what_is_printed_commands_no_terminal(capsys):
+    say("\x1b]0;title\x07 runs/\x1b[2Jgpt\r\n\tnext line\x9b1m")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07 runs/\\x1b[2Jgpt\\x0d\n\tnext line\\x9b1m\n"
+
+
+def test_jobs_are_noted_in_no_file_behind_a_link(tmp_path, home):
+    (tmp_path / JOBS).symlink_to(home / "key")
+    note(tmp_path, "began", "17")
+    assert [event["job"] for event in read_events(tmp_path)] == ["17"] and is_untouched(home)
+
+
+def test_a_record_that_is_larger_than_any_is_not_read(tmp_path):
+    path = tmp_path / "status.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError):
+        read_plain(path)
+    assert read_status(tmp_path) is None
+    path.write_text(json.dumps({"status": "running", "reason": "training", "restart": True}))
+    assert read_status(tmp_path) is not None
+
+
+def test_definitions_that_are_no_names_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has the control character '\\n' in it"):
+        raw_values(["--run_dir", "runs/x\n#SBATCH --wrap=touch"])
