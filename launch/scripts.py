@@ -62,6 +62,11 @@ def digest_of(run_dir: Path) -> str:
     return hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:8]
 
 
+def job_name(run_dir: Path) -> str:
+    """The name of a run's jobs, which no other run's have."""
+    return f"{run_dir.resolve().name}-{digest_of(run_dir)}"
+
+
 def read_options(script: str, words: Sequence[str]) -> RunOptions:
     """The options `words` as the module `script` reads them. Raises UserError with every mistake in them."""
     from training.engine.task import RunOptions

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.scripts import digest_of, read_options, script_of
+from launch.scripts import job_name, read_options, script_of
 from launch.slurm.job import JOBS, last_step, note
 from launch.slurm.status import jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
@@ -74,8 +74,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The job's name, which no other run has: SLURM starts one job of a name at a time."""
-        return f"{self.run_dir.resolve().name}-{digest_of(self.run_dir)}"
+        """SLURM starts one job of a name at a time."""
+        return job_name(self.run_dir)
 
     def text(self) -> str:
         """The batch script: the template with its #SBATCH lines, the run and the settings filled in."""

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launch.scripts import job_name
 from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
@@ -30,11 +31,12 @@ class Queued:
     number: str
     state: str
     reason: str  # why it waits, or where it runs
+    name: str
 
 
 def queue() -> list[Queued]:
     """All jobs of the user that wait or run. Raises UserError where SLURM does not answer."""
-    words = ["squeue", "--me", "--noheader", "--format", "%A|%T|%R"]
+    words = ["squeue", "--me", "--noheader", "--format", "%A|%T|%R|%j"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     except FileNotFoundError:
@@ -42,7 +44,7 @@ def queue() -> list[Queued]:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
         raise UserError(f"SLURM does not answer ({said}): try again in a minute") from None
-    return [Queued(*line.split("|", 2)) for line in done.stdout.splitlines()]
+    return [Queued(*line.split("|", 3)) for line in done.stdout.splitlines()]
 
 
 def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
@@ -63,11 +65,16 @@ def stop(argv: Sequence[str]) -> int:
     if not jobs:
         say(f"{run_dir} has no job in the queue")
         return 0
-    waiting = [job.number for job in jobs if job.state == "PENDING"]
+    pending = [job for job in jobs if job.state == "PENDING"]
+    # The numbers stand in a file of the run folder, which may be a stranger's.
+    waiting = [job.number for job in pending if job.name == job_name(run_dir)]
     if waiting:
         subprocess.run(["scancel", *waiting], check=True)
         say(f"taken out of the queue: job {', '.join(waiting)}")
-    if len(waiting) < len(jobs):
+    for job in pending:
+        if job.number not in waiting:
+            say(f"job {job.number} ({job.name}) has not the run's name: if it is the run's, scancel {job.number}")
+    if len(pending) < len(jobs):
         open_in_place(run_dir / STOP_FILE).close()
         say(f"{run_dir} saves at its next step and stops; the command that submitted it continues it")
     return 0
@@ -87,11 +94,19 @@ def print_status(argv: Sequence[str]) -> int:
     except UserError as error:
         warn(f"no jobs are shown: {error}")
     rows: list[tuple[str, ...]] = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job")]
-    rows += [row(run_dir, jobs_of(run_dir, queued)) for run_dir in runs]
+    rows += [_row_or_why_none(run_dir, queued) for run_dir in runs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for each in rows:
         say("  ".join(text.ljust(width) for text, width in zip(each, widths, strict=True)).rstrip())
     return 0
+
+
+def _row_or_why_none(run_dir: Path, queued: Sequence[Queued]) -> tuple[str, ...]:
+    """A run whose files say odd things must not hide the others."""
+    try:
+        return row(run_dir, jobs_of(run_dir, queued))
+    except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
+        return str(run_dir), f"unreadable: {type(error).__name__}", *[""] * 6
 
 
 def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
@@ -130,7 +145,7 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
     if not status:
         return ("starting" if any(job.state == "RUNNING" for job in jobs) else "waiting") if jobs else "not begun"
     if status["status"] == "failed":
-        return f"failed: {status['reason'][:60]}"
+        return f"failed: {' '.join(status['reason'].split())[:60]}"
     if status["status"] != "running":
         return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
     # "running" may be the last word of a session that was killed.

@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.durations import format_duration
@@ -65,13 +65,18 @@ class _StatusFile(TypedDict):
     steps: NotRequired[int]
 
 
+# What wandb accepts, and what is safe in a path.
+WANDB_ID = r"^[\w-][\w.-]{0,127}$"
+_WandbName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f/\\#?%:]+$")]
+
+
 class WandbRecord(TypedDict):
     """wandb.json: the run's place in wandb, and the last step that the server is known to have."""
 
-    id: str
-    project: NotRequired[str]
-    entity: NotRequired[str | None]  # None: that of the key
-    name: NotRequired[str]
+    id: Annotated[str, StringConstraints(pattern=WANDB_ID)]
+    project: NotRequired[_WandbName]
+    entity: NotRequired[_WandbName | None]  # None: that of the key
+    name: NotRequired[Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]]
     folder: NotRequired[str | None]  # of wandb's own files; None: the run folder
     arrived: NotRequired[int]
 

@@ -132,6 +132,26 @@ def test_pipes_and_devices_in_a_run_folder_keep_nobody_waiting(tmp_path, capsys,
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("status.json", {"status": "running", "reason": "x", "restart": True, "step": 1, "steps": 10**400}),
+        ("metrics.jsonl", {"kind": "train", "step": 5, "time": 1e308, "loss": 1.0, "tokens_per_s": "fast"}),
+        ("slurm.jsonl", {"event": "began", "job": {"a": 1}}),
+    ],
+)
+def test_odd_values_in_one_run_hide_no_other(tmp_path, capsys, name, content):
+    for run in ("odd", "plain"):
+        (tmp_path / run).mkdir()
+        status = {"status": "failed", "reason": "the disk\nis \x1b[31mfull", "restart": True, "step": 1, "steps": 9}
+        (tmp_path / run / "status.json").write_text(json.dumps(status))
+    (tmp_path / "odd" / name).write_text(json.dumps(content) + "\n")
+    print_status([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/odd" in said and "\x1b" not in said
+    assert f"{tmp_path}/plain  failed: the disk is \\x1b[31mfull  1 of 9" in said
+
+
+@pytest.mark.parametrize(
     "manifest",
     ["[]", "{}", '{"step": 4}', '{"step": "4", "files": {}}', '{"step": 4, "files": {"a": 1}}', "[" * 100_000, "\x00"],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,8 @@ from pydantic import Field, model_validator
 from training.base.console import UserError
 from training.base.files import write_atomically, writing_to
 from training.base.options import Options
-from training.engine.status import WANDB_FILE, WandbRecord, read_record
+from training.engine.status import WANDB_FILE, WANDB_ID, WandbRecord, read_record
+from training.engine.wandb.log_file import visit_logs
 
 Mode = Literal["disabled", "auto", "online", "offline"]
 
@@ -77,8 +79,11 @@ def mode_of(said: str | None) -> str:
 def same_run(options: WandbOptions, run_dir: Path, run_id: str | None) -> WandbRecord:
     """The run's place in wandb, which from now on is what wandb.json says.
 
-    run_id: wandb's id of the run as the checkpoint has it. Raises UserError if the run folder cannot be written.
+    run_id: wandb's id of the run as the checkpoint has it. Raises UserError if that is none, or the run folder cannot
+    be written.
     """
+    if run_id is not None and not re.fullmatch(WANDB_ID, run_id):
+        raise UserError(f"the checkpoints of {run_dir} name {run_id!r} as their run in wandb, which is no id of one")
     known = read_wandb_record(run_dir)
     variables = {key: value for key, name in _VARIABLES.items() if (value := os.environ.get(name))}
     asked = options.model_dump(include={"project", "entity", "name"}, exclude_none=True)
@@ -114,10 +119,15 @@ def write_wandb_record(run_dir: Path, record: WandbRecord) -> None:
 def wandb_folder(run_dir: Path, record: WandbRecord) -> Path:
     """Where wandb's own files of the run are: in the run folder, or where WANDB_DIR said when the run was begun.
 
-    A run folder that has come to where that cannot be written, another machine perhaps, has its own from then on.
+    A run folder that has come to where that cannot be written, or where nothing of the run is, another machine perhaps,
+    has its own from then on.
     """
     folder = record.get("folder")
-    return Path(folder) if folder is not None and os.access(folder, os.W_OK) else run_dir
+    if folder is None or not os.access(folder, os.W_OK):
+        return run_dir
+    said_now = os.environ.get("WANDB_DIR")
+    is_own = said_now and Path(said_now).absolute() == Path(folder)
+    return Path(folder) if is_own or visit_logs(Path(folder), record["id"]) else run_dir
 
 
 def _in_sweep() -> bool:
