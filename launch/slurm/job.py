@@ -19,7 +19,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from launch.scripts import run_and_data, script_of
 from training.base.console import UserError, run_main, say
@@ -53,15 +56,39 @@ class Verdict:
 # A run's jobs, written down.
 
 
+class _Submitted(TypedDict):
+    event: Literal["submitted"]
+    job: str
+
+
+class _Began(TypedDict):
+    event: Literal["began"]
+    job: str
+    step: int
+    status_time: NotRequired[str | None]  # of the status that it found
+
+
+class _Ended(TypedDict):
+    event: Literal["ended"]
+    job: str
+    outcome: Outcome
+    reason: str
+    from_step: int
+    step: int
+
+
+_EVENT: TypeAdapter[_Submitted | _Began | _Ended] = TypeAdapter(
+    Annotated[_Submitted | _Began | _Ended, Field(discriminator="event")]
+)
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events, oldest first; a line that a crash cut off is left out."""
-    found = []
+    """All events, oldest first; a line that a crash cut off, or that is no event, is left out."""
+    found: list[dict[str, Any]] = []
     with suppress(FileNotFoundError, NotPlainError):
         for line in read_plain(run_dir / JOBS).decode("utf-8", "replace").splitlines():
-            with suppress(ValueError):
-                event = json.loads(line)
-                if isinstance(event, dict) and {"event", "job"} <= event.keys():
-                    found.append(event)
+            with suppress(ValidationError):
+                found.append(dict(_EVENT.validate_json(line)))
     return found
 
 
@@ -121,7 +148,7 @@ def judge(
     events = read_events(run_dir)
     began = _began(events)
     status = read_status(run_dir) or {}
-    wrote = status.get("time") is not None and status["time"] != began["status_time"]
+    wrote = status.get("time") is not None and status["time"] != began.get("status_time")
     if wrote and status["status"] == "finished":
         return Verdict("finished", status["reason"])
     if wrote and not status["restart"]:

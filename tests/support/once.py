@@ -19,6 +19,7 @@ _VARIABLE = "RELAY_TESTS_FOLDER"
 def make_shared_folder() -> None:
     """To be called before the workers start, which inherit where it is."""
     os.environ[_VARIABLE] = tempfile.mkdtemp(prefix="relay-tests-")
+    os.environ["XDG_CACHE_HOME"] = f"{os.environ[_VARIABLE]}/cache"  # the user's own keeps nothing of the tests
 
 
 def remove_shared_folder() -> None:

@@ -8,70 +8,71 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
-from training.base.files import lock, open_in_place, read_plain, sha256_of, write_atomically
+from training.base.files import lock, open_in_place, sha256_of
 
 # A file that was changed so shortly before may be changed again within one tick of the file system's clock.
 _SETTLED_S = 2.0
 
 
 def sha256_once(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; read once by one process of a machine. Raises OSError."""
+    """SHA-256 of a file's content, in hexadecimal; read by one process of a machine, once. Raises OSError."""
     about = path.stat()
     key = f"{path.resolve()}\0{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
-    with _remembered(key) as entry:
-        if (known := _read(entry)) is not None:
-            return known
-        found = sha256_of(path)
-        if abs(time.time() - about.st_ctime) > _SETTLED_S:
-            _write(entry, found)
-        return found
-
-
-@contextmanager
-def found_good(what: str) -> Iterator[bool]:
-    """Whether a block with `what` was once left without an error; if not, it is remembered when this one is.
-
-    what: a text that names both the content (by its SHA-256) and the checks. Other processes wait meanwhile.
-    """
-    with _remembered(what) as entry:
-        known = _read(entry) is not None
-        yield known
+    with _held(key) as entry:
+        known = _read(entry)
         if not known:
-            _write(entry, "good")
+            known = sha256_of(path)
+            if abs(time.time() - about.st_ctime) > _SETTLED_S:
+                _write(entry, known)
+        return known
+
+
+def check_once(what: str, check: Callable[[], None]) -> None:
+    """Calls `check`, which raises an error for what is not good, unless it was called for the same before.
+
+    what: a text that names the content, by its SHA-256, and the check.
+    """
+    with _held(what) as entry:
+        if not _read(entry):
+            check()
+            _write(entry, hashlib.sha256(what.encode()).hexdigest())
 
 
 @contextmanager
-def _remembered(key: str) -> Iterator[Path | None]:
-    """The file for what is known of `key`, held by this process; None where nothing can be remembered."""
+def _held(key: str) -> Iterator[FileIO | None]:
+    """The file for what is known of `key`, which other processes wait for; None where nothing can be remembered."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relay" / "known-files"
-    entry = folder / hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
         if about.st_uid != os.geteuid() or about.st_mode & 0o022:
             raise PermissionError
-        held = open_in_place(entry.with_suffix(".lock"))
+        entry = open_in_place(folder / hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest())
     except OSError:
         yield None
         return
-    with held:
-        lock(held, wait=True)
+    with entry:
+        lock(entry, wait=True)
         yield entry
 
 
-def _read(entry: Path | None) -> str | None:
-    if entry is not None:
-        with suppress(OSError, UnicodeDecodeError):
-            return read_plain(entry, most_bytes=64).decode("ascii")
-    return None
+def _read(entry: FileIO | None) -> str | None:
+    if entry is None:
+        return None
+    entry.seek(0)
+    text = entry.read(65).decode("ascii", "replace")
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
-def _write(entry: Path | None, text: str) -> None:
+def _write(entry: FileIO | None, text: str) -> None:
     if entry is not None:
         with suppress(OSError):  # a full disk
-            write_atomically(entry, text)
+            entry.truncate(0)
+            entry.write(text.encode())

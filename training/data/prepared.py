@@ -27,7 +27,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 
 from training.base.console import UserError
 from training.base.files import read_json, sha256_of
-from training.base.known_files import found_good, sha256_once
+from training.base.known_files import check_once, sha256_once
 from training.data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "relay-sentence-pairs-1"
@@ -169,14 +169,16 @@ class PreparedFolder:
         for name, about in self.meta["files"].items():
             if sha256_once(self.folder / name) != about["sha256"]:
                 raise UserError(self._changed(name))
-        with found_good(f"prepared data {sha256_of(self.folder / META)}") as known:
-            for part in () if known else PARTS:
-                self._check_part(part)
+        check_once(f"prepared data {sha256_of(self.folder / META)}", self._check_parts)
         return self
 
     def _changed(self, name: str) -> str:
         again = _again(self.folder, self.make)
         return f"{self.folder / name} was changed or damaged since it was prepared; {again}"
+
+    def _check_parts(self) -> None:
+        for part in PARTS:
+            self._check_part(part)
 
     def _check_part(self, part: str) -> None:
         """Raises UserError unless columns and offsets are what they should be, and every id has its token."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ import pytest
 from data_prep import tatoeba
 from data_prep.sources import sample_lines
 from tests.support.commands import ROOT
+from training.base import known_files
 from training.base.console import UserError
 from training.base.files import open_atomically, publish_folder, recover, sha256_of, temporary_folder, write_atomically
 from training.data.conversations import open_conversations
@@ -147,6 +149,102 @@ def test_flipped_bit_is_noticed_by_verify(copy):
     data.write_bytes(content)
     with pytest.raises(UserError, match="changed or damaged"):
         open_prepared(copy).verify()
+
+
+def forged(folder: Path, part: str, change: Callable[[dict[str, pa.Array]], None]) -> None:
+    """Changes columns as somebody would who has prepared the data so: everything that meta.json says fits."""
+    (path,) = (folder / part).glob("data-*.arrow")
+    table = pa.ipc.open_stream(path.read_bytes()).read_all().combine_chunks()
+    columns = {name: table.column(name).chunk(0) for name in table.column_names}
+    change(columns)
+    path.unlink()
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.table(columns).schema) as writer:
+        writer.write_table(pa.table(columns))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta["files"] = {name: about for name, about in list_files(folder).items() if name != "meta.json"}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def far_offset(columns: dict[str, pa.Array]) -> None:
+    ids = columns["source_ids"]
+    offsets = ids.offsets.to_numpy().copy()
+    offsets[3] = 1 << 40
+    columns["source_ids"] = pa.LargeListArray.from_buffers(
+        ids.type, len(ids), [None, pa.py_buffer(offsets)], children=[ids.values]
+    )
+
+
+def text_beyond_its_buffer(columns: dict[str, pa.Array]) -> None:
+    texts = columns["target"]
+    offsets = np.frombuffer(texts.buffers()[1], dtype=np.int64)[: len(texts) + 1].copy()
+    offsets[3] = 1 << 40
+    buffers = [None, pa.py_buffer(offsets), texts.buffers()[2]]
+    columns["target"] = pa.Array.from_buffers(pa.large_string(), len(texts), buffers)
+
+
+def strange_id(columns: dict[str, pa.Array]) -> None:
+    ids = columns["target_ids"]
+    values = ids.values.to_numpy().copy()
+    values[7] = 10**6
+    columns["target_ids"] = pa.LargeListArray.from_arrays(ids.offsets, pa.array(values))
+
+
+def negative_id(columns: dict[str, pa.Array]) -> None:
+    columns["source_ids"] = pa.array([[-1]] * len(columns["row"]), pa.large_list(pa.int32()))
+
+
+def other_kind(columns: dict[str, pa.Array]) -> None:
+    columns["row"] = columns["source"]
+
+
+def lacking_value(columns: dict[str, pa.Array]) -> None:
+    columns["source"] = pa.array([None] * len(columns["row"]), pa.large_string())
+
+
+@pytest.mark.parametrize(
+    "change", [far_offset, text_beyond_its_buffer, strange_id, negative_id, other_kind, lacking_value]
+)
+def test_forged_content_is_refused_before_anything_is_read_by_it(copy, change):
+    forged(copy, "validation", change)
+    with pytest.raises(UserError, match=r"the validation part of .* is not as Relay writes it"):
+        open_prepared(copy)
+
+
+@pytest.mark.parametrize("name", ["train/data-9.arrow", "tokenizer/source/chat_template.jinja"])
+def test_files_that_nobody_prepared_are_refused(copy, name):
+    (copy / name).write_text("{{ 1 }}")
+    with pytest.raises(UserError, match=f"has files that meta.json does not list, such as {name}"):
+        open_prepared(copy)
+
+
+def test_links_and_paths_out_of_the_folder_are_no_files_of_it(copy, tmp_path):
+    (data,) = (copy / "test").glob("data-*.arrow")
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is missing"):
+        open_prepared(copy)
+    meta = json.loads((copy / "meta.json").read_text(encoding="utf-8"))
+    for name in ("../secret", "/etc/passwd", "test/.hidden", "test//x"):
+        (copy / "meta.json").write_text(json.dumps({**meta, "files": {name: {"bytes": 1, "sha256": "0"}}}))
+        with pytest.raises(UserError, match="does not list the files"):
+            open_prepared(copy)
+
+
+def test_what_was_checked_once_is_not_read_again_until_it_changes(copy, monkeypatch):
+    monkeypatch.setattr(known_files, "_SETTLED_S", -1)
+    open_prepared(copy)
+    read: list[Path] = []
+    monkeypatch.setattr(known_files, "sha256_of", lambda path: (read.append(path), sha256_of(path))[1])
+    monkeypatch.setattr(Prepared, "_check_part", lambda *_: pytest.fail("checked again"))
+    open_prepared(copy)
+    assert read == []
+    (data,) = (copy / "test").glob("data-*.arrow")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(UserError, match="changed or damaged"):
+        open_prepared(copy)
+    assert read == [data]
 
 
 def test_reading_needs_neither_torch_nor_the_datasets_library(sample):

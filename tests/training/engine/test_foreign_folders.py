@@ -172,7 +172,7 @@ def test_what_is_printed_commands_no_terminal(capsys):
 
 def test_jobs_are_noted_in_no_file_behind_a_link(tmp_path, home):
     (tmp_path / JOBS).symlink_to(home / "key")
-    note(tmp_path, "began", "17")
+    note(tmp_path, "began", "17", step=0)
     assert [event["job"] for event in read_events(tmp_path)] == ["17"] and is_untouched(home)
 
 
