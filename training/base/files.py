@@ -310,7 +310,9 @@ def publish_folder(temporary: Path, final: Path, *, replace: bool = False) -> No
 def recover(final: Path) -> bool:
     """Ends a replacement of `final` that was killed halfway; true if the previous `final` had to be brought back."""
     aside = _set_aside(final)
-    if not aside.is_dir() or aside.is_symlink() or os.path.lexists(final):
+    if not os.path.lexists(aside):
+        return False
+    if aside.is_symlink() or os.path.lexists(final):
         _remove(aside)
         return False
     aside.rename(final)
