@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -45,3 +46,11 @@ def test_what_is_said_of_a_run_is_known_without_its_script(tmp_path):
 def test_what_only_starts_a_run_does_not_wait_for_torch(module: str):
     code = f"import sys, launch.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_lock_has_every_requirement_with_the_sha256_of_its_files():
+    wanted = {line for line in (ROOT / "requirements.txt").read_text().lower().split() if "==" in line}
+    blocks = re.split(r"\n(?=\S)", (ROOT / "launch/requirements.lock").read_text())
+    locked = {re.sub(r"^typing-", "typing_", block.split()[0]): block for block in blocks if "==" in block.split()[0]}
+    assert wanted - locked.keys() == {line for line in wanted if line.startswith("torch==")}
+    assert all("--hash=sha256:" in block for block in locked.values())
