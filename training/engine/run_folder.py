@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from io import FileIO
 from itertools import count
 from pathlib import Path
@@ -58,6 +59,13 @@ class Data(Protocol):
     @property
     def kept(self) -> Mapping[str, Path]:
         """Files and folders that a run copies, by their names in the run folder, to be usable without its data."""
+
+
+def keep_private(run_dir: Path) -> None:
+    """From now on what this process writes is for its user alone, and so is the run folder, if it is there already."""
+    os.umask(0o077)
+    with suppress(OSError):  # not there, or another user's
+        run_dir.chmod(0o700)
 
 
 class RunFolder:

@@ -45,6 +45,9 @@ class RunOptions(Options):
     parallel: Literal["ddp", "deepspeed"] = Field(
         "ddp", description="ddp: all of the model on every rank; deepspeed: ZeRO, which spreads it over them"
     )
+    private: bool = Field(
+        False, description="what the run leaves is for this user alone (0600, folders 0700), whatever the umask is"
+    )
     resume_from: Path | None = Field(
         None, description="a run folder, read-only perhaps, to continue in run_dir where it has come further"
     )
@@ -66,7 +69,7 @@ class RunOptions(Options):
 
 # Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
-    *("run_dir", "data", "training", "deterministic", "parallel", "zero", "resume_from"),
+    *("run_dir", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from"),
     *("checkpoint", "log", "session", "wandb"),
 }
 

@@ -30,6 +30,7 @@ from training.base.durations import format_duration
 from training.base.files import create
 from training.engine import sentry
 from training.engine.cluster import Cluster, Watcher
+from training.engine.run_folder import keep_private
 from training.engine.status import write_status
 from training.engine.task import RunOptions
 
@@ -71,6 +72,8 @@ class SignOfLife(TypedDict):
 @contextmanager
 def watched_ranks(config: RunOptions) -> Iterator[Cluster]:
     """The processes of a run, each with a watchdog from before they meet until they part."""
+    if config.private:
+        keep_private(config.run_dir)
     cluster = Cluster(_LONGEST_PAUSE_S, deterministic=config.deterministic)
     with Watchdog(config.run_dir, cluster, config.session.hang_timeout) as cluster.watcher, cluster:
         yield cluster

@@ -20,6 +20,7 @@ from training.data.conversations import FORMAT as CONVERSATIONS
 from training.data.prepared import FORMAT as PAIRS
 from training.data.prepared import PreparedFolder
 from training.engine.checkpoint import Checkpoint, choose
+from training.engine.run_folder import keep_private
 from training.engine.task import RunOptions
 
 TRANSLATION, QLORA = "translation", "QLoRA"  # the kinds of runs
@@ -143,5 +144,7 @@ def open_run(
         raise UserError(
             f"{checkpoints[0].folder} was written by another version: its config differs in {keys}"
         ) from None
+    if config.private:
+        keep_private(run_dir)
     data = read_json(run_dir / "data.json")
     return TrainedRun(run_dir, wanted, checkpoints, config, data), state

@@ -12,6 +12,7 @@ import pytest
 
 from launch.slurm.job import JOBS, note, read_events
 from launch.slurm.status import print_status
+from tests.support.runs import SHORT_RUN, command_of
 from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
 from training.base.console import UserError, say
 from training.base.files import open_in_place, read_plain, temporary_folder, write_atomically
@@ -73,6 +74,16 @@ def test_a_temporary_name_is_made_anew_whatever_lies_there(tmp_path, home):
             assert folder == partial and list(folder.iterdir()) == [] and not folder.is_symlink()
         partial.rmdir()
     assert (tmp_path / "file").read_text() == "content" and is_untouched(home)
+
+
+def test_a_private_run_and_its_evaluation_leave_nothing_that_others_may_read(tmp_path, sample_data, launch):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(mode=0o755)  # as the launcher may have made it
+    words = command_of(run_dir, sample_data, *SHORT_RUN, "--optim.steps", 4, "--private", "true")
+    assert launch(*words).wait().status == 0
+    assert launch(run_dir, "--part", "validation", module="training.evaluation.evaluate").wait().status == 0
+    modes = {path: path.stat().st_mode & 0o777 for path in (run_dir, *run_dir.rglob("*"))}
+    assert len(modes) > 10 and {path: mode for path, mode in modes.items() if mode & 0o077} == {}
 
 
 def test_a_lock_changes_no_file_whose_other_name_it_is(tmp_path, home):
