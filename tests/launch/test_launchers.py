@@ -199,6 +199,28 @@ def test_ranks_whose_port_is_taken_say_so_and_do_not_disturb_who_has_it(launch, 
     assert not life.run_dir.exists()
 
 
+def listening(pid: int) -> set[str]:
+    """The addresses at which a process can be reached over the network, as the kernel writes them."""
+    own = {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in own:
+                found.add(local.partition(":")[0])
+    return found
+
+
+def test_ranks_of_one_machine_can_be_reached_from_no_other(launch, sample_data, tmp_path):
+    life = Life(launch, tmp_path, sample_data, None)
+    port = str(free_port())
+    second = life.start(environment=task(1, MASTER_PORT=port))
+    first = life.start(hold_at(2), environment=task(0, MASTER_PORT=port))
+    life.wait_at(first, "forward-2")
+    loopback = "0100007F"
+    assert [listening(each.process.pid) for each in (first, second)] == [{loopback}, {loopback}]
+
+
 def test_a_shell_in_one_task_of_srun_hears_whom_its_command_waits_for_and_how_to_run_alone(
     launch, sample_data, tmp_path
 ):

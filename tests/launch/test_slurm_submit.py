@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from launch.slurm import __main__ as slurm
-from launch.slurm.job import read_events
+from launch.slurm.job import note, read_events
 from launch.slurm.status import row
 from tests.support.commands import PATIENCE_S, ROOT, Result
 from tests.support.debian import program
@@ -166,6 +166,23 @@ def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
     assert name_of(tmp_path / "link/a-b") == name_of(os.path.relpath(clones[0])) == names[0]
 
 
+def test_no_option_ends_slurms_comment_and_begins_a_command(tmp_path, monkeypatch):
+    config = tmp_path / "gpt/mine.yaml"
+    config.parent.mkdir()
+    config.write_text('data: prepared/x\nrun_dir: "runs/x\\ntouch pwned"\n')
+    with pytest.raises(UserError, match=r"mine.yaml: run_dir: 'runs/x\\ntouch pwned' has the control character"):
+        slurm.main([str(config), "--time", "5", "--print"])
+    for words in (("--run_dir", "runs/x\ny"), ("--sbatch=--comment='a\ntouch pwned'",), ("--partition", "a\rb")):
+        with pytest.raises(UserError, match="has the control character"):
+            slurm.main(["configs/gpt/sample.yaml", "--time", "5", "--print", *words])
+    (tmp_path / "two\nlines").mkdir()
+    monkeypatch.chdir(tmp_path / "two\nlines")
+    for name in ("configs", "slurm"):
+        Path(name).symlink_to(ROOT / name)
+    with pytest.raises(UserError, match="has the control character"):
+        slurm.main(["configs/gpt/sample.yaml", "--time", "5", "--print"])
+
+
 @pytest.mark.whole
 def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_do(
     submission, config, cluster, sample_data
@@ -229,6 +246,11 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     blocker = cluster.submit("--exclusive", "-N", 2, "-o", "/dev/null", "--wrap", "sleep 600")
     cluster.wait_for(blocker, "RUNNING")
     (waiting,) = submitted(submission(*words))
+    foreign = tmp_path / "theirs"
+    foreign.mkdir()
+    note(foreign, "submitted", str(waiting))
+    assert "has not the run's name" in submission("stop", foreign).out
+    assert cluster.state(waiting) == "PENDING", "whoever names a job cancels it"
     assert re.search(rf"resumable, waiting .* {waiting} pending \(", status()), status()
     assert "taken out of the queue" in submission("stop", run_dir).out
     assert cluster.wait_for(waiting) == "CANCELLED"
