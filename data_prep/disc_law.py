@@ -28,7 +28,8 @@ from data_prep.disc_law_records import (
 from data_prep.prepare_conversations import prepare
 from data_prep.records import ConversationOptions, Corpus
 from training.base.console import run_main
-from training.base.options import parse
+from training.base.hub import commit_of
+from training.base.options import Revision, parse
 from training.data.chat import Message, user
 from training.data.conversations import DISC_LAW_SFT
 
@@ -37,7 +38,9 @@ class DiscLawOptions(ConversationOptions):
     """The keys of `python -m data_prep.disc_law`."""
 
     source: str = Field(description=f"the folder with the files of DISC-Law-SFT, or hub ({DISC_LAW_SFT})")
-    revision: str = Field("main", description="commit or branch on the hub; the files' SHA-256 are checked in any case")
+    revision: Revision = Field(
+        "main", description="commit or branch on the hub; the files' SHA-256 are checked in any case"
+    )
     reference: bool = Field(True, description="put the statutes before a question that does not hold them already")
     exam: bool = Field(
         True,
@@ -74,6 +77,7 @@ class DiscLaw(Corpus[LawRecord, LawFile]):
         return {
             "kind": "hub" if from_hub else "folder",
             "place": f"{DISC_LAW_SFT}@{self.options.revision}" if from_hub else self.options.source,
+            "commit": commit_of(self.files[0].path.parent) if from_hub else None,
             "missing": [file.name for file in FILES if file.stem not in present],
             "licence": LICENCE,
         }

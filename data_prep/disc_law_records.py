@@ -270,6 +270,7 @@ def _without_blanks(text: str) -> str:
 
 
 CUT_MARK = "……"
+MOST_CUTS = 30  # before a record is given up; two or three will do, and its tokens are counted anew after each
 MIN_KEPT = 200  # characters of a line or text that are never cut: room for any instruction
 
 
@@ -291,13 +292,16 @@ def shortened(
     tokens = count(whole)
     characters_per_token = max(1.0, len(whole) / max(1, tokens))
     text, to_remove = whole, 0
-    while (excess := count(text) - room) > 0:
+    for _ in range(MOST_CUTS):
+        excess = count(text) - room
+        if excess <= 0:
+            return text if answer not in whole or answer in text else None
         to_remove += max(1, ceil(excess * characters_per_token))
         limit = _limit_that_removes(to_remove, [len(block) for block in blocks])
         if limit < MIN_KEPT:
             return None
         text = "\n".join(_cut(block, limit) for block in blocks) + kept
-    return text if answer not in whole or answer in text else None
+    return None
 
 
 def _limit_that_removes(characters: int, lengths: list[int]) -> int:

@@ -10,13 +10,16 @@ import hashlib
 import http.client
 import io
 import re
+import shlex
 import ssl
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from data_prep.preparing import LISTED_MALFORMED
 from training.base.console import UserError, say, warn
@@ -28,6 +31,9 @@ DOWNLOAD_URL = "https://www.manythings.org/anki/cmn-eng.zip"
 DOWNLOAD_NAME = "cmn-eng.zip"  # in the folder of downloads
 DOWNLOAD_PAGE = "https://www.manythings.org/anki/"
 DOWNLOAD_TIMEOUT_S = 15
+
+# Bytes that a zip file may unpack to. The text of manythings.org has some 10 MB, four times its zip file.
+MOST_UNPACKED, UNPACKED_AT_ANY_RATIO, MOST_RATIO = 1 << 30, 64 << 20, 100
 
 # Kinds of malformed lines.
 NO_TAB, SWAPPED, HEADING = "one column, no TAB", "Chinese before English", "a heading"
@@ -153,7 +159,9 @@ def _read(path: Path) -> tuple[bytes, dict[str, object] | None]:
     except OSError as error:
         raise UserError(f"--source {path} cannot be read: {error.strerror}") from None
     if content.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path} is compressed: unpack it with `gunzip -k {path}`, and pass what comes out")
+        raise UserError(
+            f"{path} is compressed: unpack it with `gunzip -k {shlex.quote(str(path))}`, and pass what comes out"
+        )
     if not zipfile.is_zipfile(io.BytesIO(content)):
         return content, None
     archive = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -166,9 +174,22 @@ def _read(path: Path) -> tuple[bytes, dict[str, object] | None]:
                 raise UserError(
                     f"{path} should hold one text file of sentence pairs, found {len(texts)}; unzip it, pass the file"
                 )
-            return opened.read(texts[0]), archive
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+            with opened.open(texts[0]) as text:
+                return _unpacked(text, path, len(content)), archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is a damaged zip file ({error}); delete it and fetch it again") from None
+
+
+def _unpacked(text: IO[bytes], path: Path, packed_bytes: int) -> bytes:
+    """What `text`, in the archive at `path`, holds, read only as far as a text of sentences can go."""
+    most = min(MOST_UNPACKED, max(UNPACKED_AT_ANY_RATIO, MOST_RATIO * packed_bytes))
+    unpacked = text.read(most + 1)
+    if len(unpacked) > most:
+        raise UserError(
+            f"{path} has {packed_bytes:,} bytes and unpacks to more than {most:,}, which no text of sentence pairs "
+            "does: do not use it; if it is what you want, unzip it yourself and pass the text file"
+        )
+    return unpacked
 
 
 def _downloaded(folder: Path) -> Path:
@@ -237,6 +258,7 @@ def read_pairs(source: Source, max_malformed_share: float) -> RawPairs:
 
 
 def _check_text(source: Source) -> None:
+    place = shlex.quote(source.place)
     if not source.content:
         raise UserError(f"{source.place} is empty; expected lines of `English TAB Chinese`")
     try:
@@ -248,12 +270,12 @@ def _check_text(source: Source) -> None:
     if b"\0" not in source.content and error.reason == "unexpected end of data":
         advice = "it ends in the middle of a character: copy it again, whole"
     elif source.content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        advice = f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {source.place} > cmn-utf8.txt`"
+        advice = f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {place} > cmn-utf8.txt`"
     else:
         try:
             source.content.decode("gb18030")
             advice = (
-                f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {source.place} > cmn-utf8.txt`, with "
+                f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {place} > cmn-utf8.txt`, with "
                 "`-f BIG5` if that gives other characters"
             )
         except UnicodeDecodeError:
@@ -312,7 +334,9 @@ def _check_malformed(source: Source, pairs: RawPairs, max_malformed_share: float
     text = str(example["text"])
     advice = "check that this is the right file"
     if reason == SWAPPED and 2 * count > found:
-        advice = f"""swap the columns: `awk -F'\\t' '{{print $2 "\\t" $1}}' {source.place} > swapped.tsv`"""
+        advice = (
+            f"""swap the columns: `awk -F'\\t' '{{print $2 "\\t" $1}}' {shlex.quote(source.place)} > swapped.tsv`"""
+        )
     elif reason == SWAPPED:
         advice = "put English first on these lines, too"
     elif reason == NO_TAB and text.startswith(("{", "[")):

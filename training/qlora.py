@@ -17,9 +17,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from training.base.console import UserError, run_main
+from training.base.console import UserError, run_main, say
 from training.base.environment import staged
-from training.base.options import parse
+from training.base.hub import commit_of
+from training.base.options import Revision, parse
 from training.data.conversations import ConversationPart, open_conversations
 from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
@@ -46,7 +47,7 @@ class QLoRAConfig(RunOptions):
     """All options of a QLoRA training."""
 
     base_model: str = Field(description="folder of the chat model, or its name on the Hugging Face hub")
-    base_revision: str | None = Field(None, description="its commit on the hub; null: what is here, or the newest")
+    base_revision: Revision | None = Field(None, description="its commit on the hub; null: what is here, or the newest")
     quantisation: QuantisationOptions = Field(default_factory=QuantisationOptions)
     lora: LoraOptions = Field(default_factory=LoraOptions)
     memory: MemoryOptions = Field(default_factory=MemoryOptions)
@@ -188,6 +189,8 @@ def main() -> int:
     answers, held_out = (Answers(data.part(name), pad_id) for name in ("train", "validation"))
     plan = plan_of(config, answers)
     folder = find_base_model(config.base_model, config.base_revision)
+    if commit := commit_of(folder):
+        say(f"base model {config.base_model} at {commit}")
     about = read_config(folder, config.quantisation)
     text = about.get_text_config()
 

@@ -49,6 +49,7 @@ from training.data.text import normalise
 
 DATA = REAL_TATOEBA.parents[1]
 REAL_RECORDS = DATA / "disc-law-sft"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REAL_TOKENIZER = DATA / "qwen2.5-tokenizer"
 
 
@@ -560,6 +561,18 @@ def test_cutting_takes_the_middle_of_long_lines_as_little_as_fits():
     assert len(tight) <= 2 * MIN_KEPT + 20 and all(len(line) in (3, *range(195, 211)) for line in tight.split("\n"))
 
 
+def test_a_record_that_cutting_hardly_shortens_is_given_up_soon():
+    task = TASKS[TASK_NAMES.index("sent_pred")]
+    asked = []
+
+    def count(text: str) -> int:  # all of the tokens are at the ends, where nothing is cut
+        asked.append(text)
+        return 1001
+
+    assert shortened(task, [], "甲" * 130_000, "答", count, 1000) is None
+    assert len(asked) < 40
+
+
 def test_question_behind_its_mark_is_never_cut_and_a_lost_span_gives_the_record_up():
     task = TASKS[TASK_NAMES.index("jud_read_compre")]
     asked = "，问题为：'" + "问" * 300 + "？'"
@@ -771,17 +784,21 @@ def test_published_files_are_known_by_their_content(published, make, capsys, law
 
 def test_hub_is_fetched_by_revision_and_checked(published, make, monkeypatch, tmp_path):
     asked = []
+    snapshot = tmp_path / "snapshots" / COMMIT
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(published)
 
     def fetch_snapshot(name, *, revision, patterns, is_complete, kind):
         asked.append((name, revision, kind, sorted(patterns)))
         assert is_complete(published) and not is_complete(tmp_path)
-        return published
+        return snapshot
 
     monkeypatch.setattr(disc_law_records, "fetch_snapshot", fetch_snapshot)
     law = make("hub", "--revision", "abc", output=tmp_path / "x")
     names = sorted(file.name for file in FILES)
     assert asked == [("ShengbinYue/DISC-Law-SFT", "abc", "dataset", names)]
     assert law.meta["source"]["kind"] == "hub" and law.meta["source"]["place"] == "ShengbinYue/DISC-Law-SFT@abc"
+    assert law.meta["source"]["commit"] == COMMIT
     make("hub", output=tmp_path / "x")
     assert len(asked) == 1, "asked for what was prepared already"
     with (published / f"{TRIPLET}.jsonl").open("a") as file:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -83,6 +84,34 @@ BAD_SOURCES = {
     "four_columns": (b"1\tHi.\t2\t\xe5\x97\xa8\n", "4 columns"),
     "too_few": ("Hi.\t嗨。\nRun.\t跑。\n".encode(), "too few for this split"),
 }
+
+
+def test_a_zip_file_is_read_only_as_far_as_a_text_of_sentences_can_go(tmp_path):
+    path = tmp_path / "cmn.zip"
+    for unpacked, refused in ((60 << 20, False), (70 << 20, True)):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+            opened.writestr("cmn.txt", bytes(unpacked))
+        if refused:
+            with pytest.raises(
+                UserError, match="unpacks to more than 67,108,864, which no text of sentence pairs does"
+            ):
+                sources.open_source(str(path), tmp_path)
+        else:
+            assert len(sources.open_source(str(path), tmp_path).content) == unpacked
+    noise = random.Random(1).randbytes(1 << 20)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("cmn.txt", noise + bytes(70 << 20))
+    assert len(sources.open_source(str(path), tmp_path).content) == len(noise) + (70 << 20), "100 times its size it may"
+
+
+def test_commands_that_are_named_quote_the_name_of_the_file(tmp_path):
+    path = tmp_path / "my $(touch x).txt"
+    path.write_bytes(gzip.compress(b""))
+    with pytest.raises(UserError, match=r"gunzip -k '[^']*my \$\(touch x\).txt'`"):
+        sources.open_source(str(path), tmp_path)
+    path.write_bytes(CORPUS.encode("utf-16"))
+    with pytest.raises(UserError, match=r"-t UTF-8 '[^']*my \$\(touch x\).txt' >"):
+        sources.read_pairs(sources.open_source(str(path), tmp_path), 0.01)
 
 
 @pytest.mark.parametrize("name", BAD_SOURCES)

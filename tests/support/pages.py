@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from dataclasses import fields
 from html.parser import HTMLParser
@@ -40,6 +42,17 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def assert_fenced(html: str) -> None:
+    """Asserts that the page's policy, which stands before all else, allows its own style and pictures within it."""
+    head = html.partition("</head>")[0]
+    style = head.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    wanted = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{wanted}">' in head.partition("<style>")[0]
+    assert html.count("<style>") == html.count("Content-Security-Policy") == 1
+    assert not re.search(r"<[^>]*\sstyle=", html)
 
 
 def make_session(number: int, from_step: int, step: int, reason: str, **more: Any) -> dict[str, Any]:

@@ -133,6 +133,15 @@ def test_every_config_trains(config: str, launch: Launch, data: Path, base: Path
     assert result.status == 0 and "dry run: loss" in result.out, result
 
 
+def test_a_base_model_of_the_hub_is_named_with_its_commit(launch: Launch, data: Path, base: Path, tmp_path: Path):
+    folder = tmp_path / "snapshots/0123456789abcdef0123456789abcdef01234567"
+    folder.parent.mkdir()
+    folder.symlink_to(base)
+    command = command_of(tmp_path / "run", data, "--base_model", folder, *RUN, "--dry-run")
+    result = launch(*command, module="training.qlora").wait()
+    assert f"base model {folder} at {folder.name}\n" in result.out, result
+
+
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 

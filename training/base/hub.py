@@ -6,6 +6,7 @@ says how to get the files by hand; what is complete on this machine is used with
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -77,8 +78,13 @@ def fetch_snapshot(
     return folder
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of `fetch_snapshot` holds; None for another folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def _by_hand(name: str, revision: str | None, kind: str) -> str:
     words = ["hf", "download", name, "--local-dir", "FOLDER"]
     words += ["--repo-type", kind] if kind != "model" else []
     words += ["--revision", revision] if revision else []
-    return " ".join(words)
+    return shlex.join(words)

@@ -12,19 +12,20 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from training.base.console import UserError
 from training.base.durations import format_duration, parse_duration
 from training.base.environment import without_local_rank
+from training.base.strict_yaml import read_yaml
 
 
 class Options(BaseModel):
@@ -40,6 +41,10 @@ Duration = Annotated[
     PlainSerializer(lambda value: text if parse_duration(text := format_duration(value)) == value else value),
     "duration",
 ]
+
+
+# A commit, a branch or a tag. It comes to stand in commands and in code.
+Revision = Annotated[str, StringConstraints(pattern=r"^[\w.][\w./-]*$")]
 
 
 OptionsType = TypeVar("OptionsType", bound=Options)
@@ -220,23 +225,6 @@ def unprintable(value: object, key: str = "") -> list[str]:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake, not a silent choice of the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # the parent class says so, with the line
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -249,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a UTF-8 text file; a config is YAML text") from None
     try:
-        values = yaml.load(text, _UniqueKeyLoader)
+        values = read_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -18,7 +18,8 @@ import numpy as np
 
 from training.base.console import UserError
 from training.base.files import nearest_folder
-from training.base.hub import fetch_snapshot
+from training.base.hub import commit_of, fetch_snapshot
+from training.base.limits import call_limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,9 @@ _FILES = (
     "chat_template*",
     "config.json",
 )
+# What a template may take for a conversation. Real ones take some 50 microseconds, and add less than 10,000 characters.
+_SECONDS, _BYTES = 1.0, 1 << 30
+_MORE_CHARACTERS, _TIMES_THE_TEXT = 100_000, 10
 _BATCH = 256  # texts that are encoded at a time: what the library holds meanwhile is many times their size
 
 Message = dict[str, str]
@@ -152,6 +156,7 @@ class ChatTokenizer:
             "pad_id": self.pad_id,
             "end_id": self.end_id,
             "name": self.name,
+            "commit": commit_of(self._folder),
             "kind": type(self._tokenizer).__name__,
         }
 
@@ -167,10 +172,29 @@ class ChatTokenizer:
             raise UserError(f"the files of --tokenizer {self._folder} were changed meanwhile: prepare the data again")
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        """What the template makes of `messages`. Raises UserError beyond its limits, and what it raises."""
+        size = sum(len(message["content"]) for message in messages)
+        most = _MORE_CHARACTERS + _TIMES_THE_TEXT * size
+        try:
+            text: str = call_limited(
+                lambda: self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                ),
+                _SECONDS,
+                _BYTES,
+            )
+        except TimeoutError:
+            what = f"takes longer than {_SECONDS:g} s"
+        except MemoryError:
+            what = f"wants more than {_BYTES >> 30} GiB of memory"
+        else:
+            if len(text) <= most:
+                return text
+            what = f"makes {len(text):,} characters"
+        raise UserError(
+            f"the chat template of --tokenizer {self.name} {what} for one conversation of {size:,} characters: do not "
+            "use it; pass the tokenizer of another model"
         )
-        return text
 
     def _probe(self, turns: Sequence[Message]) -> int | str:
         """How many control tokens a prompt of turns in these roles has, or why the template makes no prompt of them."""
@@ -179,6 +203,8 @@ class ChatTokenizer:
             plain = [{"role": role, "content": f"第{place}句。"} for place, role in enumerate(roles)]
             try:
                 prompt = self.prompt(plain)
+            except UserError:
+                raise
             except Exception as error:  # a template is a program of its own, and may raise whatever it likes
                 self._probed[roles] = f"the chat template takes no turns of {', '.join(roles)} ({error})"
             else:
@@ -197,6 +223,8 @@ class ChatTokenizer:
         try:
             prompt = self.prompt([user(question)])
             whole = self._render([user(question), assistant(answer)], add_generation_prompt=False)
+        except UserError:
+            raise
         except Exception as error:  # a template is a program of its own, and may raise whatever it likes
             raise UserError(
                 f"the chat template of --tokenizer {self.name} fails on a question and its answer ({error}); pass the "

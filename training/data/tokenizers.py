@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ import sentencepiece
 
 from training.base.console import UserError
 from training.base.files import write_atomically
-from training.data.text import HAN
+from training.data.text import HAN, nfkc
 
 PAD, SOS, EOS, SEP, UNK = range(5)
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<sep>", "<unk>")
@@ -130,7 +129,7 @@ class WordTokenizer(Tokenizer):
 def cut(text: str, language: Language) -> list[str]:
     """The words of an English text, or the characters and Latin runs of a Chinese one; punctuation is dropped."""
     # NFKC makes full-width letters and digits ordinary ones; the typographic apostrophe is not its business.
-    folded = unicodedata.normalize("NFKC", text).replace("’", "'").lower()
+    folded = nfkc(text).replace("’", "'").lower()
     return (_WORD_ENGLISH if language == "en" else _WORD_CHINESE).findall(folded)
 
 

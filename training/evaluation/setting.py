@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Setting:
                 penalty = f"{self.search.length_penalty:g}"
                 yield f"penalty{penalty}", f"--length_penalty {penalty}"
         if self.data is not None:
-            yield f"on-{self.data}", f"--data prepared/{self.data}"
+            yield f"on-{self.data}", f"--data {shlex.quote(f'prepared/{self.data}')}"
 
     @property
     def label(self) -> str:
@@ -121,7 +122,7 @@ class Setting:
         """What to type to evaluate `run_dir` so."""
         part = [] if self.part == "test" else [f"--part {self.part}"]
         options = [option for _, option in self._unusual()]
-        return " ".join([f"python -m training.evaluation.evaluate {run_dir}", *part, *options])
+        return " ".join([f"python -m training.evaluation.evaluate {shlex.quote(str(run_dir))}", *part, *options])
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

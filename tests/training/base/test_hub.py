@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
+from training.base.hub import commit_of
 
 NAME = "someone/tiny-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -127,6 +128,7 @@ def test_three_processes_fetch_every_file_once_need_no_network_then_and_complete
     names = re.findall(rf"{tmp_path}\S*?{COMMIT}", first.out)  # among progress bars
     assert len(names) == 3, first
     (folder,) = {Path(name) for name in names}
+    assert commit_of(folder) == COMMIT and commit_of(tmp_path) is None
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert all((folder / path.name).read_bytes() == FILES[path.name] for path in folder.iterdir())
     assert hub.asked == Counter({"config.json": 1, "model.safetensors": 1, "tokenizer.json": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.commands import ROOT, Launch
 from training.base.console import UserError
 from training.base.options import FLAG, CommandLine, Options, all_keys, parse, raw_values, to_yaml
 from training.gpt import GPTConfig
+from training.qlora import QLoRAConfig
 from training.seq2seq import Seq2SeqConfig
 
 REQUIRED = ["--run_dir", "runs/x", "--data", "prepared/x"]
@@ -207,6 +209,28 @@ def test_key_twice_in_yaml_is_refused(tmp_path, text):
     assert "stands twice" in refusal(config_file(tmp_path, text), *REQUIRED)
 
 
+LAUGHS = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl"))
+
+
+@pytest.mark.parametrize(
+    "text", [LAUGHS, "data: &a [*a]\n", "data: &a {b: *a}\n", "optim: &a {lr: 1}\nmodel: {<<: *a}\n"]
+)
+def test_an_alias_in_yaml_is_refused(tmp_path, text):
+    assert re.search(
+        r"line \d+ is not valid YAML: \*a is an alias, .* write the value itself",
+        refusal(config_file(tmp_path, text), *REQUIRED),
+    )
+
+
+@pytest.mark.parametrize("revision", ['x"; import os', "$(id)", "--token", "a b", "x\u2028y"])
+def test_a_revision_is_a_name_and_nothing_that_a_shell_or_python_would_run(revision):
+    with pytest.raises(UserError, match="revision"):
+        parse(QLoRAConfig, [*REQUIRED, "--base_model", "m", f"--base_revision={revision}"], prog="", about="")
+    for good in ("main", "refs/pr/1", "v1.0", "0123456789abcdef"):
+        read, _ = parse(QLoRAConfig, [*REQUIRED, "--base_model", "m", "--base_revision", good], prog="", about="")
+        assert read.base_revision == good
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -222,6 +246,7 @@ def test_key_twice_in_yaml_is_refused(tmp_path, text):
         ("种子: 1\n".encode("gb18030"), "is not a UTF-8 text file"),
         (bytes(range(256)), "is not a UTF-8 text file"),
         (b"seed: \x00", "is not valid YAML"),
+        ("data: " + 5000 * "[", "is not valid YAML"),
     ],
 )
 def test_file_that_is_no_config_is_one_clear_line(tmp_path, text, said):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.browser import browser
-from tests.support.pages import HOSTILE, Page, Poison, make_session
+from tests.support.pages import HOSTILE, Page, Poison, assert_fenced, make_session
 from training.evaluation.answers.before_after import scores_of
 from training.evaluation.answers.losses import compare_losses, loss_by_task
 from training.evaluation.answers.report import (
@@ -176,6 +176,7 @@ def test_the_page_tells_all_of_the_run(report):
 def test_the_page_comes_alone_and_the_same_every_time(report):
     html = render(report)
     assert html == render(make_report())
+    assert_fenced(html)
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]

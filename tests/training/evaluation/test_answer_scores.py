@@ -14,10 +14,18 @@ import pytest
 
 from data_prep.disc_law_records import TASK_NAMES
 from tests.support.commands import ROOT
+from tests.support.growth import assert_linear
 from training.evaluation import bootstrap
 from training.evaluation.answers.before_after import scores_of
 from training.evaluation.answers.losses import ALL_TASKS, compare_losses, loss_by_task
 from training.evaluation.answers.metrics import (
+    CASE,
+    ENTITY_F1,
+    LABEL,
+    LABEL_F1,
+    LETTERS,
+    ROUGE_L,
+    SPAN_F1,
     common_subsequence,
     entities,
     named_labels,
@@ -83,6 +91,46 @@ def test_rouge_l_of_two_long_texts_takes_milliseconds():
     began = time.process_time()
     assert 0.3 < rouge_l(one, other) < 0.6
     assert time.process_time() - began < 0.2
+
+
+# What patterns in a row would begin anew at each of: a piece, and what stands before and behind many of it.
+TIRING = [
+    *(("letters", piece, begin, "x") for piece in ("A ", "A、", "A", "选A", " ") for begin in ("", "答案")),
+    *(("letters", piece, "x", "x") for piece in ("\n", "\n ", "A和", "\n【", "选", "答案")),
+    *(("case", piece, begin, "x") for piece in (" ", "的是", "案例", ":", "B") for begin in ("接近", "LABEL", "")),
+    *(
+        ("labels", piece, begin, "x")
+        for piece in (" ", "'a' ", "'a',", "'", "“")
+        for begin in ("标签：", "标签：'a'", "")
+    ),
+    *(("tags", piece, "", end) for piece in ("O ", "B-a", "B-a ", "I-", " ") for end in ("x", "。")),
+    *((kind, piece, "", "") for kind in ("text", "span", "label") for piece in ("Ⅷ", "的一", " ", "\u0301\u0323")),
+]
+METRICS = {
+    **{
+        "letters": (LETTERS, "A"),
+        "case": (CASE, "B"),
+        "labels": (LABEL_F1, "标签：'甲', '乙'"),
+        "tags": (ENTITY_F1, "B-x O"),
+    },
+    **{"text": (ROUGE_L, "判决驳回"), "span": (SPAN_F1, "判决"), "label": (LABEL, "劳动纠纷")},
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_the_time_to_score_an_answer_grows_as_its_length(kind: str):
+    metric, reference = METRICS[kind]
+    for of, piece, begin, end in TIRING:
+        if of == kind:
+            assert_linear(lambda answer: metric.items([answer], [reference]), piece, begin=begin, end=end)
+
+
+def test_texts_without_end_are_compared_by_their_beginning():
+    dice = random.Random(5)
+    one, other = ("".join(dice.choices("的一是在不了有和人", k=400_000)) for _ in range(2))
+    began = time.process_time()
+    assert 0.3 < rouge_l(one, other) < 0.8
+    assert time.process_time() - began < 3
 
 
 def test_free_text_has_one_format_error_only_being_empty():

@@ -18,7 +18,8 @@ import pytest
 
 from tests.support.browser import browser
 from tests.support.commands import REAL_TATOEBA, Launch
-from tests.support.pages import HOSTILE, Page, brightness
+from tests.support.growth import assert_linear
+from tests.support.pages import HOSTILE, Page, assert_fenced, brightness
 from training.base.console import UserError
 from training.evaluation.disc_law_eval import __main__ as disc_law_eval
 from training.evaluation.disc_law_eval.asking import LawAnswers
@@ -111,6 +112,15 @@ def test_the_earlier_rule_decides(case: str):
 
 def test_a_long_run_of_letters_is_read_in_no_time():
     assert letters_of("AB、" * 700 + "等等都不对") == "AB"
+
+
+@pytest.mark.parametrize(
+    "piece", ["AB、", "A ", "A", ",", " ", "A.", "选", "选A", "选项 A", "答案", "选择,", "A属于错"]
+)
+@pytest.mark.parametrize("end", ["等等都不对", "</s"])
+def test_the_time_to_read_an_answer_grows_as_its_length(piece: str, end: str):
+    assert_linear(letters_of, piece, begin="综合以上各项", end=end)
+    assert_linear(letters_of, piece, end=end)
 
 
 # --- what of it the training data holds
@@ -539,6 +549,7 @@ def test_each_question_stands_with_its_reference_and_every_answer_to_it(small: P
 
 def test_the_page_comes_alone_and_hostile_text_stays_text():
     html = page_of(text=HOSTILE)
+    assert_fenced(html)
     page = Page(html)
     assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -458,3 +459,10 @@ def test_the_card_names_the_base_models_licence_as_far_as_it_is_known(tmp_path):
     assert licence_of("own/model", tmp_path) == (None, "not known here: see where it comes from")
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n# a model\n")
     assert licence_of("Qwen/Qwen2.5-3B-Instruct", tmp_path)[0] == "mine"
+
+
+def test_a_card_that_would_become_gigabytes_counts_as_none(tmp_path):
+    laughs = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl"))
+    for header in (f"{laughs}license: *l\n", "license: &a [*a]\n", "[" * 5000):
+        (tmp_path / "README.md").write_text(f"---\n{header}---\n")
+        assert licence_of("Qwen/Qwen2.5-3B-Instruct", tmp_path)[0] == "qwen-research"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.browser import browser
-from tests.support.pages import Page, Poison, brightness, make_session
+from tests.support.pages import Page, Poison, assert_fenced, brightness, make_session
 from training.engine.status import Sessions, read_sessions
 from training.evaluation.report.curves import HEIGHT, WIDTH, Line, curve
 from training.evaluation.report.examples import EXAMPLES, example_rows
@@ -188,6 +188,7 @@ def test_the_page_tells_all_of_the_run(report):
 def test_the_page_comes_alone_and_the_same_every_time(report):
     html = render(report)
     assert html == render(make_report())
+    assert_fenced(html)
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     assert page.tags.count("svg") == 4 + len(report["attention"])

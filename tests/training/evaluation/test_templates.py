@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,13 @@ import pytest
 import yaml
 from jinja2 import UndefinedError
 
+from tests.support.browser import browser
 from tests.support.commands import ROOT
 from tests.support.pages import HOSTILE
+from training.evaluation.disc_law_eval.open_questions import render
 from training.evaluation.report.templates import card, page
+from training.models.adapted_model import LoraOptions
+from training.models.base_model import QuantisationOptions
 from training.models.gpt import GPTOptions
 
 CARD = {
@@ -37,6 +43,49 @@ def test_a_card_has_what_it_was_given_as_text():
     assert r": \*CC\* \`BY\` \<script>" in body
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert all(row.replace(r"\|", "").count("|") == 3 for row in rows) and len(rows) == 8
+
+
+ADAPTERS = {
+    "about": {
+        **{"run": "run", "kind": "adapters", "checkpoints": {6: "a" * 64}, "parameters": 1234},
+        **{"versions": {"peft": "1"}, "base_fingerprint": "b" * 64, "compared_on": "9 tokens"},
+    },
+    **{"weights": "step 6", "lora": LoraOptions(), "quantisation": QuantisationOptions(), "compute": "bfloat16"},
+    "data": {"rows": {"train": 4000}, "source": {"sha256": "c" * 64, "licence": "free"}, "fingerprint": "d" * 64},
+    **{"place": "x.jsonl", "law": False, "licence": "free", "differences": []},
+}
+
+
+@pytest.mark.parametrize(
+    "text", ["</td><script>", 'x"\nimport os\n```\n---\n# \\', '\\"; import os; "', "x\u2028\rimport os"]
+)
+def test_code_of_a_card_has_names_as_literals_and_nothing_else(text: str):
+    def code_of(name: str) -> ast.Module:
+        made = card("adapter_card.md", {**ADAPTERS, "base": name, "revision": name, "header": {"base_model": name}})
+        header = re.match(r"---\n(.*?)\n---\n", made, re.DOTALL)
+        assert header and yaml.safe_load(header[1]) == {"base_model": name}
+        (code,) = re.findall(r"^```python\n(.*?)^```$", made, re.DOTALL | re.MULTILINE)
+        return ast.parse(code)
+
+    shapes = [[type(node) for node in ast.walk(code_of(name))] for name in ("plain", text)]
+    assert shapes[0] == shapes[1]
+    assert [node.value for node in ast.walk(code_of(text)) if isinstance(node, ast.Constant)].count(text) == 2
+
+
+@pytest.mark.whole
+def test_a_browser_runs_and_fetches_nothing_for_what_came_into_a_page(tmp_path: Path):
+    place = "http://127.0.0.1:9/x"
+    inserted = (
+        "<script>console.log('it ran')</script><style>body { background: red }</style><b style='color: red'>b</b>"
+        f"<img src='{place}'><img src=x onerror=\"console.log('it ran')\"><iframe src='{place}'></iframe>"
+    )
+    made = render("a page", [], [])
+    (tmp_path / "page.html").write_text(made.replace("</h1>", f"</h1>{inserted}"), encoding="utf-8")
+    with browser() as reader:
+        seen = reader.open(tmp_path / "page.html", width=1200)
+    assert not [complaint for complaint in seen.complaints if "it ran" in complaint]
+    assert sum("Content Security Policy" in complaint for complaint in seen.complaints) >= 5, seen.complaints
+    assert "255, 0, 0" not in seen.ground
 
 
 def test_what_a_template_is_not_given_is_an_error():

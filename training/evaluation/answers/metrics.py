@@ -6,6 +6,9 @@ that was asked for is told beside the score. Leniency ends where one would have 
 due, or two answers that contradict each other, are wrong. A reader by patterns does not understand a denial
 ("not A"), so the more an answer talks, the less its score means.
 
+Every pattern reads a text once, however it is made: what a run has taken is not given back (*+), and no run is begun in
+its middle.
+
 An answer that says exactly what its reference says gets the full score by every metric, whatever the reference is: one
 that is not in the form of its task is compared as text.
 """
@@ -20,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from training.data.text import nfkc
 
 Counts = tuple[float, float] | tuple[float, float, float]
 
@@ -61,7 +66,7 @@ _BLANK = re.compile("[\\s\u200b-\u200f\u2060\ufeff]+")
 
 def plain(text: str) -> str:
     """Full-width forms as half-width ones (NFKC), lower case, without blanks: what makes no difference here."""
-    return _BLANK.sub("", unicodedata.normalize("NFKC", text)).lower()
+    return _BLANK.sub("", nfkc(text)).lower()
 
 
 def _words_only(text: str) -> str:
@@ -69,9 +74,16 @@ def _words_only(text: str) -> str:
     return "".join(sign for sign in plain(text) if unicodedata.category(sign)[0] not in "PS")
 
 
+# Characters of a text that ROUGE-L compares: some 50 times what an answer has. The time grows as their square.
+_MOST_COMPARED = 50_000
+
+
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L (Lin 2004), F1 from 0 to 1, on characters, since nothing parts Chinese words; see `plain`."""
-    one, other = plain(answer), plain(reference)
+    """ROUGE-L (Lin 2004), F1 from 0 to 1, on characters, since nothing parts Chinese words; see `plain`.
+
+    Of a longer text its first 50,000 characters.
+    """
+    one, other = plain(answer)[:_MOST_COMPARED], plain(reference)[:_MOST_COMPARED]
     if not one or not other:
         return float(one == other)
     return 2 * common_subsequence(one, other) / (len(one) + len(other))
@@ -144,7 +156,7 @@ def named_labels(text: str, labels: set[str]) -> list[str]:
     return found
 
 
-_LABEL_LIST = re.compile(r"\s*标签[:：]\s*(?:'[^']*'(?:\s*[,，、]\s*'[^']*')*)?\s*")
+_LABEL_LIST = re.compile(r"\s*+标签[:：]\s*+(?:'[^']*'(?:\s*+[,，、]\s*+'[^']*')*+\s*+)?")
 _QUOTED = re.compile("['\"“‘「]([^'\"“”‘’「」]+)['\"”’」]")
 
 
@@ -173,12 +185,15 @@ def _labels(text: str, known: set[str]) -> set[str]:
 
 
 # The letters of options, one or several of a multiple-choice question.
-_RUN = r"([A-F](?:[\s,、和及与]*[A-F])*)(?![A-Za-z])"
+_BETWEEN = r"\s,、和及与"
+_RUN = rf"([A-F](?:[{_BETWEEN}]*[A-F])*)(?![A-Za-z])"
+_WHOLE_RUN = rf"(?<![A-F{_BETWEEN}])[{_BETWEEN}]*+([A-F](?:[{_BETWEEN}]*+[A-F])*+)(?![A-Za-z])"
 _OPENING = re.compile(rf"\s*{_RUN}\s*(?:[.:,;、。)]|$)")
 _NEXT_OPTION = re.compile(r"([A-F])\s*[.、:]")
-_EXPLANATION = re.compile(r"\n\s*[【\[(]?(?:解析|解释|推理|分析|理由)")
+_EXPLANATION = re.compile(r"(?<!\s)[^\S\n]*+\n\s*+[【\[(]?(?:解析|解释|推理|分析|理由)")
 _CHOSEN = re.compile(
-    rf"(?:答案|(?<!不)正确的?选项|(?<!不)正确的|[^项不]选|选择)(?:应该?)?[是为选]?(?:选项)?[:\s\"'“【(]*{_RUN}|{_RUN}(?:选?项)?[都是为]*正确"
+    rf"(?:答案|(?<!不)正确的?选项|(?<!不)正确的|[^项不]选|选择)(?:应该?)?[是为选]?(?:选项)?[:\s\"'“【(]*{_RUN}"
+    rf"|{_WHOLE_RUN}(?:选?项)?[都是为]*正确"
 )
 
 
@@ -192,7 +207,7 @@ def options_chosen(text: str) -> tuple[frozenset[str], bool]:
     Several may stand at the start (AC), or on lines of their own up to the explanation. If an answer begins otherwise,
     the last letters count that it calls right or says to choose, else the only letter that it has.
     """
-    text = unicodedata.normalize("NFKC", text)
+    text = nfkc(text)
     stated = _EXPLANATION.split(text.strip(), maxsplit=1)[0]
     if opening := _OPENING.match(stated):
         letters = set(re.findall("[A-F]", opening[1]))
@@ -209,7 +224,7 @@ def options_chosen(text: str) -> tuple[frozenset[str], bool]:
 
 
 _CASE = re.compile(r"LABEL['\"]?\s*[:=]\s*['\"]?(?:案例)?([BC])(?![A-Za-z_])", re.IGNORECASE)
-_NEARER = re.compile(r"(?:接近|相似|类似|相近|符合|匹配)(?:于|的?[是为]|:)*\s*(?:案例)?\s*['\"“]?([BC])(?![A-Za-z_])")
+_NEARER = re.compile(r"(?:接近|相似|类似|相近|符合|匹配)(?:于|的?[是为]|:)*\s*+(?:案例\s*+)?['\"“]?([BC])(?![A-Za-z_])")
 
 
 def _cases(answers: Sequence[str], references: Sequence[str]) -> list[Item]:
@@ -228,7 +243,7 @@ def nearer_case(text: str) -> tuple[str | None, bool]:
         answer = None
     if isinstance(answer, dict) and answer.keys() == {"LABEL"} and answer["LABEL"] in ("B", "C"):
         return answer["LABEL"], True
-    text = unicodedata.normalize("NFKC", text)
+    text = nfkc(text)
     for pattern in (_CASE, _NEARER, re.compile("(?<![A-Za-z_])[BC](?![A-Za-z_])")):
         if found := {letter.upper() for letter in pattern.findall(text)}:
             return (found.pop() if len(found) == 1 else None), False

@@ -17,6 +17,11 @@ _RUN = rf"[A-D][A-D{_SEPARATORS}]*"
 # 选择，… or 人选，… somewhere in the middle.
 _RUN_OR_COMMAS = rf"[A-D,，、][A-D{_SEPARATORS}]*"
 _BEHIND = rf"\s*({_RUN_OR_COMMAS})"
+# The same where something has to stand behind them: begun at the first of a row of such characters, and taken whole. A
+# search from each of them would take a time that grows as the square of the row.
+_ROW = rf"A-D{_SEPARATORS}"
+_WHOLE_RUN = rf"(?<![{_ROW}])[{_SEPARATORS}]*+([A-D][{_ROW}]*+)"
+_WHOLE_RUN_OR_COMMAS = rf"(?<![{_ROW}])\s*+([A-D,，、][{_ROW}]*+)"
 
 # The first one that is found decides, wherever in the answer it stands. The benchmark knows more phrases, none of which
 # is ever reached: 答案是 and 选择答案 are found as others before them, as is 选 at the start of an answer.
@@ -29,7 +34,7 @@ _STATED = [
         rf"答案应该?选{_BEHIND}",
         rf"选择{_BEHIND}",
         rf"选[:：]?{_BEHIND}",
-        rf"({_RUN_OR_COMMAS})</s>",
+        rf"{_WHOLE_RUN_OR_COMMAS}</s>",
         rf"\A\s*({_RUN_OR_COMMAS})。",
     )
 ]
@@ -40,12 +45,12 @@ _OPTION = re.compile(r"([A-D])[.．]")
 _CALLED_RIGHT = [
     re.compile(pattern)
     for pattern in (
-        rf"({_RUN})都?是正确的",
+        rf"{_WHOLE_RUN}都?是正确的",
         rf"选项\s*({_RUN})正确",
-        rf"({_RUN})选项正确",
-        rf"({_RUN})都?[是为]正确答案",
-        rf"({_RUN})都?[是为]正确选项",
-        rf"({_RUN})选?项?都?属于(?![错不])",
+        rf"{_WHOLE_RUN}选项正确",
+        rf"{_WHOLE_RUN}都?[是为]正确答案",
+        rf"{_WHOLE_RUN}都?[是为]正确选项",
+        rf"{_WHOLE_RUN}选?项?都?属于(?![错不])",
     )
 ]
 

@@ -8,13 +8,13 @@ questions is.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from training.data.text import nfkc
 from training.evaluation.bootstrap import verdict
 from training.evaluation.disc_law_eval.questions import Question
 
@@ -44,7 +44,7 @@ def overlapping(questions: Sequence[Question], texts: Iterable[str]) -> np.ndarr
 
 def _runs(text: str) -> Iterable[str]:
     """All pieces of OVERLAP characters."""
-    compared = _NOT_COMPARED.sub("", unicodedata.normalize("NFKC", text))
+    compared = _NOT_COMPARED.sub("", nfkc(text))
     return (compared[start : start + OVERLAP] for start in range(len(compared) - OVERLAP + 1))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from training.base.strict_yaml import read_yaml
 from training.data.conversations import DISC_LAW_SFT
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.exports.folder import place_of, weights_in_words
@@ -23,13 +24,15 @@ _LICENCES = (
     ("Qwen2.5-", "apache-2.0", "Apache-2.0"),
     ("SmolLM2-", "apache-2.0", "Apache-2.0"),
 )
+_MOST_HEADER = 100_000  # characters of a card that are looked at
 _ON_THE_HUB = {"apache-2.0", "mit"}  # what the hub knows by name; others are written as `other`
 
 
 def licence_of(name: str, folder: Path) -> tuple[str | None, str]:
     """The base model's licence as the hub writes it, None if it is not known, and in words."""
     try:
-        header = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            header = read_yaml(file.read(_MOST_HEADER).split("---")[1])
         found = header.get("license_name") or header["license"]
         return str(found), str(found)
     except (OSError, ValueError, IndexError, KeyError, AttributeError, yaml.YAMLError):

@@ -2,12 +2,15 @@
 
 Promises: whatever a text holds, it stays text. Data, options, host names and reasons come from elsewhere; nothing of
 theirs becomes an element, an attribute, a link, another cell of a table, or a character that a browser drops or that
-UTF-8 cannot write. A page is one file with no scripts, and fetches nothing. The same data gives the same bytes, and
+UTF-8 cannot write. A page is one file with no scripts, and fetches nothing; if a text came through all the same, the
+page's policy keeps browsers from running or fetching anything for it. The same data gives the same bytes, and
 data that a template asks for and does not get is an error.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import re
 from collections.abc import Mapping
@@ -48,6 +51,11 @@ def _in_markdown(value: object) -> object:
     return value if hasattr(value, "__html__") else _MARKS.sub(r"\\\g<0>", re.sub(r"[\r\n]+", " ", str(value)))
 
 
+def _sha256(text: str) -> str:
+    """As a page's policy names what it allows."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
 def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -60,7 +68,7 @@ _PAGES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_PAGES.filters |= {"number": format, "duration": format_duration, "yaml": _yaml}
+_PAGES.filters |= {"number": format, "duration": format_duration, "yaml": _yaml, "sha256": _sha256}
 _PAGES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 _CARDS = _PAGES.overlay(
     loader=FileSystemLoader(Path(__file__).resolve().parents[1] / "exports"), autoescape=False, finalize=_in_markdown

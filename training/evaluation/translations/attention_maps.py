@@ -79,7 +79,7 @@ class Sheet:
                 parts.append(
                     f'<g transform="translate({number(x)},{number(y)})">{head if title else ""}'
                     f'<image width="{width}" height="{height}" preserveAspectRatio="none" '
-                    f'style="image-rendering:pixelated" href="data:image/png;base64,{_pixels(weights)}"/>'
+                    f'image-rendering="pixelated" href="data:image/png;base64,{_pixels(weights)}"/>'
                     f'<use href="#{name}"/></g>\n'
                 )
         full_width = max(map(len, self.panels)) * (left + width + GAP) - GAP + 2
