@@ -29,6 +29,7 @@ import yaml
 from training.base.console import TryLaterError, UserError, say, warn
 from training.base.files import copy_plain, lock, open_in_place, read_plain, write_atomically, writing_to
 from training.base.options import differing_keys
+from training.base.strict_yaml import read_yaml
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
 from training.engine.metrics import is_damaged, read_metrics
 from training.engine.status import (
@@ -105,7 +106,7 @@ class RunFolder:
             known = self.run_dir / CONFIG
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
-                if known.exists() and not _same_but_for_wandb(known.read_text(encoding="utf-8"), config):
+                if known.exists() and not _same_but_for_wandb(read_plain(known).decode(), config):
                     # Another run was begun here and never came to a checkpoint: its name in wandb is not this one's.
                     (self.run_dir / WANDB_FILE).unlink(missing_ok=True)
             if latest is None or not known.exists():
@@ -141,7 +142,7 @@ class RunFolder:
 
 def _same_but_for_wandb(config: str, other: str) -> bool:
     """Whether two configs (YAML) say the same of a run; where wandb shows it may come from a variable and go again."""
-    first, second = (yaml.safe_load(text) for text in (config, other))
+    first, second = map(read_yaml, (config, other))
     return isinstance(first, dict) and {**first, "wandb": None} == {**second, "wandb": None}
 
 
@@ -187,7 +188,7 @@ def _damaged(run_dir: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, st
     if is_damaged(run_dir / METRICS):
         yield METRICS, "not all of its lines can be read"
     try:
-        if _lacks(yaml.safe_load(read_plain(run_dir / CONFIG)), config):
+        if _lacks(read_yaml(read_plain(run_dir / CONFIG).decode()), config):
             yield CONFIG, "a part is missing"
     except FileNotFoundError:
         pass
