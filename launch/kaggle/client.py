@@ -23,10 +23,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from training.base.console import UserError, warn
 from training.base.durations import format_duration
+from training.base.files import read_plain
 
 State = Literal["queued", "running", "complete", "error", "cancelled"]
 ACTIVE: tuple[State, ...] = ("queued", "running")
@@ -224,14 +226,34 @@ class Kaggle:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"cannot read what `kaggle datasets status` says of {dataset}") from None
 
-    def upload(self, folder: Path, *, is_new: bool, notes: str) -> None:
-        """Uploads `folder` as a new dataset, or as a new version; after a lost answer it is uploaded again."""
+    def is_private(self, dataset: str) -> bool:
+        """Whether a dataset, which is there, is only for its owner and whom the owner names."""
+        with TemporaryDirectory() as folder:
+            self._ask(["datasets", "metadata", dataset, "-p", folder])
+            try:
+                found = json.loads(read_plain(Path(folder, "dataset-metadata.json")))
+                # The command leaves out what is false.
+                return found.get("info", found).get("isPrivate", False) is True
+            except (OSError, ValueError, AttributeError):
+                raise UserError(f"cannot read what `kaggle datasets metadata` says of {dataset}") from None
+
+    def upload(self, dataset: str, folder: Path, *, is_new: bool, notes: str) -> None:
+        """Uploads `folder` as a new dataset, or as a new version; after a lost answer it is uploaded again.
+
+        Raises UserError where the dataset is there and public. A new one is private: `create` has to be told otherwise.
+        """
+        if not is_new and not self.is_private(dataset):
+            raise UserError(
+                f"the dataset {dataset} is public, and your code and data would be, too: make it private at "
+                f"https://www.kaggle.com/datasets/{dataset}/settings, or choose another --run_dir, since it is called "
+                "after that; nothing was uploaded"
+            )
         words = ["create"] if is_new else ["version", "-m", notes]
         said = self._ask(["datasets", *words, "-p", str(folder), "-q"], limit_s=_UPLOAD_S)
         refusal = re.search(r"creation error: (.*)", said)
         if is_new and refusal is not None and "already in use" in refusal[1]:
             # An earlier try whose answer was lost made it, or Kaggle denied that it exists. Its content is unknown.
-            self.upload(folder, is_new=False, notes=notes)
+            self.upload(dataset, folder, is_new=False, notes=notes)
         elif refusal is not None:
             raise UserError(f"Kaggle refuses the dataset: {refusal[1].strip()}")
 

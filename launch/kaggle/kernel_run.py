@@ -110,9 +110,14 @@ def _folders(root: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def previous_run(root: Path, name: str) -> Path | None:
-    """The folder of the run `name` below `root` that has come furthest; None if there is none with a checkpoint."""
-    found = [folder for folder in _folders(root) if folder.name == name and saved_steps(folder)]
+def previous_run(root: Path, name: str, kernels: Sequence[str]) -> Path | None:
+    """The folder of the run `name` that has come furthest; None if there is none with a checkpoint.
+
+    kernels: OWNER/SLUG of those whose outputs may hold it; without, it may be anywhere among the inputs `root`.
+    """
+    places = [root / place for each in kernels for place in (each.partition("/")[2], f"notebooks/{each}")] or [root]
+    folders = [folder for place in places for folder in _folders(place)]
+    found = [folder for folder in folders if folder.name == name and saved_steps(folder)]
     return max(found, key=lambda folder: max(saved_steps(folder)), default=None)
 
 
@@ -241,11 +246,11 @@ class TrainingProcesses:
 class ThisKernelRun:
     """The kernel run that this process is, from what it finds to what it leaves."""
 
-    def __init__(self, script: str, words: Sequence[str], expected_step: int):
+    def __init__(self, script: str, words: Sequence[str], expected_step: int, previous: Sequence[str]):
         self.working = kaggle_working()
         self.options = read_options(script, words)
         self.run_dir = self.working / self.options.run_dir.name
-        self.source = previous_run(kaggle_input(), self.run_dir.name)
+        self.source = previous_run(kaggle_input(), self.run_dir.name, previous)
         self.disk = Disk(self.working, self.run_dir, self.source)
         places = (self.run_dir, *([self.source] if self.source else []))
         self._known = {each["started"] for place in places for each in read_sessions(place)}
@@ -363,10 +368,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--expect-step", type=int, default=0, metavar="N", help="end at once where the run has not come to step N yet"
     )
+    parser.add_argument(
+        "--previous", action="append", default=[], metavar="OWNER/SLUG", help="go on only from this kernel's output"
+    )
     arguments, words = parser.parse_known_args(argv)
     script, kernel_run = arguments.script or script_of(arguments.config), None
     try:
-        kernel_run = ThisKernelRun(script, [str(arguments.config), *words], arguments.expect_step)
+        words = [str(arguments.config), *words]
+        kernel_run = ThisKernelRun(script, words, arguments.expect_step, arguments.previous)
         summary = kernel_run.run()
     except (Exception, KeyboardInterrupt, Terminated) as error:
         reason = str(error) or f"{type(error).__name__}, before the training began"

@@ -10,29 +10,32 @@ and data give equal files, byte for byte, so that one hash tells whether anythin
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
-import os
 import re
-import subprocess
-import tarfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from launch.kaggle.dataset import (
+    CODE,
+    CONTENT,
+    DATA,
+    config_in_archive,
+    content_hash,
+    content_of,
+    name_mistakes,
+    write_dataset,
+)
 from launch.kaggle.kernel_run import SUMMARY
 from launch.scripts import digest_of, read_options, script_of
 from training.base.console import UserError, run_main, say
 from training.base.environment import KAGGLE_INPUT, KAGGLE_WORKING
-from training.base.files import open_atomically, sha256_of, write_atomically, writing_to
+from training.base.files import write_atomically, writing_to
 from training.base.options import CommandLine
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
 
-CODE, DATA, CONTENT = "relay.tar.gz", "data.tar", "content.json"
 NOTEBOOK = "relay.ipynb"
 
 # A slug has 50 characters at most, and `-files` is appended to it.
@@ -44,11 +47,6 @@ GPUS = 2
 # The accelerator that the editor calls "GPU T4 x2", as kernel-metadata.json names it.
 MACHINE_SHAPE = "NvidiaTeslaT4"
 
-# The parts of a checkout that a run needs, for when there is no git to ask.
-_LAYOUT = ("README.md", "LICENSE", "requirements.txt", "launch", "slurm", "data_prep", "training", "configs")
-
-_ROOT = Path(__file__).resolve().parents[2]
-
 # The notebook's cells, in order; `{...}` is filled in. They run on Kaggle's Python and cannot import Relay.
 _TITLE = """\
 # {title}
@@ -59,22 +57,51 @@ Made by `python -m launch.kaggle`; `{command}`.
 """
 
 _UNPACK = """\
-# The code is kept out of the output. Kaggle may have unpacked the archives of the data set itself.
-import os, shutil, subprocess, sys, tarfile, tempfile
+# Only the run's own data set is code, and only as it was uploaded: its content.json lists the SHA-256 of every file,
+# and this notebook knows that of content.json. The code is kept out of the output.
+import hashlib, json, os, shutil, subprocess, sys, tarfile, tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 inputs = Path(os.environ.get("{input_variable}", "/kaggle/input"))
-code = Path(tempfile.gettempdir(), "relay")
+places = [inputs / "{slug}", inputs / "datasets/{dataset}"]
+contents = {{each: (each / "{content}").read_bytes() for each in places if (each / "{content}").is_file()}}
+if not contents:
+    raise FileNotFoundError(f"{dataset} is not below {{inputs}}: add that data set to the notebook's input")
+same = [each for each, content in contents.items() if hashlib.sha256(content).hexdigest() == "{sha256}"]
+if not same:
+    raise ValueError("{dataset} is not the version for this notebook: upload that one, or write the notebook anew")
+place, expected = same[0], json.loads(contents[same[0]])["files"]
+code, unpacked, taken = Path(tempfile.gettempdir(), "relay"), Path(tempfile.mkdtemp()), set()
 shutil.rmtree(code, ignore_errors=True)
-for unpacked in inputs.rglob("launch/kaggle/kernel_run.py"):
-    shutil.copytree(unpacked.parents[2], code, dirs_exist_ok=True)
-for name in ("{code}", "{data}"):
-    for archive in filter(Path.is_file, inputs.rglob(name)):
-        with tarfile.open(archive) as opened:
-            opened.extractall(code, filter="data")
-if not (code / "launch").is_dir():
-    raise FileNotFoundError(f"Relay's code is not below {{inputs}}: add the data set {dataset} to the notebook's input")
+
+
+def take(name, file):
+    target, digest = unpacked / name, hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as copy:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            copy.write(block)
+    if digest.hexdigest() != expected[name]:
+        raise ValueError(f"{{name}} in {dataset} is not what was uploaded: upload the data set again")
+    taken.add(name)
+
+
+for archive in filter(Path.is_file, [place / "{code}", place / "{data}"]):
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            if member.isfile() and member.name in expected:
+                take(member.name, opened.extractfile(member))
+# Kaggle may have unpacked the archives itself.
+folders = [place, *place.glob("*/"), *place.glob("*/*/")]
+for name in sorted(expected.keys() - taken):
+    found = next((each / name for each in folders if (each / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{{name}} is missing in {dataset}: upload the data set again")
+    with found.open("rb") as file:
+        take(name, file)
+unpacked.rename(code)
 
 
 def installed(name):
@@ -137,25 +164,28 @@ def write_kernel(
     title: str,
     words: Sequence[str],
     dataset: str,
+    sha256: str,
     previous: Sequence[str],
     expected_step: int = 1,
 ) -> None:
     """Writes the notebook and kernel-metadata.json into `folder`, for `kaggle kernels push -p`.
 
     words: the training's config file and options, as on its command line. dataset: OWNER/SLUG of what `write_dataset`
-    made. previous: OWNER/SLUG of kernels whose outputs may hold the run. expected_step: the step that the run has come
-    to in them; without it, the kernel run ends at once. Raises UserError with every mistake in the names.
+    made. sha256: its `content_hash`; with any other content the kernel run ends at once. previous: OWNER/SLUG of the
+    kernels whose outputs may hold the run; of none where the user adds them by hand. expected_step: the step that the
+    run has come to in them; without it, the kernel run ends at once. Raises UserError with every mistake in the names.
     """
     mistakes = [*name_mistakes(owner, slug), *_reference_mistakes("--dataset", [dataset])]
-    mistakes += _reference_mistakes("--previous", previous)
+    mistakes += [*_hash_mistakes(sha256), *_reference_mistakes("--previous", previous)]
     if len(title) < 5:
         mistakes.append(f"Kaggle asks for a title of at least 5 characters, got {title!r}")
     if mistakes:
         raise UserError("; ".join(mistakes))
     # Kaggle leaves out an input that it cannot attach, and the training would begin anew.
     expected = ["--expect-step", str(expected_step)] if previous else []
+    named = [word for each in previous for word in ("--previous", each)]
     config, *options = words
-    notebook = _notebook(title, [str(config_in_archive(Path(config))), *expected, *options], dataset)
+    notebook = _notebook(title, [str(config_in_archive(Path(config))), *expected, *named, *options], dataset, sha256)
     metadata = {
         "id": f"{owner}/{slug}",
         "title": title,
@@ -178,7 +208,7 @@ def write_kernel(
         write_atomically(folder / "kernel-metadata.json", json.dumps(metadata, indent=2) + "\n")
 
 
-def _notebook(title: str, words: Sequence[str], dataset: str) -> dict[str, Any]:
+def _notebook(title: str, words: Sequence[str], dataset: str, sha256: str) -> dict[str, Any]:
     """The notebook as nbformat 4.5 has it. words: those of `launch.kaggle run`."""
     filled = {
         "title": title,
@@ -187,8 +217,11 @@ def _notebook(title: str, words: Sequence[str], dataset: str) -> dict[str, Any]:
         "working_variable": KAGGLE_WORKING,
         "code": CODE,
         "data": DATA,
+        "content": CONTENT,
         "summary": SUMMARY,
         "dataset": dataset,
+        "slug": dataset.partition("/")[2],
+        "sha256": sha256,
         "words": json.dumps(words, ensure_ascii=False),
     }
     cells = [_cell("markdown", _TITLE, filled)] + [_cell("code", each, filled) for each in (_UNPACK, _TRAIN, _RESULT)]
@@ -208,16 +241,6 @@ def _cell(kind: str, text: str, filled: dict[str, str]) -> dict[str, Any]:
     return {"cell_type": kind, "metadata": {}, "source": text.format(**filled).rstrip().splitlines(True), **more}
 
 
-def name_mistakes(owner: str, slug: str) -> list[str]:
-    """What Kaggle would not accept in a user's name and the name of a kernel or data set."""
-    mistakes = []
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", owner):
-        mistakes.append(f"--owner: expected a name on Kaggle, got {owner!r}")
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) or not 5 <= len(slug) <= 50:
-        mistakes.append(f"--slug: expected 5 to 50 lower-case letters, digits and single dashes within, got {slug!r}")
-    return mistakes
-
-
 def _reference_mistakes(option: str, references: Iterable[str]) -> list[str]:
     return [
         f"{option}: expected OWNER/SLUG, got {each!r}"
@@ -226,97 +249,9 @@ def _reference_mistakes(option: str, references: Iterable[str]) -> list[str]:
     ]
 
 
-def config_in_archive(config: Path) -> PurePosixPath:
-    """Where `write_dataset` puts a config that lies anywhere; the name of its folder still says what trains by it."""
-    return PurePosixPath("configs", config.resolve().parent.name, config.name)
-
-
-# The data set.
-
-
-def write_dataset(folder: Path, *, owner: str, slug: str, config: Path, data: Path) -> None:
-    """Writes code, config and prepared data into `folder`, for `kaggle datasets create -p` and `... version -p`.
-
-    `content_hash` then tells whether anything in it is new. Raises UserError when there is nothing to write.
-    """
-    mistakes = [*name_mistakes(owner, slug), *_content_mistakes(config, data)]
-    if mistakes:
-        raise UserError("; ".join(mistakes))
-    inside = str(config_in_archive(config))
-    code = {name: _ROOT / name for name in _code_files(_ROOT)} | {inside: config}
-    prepared = {
-        str(PurePosixPath("prepared", data.name, path.relative_to(data).as_posix())): path
-        for path in data.rglob("*")
-        if path.is_file()
-    }
-    about = {
-        "id": f"{owner}/{slug}",
-        "title": f"Relay {slug}"[:50],
-        "licenses": [{"name": "other"}],  # the data's own, which its meta.json names
-    }
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        # The data has an archive of its own, since it changes less often and is much larger.
-        _write_archive(folder / CODE, code)
-        _write_archive(folder / DATA, prepared)
-        files = {name: sha256_of(folder / name) for name in (CODE, DATA)}
-        whole = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-        write_atomically(folder / "dataset-metadata.json", json.dumps(about, indent=2) + "\n")
-        write_atomically(folder / CONTENT, json.dumps({"sha256": whole, "files": files}, indent=2) + "\n")
-
-
-def content_hash(folder: Path) -> str | None:
-    """The SHA-256 that `write_dataset` wrote down for what it put into a folder; None where it did not."""
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads((folder / CONTENT).read_text(encoding="utf-8"))["sha256"]
-    return None
-
-
-def _content_mistakes(config: Path, data: Path) -> list[str]:
-    mistakes = [] if config.is_file() else [f"there is no config file {config}"]
-    if not (data / "meta.json").is_file():
-        mistakes.append(f"{data} is no prepared data set: there is no meta.json in it; make it with data_prep")
-    elif not data.name:
-        mistakes.append(f"--data {data}: name the folder itself, because Kaggle's copy is found by that name")
-    return mistakes
-
-
-def _code_files(root: Path) -> list[str]:
-    """The files of Relay below `root`: those that git tracks, and new Python and YAML; without git, the known folders.
-
-    A training of the user's own is needed though it is not committed yet; other stray files must not leave the machine.
-    """
-    with suppress(OSError, subprocess.CalledProcessError):
-        asked = ["git", "ls-files", "-z", "--exclude-standard"]
-        tracked = subprocess.run(asked, cwd=root, capture_output=True, check=True).stdout
-        asked += ["--others", "--", "*.py", "*.yaml"]
-        new = subprocess.run(asked, cwd=root, capture_output=True, check=True).stdout
-        names = [name for name in (tracked + new).decode().split("\0") if name and (root / name).is_file()]
-        # If Relay lies within another repository, that one's git may ignore all of it.
-        if "launch/kaggle/notebook.py" in names:
-            return names
-    found = [path for name in _LAYOUT for path in (root / name, *(root / name).rglob("*"))]
-    return [str(path.relative_to(root)) for path in found if path.is_file() and "__pycache__" not in path.parts]
-
-
-def _write_archive(path: Path, members: dict[str, Path]) -> None:
-    """A tar file, compressed if its name says so. It holds no times and owners: equal members give equal bytes."""
-    with open_atomically(path) as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as compressed:
-                _write_tar(compressed, members)
-        else:
-            _write_tar(raw, members)
-
-
-def _write_tar(file: BinaryIO | gzip.GzipFile, members: dict[str, Path]) -> None:
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.GNU_FORMAT) as archive:
-        for name, path in sorted(members.items()):
-            about = tarfile.TarInfo(name)
-            about.size = path.stat().st_size
-            about.mode = 0o755 if os.access(path, os.X_OK) else 0o644
-            with path.open("rb") as content:
-                archive.addfile(about, content)
+def _hash_mistakes(sha256: str) -> list[str]:
+    known = re.fullmatch(r"[0-9a-f]{64}", sha256)
+    return [] if known else [f"--sha256: expected 64 hexadecimal digits, got {sha256!r}"]
 
 
 # The command.
@@ -334,44 +269,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--owner", required=True, help="your name on Kaggle")
     add("--slug", help="the notebook's name on Kaggle (default: relay-, the run's name, and a digest of its path)")
     add("--dataset", metavar="OWNER/SLUG", help="data set with code, config and data (default: one is made to upload)")
+    add("--sha256", metavar="HEX", help="with --dataset: of its content, as printed when its folder was written")
     add("--previous", action="append", default=[], metavar="OWNER/SLUG", help="notebook whose output to go on from")
     add("--script", help="module that trains (default: what the config says)")
     arguments, words = parser.parse_known_args(argv)
-    mistakes, options, slug = [], None, arguments.slug or "relay"
+    mistakes, options, content, slug = [], None, None, arguments.slug or "relay"
+    script = arguments.script or script_of(arguments.config)
     try:
-        options = checked_options(arguments.script or script_of(arguments.config), [str(arguments.config), *words])
+        options = checked_options(script, [str(arguments.config), *words])
     except UserError as error:
         mistakes.append(str(error))
     else:
         slug = arguments.slug or slug_of(options.run_dir)
         if arguments.dataset is None:
-            mistakes += _content_mistakes(arguments.config, options.data)
+            try:
+                content = content_of(arguments.config, options.data, script)
+            except UserError as error:
+                mistakes.append(str(error))
     mistakes += name_mistakes(arguments.owner, slug)
     if not mistakes and arguments.dataset is None and len(slug) > _SLUG_LENGTH:
         mistakes.append(f"--slug: at most {_SLUG_LENGTH} characters, since its data set is called {slug}-files")
     mistakes += _reference_mistakes("--dataset", [arguments.dataset] if arguments.dataset is not None else [])
+    if (arguments.dataset is None) != (arguments.sha256 is None):
+        mistakes.append(
+            "--dataset and --sha256 go together: the hash was printed when the data set's folder was written"
+        )
+    mistakes += _hash_mistakes(arguments.sha256) if arguments.sha256 is not None else []
     mistakes += _reference_mistakes("--previous", arguments.previous)
     if mistakes or options is None:
         raise UserError("; ".join(mistakes) + "; nothing was written")
-    dataset = arguments.dataset or f"{arguments.owner}/{slug}-files"
-    words = [str(arguments.config), *(["--script", arguments.script] if arguments.script else []), *words]
     say(f"the run {options.run_dir.name}, on {GPUS} T4s")
+    dataset, sha256 = arguments.dataset or f"{arguments.owner}/{slug}-files", arguments.sha256
+    files = arguments.output / "dataset"
+    if content is not None:
+        say(f"data set {dataset}, for you to upload, holds")
+        for line in content.described():
+            say(f"  {line}")
+        write_dataset(files, content, owner=arguments.owner, slug=f"{slug}-files")
+        sha256 = content_hash(files)
     write_kernel(
         arguments.output,
         owner=arguments.owner,
         slug=slug,
         title=slug.replace("-", " "),  # Kaggle makes the slug of the title
-        words=words,
+        words=[str(arguments.config), *(["--script", arguments.script] if arguments.script else []), *words],
         dataset=dataset,
+        sha256=str(sha256),
         previous=arguments.previous,
     )
-    if arguments.dataset is None:
-        files = arguments.output / "dataset"
-        write_dataset(files, owner=arguments.owner, slug=f"{slug}-files", config=arguments.config, data=options.data)
+    if content is not None:
         say(f"first:  kaggle datasets create -p {files}   (later: kaggle datasets version -p {files} -m again)")
     say(f"then:   kaggle kernels push -p {arguments.output}")
     if not arguments.previous:
-        say(f"next:   the same command with --previous {arguments.owner}/{slug}, and push again")
+        again = f"--dataset {dataset} --sha256 {sha256} --previous {arguments.owner}/{slug}"
+        say(f"next:   the same command with {again}, and push again")
     return 0
 
 

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.kaggle import notebook
+from launch.kaggle import dataset, notebook
 from launch.kaggle.client import ACTIVE, AccountBusy, Clock, Kaggle, LostAnswer, Quota, QuotaUsedUp
 from launch.kaggle.kernel_run import SUMMARY
 from launch.kaggle.record import (
@@ -73,6 +73,7 @@ class Run:
     words: tuple[str, ...]  # config and options of `launch.kaggle run`
     run_dir: Path
     data: Path
+    script: str  # the module that trains
     owner: str
     name: str
 
@@ -253,37 +254,33 @@ class Relay:
 
     def _upload(self) -> None:
         """Uploads code, config and prepared data unless Kaggle has them already; returns when it does."""
-        folder = self._empty("dataset")
-        dataset = self.run.dataset
-        notebook.write_dataset(
-            folder,
-            owner=self.run.owner,
-            slug=dataset.partition("/")[2],
-            config=Path(self.run.words[0]),
-            data=self.run.data,
-        )
-        sha256 = notebook.content_hash(folder)
+        folder, name = self._empty("dataset"), self.run.dataset
+        content = dataset.content_of(Path(self.run.words[0]), self.run.data, self.run.script)
+        dataset.write_dataset(folder, content, owner=self.run.owner, slug=name.partition("/")[2])
+        sha256 = dataset.content_hash(folder)
         known, words = self._record.dataset, list(self.run.words)
         if (known.get("sha256"), known.get("words")) != (sha256, words):
             self._check()  # on Kaggle, a mistake would cost a kernel run to find
-        there = self._kaggle.dataset(dataset)
-        if there is None or (known.get("name"), known.get("sha256")) != (dataset, sha256):
-            say(f"dataset {dataset}: uploading code, config and data, {_size_mb(folder):,.1f} MB")
-            self._kaggle.upload(folder, is_new=there is None, notes=f"sha256 {sha256}")
+        there = self._kaggle.dataset(name)
+        if there is None or (known.get("name"), known.get("sha256")) != (name, sha256):
+            say(f"dataset {name}: uploading {_size_mb(folder):,.1f} MB, which hold")
+            for line in content.described():
+                say(f"  {line}")
+            self._kaggle.upload(name, folder, is_new=there is None, notes=f"sha256 {sha256}")
             before = there[1] if there is not None else 0
-            there = self._kaggle.dataset(dataset)
+            there = self._kaggle.dataset(name)
             began = self._clock.now()
             while there is None or there[1] <= before or there[0] != "ready":
                 late = self._clock.now() - began > _PROCESSING_S
                 if late or (there is not None and there[0] == "failed"):
                     raise UserError(
                         f"Kaggle {'has not taken' if late else 'could not take'} the dataset in: see "
-                        f"https://www.kaggle.com/datasets/{dataset}; the same command tries again"
+                        f"https://www.kaggle.com/datasets/{name}; the same command tries again"
                     )
                 self._clock.sleep(min(30.0, self._every_s))
-                there = self._kaggle.dataset(dataset)
-            say(f"dataset {dataset}: version {there[1]} is ready")
-        self._record.dataset = {"name": dataset, "sha256": sha256, "version": there[1], "words": words}
+                there = self._kaggle.dataset(name)
+            say(f"dataset {name}: version {there[1]} is ready")
+        self._record.dataset = {"name": name, "sha256": sha256, "version": there[1], "words": words}
         self._record.write()
         shutil.rmtree(folder)
 
@@ -314,6 +311,7 @@ class Relay:
             title=slug,
             words=self.run.words,
             dataset=self.run.dataset,
+            sha256=self._record.dataset["sha256"],
             previous=previous,
             expected_step=(best.step or 0) if best is not None else 0,
         )
@@ -471,7 +469,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--owner {arguments.owner}: the token belongs to {account}, who cannot push for others")
         run_words = (arguments.config, *(["--script", arguments.script] if arguments.script else []), *words)
         record = RelayRecord.read(run_dir / RECORD)
-        run = Run(run_words, run_dir, data, account, record.name or notebook.slug_of(run_dir))
+        run = Run(run_words, run_dir, data, script, account, record.name or notebook.slug_of(run_dir))
 
         def check() -> None:
             notebook.checked_options(script, [arguments.config, *words])

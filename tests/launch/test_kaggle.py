@@ -5,6 +5,7 @@ What cannot be rehearsed here are the GPUs, the image, and what Kaggle does with
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -23,18 +24,18 @@ import nbformat
 import pytest
 
 from launch.kaggle import notebook
+from launch.kaggle.dataset import CODE, CONTENT, DATA, content_hash, content_of, write_dataset
 from launch.kaggle.kernel_run import (
     Disk,
     Retention,
     TrainingProcesses,
     bytes_below,
     margin_s,
-    prepared_data,
     previous_run,
     retention,
 )
-from launch.kaggle.notebook import CODE, content_hash, slug_of, write_dataset, write_kernel
-from tests.support.commands import ENVIRONMENT, Launch, Started
+from launch.kaggle.notebook import slug_of, write_kernel
+from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
 from tests.support.lives import RUN, STEPS, wait_until
 from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
 from training.base.console import UserError
@@ -68,6 +69,14 @@ def config(sample_data: Path, tmp_path: Path) -> Path:
     return write_config(tmp_path, sample_data)
 
 
+def written(folder: Path, config: Path, data: Path, script: str | None = None) -> str:
+    """Writes the data set me/relay-files into `folder`; returns the SHA-256 of its content."""
+    write_dataset(folder, content_of(config, data, script), owner="me", slug="relay-files")
+    sha256 = content_hash(folder)
+    assert sha256 is not None
+    return sha256
+
+
 @pytest.fixture
 def uninterrupted(sample_data: Path) -> Path:
     """The folder of the same run, trained by two ranks in one go."""
@@ -82,8 +91,9 @@ class Kaggle:
         self.input = folder / "input"
         self._mounts: list[Path] = []
         self.sessions = 0
-        self._words = [str(config), "--script", "tests.support.faulty_training"]
-        write_dataset(folder / "dataset", owner="me", slug="relay-files", config=config, data=data)
+        script = "tests.support.faulty_training"
+        self._words = [str(config), "--script", script]
+        self._sha256 = written(folder / "dataset", config, data, script)
         self.mount(folder / "dataset", "relay-files")
 
     def mount(self, folder: Path, name: str) -> None:
@@ -130,6 +140,7 @@ class Kaggle:
             title="relay run",
             words=self._words,
             dataset="me/relay-files",
+            sha256=self._sha256,
             previous=previous,
         )
         accidents: list[dict[str, Any]] = [{"at": "forward", "step": step, "rank": 0, "do": "hold"} for step in holds]
@@ -341,11 +352,19 @@ def test_data_that_is_nowhere_is_told_in_the_summary(launch, config, tmp_path):
 
 
 def test_furthest_run_among_the_inputs_is_the_one_to_go_on_from(tmp_path):
-    assert previous_run(tmp_path / "none", "run") is None
+    assert previous_run(tmp_path / "none", "run", []) is None
     for place, step in (("relay/run", 20), ("notebooks/me/relay-2/run", 300), ("relay/other", 4000)):
         (tmp_path / place / f"checkpoints/step-{step:010d}").mkdir(parents=True)
     (tmp_path / "relay-3/run").mkdir(parents=True)  # it never came to a checkpoint
-    assert previous_run(tmp_path, "run") == tmp_path / "notebooks/me/relay-2/run"
+    assert previous_run(tmp_path, "run", []) == tmp_path / "notebooks/me/relay-2/run"
+
+
+def test_only_the_outputs_of_the_kernels_that_were_named_are_gone_on_from(tmp_path):
+    for place, step in (("relay-1/run", 20), ("notebooks/me/relay-2/run", 30), ("stranger/run", 4000)):
+        (tmp_path / place / f"checkpoints/step-{step:010d}").mkdir(parents=True)
+    assert previous_run(tmp_path, "run", ["me/relay-1"]) == tmp_path / "relay-1/run"
+    assert previous_run(tmp_path, "run", ["me/relay-1", "me/relay-2"]) == tmp_path / "notebooks/me/relay-2/run"
+    assert previous_run(tmp_path, "run", ["me/relay-3"]) is None
 
 
 def test_as_many_checkpoints_are_kept_as_have_room():
@@ -392,12 +411,13 @@ def test_notebook_is_valid_and_its_metadata_are_those_that_kaggle_documents(laun
     assert result.status == 0, result
     assert f"kaggle kernels push -p {folder}" in result.out
     slug = slug_of(tmp_path / "run")
-    written = nbformat.read(folder / "relay.ipynb", as_version=4)
-    nbformat.validate(written)
-    assert [cell.cell_type for cell in written.cells] == ["markdown", "code", "code", "code"]
-    for cell in written.cells[1:]:
+    kernel = nbformat.read(folder / "relay.ipynb", as_version=4)
+    nbformat.validate(kernel)
+    assert [cell.cell_type for cell in kernel.cells] == ["markdown", "code", "code", "code"]
+    for cell in kernel.cells[1:]:
         compile(cell.source, "cell", "exec")
-    assert '["configs/gpt/run.yaml", "--expect-step", "1", "--optim.lr", "2e-3"]' in written.cells[2].source
+    words = '["configs/gpt/run.yaml", "--expect-step", "1", "--previous", "me/relay-1", "--optim.lr", "2e-3"]'
+    assert words in kernel.cells[2].source
     assert json.loads((folder / "kernel-metadata.json").read_text()) == {
         "id": f"me/{slug}",
         "title": slug.replace("-", " "),
@@ -428,6 +448,9 @@ def test_mistakes_are_all_told_before_anything_is_written(launch, config, tmp_pa
     for words, parts in (
         (("--owner", "no body", "--slug", "A", "--optim.lrr", "1"), ("--owner", "--slug", "optim.lrr")),
         (("--dataset", "data", "--previous", "a/b/c"), ("--dataset: expected OWNER/SLUG", "--previous")),
+        (("--dataset", "me/files"), ("--dataset and --sha256 go together",)),
+        (("--sha256", 64 * "a"), ("--dataset and --sha256 go together",)),
+        (("--dataset", "me/files", "--sha256", "a"), ("--sha256: expected 64 hexadecimal digits",)),
         (("--precision", "bf16", "--batch.micro_batches_per_step", "3"), ("only emulates", "cannot share the 3")),
         (("--data", tmp_path / "none"), ("is no prepared data set",)),
         (("--slug", 45 * "a"), ("--slug: at most 44 characters",)),
@@ -439,45 +462,212 @@ def test_mistakes_are_all_told_before_anything_is_written(launch, config, tmp_pa
     assert not folder.exists()
 
 
+def test_data_set_that_was_uploaded_before_is_named_with_its_hash(launch, config, tmp_path):
+    always = (config, "--owner", "me", "--output")
+    first = notebook_command(launch, *always, tmp_path / "first").wait()
+    assert first.status == 0, first
+    (line,) = [line for line in first.out.splitlines() if line.startswith("next:")]
+    words = line.partition("with ")[2].partition(",")[0].split()
+    second = notebook_command(launch, *always, tmp_path / "second", *words).wait()
+    assert second.status == 0 and not (tmp_path / "second/dataset").exists(), second
+    first_cell, second_cell = (
+        nbformat.read(tmp_path / name / "relay.ipynb", as_version=4).cells[1] for name in ("first", "second")
+    )
+    assert first_cell == second_cell and words[words.index("--sha256") + 1] in second_cell.source
+
+
 def test_equal_code_config_and_data_give_equal_archives(config, sample_data, tmp_path):
-    def written(name: str, data: Path = sample_data) -> dict[str, bytes]:
-        write_dataset(tmp_path / name, owner="me", slug="relay-files", config=config, data=data)
+    def files(name: str, data: Path = sample_data) -> dict[str, bytes]:
+        written(tmp_path / name, config, data)
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
-    first = written("first")
+    first = files("first")
     later = tmp_path / "later" / sample_data.name
     shutil.copytree(sample_data, later, copy_function=shutil.copyfile)
     os.utime(config, (1, 1))
-    assert written("second", later) == first
+    assert files("second", later) == first
     config.write_text(config.read_text().replace("width: 32", "width: 64"))
-    third = written("third")
-    assert third[CODE] != first[CODE] and third["data.tar"] == first["data.tar"]
+    third = files("third")
+    assert third[CODE] != first[CODE] and third[DATA] == first[DATA]
     assert content_hash(tmp_path / "first") == content_hash(tmp_path / "second") != content_hash(tmp_path / "third")
 
 
-def test_archives_that_kaggle_has_unpacked_serve_as_well(config, sample_data, tmp_path):
-    write_dataset(tmp_path / "dataset", owner="me", slug="relay-files", config=config, data=sample_data)
-    mounted = tmp_path / "input/datasets/me/relay-files"
-    for name in ("relay.tar.gz", "data.tar"):
-        place = mounted / name.partition(".")[0]
-        place.mkdir(parents=True)
-        subprocess.run(["tar", "-xf", str(tmp_path / "dataset" / name), "-C", str(place)], check=True)
-    kernel = {"owner": "me", "slug": "relay-run", "title": "relay run", "dataset": "me/relay-files"}
-    write_kernel(tmp_path / "kernel", words=[str(config)], previous=[], **kernel)
-    unpack = nbformat.read(tmp_path / "kernel/relay.ipynb", as_version=4).cells[1].source
-    environment = {**ENVIRONMENT, KAGGLE_INPUT: str(tmp_path / "input"), "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", unpack], env=environment, capture_output=True, text=True)
+def names_in(archive: Path) -> set[str]:
+    with tarfile.open(archive) as opened:
+        assert all(member.isfile() for member in opened)
+        return set(opened.getnames())
+
+
+def test_only_what_a_kernel_run_needs_leaves_the_machine(sample_data, tmp_path):
+    # A checkout in use: keys and other things of the user's own lie about in it.
+    root, data, stranger = tmp_path / "checkout", tmp_path / "prepared" / sample_data.name, tmp_path / "stranger.py"
+    own = shutil.ignore_patterns("__pycache__")
+    for name in ("launch", "training", "data_prep", "configs", "slurm"):
+        shutil.copytree(ROOT / name, root / name, ignore=own)
+    for name in ("requirements.txt", "LICENSE", "README.md", ".gitignore"):
+        shutil.copy(ROOT / name, root)
+    stranger.write_text("KEY = 1\n")
+    (root / "training/tracked_link.py").symlink_to(stranger)
+    git = ["git", "-c", "user.name=me", "-c", "user.email=me@here"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=root, check=True)
+    for name in ("slurm/environment.sh", "secrets.yaml", "configs/gpt/secrets.yaml", "secrets.py", "launch/.env.py"):
+        (root / name).write_text("WANDB_API_KEY=1\n")
+    (root / "training/.hidden").mkdir()
+    (root / "training/.hidden/keys.py").write_text("KEY = 1\n")
+    (root / "training/link.py").symlink_to(stranger)
+    (root / "training/link").symlink_to(ROOT / "launch")
+    (root / "training/mine.py").write_text("import training.gpt\n")
+    shutil.copy(root / "configs/gpt/sample.yaml", root / "configs/gpt/own.yaml")
+    shutil.copytree(sample_data, data)
+    (data / ".env").write_text("WANDB_API_KEY=1\n")
+    (data / "notes.txt").write_text("mine\n")
+    (data / "link").symlink_to(tmp_path)
+
+    def uploaded(name: str) -> tuple[set[str], set[str], str]:
+        words = ["notebook", "configs/gpt/own.yaml", "--owner", "me", "--output", tmp_path / name]
+        words += ["--run_dir", tmp_path / "run", "--data", data]
+        command = [sys.executable, "-m", "launch.kaggle", *map(str, words)]
+        done = subprocess.run(command, cwd=root, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        folder = tmp_path / name / "dataset"
+        code, prepared = names_in(folder / CODE), names_in(folder / DATA)
+        assert set(json.loads((folder / CONTENT).read_text())["files"]) == code | prepared
+        return code, prepared, done.stdout
+
+    code, prepared, said = uploaded("with-git")
+    listed = json.loads((data / "meta.json").read_text())["files"]
+    assert prepared == {f"prepared/{data.name}/{name}" for name in ("meta.json", *listed)}
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    folders = ("launch/", "training/", "data_prep/", "configs/", "requirements.txt", "LICENSE")
+    needed = {name for name in tracked if name.startswith(folders)} - {"training/tracked_link.py"}
+    assert code == needed | {"training/mine.py", "configs/gpt/own.yaml"}
+    assert f"configs ({sum(name.startswith('configs/') for name in code)} files, 0." in said
+    assert f"prepared ({len(prepared)} files, " in said
+    assert "not tracked by git: training/mine.py, configs/gpt/own.yaml\n" in said
+
+    shutil.rmtree(root / ".git")
+    without, same, said = uploaded("without-git")
+    assert same == prepared and "without git: all files there that end in .py" in said
+    endings = (".py", ".html", ".css", ".md", "LICENSE", "requirements.txt", "configs/gpt/own.yaml")
+    assert without == {name for name in code if name.endswith(endings)}
+
+    # A link in the place of a file that meta.json lists is refused, and so is what else lies in the folder to upload.
+    (data / "train/state.json").rename(tmp_path / "state.json")
+    (data / "train/state.json").symlink_to(tmp_path / "state.json")
+    with pytest.raises(UserError, match=r"lists 'train/state\.json', which is no plain file there"):
+        content_of(root / "configs/gpt/own.yaml", data)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/notes.txt").touch()
+    with pytest.raises(UserError, match=r"dataset/notes\.txt would be uploaded too"):
+        written(tmp_path / "dataset", root / "configs/gpt/own.yaml", sample_data)
+
+
+def test_training_of_the_users_own_goes_with_its_package(config, sample_data):
+    names = set(content_of(config, sample_data, "tests.support.faulty_training").code)
+    assert {"tests/support/faulty_training.py", "training/gpt.py"} < names
+    assert not [name for name in content_of(config, sample_data).code if name.startswith("tests/")]
+
+
+class Unpacking:
+    """The notebook's first cell, on the data set in `tmp_path/dataset`, whose mount is `mounted`."""
+
+    def __init__(self, tmp_path: Path, config: Path, data: Path):
+        self._tmp_path, self.dataset = tmp_path, tmp_path / "dataset"
+        self.input, self.mounted = tmp_path / "input", tmp_path / "input/datasets/me/relay-files"
+        self.mounted.mkdir(parents=True)
+        self.code = tmp_path / "relay"
+        sha256 = written(self.dataset, config, data)
+        kernel = {"owner": "me", "slug": "relay-run", "title": "relay run", "dataset": "me/relay-files"}
+        write_kernel(tmp_path / "kernel", words=[str(config)], previous=[], sha256=sha256, **kernel)
+        self._cell = nbformat.read(tmp_path / "kernel/relay.ipynb", as_version=4).cells[1].source
+
+    def mount(self, *, unpacked: bool) -> None:
+        shutil.rmtree(self.mounted)
+        shutil.copytree(self.dataset, self.mounted)
+        for name in (CODE, DATA) if unpacked else ():
+            place = self.mounted / name.partition(".")[0]
+            place.mkdir()
+            subprocess.run(["tar", "-xf", str(self.mounted / name), "-C", str(place)], check=True)
+            (self.mounted / name).unlink()
+
+    def run(self) -> subprocess.CompletedProcess[str]:
+        environment = {**ENVIRONMENT, KAGGLE_INPUT: str(self.input), "TMPDIR": str(self._tmp_path)}
+        return subprocess.run([sys.executable, "-c", self._cell], env=environment, capture_output=True, text=True)
+
+    def refused(self) -> str:
+        """Runs the cell, which has to leave no code behind; returns its last words."""
+        done = self.run()
+        assert done.returncode == 1 and not self.code.exists(), done
+        return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def unpacking(tmp_path: Path, config: Path, sample_data: Path) -> Unpacking:
+    return Unpacking(tmp_path, config, sample_data)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_code_comes_only_from_the_runs_own_data_set(unpacking, unpacked):
+    unpacking.mount(unpacked=unpacked)
+    for place in ("relay-run", "datasets/stranger/relay-files", "notebooks/me/relay-run"):
+        evil = unpacking.input / place / "launch/kaggle/kernel_run.py"
+        evil.parent.mkdir(parents=True)
+        evil.write_text("raise SystemExit('a stranger')\n")
+        with tarfile.open(unpacking.input / place / CODE, "w:gz") as archive:
+            for name in ("launch/kaggle/kernel_run.py", "launch/more.py"):
+                member = tarfile.TarInfo(name)
+                member.size = evil.stat().st_size
+                archive.addfile(member, io.BytesIO(evil.read_bytes()))
+    (unpacking.mounted / "more.py").write_text("KEY = 1\n")  # nor is anything taken that is not listed
+    done = unpacking.run()
+    assert done.returncode == 0, done
+    assert files_below(unpacking.code) == set(json.loads((unpacking.dataset / CONTENT).read_text())["files"])
+    assert (unpacking.code / "launch/kaggle/kernel_run.py").read_bytes() == (
+        ROOT / "launch/kaggle/kernel_run.py"
+    ).read_bytes()
+
+
+def test_code_and_data_that_differ_from_what_was_uploaded_are_refused(unpacking, sample_data):
+    unpacking.mount(unpacked=True)
+    for name in ("relay/launch/kaggle/kernel_run.py", f"data/prepared/{sample_data.name}/meta.json"):
+        path = unpacking.mounted / name
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert f"{name.partition('/')[2]} in me/relay-files is not what was uploaded" in unpacking.refused()
+        path.unlink()
+        assert f"{name.partition('/')[2]} is missing in me/relay-files" in unpacking.refused()
+        path.write_bytes(content)
+
+    # A list that fits other files is not the one that the notebook knows.
+    (unpacking.mounted / CONTENT).write_text((unpacking.dataset / CONTENT).read_text().replace("0", "1"))
+    assert "me/relay-files is not the version for this notebook" in unpacking.refused()
+
+    # The same in an archive.
+    unpacking.mount(unpacked=False)
+    with tarfile.open(unpacking.mounted / CODE, "w:gz") as archive:
+        archive.add(ROOT / "LICENSE", "launch/kaggle/kernel_run.py")
+    assert "launch/kaggle/kernel_run.py in me/relay-files is not what was uploaded" in unpacking.refused()
+
+    shutil.rmtree(unpacking.mounted)
+    assert "add that data set to the notebook's input" in unpacking.refused()
+    assert unpacking.run().stderr.splitlines()[-1].startswith("FileNotFoundError: me/relay-files is not below")
+
+
+def test_archives_that_kaggle_has_unpacked_serve_as_well(unpacking, config, sample_data, tmp_path):
+    unpacking.mount(unpacked=True)
+    done = unpacking.run()
     assert done.returncode == 0 and done.stdout == "", done
-    assert (tmp_path / "relay/configs/gpt/run.yaml").read_bytes() == config.read_bytes()
-    assert prepared_data(tmp_path / "input", Path("prepared", sample_data.name)).is_relative_to(mounted)
+    assert (unpacking.code / "configs/gpt/run.yaml").read_bytes() == config.read_bytes()
+    assert files_below(unpacking.code / "prepared" / sample_data.name) == files_below(sample_data)
     # Nor is git needed where the code was unpacked, to pack it again.
     words = ("notebook", "configs/gpt/run.yaml", "--owner", "me", "--output", tmp_path / "again")
     again = [sys.executable, "-m", "launch.kaggle", *map(str, words)]
-    subprocess.run(again, cwd=tmp_path / "relay", check=True)
-    with tarfile.open(tmp_path / "again/dataset" / CODE) as archive:
-        names = set(archive.getnames())
+    subprocess.run(again, cwd=unpacking.code, check=True)
+    names = names_in(tmp_path / "again/dataset" / CODE)
     assert {"launch/kaggle/kernel_run.py", "configs/gpt/run.yaml", "requirements.txt"} < names
     assert {"training/evaluation/report/page.html", "training/evaluation/exports/card.md"} < names
-    shutil.rmtree(mounted)
-    failed = subprocess.run([sys.executable, "-c", unpack], env=environment, capture_output=True, text=True)
-    assert "add the data set me/relay-files to the notebook's input" in failed.stderr

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from launch.kaggle.client import Clock, Kaggle, LostAnswer
-from launch.kaggle.notebook import name_mistakes, slug_of
+from launch.kaggle.dataset import name_mistakes
+from launch.kaggle.notebook import slug_of
 from launch.kaggle.record import KernelRun, RelayRecord, hours_between, runs_without_progress, to_continue, utc
 from tests.support.commands import ROOT, Launch, Result, Started
 from tests.support.kaggle_stand_in import OWNER, TOKEN
@@ -90,7 +91,7 @@ class Account:
 def account(tmp_path: Path, launch: Launch) -> Account:
     for name in ("site", "bin", "home", "prepared/small"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "prepared/small/meta.json").write_text("{}")
+    (tmp_path / "prepared/small/meta.json").write_text('{"files": {}}')
     command = tmp_path / "bin/kaggle"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT / "tests/support/kaggle_stand_in.py"} "$@"\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
@@ -123,6 +124,10 @@ def test_one_command_brings_a_run_through_its_kernel_runs_to_the_end(account: Ac
     ]
     assert f"kaggle kernels output {account.kernels[0]}/2" in result.out
     assert account.calls("datasets create") == 1 and account.calls("datasets version") == 0
+    said, name = result.out, f"{OWNER}/{account.name}-files"
+    assert account.site["datasets"][name]["private"]
+    assert said.index("code and config: LICENSE (1 file,") < said.index(f"dataset {name}: version 1 is ready"), "shown"
+    assert "not tracked by git: " in said and "data: prepared (1 file, 0.0 MB)" in said
     assert not list(account.run_dir.rglob("*.safetensors"))  # only the small files were fetched
     again = account.relay()
     assert again.status == 0 and "finished" in again.out and len(account.versions()) == 3
@@ -358,6 +363,21 @@ def test_changed_config_is_uploaded_and_the_same_one_is_not(account: Account) ->
         account.set(outcomes=[{"restart": False, "status": "resumable"}] * 3, steps=1500)
     assert account.calls("datasets create") == 1 and account.calls("datasets version") == 1
     assert account.record["dataset"]["version"] == 2
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_dataset_that_is_public_is_not_written_to(account: Account, private: bool) -> None:
+    name = f"{OWNER}/{account.name}-files"
+    known = {"kernels": {}, "datasets": {name: {"version": 1, "at": 0, "private": private}}, "overlaps": [], "used": {}}
+    write_atomically(account.folder / "site/site.json", json.dumps(known))
+    result = account.relay()
+    version, written = account.site["datasets"][name]["version"], account.calls("datasets version")
+    if private:
+        assert (result.status, version, written) == (0, 2, 1), result
+    else:
+        assert (result.status, version, written) == (1, 1, 0) and account.calls("kernels push") == 0, result
+        assert f"the dataset {name} is public" in result.error_lines[0]
+        assert f"make it private at https://www.kaggle.com/datasets/{name}/settings" in result.error_lines[0]
 
 
 def test_two_relays_of_one_run_are_refused(account: Account) -> None:

@@ -4,7 +4,8 @@ From the published command (2.2.5, its documentation and source, and what it pri
 sub-commands and options that the relay uses; what they print, and on which stream; that a refused push ends with status
 0 and an HTTP error with 1, its message followed by a hint; the states of a kernel run; OWNER/KERNEL/VERSION, and that
 no such version is a 404; `--file-pattern` as a regular expression searched in a file's path, the log always beside it;
-the JSON of `quota` and of `datasets status`; the help without a token.
+the JSON of `quota` and of `datasets status`; the file of `datasets metadata`, which says `isPrivate` only where that is
+true; that a new dataset is private without `--public`, and stays as it is in a new version; the help without a token.
 Reported by users, not documented: "Maximum batch GPU session count of 2 reached.", "Maximum weekly GPU quota of 30.00
 hours reached.", and that the output of a kernel that failed is "not valid kernel sources" while the next one starts all
 the same.
@@ -237,13 +238,28 @@ def answer(site: Site, words: list[str]) -> str:
             return json.dumps(
                 {"status": "ready" if ready else "blobs_received", "current_version_number": known["version"]}
             )
+        case ["datasets", "metadata"]:
+            if words[2] not in site.state["datasets"]:
+                raise HttpError("Permission 'datasets.get' was denied\n\nYou don't have access to this resource.")
+            owner, slug = words[2].split("/")
+            private = {"isPrivate": True} if site.state["datasets"][words[2]]["private"] else {}
+            about = {"info": {"datasetSlug": slug, "ownerUser": owner, "title": slug, **private}}
+            path = Path(option["-p"], "dataset-metadata.json")
+            path.write_text(json.dumps(about))
+            return f"Downloaded metadata to {path}\n"
         case ["datasets", "create" | "version"]:
             name = json.loads(Path(option["-p"], "dataset-metadata.json").read_text())["id"]
-            version = site.state["datasets"].get(name, {"version": 0})["version"]
-            if words[1] == "create" and version:
+            known = site.state["datasets"].get(name)
+            if words[1] == "create" and known:
                 return f'Dataset creation error: The requested slug "{name}" is already in use by a dataset.\n'
-            site.state["datasets"][name] = {"version": version + 1, "at": time.time()}
-            return f"Dataset version is being created. Please check progress at https://www.kaggle.com/{name}\n"
+            public = {"-u", "--public"} & set(words)
+            new = {"version": 0, "private": not public}
+            made = site.state["datasets"][name] = {**new, **(known or {})}
+            made |= {"version": made["version"] + 1, "at": time.time()}
+            if words[1] == "version":
+                return f"Dataset version is being created. Please check progress at https://www.kaggle.com/{name}\n"
+            kind = "public" if public else "private"
+            return f"Your {kind} Dataset is being created. Please check progress at https://www.kaggle.com/{name}\n"
     raise SystemExit(f"the stand-in knows no {words}")
 
 
