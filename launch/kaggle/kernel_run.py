@@ -138,10 +138,13 @@ def prepared_data(root: Path, wanted: Path) -> Path:
 # The disk.
 
 
-def bytes_below(folder: Path) -> int:
-    """The size of all files below a folder in which another process may be writing."""
+def bytes_below(folder: Path, but: Path | None = None) -> int:
+    """The size of all files below a folder in which another process may be writing; not of those below `but`."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
+        if but is not None and Path(place) == but:
+            folders.clear()
+            continue
         for name in names:
             with suppress(FileNotFoundError):
                 total += Path(place, name).lstat().st_size
@@ -170,7 +173,7 @@ class Disk:
 
     def room_bytes(self) -> int:
         """What all checkpoints together may take, including those that are there."""
-        others = bytes_below(self.working) - bytes_below(self.run_dir / "checkpoints")
+        others = bytes_below(self.working, but=self.run_dir / "checkpoints")
         return int(kaggle_output_bytes() * (1 - _RESERVE)) - others
 
     def tidy(self) -> None:
