@@ -278,8 +278,8 @@ FAULTS = (
     Fault(
         "name of what was published is not on the disk",
         "training/base/files.py",
-        "    fsync_folder(final.parent)\n    if aside.exists():",
-        "    if aside.exists():",
+        "    fsync_folder(final.parent)\n    _remove(aside)",
+        "    _remove(aside)",
         "tests/training/engine/test_checkpoint.py::test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published",
     ),
     Fault(
@@ -293,7 +293,7 @@ FAULTS = (
     Fault(
         "content of a checkpoint is not verified",
         "training/engine/checkpoint.py",
-        'if sha256_of(path) != about["sha256"]:',
+        'if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:',
         'if not about["sha256"]:',
         "tests/training/engine/test_checkpoint.py::test_single_flipped_bit_is_noticed_and_the_previous_checkpoint_taken[state.json]",
     ),
@@ -364,7 +364,7 @@ FAULTS = (
     Fault(
         "SLURM job is judged by an earlier session's status",
         "launch/slurm/job.py",
-        'wrote = status.get("time") is not None and status["time"] != began["status_time"]',
+        'wrote = status.get("time") is not None and status["time"] != began.get("status_time")',
         'wrote = status.get("time") is not None',
         "tests/launch/test_slurm_job.py::test_status_of_an_earlier_session_is_not_taken_for_this_ones",
     ),
@@ -424,6 +424,51 @@ FAULTS = (
         "autoescape=True,",
         "autoescape=False,",
         "tests/training/evaluation/test_report.py::test_hostile_text_stays_text_in_every_field",
+    ),
+    # What strangers may have made.
+    Fault(
+        "a planted link is followed",
+        "training/base/files.py",
+        '_HARDENED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)',
+        '_HARDENED = getattr(os, "O_NONBLOCK", 0)',
+        "tests/training/engine/test_foreign_folders.py::test_what_is_written_in_place_is_a_plain_file[link]",
+    ),
+    Fault(
+        "a temporary folder is taken as it lies there",
+        "training/base/files.py",
+        "            _remove(path)\n"
+        "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir()",
+        "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir(exist_ok=True)\n",
+        "tests/training/engine/test_foreign_folders.py::test_a_temporary_name_is_made_anew_whatever_lies_there",
+    ),
+    Fault(
+        "offsets in prepared data are believed",
+        "training/data/prepared.py",
+        "            table.validate(full=True)\n",
+        "",
+        "tests/training/data/test_prepared.py::"
+        "test_forged_content_is_refused_before_anything_is_read_by_it[text_beyond_its_buffer]",
+    ),
+    Fault(
+        "half a base model is its fingerprint",
+        "training/models/base_model.py",
+        "digest.update(sha256_once(path).encode())",
+        "digest.update(str(path.stat().st_size).encode())",
+        "tests/training/models/test_base_model.py::test_every_byte_counts_in_the_fingerprint",
+    ),
+    Fault(
+        "a line feed in an option ends SLURM's comment",
+        "training/base/options.py",
+        "    mistakes: list[str] = unprintable(argv)\n",
+        "    mistakes: list[str] = []\n",
+        "tests/training/engine/test_foreign_folders.py::test_definitions_that_are_no_names_are_refused",
+    ),
+    Fault(
+        "names in a folder command the terminal",
+        "training/base/console.py",
+        "        print(harmless(text), flush=True)\n",
+        "        print(text, flush=True)\n",
+        "tests/training/engine/test_foreign_folders.py::test_what_is_printed_commands_no_terminal",
     ),
 )
 
