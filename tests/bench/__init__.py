@@ -15,3 +15,5 @@ and, as its last line, one JSON object. What is compared takes turns, A B A B, a
 speed drifts; even so, figures from a busy machine say little. --smoke takes seconds and shows that a bench runs: two
 steps of everything, in the bench's own process where that is possible, so that its speeds mean nothing.
 """
+
+import training  # noqa: F401  before torch, since it says how OpenMP's threads wait, to what is forked from here, too

@@ -1,7 +1,8 @@
 """What the benches share: command line, prepared data, child processes, and the report.
 
 Everything measured runs on the CPU, in processes of its own with a stated number of threads, so neither this process's
-settings nor what ran before play into a figure. With --smoke nothing is measured: the same code runs in this process.
+settings nor what ran before play into a figure. With --quick what is one process is forked from this one, which has
+imported everything; with --smoke nothing is measured, and the same code runs in this process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -18,9 +20,10 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -120,13 +123,16 @@ def read_arguments(
     there = Path(found.data).is_file() if data.suffix else Path(found.data).is_dir()
     if found.data != "sample" and not there:
         raise UserError(f"there is no {what} {found.data}: name one, or --data sample")
-    return Arguments(found.quick or found.smoke, found.data, found, found.smoke)
+    arguments = Arguments(found.quick or found.smoke, found.data, found, found.smoke)
+    if arguments.quick:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, nor does it start others: see `forked`
+    return arguments
 
 
 def prepare(arguments: Arguments, folder: Path, *options: str) -> Prepared:
     """Prepares the raw data into `folder` by the command that users run. Validation, which no bench needs, is small."""
     words = ["--source", arguments.data, "--output", folder, "--validation_share", 0.01]
-    run_module("data_prep.tatoeba", *words, *options, here=arguments.smoke)
+    run_module("data_prep.tatoeba", *words, *options, here=arguments.quick)
     return open_prepared(folder)
 
 
@@ -146,20 +152,36 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_module(module: str, *words: object, ranks: int = 1, threads: int = 1, here: bool = False, **more: str) -> None:
+def run_module(
+    module: str,
+    *words: object,
+    ranks: int = 1,
+    threads: int = 1,
+    here: bool = False,
+    fork: bool = False,
+    **more: str,
+) -> None:
     """Runs `python -m module words...` from the repository's root, under torchrun when `ranks` > 1.
 
-    here: in this process instead, as one rank with the threads and the environment that it has. more: of its
-    environment. Raises UserError with the end of its output when it fails.
+    here: in this process instead, as one rank with the threads and the environment that it has. fork: in one that is
+    forked from this, unless there are several ranks. more: of its environment. Raises UserError with the end of its
+    output when it fails.
     """
     if here:
         return run_here(module, *words)
+    if fork and ranks == 1 and not more:
+        return forked(partial(run_here, module, *words), threads)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launcher, module, *map(str, words)]
     ours, pipe = environment(threads, **more), subprocess.PIPE
     done = subprocess.run(command, cwd=ROOT, env=ours, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+
+
+def how_to_run(arguments: Arguments) -> dict[str, Any]:
+    """`here` and `fork` of `run_module`, by the size of the bench."""
+    return {"here": arguments.smoke, "fork": arguments.quick and not torch.cuda.is_available()}
 
 
 # A process has one command line and one standard output.
@@ -221,6 +243,53 @@ def serve(work: Work) -> None:
         print(work(float(line)), flush=True)
 
 
+_FORK = multiprocessing.get_context("fork")
+
+
+class WorkerForked:
+    """A worker that is forked from this process, so that it need not start and import first.
+
+    That works because this process computes with one thread only; and not with a GPU, which no child may use.
+    """
+
+    def __init__(self, make: Callable[[], Work], threads: int, environment: Mapping[str, str] | None = None):
+        self._end, other = multiprocessing.Pipe()
+        words = (make, threads, environment or {}, other)
+        self._process = _FORK.Process(target=_serve_forked, args=words, daemon=True)
+        self._process.start()
+        other.close()
+
+    def ask(self, amount: float) -> None:
+        self._end.send(float(amount))
+
+    def answer(self) -> Any:
+        try:
+            return self._end.recv()
+        except EOFError:
+            self._process.join()
+            raise UserError(f"a peer of the bench ended by itself, exit status {self._process.exitcode}") from None
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve_forked(make: Callable[[], Work], threads: int, environment: Mapping[str, str], end: Any) -> None:
+    """The other end of `WorkerForked`."""
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    work = make()
+    while True:
+        end.send(work(end.recv()))
+
+
+def forked(function: Callable[[], T], threads: int) -> T:
+    """What the function returns in a process that is forked from this one."""
+    with workers(it=WorkerForked(lambda: lambda _: function(), threads)) as started:  # type: ignore[arg-type]
+        started["it"].ask(1)
+        return started["it"].answer()  # type: ignore[return-value]
+
+
 class WorkerHere:
     """A worker that is no process: it does the work when it is to answer."""
 
@@ -237,15 +306,21 @@ class WorkerHere:
         pass
 
 
-AnyWorker = Worker | WorkerHere
+AnyWorker = Worker | WorkerForked | WorkerHere
 
 
 def start_worker(
     arguments: Arguments, module: str, function: str, *words: object, threads: int, **more: str
 ) -> AnyWorker:
     """A worker that does what `function(*words)` of this module returns; with --smoke in this process."""
+
+    def make() -> Work:
+        return getattr(importlib.import_module(module), function)(*map(str, words))
+
     if arguments.smoke:
-        return WorkerHere(getattr(importlib.import_module(module), function)(*map(str, words)))
+        return WorkerHere(make())
+    if arguments.quick and not torch.cuda.is_available():
+        return WorkerForked(make, threads, more)
     return Worker("tests.bench.worker", module, function, *words, threads=threads, **more)
 
 
@@ -294,12 +369,13 @@ def timed_training(
     threads: int,
     under: str | None = None,
     here: bool = False,
+    fork: bool = False,
     **more: str,
 ) -> Speed:
     """Runs `training.<family>` for `steps` steps, as users start it, and reads its speed from the run's own record.
 
     The first quarter of the steps, one at least, is warm-up and not counted; nor are validation and saving, after the
-    last step. under: a module that runs the training in an arranged process; here, more: see `run_module`.
+    last step. under: a module that runs the training in an arranged process; here, fork, more: see `run_module`.
     """
     never = 10**9
     run_module(
@@ -312,6 +388,7 @@ def timed_training(
         ranks=ranks,
         threads=threads,
         here=here,
+        fork=fork,
         **more,
     )
     lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
@@ -451,11 +528,10 @@ class Race:
         data: Prepared,
         folder: Path,
         peers: dict[str, AnyWorker],
-        *,
-        here: bool,
+        arguments: Arguments,
     ):
         self.family, self.words, self.data, self.folder, self.peers = family, words, data, folder, peers
-        self.here = here
+        self.how = how_to_run(arguments)
         self.speeds: defaultdict[str, list[float]] = defaultdict(list)  # sentences a second, by rounds
         for peer in peers.values():  # the first piece of work also sets things up
             peer.ask(1)
@@ -466,7 +542,7 @@ class Race:
         number = len(self.speeds["relay 2"])
         for ranks in (2, 1):
             run_dir = Path(self.folder, f"seed-{number}-{ranks}")
-            how = {"steps": relay_steps, "ranks": ranks, "threads": 2 // ranks, "here": self.here}
+            how = {"steps": relay_steps, "ranks": ranks, "threads": 2 // ranks, **self.how}
             speed = timed_training(self.family, self.words, self.data, run_dir, **how)
             self.speeds[f"relay {ranks}"].append(speed.steps_per_s * SENTENCES_PER_STEP)
             for way in list(self.peers)[2 - ranks :: 2]:  # some behind the one, some behind the other

@@ -282,7 +282,7 @@ def compare(arguments: Arguments, name: str, folder: Path, *, rounds: int, plain
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("decoding", __doc__, words)
-    rounds, plain_count = arguments.sized(whole=(7, 200), quick=(3, 60), smoke=(1, 2))
+    rounds, plain_count = arguments.sized(whole=(7, 200), quick=(1, 60), smoke=(1, 2))
     # This process only prepares and checks; what is measured runs in the sides.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:

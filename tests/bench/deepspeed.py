@@ -16,12 +16,14 @@ memory" is no other than the rest, and offload saves nothing.
 - `_loss_difference`: the largest relative one to DDP's training loss, in fp32, over the same 102 (--quick: 8) steps.
 - `_resume_ratio`: from the command to the first step, with the checkpoint that the DDP run left.
 
-A start takes longer than all of the rest: --quick leaves out the resumed runs, and offload.
+A start takes longer than all of the rest: --quick leaves out the resumed runs and offload, computes fewer tokens, and
+forks the two ranks of a side from one process that has imported everything, unless they use GPUs.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -30,7 +32,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,6 +52,7 @@ from tests.bench.common import (
     report,
     workers,
 )
+from tests.support.zygote import fork_ranks
 from training.base.console import UserError, run_main, say
 from training.data.prepared import Prepared
 from training.engine import loop
@@ -59,7 +62,6 @@ from training.engine.parallel import Parallel
 
 RANKS = 2
 WARM_UP_STEPS = 2
-TOKENS = 256  # a micro-batch
 NEVER = 10**9
 
 SIDES = {
@@ -179,12 +181,12 @@ def train(output: str, held_file: str, *words: str) -> int:
 class Bench:
     """The sides, and what they train."""
 
-    def __init__(self, data: Prepared, folder: Path, *, rounds: int, steps: int):
-        self.folder = folder
+    def __init__(self, data: Prepared, folder: Path, *, rounds: int, steps: int, tokens: int, fork: bool):
+        self.folder, self.fork = folder, fork
         self.rounds, self.steps = rounds, steps
         self.counted = WARM_UP_STEPS + self.rounds * self.steps
         self.words = [
-            *(BASE, "--data", data.folder, "--precision", "fp32", "--batch.tokens_per_micro_batch", TOKENS),
+            *(BASE, "--data", data.folder, "--precision", "fp32", "--batch.tokens_per_micro_batch", tokens),
             *("--optim.steps", 10_000, "--log.every_steps", 1, "--log.validate_every_steps", NEVER),
             # Whoever has had its turn waits for hours if need be.
             *("--checkpoint.background", "false", "--session.hang_timeout", 36_000),
@@ -195,10 +197,12 @@ class Bench:
     def start(self, side: str, run: str) -> Worker:
         """A training of this side in the run folder of this name. The first asked for DDP's next step saves."""
         every = self.counted if run == "ddp" else NEVER
-        launcher = ("--standalone", f"--nproc-per-node={RANKS}", "-m", "tests.bench.deepspeed", "train")
         files = (self.folder / f"{run}.txt", self.folder / f"{run}.json")
         words = (*self.words, "--run_dir", self.folder / run, "--checkpoint.every_steps", every, *SIDES[side])
-        module = "torch.distributed.run"
+        module, launcher = "tests.bench.deepspeed", ["fork"]
+        if not self.fork or self.gpus:
+            launcher = ["--standalone", f"--nproc-per-node={RANKS}", "-m", module, "train"]
+            module = "torch.distributed.run"
         return Worker(module, *launcher, *files, *words, threads=1, CUDA_VISIBLE_DEVICES=self.gpus)
 
     def said(self, run: str) -> str:
@@ -245,9 +249,14 @@ class Bench:
 def main(words: Sequence[str] | None = None) -> int:
     if words is None and sys.argv[1:2] == ["train"]:
         return train(*sys.argv[2:])
+    if words is None and sys.argv[1:2] == ["fork"]:
+        with redirect_stdout(sys.stderr):  # it says there that it finds no GPU
+            importlib.import_module("deepspeed")
+        fork_ranks(RANKS)
+        return train(*sys.argv[2:])
     arguments = read_arguments("deepspeed", __doc__, words)
-    rounds, steps, sides = arguments.sized(
-        whole=(10, 10, list(SIDES)), quick=(3, 2, ["ddp", "zero1", "zero2", "zero3"])
+    rounds, steps, tokens, sides = arguments.sized(
+        whole=(10, 10, 256, list(SIDES)), quick=(3, 2, 160, ["ddp", "zero1", "zero2", "zero3"])
     )
     resumed = () if arguments.quick else RESUMED
     step_s: defaultdict[str, list[float]] = defaultdict(list)
@@ -256,7 +265,7 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = Path(temporary)
         say(f"preparing {arguments.about_data}")
         data = prepare(arguments, folder / "data", *BASE_DATA)
-        bench = Bench(data, folder, rounds=rounds, steps=steps)
+        bench = Bench(data, folder, rounds=rounds, steps=steps, tokens=tokens, fork=arguments.quick)
         with workers(**{side: bench.start(side, side) for side in sides}) as started:
             for side in sides:
                 bench.steps_of(started, side, WARM_UP_STEPS)

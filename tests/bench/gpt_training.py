@@ -132,7 +132,7 @@ def loss_difference(data: Prepared) -> float:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("gpt_training", __doc__, words)
     rounds, relay_steps, notebook_steps, base_steps, peak_s = arguments.sized(
-        whole=(3, 400, 20, 40, 1.0), quick=(1, 60, 6, 12, 0.5), smoke=(1, 2, 2, 2, 0.05)
+        whole=(3, 400, 20, 40, 1.0), quick=(1, 24, 4, 3, 0.3), smoke=(1, 2, 2, 2, 0.05)
     )
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         folder = Path(temporary)
@@ -166,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for name in ("first", "second", "both"):  # the first piece of work also sets things up
                 ask([name], 0.1)
             peers = {way: started[way] for way in ways}
-            race = Race("gpt", [SEED], as_words, folder, peers, here=arguments.smoke)
+            race = Race("gpt", [SEED], as_words, folder, peers, arguments)
             for number in range(rounds):
                 about = race.run_round(relay_steps, notebook_steps)
                 measure_peak()

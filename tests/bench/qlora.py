@@ -61,6 +61,7 @@ from tests.bench.common import (
     Work,
     counting_trainer,
     environment,
+    forked,
     held_bytes,
     peak_of_tensors,
     ratio_by_rounds,
@@ -93,8 +94,7 @@ RECORDS, TOKENIZER = SHARED / "disc-law-sft", SHARED / "qwen2.5-tokenizer"
 VOCABULARY, SAMPLE_VOCABULARY = 151_936, 32_768
 BATCH = 4
 
-SMOKE_SHAPE = {"hidden_size": 128, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 2}
-QUICK_SHAPE = {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 4}
+SMALL_SHAPE = {"hidden_size": 128, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 2}
 CPU_SHAPE = {"hidden_size": 384, "intermediate_size": 2112, "num_hidden_layers": 8, "num_attention_heads": 6}
 SHAPE_OF_3B = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
 
@@ -135,9 +135,9 @@ def prepare_records(arguments: Arguments, folder: Path) -> Conversations:
         source, tokenizer = Path(arguments.data), TOKENIZER
         if not tokenizer.is_dir():
             raise UserError(f"there is no tokenizer in {tokenizer} (RELAY_DATA names the folder above): --data sample")
-    workers = 1 if arguments.smoke else 2
+    workers = 1 if arguments.quick else 2
     words = ["--source", source, "--tokenizer", tokenizer, "--output", folder / "data", "--workers", workers]
-    run_module("data_prep.disc_law", *words, here=arguments.smoke)
+    run_module("data_prep.disc_law", *words, here=arguments.quick)
     return open_conversations(folder / "data")
 
 
@@ -424,10 +424,13 @@ DEVICES = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").s
 def ask_process(arguments: Arguments, *words: object, on_cpu: bool = False) -> Any:
     """What `python -m tests.bench.qlora words...` prints on its last line, as JSON: see `result_of`.
 
-    What needs nothing but a CPU is done in this process: to start another takes longer. With --smoke so is the rest.
+    What needs nothing but a CPU is done in this process: to start another takes longer. With --smoke so is the rest;
+    with --quick a process is forked from this one where there is no GPU.
     """
     if (on_cpu and not ON_CARD) or (arguments.smoke and not on_cpu):
         return result_of(list(map(str, words)))
+    if arguments.quick and not ON_CARD:
+        return forked(partial(result_of, list(map(str, words))), threads=2)
     command = [sys.executable, "-m", "tests.bench.qlora", *map(str, words)]
     surroundings = environment(2, **({} if on_cpu else DEVICES))
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
@@ -468,11 +471,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     arguments = read_arguments("qlora", __doc__, words, add_card, data=RECORDS, what="folder of DISC-Law-SFT")
     rounds, steps, shape = arguments.sized(
-        whole=(3, 3, CPU_SHAPE), quick=(1, 2, QUICK_SHAPE), smoke=(1, 1, SMOKE_SHAPE)
+        whole=(3, 3, CPU_SHAPE), quick=(1, 1, SMALL_SHAPE), smoke=(1, 1, SMALL_SHAPE)
     )
     if ON_CARD:
         rounds, steps, shape = arguments.sized(
-            whole=(3, 40, SHAPE_OF_3B), quick=(1, 10, SHAPE_OF_3B), smoke=(1, 1, SMOKE_SHAPE)
+            whole=(3, 40, SHAPE_OF_3B), quick=(1, 10, SHAPE_OF_3B), smoke=(1, 1, SMALL_SHAPE)
         )
     card_gb = arguments.more.card_gb
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
@@ -481,16 +484,17 @@ def main(words: Sequence[str] | None = None) -> int:
         data = prepare_records(arguments, folder)
         vocabulary_size = SAMPLE_VOCABULARY if arguments.data == "sample" else VOCABULARY
         base = make_base(folder / "base", data, shape, vocabulary_size)
-        small_base = make_base(folder / "small", data, QUICK_SHAPE, vocabulary_size) if ON_CARD else base
+        small_base = make_base(folder / "small", data, SMALL_SHAPE, vocabulary_size) if ON_CARD else base
         more = ["--", card_gb] if card_gb else []
-        # Nothing here is timed, but a card is each side's alone, and so is a process.
-        with ThreadPoolExecutor(1 if ON_CARD or arguments.smoke else 3) as pool:
-            ask = partial(pool.submit, ask_process, arguments)
-            checking = ask("check", data.folder, small_base, on_cpu=True)
-            measuring = {side: ask("memory", side, data.folder, base, *more) for side in SIDES}
-            difference = checking.result()
-            say(f"the same loss on both sides, difference {difference:.1e}")
-            memory = {side: each.result() for side, each in measuring.items()}
+        ask = partial(ask_process, arguments)
+        asked = [partial(ask, "memory", side, data.folder, base, *more) for side in SIDES]
+        asked.append(partial(ask, "check", data.folder, small_base, on_cpu=True))
+        # Nothing here is timed, but a card is each side's alone, and so is a process that is forked from.
+        with ThreadPoolExecutor(3) as pool:
+            together = map if ON_CARD or arguments.quick else pool.map
+            *measured, difference = together(lambda question: question(), asked)
+        say(f"the same loss on both sides, difference {difference:.1e}")
+        memory = dict(zip(SIDES, measured, strict=True))
 
         speeds: dict[str, list[float]] = {"relay": [], "trainer": [], "two_ranks": []}
         start, how = partial(start_worker, arguments, "tests.bench.qlora", "speed"), {"threads": 2, **DEVICES}

@@ -3,7 +3,7 @@
 Both are `configs/gpt/base.yaml` as users start it; the clock runs until the step's line stands in metrics.jsonl. The
 resumed run verifies and loads its checkpoint, reads a record of 10,000 lines and finds its place in the data, all of
 which a new run has no need of. Its checkpoint is a real one of an early step under a later number: where a run stands
-is a number to it.
+is a number to it. With --quick the steps are a quarter as large: they are the same for both.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.common import (
+    BASE,
     BASE_DATA,
     ROOT,
     Figure,
-    base_of,
     environment,
     prepare,
     ratio_by_rounds,
@@ -41,13 +41,13 @@ TRAINING = ("--optim.steps", 2 * STEP, "--checkpoint.every_steps", 2, "--log.eve
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("resume_time", __doc__, words)
-    rounds = arguments.sized(whole=7, quick=2)
+    rounds, batch = arguments.sized(whole=(7, ()), quick=(1, ("--batch.tokens_per_micro_batch", 256)))
     new: list[float] = []
     resumed: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
         data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
-        training = [*base_of(arguments), *TRAINING, "--data", data.folder]
+        training = [BASE, *batch, *TRAINING, "--data", data.folder]
         far = run_at_step(training, Path(folder, "far"))
         for number in range(rounds):
             for times, name in ((new, "new"), (resumed, "resumed")):

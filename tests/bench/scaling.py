@@ -16,6 +16,7 @@ from tests.bench.common import (
     BASE_DATA,
     Figure,
     base_of,
+    how_to_run,
     prepare,
     ratio_by_rounds,
     read_arguments,
@@ -27,7 +28,7 @@ from training.base.console import run_main, say
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("scaling", __doc__, words)
-    rounds, steps = arguments.sized(whole=(5, 40), quick=(1, 6), smoke=(1, 2))
+    rounds, steps = arguments.sized(whole=(5, 40), quick=(1, 3), smoke=(1, 2))
     one: list[float] = []
     two: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
@@ -36,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for number in range(rounds):
             for speeds, ranks in ((two, 2), (one, 1)):
                 run_dir = Path(folder, f"run-{number}-{ranks}")
-                how = {"steps": steps, "ranks": ranks, "threads": 2 // ranks, "here": arguments.smoke}
+                how = {"steps": steps, "ranks": ranks, "threads": 2 // ranks, **how_to_run(arguments)}
                 speed = timed_training("gpt", base_of(arguments), data, run_dir, **how)
                 speeds.append(speed.tokens_per_s)
             say(f"round {number + 1} of {rounds}: 2 ranks x 1 thread {two[-1]:,.0f} tokens/s, 1 x 2 {one[-1]:,.0f}")

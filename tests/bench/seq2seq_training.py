@@ -132,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
         ways = (ASLEEP, ALONE) if arguments.quick else tuple(WAYS)
         tutorial_of = arguments, "tests.bench.seq2seq_training", "tutorial", data.folder
         with workers(**{way: start_worker(*tutorial_of, **WAYS[way]) for way in ways}) as peers:
-            race = Race("seq2seq", RECIPE, data, Path(folder), peers, here=arguments.smoke)
+            race = Race("seq2seq", RECIPE, data, Path(folder), peers, arguments)
             for number in range(rounds):
                 say(f"round {number + 1} of {rounds}: {race.run_round(relay_steps, tutorial_steps)}")
 

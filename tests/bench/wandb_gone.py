@@ -54,7 +54,7 @@ class Run:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("wandb_gone", __doc__, words)
-    rounds, steps, tokens, batches = arguments.sized(whole=(5, 400, 512, 4), quick=(1, 200, 256, 2))
+    rounds, steps, tokens, batches = arguments.sized(whole=(5, 400, 512, 4), quick=(1, 200, 256, 1))
     without: list[Run] = []
     gone: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:

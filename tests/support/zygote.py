@@ -45,7 +45,7 @@ ENVIRONMENT = {**{key: value for key, value in os.environ.items() if not key.sta
 # torch._dynamo when the first is made. Nothing that a command promises not to import belongs here, such as wandb.
 KINDS = {
     "plain": [
-        *("torch", "torch.distributed", "torch._dynamo", "training.gpt", "training.seq2seq"),
+        *("training", "torch", "torch.distributed", "torch._dynamo", "training.gpt", "training.seq2seq"),
         *("training.evaluation.evaluate", "data_prep.tatoeba"),
         *("datasets", "sacrebleu", "sklearn.model_selection", "sentencepiece", "opencc"),
     ],
@@ -64,7 +64,7 @@ _PATIENCE_S = 30
 
 def can_fork(module: str, environment: Mapping[str, str]) -> bool:
     """Whether the process would be the same as one that is started anew."""
-    return not module.startswith("tests.bench") and all(name.startswith(_READ_LATE) for name in environment)
+    return all(name.startswith(_READ_LATE) for name in environment)
 
 
 def fork(
@@ -215,7 +215,7 @@ def _serve(listener: socket.socket, controller: int) -> dict[str, Any]:
             os._exit(0)
 
 
-def _fork_ranks(count: int) -> None:
+def fork_ranks(count: int) -> None:
     """Returns in each of `count` ranks; this process becomes their launcher, as torchrun would be."""
     import torch
 
@@ -269,7 +269,7 @@ def _run(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["folder"])
     if request["ranks"] is not None:
-        _fork_ranks(request["ranks"])
+        fork_ranks(request["ranks"])
 
     import numpy as np
 

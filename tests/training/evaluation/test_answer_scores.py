@@ -42,6 +42,7 @@ from training.evaluation.answers.scores import (
     score_answers,
     score_task,
 )
+from training.evaluation.bootstrap import paired, seed_for
 
 REAL_LAW = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "disc-law-sft"
 
@@ -431,10 +432,16 @@ def test_equal_systems_are_not_told_apart_and_a_clearly_better_one_is():
 def test_where_there_is_no_difference_one_is_found_once_in_twenty_times(monkeypatch):
     monkeypatch.setattr(bootstrap, "RESAMPLES", 300)
     dice, found, trials = random.Random(2), 0, 200
+    wrong, right = exams([False, True]).counts
     for _ in range(trials):
-        first, second = (exams(with_share(0.5, 60, dice)) for _ in range(2))
-        found += compare_tasks({"exam": first}, {"exam": second}).tasks[0].test.p < 0.05
+        both = [with_share(0.5, 60, dice) for _ in range(2)]
+        # The comparison's own test alone: intervals and averages over tasks would take four times as long.
+        counts = [np.array([right if each else wrong for each in answers]) for answers in both]
+        test = paired(metric_of("exam").score, *counts, seed_for("exam"))
+        found += test.p < 0.05
     assert 0.015 < found / trials < 0.09
+    first, second = map(exams, both)
+    assert compare_tasks({"exam": first}, {"exam": second}).tasks[0].test == test
 
 
 def test_a_handful_of_items_shows_nothing_however_it_turns_out(monkeypatch):
@@ -442,9 +449,9 @@ def test_a_handful_of_items_shows_nothing_however_it_turns_out(monkeypatch):
     for count, least in ((1, 1), (3, 0.25), (5, 0.0625)):
         (task,) = compare_tasks({"exam": exams([False] * count)}, {"exam": exams([True] * count)}).tasks
         assert task.test.p == least
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 200)
     dice, found = random.Random(3), 0
     for _ in range(40):
+        monkeypatch.setattr(bootstrap, "RESAMPLES", 1)  # nobody asks for the intervals of single tasks
         first, second = (
             {
                 f"task {number}": score_task(f"task {number}", [text], ["甲乙丙丁戊己庚辛"])
@@ -452,6 +459,7 @@ def test_a_handful_of_items_shows_nothing_however_it_turns_out(monkeypatch):
             }
             for texts in [["".join(dice.sample("甲乙丙丁戊己庚辛", 4)) for _ in range(12)] for _ in range(2)]
         )
+        monkeypatch.setattr(bootstrap, "RESAMPLES", 200)
         found += compare_tasks(first, second).macro.p < 0.05
     assert found <= 8, "the mean of tasks that have one item each"
 
