@@ -24,7 +24,7 @@ from data_prep.records import (
     written_text,
 )
 from training.base.console import UserError, warn
-from training.base.files import sha256_of
+from training.base.files import check_there, sha256_of
 from training.base.hub import fetch_snapshot
 from training.data.chat import user
 from training.data.conversations import DISC_LAW_SFT
@@ -168,6 +168,7 @@ def find_files(source: str, revision: str) -> list[LawFile]:
                 f"--source {source} holds {published.stem} twice ({' and '.join(path.name for path in paths)}); "
                 "leave one of them there"
             )
+        check_there(paths)
         for path in paths:
             found.append(LawFile(path, path.stat().st_size, sha256_of(path), published))
     missing = [published.name for published in FILES if published not in [file.published for file in found]]

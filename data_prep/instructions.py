@@ -37,7 +37,7 @@ from data_prep.records import (
     written_text,
 )
 from training.base.console import UserError, run_main
-from training.base.files import sha256_of
+from training.base.files import check_there, sha256_of
 from training.base.options import parse
 from training.data.chat import Message, user
 
@@ -194,6 +194,7 @@ def find_files(source: str) -> list[SourceFile]:
     paths = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
     if not paths:
         raise UserError(f"--source {source} holds no .jsonl file: pass the folder that they are in, or one file")
+    check_there(paths if place.is_dir() else [])
     files = [SourceFile(path, path.stat().st_size, sha256_of(path)) for path in paths]
     for file in files:
         with file.path.open("rb") as opened:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from training.base.console import UserError, say
-from training.base.files import create, open_atomically, write_atomically
+from training.base.files import create, is_own_folder, open_atomically, read_json, remove, write_atomically
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -108,11 +108,10 @@ def shard_folder(output: Path, key: dict[str, object]) -> Iterator[Path]:
     folder = output.with_name(f".{output.name}.shards")
     keep = False
     try:
-        if folder.is_symlink():
-            folder.unlink()
-        if _key_of(folder) != key:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        if not is_own_folder(folder) or _key_of(folder) != key:
+            remove(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)
             write_atomically(folder / _KEY, json.dumps(key))
         yield folder
     except OSError:
@@ -130,7 +129,7 @@ def shard_folder(output: Path, key: dict[str, object]) -> Iterator[Path]:
 
 def _key_of(folder: Path) -> object:
     try:
-        return json.loads((folder / _KEY).read_text(encoding="utf-8"))
+        return read_json(folder / _KEY)
     except (OSError, ValueError):
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from training.base.options import meant_for, parse, raw_values
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
+
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def peek(words: Sequence[str]) -> dict[str, str]:
@@ -38,11 +42,22 @@ def _texts(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def script_of(config: Path) -> str:
-    """The module that trains by a config file, see `meant_for`."""
+    """The module that trains by a config file, see `meant_for`.
+
+    It is about to be run, and the config may be a stranger's: so it is one of Relay's, or one that somebody has put
+    beside them. Raises UserError for any other, which has to be named by whoever starts it.
+    """
     values: dict[str, Any] = {}
     with suppress(UserError):  # whoever reads all of it reports what is wrong with it
         values = raw_values([str(config)])
-    return meant_for(config, values)
+    script = meant_for(config, values)
+    beside = any((folder / f"{script}.py").is_file() for folder in (_ROOT, Path.cwd()))
+    if not re.fullmatch(r"training\.\w+", script) and not (re.fullmatch(r"\w+", script) and beside):
+        raise UserError(
+            f"{config} is for {script!r}, which is neither a training of Relay's nor a file in its folder: if you know "
+            "what that is, name it by --script"
+        )
+    return script
 
 
 def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:

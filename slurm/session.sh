@@ -94,7 +94,7 @@ session() {
 
     # A process that finds an error for the user to mend writes it here.
     export RELAY_ERROR_FILE=$run_dir/error-$SLURM_JOB_ID.txt
-    rm -f "$RELAY_ERROR_FILE"
+    rm -rf "$RELAY_ERROR_FILE"
 
     status=0
     if [ -n "${STAGE_TO:-}" ]; then stage; fi

@@ -16,7 +16,7 @@ exec 9> "$1/lock"
 flock 9
 if [ ! -e "$1/complete" ]; then
     rm -rf "$1/data" "$1/venv"  # of a copy that was interrupted
-    cp -r "$2" "$1/data"
+    cp -rH "$2" "$1/data"
     if [ -f .venv.tar ]; then mkdir "$1/venv" && tar -xf .venv.tar -C "$1/venv"; fi
     touch "$1/complete"
 fi

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.kaggle.client import State
 from training.base.console import UserError
-from training.base.files import write_atomically
+from training.base.files import read_json, write_atomically
 
 RECORD = "kaggle.json"
 
@@ -65,11 +65,11 @@ class RelayRecord:
     def read(cls, path: Path) -> RelayRecord:
         """Raises UserError where the file is damaged."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             return cls(path, found["dataset"], [KernelRun(**each) for each in found["kernel_runs"]])
         except FileNotFoundError:
             return cls(path)
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} cannot be read; move it away, and Kaggle is asked what ran") from None
 
     def write(self) -> None:

@@ -358,6 +358,8 @@ class Relay:
 
     def _empty(self, name: str) -> Path:
         folder = self._folder / name
+        if self._folder.is_symlink():
+            self._folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder

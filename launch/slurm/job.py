@@ -209,9 +209,10 @@ def _time_is_over() -> bool:
 def _error_to_mend() -> str | None:
     """The error of this session that the user has to mend, if any; `tell_launcher` left it."""
     path = Path(os.environ.get("RELAY_ERROR_FILE", ""))
-    if not path.is_file():
+    try:
+        said = read_plain(path, most_bytes=1 << 20).decode("utf-8", "replace")
+    except OSError:
         return None
-    said = path.read_text(encoding="utf-8", errors="replace")
     path.unlink()
     return said
 

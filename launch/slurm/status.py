@@ -97,7 +97,8 @@ def print_status(argv: Sequence[str]) -> int:
     rows += [_row_or_why_none(run_dir, queued) for run_dir in runs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for each in rows:
-        say("  ".join(text.ljust(width) for text, width in zip(each, widths, strict=True)).rstrip())
+        line = "  ".join(text.ljust(width) for text, width in zip(each, widths, strict=True))
+        say(line.rstrip().replace("\n", "\\n"))
     return 0
 
 

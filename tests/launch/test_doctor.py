@@ -263,7 +263,7 @@ def test_bandwidth_arithmetic():
 def test_clock_that_is_ahead_is_measured_in_the_round_in_which_no_rank_was_held_up():
     def of_second_node(*left_at: float) -> Finding:
         every = [[100.0, 101.0], list(left_at)]
-        cluster: Any = SimpleNamespace(maximum=lambda values: values, gather=lambda own: every)
+        cluster: Any = SimpleNamespace(maximum=lambda values: values, gather=lambda own, kind: every)
         return ranks.clocks(cluster, ["a", "b"])[1]
 
     found = of_second_node(105.3, 106.002)
@@ -275,7 +275,7 @@ def test_clock_that_is_ahead_is_measured_in_the_round_in_which_no_rank_was_held_
 def test_threads_of_a_nodes_ranks_are_added_up():
     cores = frozenset({0, 1})
     every = [(2, cores), (1, cores), (1, cores), (1, cores), (1, frozenset({2}))]
-    cluster: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: every)
+    cluster: Any = SimpleNamespace(device=torch.device("cpu"), gather=lambda own, kind: every)
     found = ranks.threads(cluster, ["a", "a", "b", "b", "b"])
     assert [each.level for each in found] == ["warning", "ok"]
     assert "2 rank(s)" in found[0].text and "OMP_NUM_THREADS=1" in found[0].text and "[a]" in found[0].text

@@ -32,6 +32,15 @@ def test_folder_decides_where_there_is_no_config_that_could_be_read(tmp_path):
     assert script_of(tmp_path / "gpt/torn.yaml") == "training.gpt"
 
 
+@pytest.mark.parametrize("module", ["runs.stranger.evil", "cProfile", "os", "training.gpt.x", "../evil", "tests.x"])
+def test_a_config_starts_no_module_that_nobody_here_has_put_beside_relays(tmp_path, module: str):
+    config = tmp_path / "gpt/theirs.yaml"
+    config.parent.mkdir()
+    config.write_text(f"training: {module}\nrun_dir: x\ndata: y\n", encoding="utf-8")
+    with pytest.raises(UserError, match="name it by --script"):
+        script_of(config)
+
+
 def test_what_is_said_of_a_run_is_known_without_its_script(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("run_dir: runs/x\nseed: 5\nwandb: {mode: auto}\n", encoding="utf-8")

@@ -65,11 +65,11 @@ def say_as_any_rank(text: str) -> None:
 
 def harmless(text: str) -> str:
     """`text` with a terminal's control characters spelled out: a stranger's file name must not command the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-# All but line feeds and tabs.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# All but line feeds and tabs; also what turns the direction of writing, or ends a line elsewhere.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def run_main(main: Callable[[], int | None], *, prints_product: bool = False) -> NoReturn:

@@ -18,7 +18,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -117,7 +117,7 @@ def create(path: Path) -> BinaryIO:
     for _ in range(_TRIES):
         with suppress(FileExistsError):
             return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _HARDENED, 0o666), "wb")
-        _remove(path)
+        remove(path)
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
@@ -133,7 +133,7 @@ def open_in_place(path: Path) -> FileIO:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return file
             file.close()
-        _remove(path)
+        remove(path)
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
@@ -234,7 +234,7 @@ def _own_folder(path: Path) -> int | None:
                 stack.callback(os.close, left)
                 if not lock(left):
                     return None
-            _remove(path)
+            remove(path)
         with suppress(FileExistsError, FileNotFoundError):
             path.mkdir()
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _HARDENED)
@@ -274,7 +274,33 @@ def nearest_folder(path: Path) -> str:
     return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
-def _remove(path: Path) -> None:
+def is_own_folder(path: Path) -> bool:
+    """Whether this is a folder of this user's, and no link, in which nobody else can have put anything."""
+    try:
+        about = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file that was found in a folder is a file and lies there, too; a link may lead within the folder.
+
+    In the hub's cache it may lead to the blobs of the same repository.
+    """
+    folder, real = path.parent.resolve(), path.resolve()
+    homes = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return real.is_file() and any(real.is_relative_to(home) for home in homes)
+
+
+def check_there(paths: Iterable[Path]) -> None:
+    """Raises UserError for what was found in a folder and `is_there` not."""
+    for path in paths:
+        if not is_there(path):
+            raise UserError(f"{path} is no file in that folder, or a link out of it: copy the file there, or name it")
+
+
+def remove(path: Path) -> None:
     """Removes a file, a link, or a folder with all that is in it, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -304,7 +330,7 @@ def publish_folder(temporary: Path, final: Path, *, replace: bool = False) -> No
             aside.rename(final)
         raise
     fsync_folder(final.parent)
-    _remove(aside)
+    remove(aside)
 
 
 def recover(final: Path) -> bool:
@@ -313,7 +339,7 @@ def recover(final: Path) -> bool:
     if not os.path.lexists(aside):
         return False
     if aside.is_symlink() or os.path.lexists(final):
-        _remove(aside)
+        remove(aside)
         return False
     aside.rename(final)
     fsync_folder(final.parent)

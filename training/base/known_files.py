@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from training.base.files import lock, open_in_place, sha256_of
+from training.base.files import is_own_folder, lock, open_in_place, sha256_of
 
 # A file that was changed so shortly before may be changed again within one tick of the file system's clock.
 _SETTLED_S = 2.0
@@ -51,8 +51,7 @@ def _held(key: str) -> Iterator[FileIO | None]:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relay" / "known-files"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        if not is_own_folder(folder):
             raise PermissionError
         entry = open_in_place(folder / hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest())
     except OSError:

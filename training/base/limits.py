@@ -1,8 +1,9 @@
 """Limits for a stranger's program that runs inside this process, such as a chat template.
 
-Promises: Python code that takes too long is stopped wherever it stands; whatever asks for too much memory gets none.
-Not promised: that a single call into a library ends in time; that another thread than the main one has a limit of time;
-that there is one of memory where /proc is lacking.
+Promises: Python code that takes too long is stopped wherever it stands; whatever asks for too much memory gets none. A
+single call into a library cannot be stopped: where it goes on ten times as long, the system ends the process.
+Not promised: that another thread than the main one has a limit of time; that there is one of memory where /proc is
+lacking.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def call_limited(function: Callable[[], Result], seconds: float, more_bytes: int
     if timed:
         handler = signal.signal(signal.SIGPROF, _stop)
         timer = signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 10 * seconds)  # nobody handles its signal
     try:
         try:
             _allow(more_bytes, *memory)
@@ -40,6 +42,7 @@ def call_limited(function: Callable[[], Result], seconds: float, more_bytes: int
         finally:
             if timed:
                 signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     except _TimeIsUp:
         raise TimeoutError from None
     finally:

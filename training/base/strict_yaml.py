@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+_MOST_DIGITS = 100
 _MOST_LEVELS = 20  # of lists and groups in brackets
 
 
@@ -34,6 +35,11 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MOST_DIGITS:  # in base 60 (4:00:00) the library's time grows as the square of them
+            raise yaml.constructor.ConstructorError(None, None, "a number of so many digits", node.start_mark)
+        return super().construct_yaml_int(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -46,3 +52,6 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.base.console import UserError
-from training.base.files import nearest_folder
+from training.base.files import is_there, nearest_folder
 from training.base.hub import commit_of, fetch_snapshot
 from training.base.limits import call_limited
 
@@ -166,7 +166,7 @@ class ChatTokenizer:
         Raises UserError where the copy is another tokenizer: the files were changed since it was loaded.
         """
         folder.mkdir()
-        for path in (path for pattern in _FILES for path in self._folder.glob(pattern) if path.is_file()):
+        for path in (path for pattern in _FILES for path in self._folder.glob(pattern) if is_there(path)):
             shutil.copyfile(path, folder / path.name)
         if load_chat_tokenizer(str(folder)).sha256 != self.sha256:
             raise UserError(f"the files of --tokenizer {self._folder} were changed meanwhile: prepare the data again")

@@ -21,7 +21,7 @@ from typing import Literal
 import sentencepiece
 
 from training.base.console import UserError
-from training.base.files import write_atomically
+from training.base.files import read_json, read_plain, write_atomically
 from training.data.text import HAN, nfkc
 
 PAD, SOS, EOS, SEP, UNK = range(5)
@@ -80,7 +80,7 @@ class Tokenizer(ABC):
     @classmethod
     def load(cls, folder: Path, language: Language) -> Tokenizer:
         """The tokenizer of this kind that `save` wrote to `folder`."""
-        return cls((folder / cls.file_name).read_bytes(), language)
+        return cls(read_plain(folder / cls.file_name), language)
 
 
 class WordTokenizer(Tokenizer):
@@ -214,10 +214,11 @@ KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (WordTokenizer, Se
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in `folder`. Raises UserError if there is none, or not the one that was saved."""
     try:
-        about = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "tokenizer.json")
         tokenizer = KINDS[about["kind"]].load(folder, about["language"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        identity = about["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} holds no tokenizer that can be read ({error}); prepare the data again") from None
-    if tokenizer.sha256 != about["sha256"]:
+    if tokenizer.sha256 != identity:
         raise UserError(f"the vocabulary in {folder} is not the one that was saved there; prepare the data again")
     return tokenizer

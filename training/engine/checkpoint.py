@@ -95,7 +95,16 @@ class _Manifest(TypedDict):
     files: dict[str, _File]
 
 
+@with_config(ConfigDict(extra="allow", allow_inf_nan=False))
+class _State(TypedDict):
+    """What is read of a state.json that may be a stranger's."""
+
+    accuracy: NotRequired[float | None]
+    due: NotRequired[bool]
+
+
 _MANIFEST = TypeAdapter(_Manifest)
+_STATE = TypeAdapter(_State)
 
 
 @dataclass(frozen=True)
@@ -148,8 +157,7 @@ class Checkpoint:
     def state(self) -> RunState:
         """The small values."""
         state: RunState = read_json(self.folder / "state.json")
-        if not isinstance(state, dict):
-            raise ValueError(f"{self.folder / 'state.json'} holds no values by name")
+        _STATE.validate_python(state)
         return state
 
     @property

@@ -63,10 +63,19 @@ class Data(Protocol):
 
 
 def keep_private(run_dir: Path) -> None:
-    """From now on what this process writes is for its user alone, and so is the run folder, if it is there already."""
+    """From now on what this process writes is for its user alone, and so is what is in the run folder already.
+
+    Raises UserError where something there is another user's.
+    """
     os.umask(0o077)
-    with suppress(OSError):  # not there, or another user's
-        run_dir.chmod(0o700)
+    for path in (run_dir, *run_dir.rglob("*")):
+        with suppress(FileNotFoundError):  # not there yet, or not any more
+            if path.is_symlink():
+                continue
+            try:
+                path.chmod(path.stat().st_mode & 0o700)
+            except PermissionError:
+                raise UserError(f"--private: {path} is another user's: choose another --run_dir") from None
 
 
 class RunFolder:

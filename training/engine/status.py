@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import socket
 import time
@@ -33,6 +34,7 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
 _KILLED = "killed, or its machine went down"
 
 
+@with_config(ConfigDict(allow_inf_nan=False))
 class Session(TypedDict):
     """An entry of sessions.json. Times are local, as `2026-01-31T12:00:00+0100`."""
 
@@ -153,11 +155,13 @@ def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir, "checkpoints", f"step-{step:010d}")
 
 
+_STEP = re.compile("step-[0-9]{10,15}")
+
+
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
     """The steps of the published checkpoints and their folders, oldest first, by name alone: nothing is verified."""
     folders = sorted(Path(run_dir, "checkpoints").glob("step-*"))
-    steps = {folder: folder.name.removeprefix("step-") for folder in folders}
-    return {int(step): folder for folder, step in steps.items() if step.isdigit()}
+    return {int(folder.name[5:]): folder for folder in folders if _STEP.fullmatch(folder.name) and folder.is_dir()}
 
 
 def end_killed_saves(run_dir: Path) -> None:

@@ -128,13 +128,16 @@ def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedCo
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        kernels = str(getattr(config, "_attn_implementation", None) or "")
+    except Exception as error:  # the library believes whatever the file says
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"the model in {folder} needs code of its own, which is never run here: name a model that transformers "
                 "knows"
             ) from None
         raise UserError(f"{folder / CONFIG} describes no model that transformers knows ({error})") from None
+    if "/" in kernels or ":" in kernels:
+        raise UserError(f"the model in {folder} asks for kernels of its own ({kernels}), which are never run here")
     if config.is_encoder_decoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise UserError(f"the base model in {folder} ({config.model_type}) is no decoder-only language model")
     if getattr(config, "quantization_config", None) is not None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.base_models import CHATML, make_tokenizer
+from tests.support.commands import ROOT
 from training.base.errors import UserError
 from training.base.limits import call_limited
 from training.data import chat
@@ -87,3 +90,23 @@ def test_what_was_fetched_from_the_hub_says_which_commit_it_is(tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert tokenizer_with(CHATML, tmp_path / "snapshots" / commit).about()["commit"] == commit
     assert tokenizer_with(CHATML, tmp_path / "own").about()["commit"] is None
+
+
+def test_a_call_that_no_limit_can_stop_ends_the_process():
+    code = (
+        "from training.base.limits import call_limited\n"
+        "one, two = [1], [1]\n"
+        "for _ in range(60): one, two = [one, one], [two, two]\n"
+        "call_limited(lambda: one == two, 0.05, 1 << 30)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
+    assert done.returncode == -signal.SIGVTALRM
+
+
+def test_links_in_a_tokenizers_folder_are_not_copied_into_the_data(tmp_path):
+    folder = make_tokenizer(tmp_path / "tokenizer", ["什么是合同？", "A contract."])
+    (tmp_path / "secret").write_text("a private key")
+    (folder / "vocab-notes").symlink_to(tmp_path / "secret")
+    load_chat_tokenizer(str(folder)).save(tmp_path / "copy")
+    assert "tokenizer.json" in {path.name for path in (tmp_path / "copy").iterdir()}
+    assert not (tmp_path / "copy/vocab-notes").exists()

@@ -10,14 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.slurm.job import JOBS, note, read_events
+from data_prep.instructions import find_files
+from data_prep.shards import shard_folder
+from launch.kaggle.record import RelayRecord
+from launch.kaggle.relay import Relay
+from launch.slurm.job import JOBS, _error_to_mend, note, read_events
 from launch.slurm.status import print_status
 from tests.support.runs import SHORT_RUN, command_of
 from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
 from training.base.console import UserError, say
 from training.base.files import open_in_place, read_plain, temporary_folder, write_atomically
 from training.base.options import raw_values
-from training.engine.checkpoint import checkpoints, newest_valid
+from training.data.tokenizers import load_tokenizer
+from training.engine.checkpoint import best, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
 from training.engine.run_folder import RunFolder
 from training.engine.status import end_killed_saves, read_sessions, read_status
@@ -78,10 +83,13 @@ def test_a_temporary_name_is_made_anew_whatever_lies_there(tmp_path, home):
 
 def test_a_private_run_and_its_evaluation_leave_nothing_that_others_may_read(tmp_path, sample_data, launch):
     run_dir = tmp_path / "run"
-    run_dir.mkdir(mode=0o755)  # as the launcher may have made it
+    (run_dir / "checkpoints").mkdir(parents=True)  # as the launcher, or a session that was not private, has made it
+    (run_dir / "metrics.jsonl").touch(mode=0o666)
+    (run_dir / "notes").symlink_to(tmp_path / "nothing")
     words = command_of(run_dir, sample_data, *SHORT_RUN, "--optim.steps", 4, "--private", "true")
     assert launch(*words).wait().status == 0
     assert launch(run_dir, "--part", "validation", module="training.evaluation.evaluate").wait().status == 0
+    (run_dir / "notes").unlink()
     modes = {path: path.stat().st_mode & 0o777 for path in (run_dir, *run_dir.rglob("*"))}
     assert len(modes) > 10 and {path: mode for path, mode in modes.items() if mode & 0o077} == {}
 
@@ -178,7 +186,7 @@ def test_an_odd_manifest_is_a_damaged_checkpoint(tmp_path, manifest):
 
 def test_what_is_printed_commands_no_terminal(capsys):
     say("\x1b]0;title\x07 runs/\x1b[2Jgpt\r\n\tnext line\x9b1m")
-    assert capsys.readouterr().out == "\\x1b]0;title\\x07 runs/\\x1b[2Jgpt\\x0d\n\tnext line\\x9b1m\n"
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07 runs/\\x1b[2Jgpt\\r\n\tnext line\\x9b1m\n"
 
 
 def test_jobs_are_noted_in_no_file_behind_a_link(tmp_path, home):
@@ -196,6 +204,71 @@ def test_a_record_that_is_larger_than_any_is_not_read(tmp_path):
     assert read_status(tmp_path) is None
     path.write_text(json.dumps({"status": "running", "reason": "training", "restart": True}))
     assert read_status(tmp_path) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [("step-²", "{}"), ("step-0000000004", '{"accuracy": "x"}'), ("step-0000000004", '{"due": []}')]
+)
+def test_odd_checkpoints_are_no_candidates(tmp_path, name, state):
+    folder = tmp_path / "checkpoints" / name
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(state)
+    (tmp_path / "checkpoints/step-0000000005").touch()
+    assert best(tmp_path, 1) == [] and newest_valid(tmp_path, set_aside=False) is None
+
+
+def test_an_error_file_is_read_only_where_it_is_one(tmp_path, home, monkeypatch):
+    path = tmp_path / "error-7.txt"
+    monkeypatch.setenv("RELAY_ERROR_FILE", str(path))
+    path.symlink_to(home / "key")
+    assert _error_to_mend() is None
+    path.unlink()
+    path.write_text("no data")
+    assert _error_to_mend() == "no data" and not path.exists()
+
+
+def test_the_relays_own_folder_is_no_link(tmp_path, home):
+    (tmp_path / "kaggle").symlink_to(home)
+    relay = SimpleNamespace(_folder=tmp_path / "kaggle")
+    assert list(Relay._empty(relay, "documents").iterdir()) == [] and is_untouched(home)
+
+
+@pytest.mark.parametrize("how", ["a link", "writable for others"])
+def test_shards_that_others_can_have_made_are_not_used(tmp_path, how):
+    left = tmp_path / ".data.shards"
+    real = tmp_path / "theirs" if how == "a link" else left
+    real.mkdir(mode=0o755)
+    (real / "key.json").write_text('{"a": 1}')
+    (real / "train-00000.arrow").write_bytes(b"poison")
+    if how == "a link":
+        left.symlink_to(real)
+    else:
+        real.chmod(0o777)
+    with shard_folder(tmp_path / "data", {"a": 1}) as folder:
+        assert [path.name for path in folder.iterdir()] == ["key.json"]
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_pipe_in_the_place_of_a_tokenizer_or_a_record_keeps_nobody_waiting(tmp_path):
+    for name in ("tokenizer.json", "kaggle.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="holds no tokenizer that can be read"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="cannot be read; move it away"):
+        RelayRecord.read(tmp_path / "kaggle.json")
+
+
+def test_links_out_of_a_folder_of_records_are_refused(tmp_path, home):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/a.jsonl").symlink_to(home / "key")
+    with pytest.raises(UserError, match="a link out of it: copy the file there"):
+        find_files(str(tmp_path / "records"))
+    hub = tmp_path / "models--x"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots/1").mkdir(parents=True)
+    (hub / "blobs/2").write_text('{"instruction": "a", "output": "b"}\n')
+    (hub / "snapshots/1/a.jsonl").symlink_to("../../blobs/2")
+    assert [file.path.name for file in find_files(str(hub / "snapshots/1"))] == ["a.jsonl"], "the hub's own layout"
 
 
 def test_definitions_that_are_no_names_are_refused(tmp_path):

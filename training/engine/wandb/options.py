@@ -62,11 +62,16 @@ class WandbOptions(Options):
         return self
 
 
+def is_disabled() -> bool:
+    """Whether wandb's own switch is set."""
+    return os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+
+
 def mode_of(said: str | None) -> str:
     """The mode, by the option if it is given. Raises UserError if WANDB_MODE decides and is none that there is here."""
     if said is not None:
         return said
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+    if is_disabled():
         return "disabled"
     word = os.environ.get("WANDB_MODE")
     if not word:

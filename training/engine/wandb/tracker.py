@@ -14,6 +14,7 @@ all are logged again then, so that none is lost, and a step may stand twice.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from threading import Thread
 from typing import Any
 
 from training.base.console import warn
-from training.engine.wandb.options import WandbOptions, mode_of, same_run
+from training.engine.wandb.options import WandbOptions, is_disabled, mode_of, same_run
 from training.engine.wandb.visit import Visit, abandon, first_line, holds
 
 __all__ = ["WandbOptions", "WandbTracker", "publish_evaluation", "send_the_rest"]
@@ -138,7 +139,8 @@ def publish_evaluation(
     examples: source, reference, translation, note. Returns within PUBLISH_LIMIT_S and never raises: what goes wrong is
     a warning, since the evaluation itself is on the disk. The history stays as it is, so the run can still go on.
     """
-    if mode_of(options.mode) == "disabled":
+    # The config is that of the run, which may be a stranger's: whoever sets the variables here has the last word.
+    if "disabled" in (mode_of(options.mode), os.environ.get("WANDB_MODE")) or is_disabled():
         return
 
     def work() -> None:

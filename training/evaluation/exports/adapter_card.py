@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from training.base.files import is_there
 from training.base.strict_yaml import read_yaml
 from training.data.conversations import DISC_LAW_SFT
 from training.evaluation.chat_model.adapters import TrainedAdapters
@@ -31,7 +32,10 @@ _ON_THE_HUB = {"apache-2.0", "mit"}  # what the hub knows by name; others are wr
 def licence_of(name: str, folder: Path) -> tuple[str | None, str]:
     """The base model's licence as the hub writes it, None if it is not known, and in words."""
     try:
-        with (folder / "README.md").open(encoding="utf-8") as file:
+        card = folder / "README.md"
+        if not is_there(card):
+            raise FileNotFoundError
+        with card.open(encoding="utf-8") as file:
             header = read_yaml(file.read(_MOST_HEADER).split("---")[1])
         found = header.get("license_name") or header["license"]
         return str(found), str(found)

@@ -13,7 +13,6 @@ Merging needs as much memory as the merged model, and about 3 GB: 18 GB for 7 bi
 from __future__ import annotations
 
 import gc
-import shutil
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from training.base.console import UserError, say, warn
-from training.base.files import check_room
+from training.base.files import check_room, copy_plain
 from training.data.chat import load_chat_tokenizer
 from training.data.conversations import open_conversations
 from training.engine.checkpoint import checkpoints
@@ -282,8 +281,9 @@ class Export:
     def _copy_tokenizer(self, folder: Path) -> None:
         """As it was published, which any version reads, with the base model's config.json, which has a say in that."""
         for path in (self.trained.run_dir / "tokenizer").iterdir():
-            if not (folder / path.name).exists():  # a merged model has a config.json of its own
-                shutil.copyfile(path, folder / path.name)
+            named = f"tokenizer/{path.name}" in self.trained.data["files"]
+            if named and not (folder / path.name).exists():  # a merged model has a config.json of its own
+                copy_plain(path, folder / path.name)
 
     def _let_go(self) -> None:
         """Frees the run's model, for which there is no room beside another one."""

@@ -6,7 +6,6 @@ never stands without the name of the data, the split and the signature it was co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from sacrebleu.metrics import CHRF
 
+from training.base.files import read_json
 from training.evaluation.report.examples import EXAMPLES_SEED
 from training.evaluation.report.templates import page
 from training.evaluation.report.training_history import history
@@ -80,7 +80,7 @@ def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, dict[st
     alike = [folder / "evaluation" / f"{label}.json" for folder in sorted(own.parent.iterdir()) if folder != own]
     for path in (*others, *alike):
         with suppress(OSError, ValueError):
-            scores = json.loads(path.read_text(encoding="utf-8"))
+            scores = read_json(path)
             if isinstance(scores, dict) and scores.keys() >= BESIDE and scores["task"] == task:
                 run = path.parent.parent
                 found.append((f"{own.name}:{path.stem}" if run == own else run.name, scores))
