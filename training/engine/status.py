@@ -155,7 +155,7 @@ def checkpoint_folder(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir, "checkpoints", f"step-{step:010d}")
 
 
-_STEP = re.compile("step-[0-9]{10,15}")
+_STEP = re.compile("step-[0-9]{1,15}")
 
 
 def saved_steps(run_dir: str | Path) -> dict[int, Path]:
