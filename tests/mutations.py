@@ -278,8 +278,8 @@ FAULTS = (
     Fault(
         "name of what was published is not on the disk",
         "training/base/files.py",
-        "    fsync_folder(final.parent)\n    _remove(aside)",
-        "    _remove(aside)",
+        "    fsync_folder(final.parent)\n    remove(aside)",
+        "    remove(aside)",
         "tests/training/engine/test_checkpoint.py::test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published",
     ),
     Fault(
@@ -436,7 +436,7 @@ FAULTS = (
     Fault(
         "a temporary folder is taken as it lies there",
         "training/base/files.py",
-        "            _remove(path)\n"
+        "            remove(path)\n"
         "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir()",
         "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir(exist_ok=True)\n",
         "tests/training/engine/test_foreign_folders.py::test_a_temporary_name_is_made_anew_whatever_lies_there",

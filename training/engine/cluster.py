@@ -136,8 +136,13 @@ class Cluster:
         else:
             keep_freed_memory()
         if self.world_size > 1:
-            self._meet("nccl" if self.device.type == "cuda" else "gloo")
-            self._control = dist.new_group(backend="gloo", timeout=self.timeout)
+            try:
+                self._meet("nccl" if self.device.type == "cuda" else "gloo")
+                self._control = dist.new_group(backend="gloo", timeout=self.timeout)
+            except RuntimeError as error:  # another rank has left already, with an error of its own
+                if means_lost_peer(error):
+                    raise peer_error(error) from error
+                raise
         return self
 
     def _meet(self, backend: str) -> None:
