@@ -309,8 +309,9 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
     (folder / ".venv/installed-requirements.txt").touch()
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / ".venv")}))
-    (packages / "all.pth").write_text(sysconfig.get_path("purelib"))
-    (packages / "sitecustomize.py").write_text(
+    # Not as sitecustomize, of which Debian's Python has one of its own.
+    (packages / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\nimport seen_at_start\n")
+    (packages / "seen_at_start.py").write_text(
         "import sys\n"
         f"seen = open({str(seen)!r}, 'a')\n"
         "print(sys.prefix, file=seen, flush=True)\n"
