@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from training.base.console import UserError, warn
 from training.base.durations import format_duration
-from training.base.files import read_plain
+from training.base.files import read_json
 
 State = Literal["queued", "running", "complete", "error", "cancelled"]
 ACTIVE: tuple[State, ...] = ("queued", "running")
@@ -231,7 +231,7 @@ class Kaggle:
         with TemporaryDirectory() as folder:
             self._ask(["datasets", "metadata", dataset, "-p", folder])
             try:
-                found = json.loads(read_plain(Path(folder, "dataset-metadata.json")))
+                found = read_json(Path(folder, "dataset-metadata.json"))
                 # The command leaves out what is false.
                 return found.get("info", found).get("isPrivate", False) is True
             except (OSError, ValueError, AttributeError):

@@ -28,7 +28,15 @@ from typing import BinaryIO
 
 from launch.scripts import script_of
 from training.base.console import UserError
-from training.base.files import open_atomically, open_plain, read_plain, write_atomically, writing_to
+from training.base.files import (
+    PATH_WITHIN,
+    open_atomically,
+    open_plain,
+    read_json,
+    read_plain,
+    write_atomically,
+    writing_to,
+)
 
 CODE, DATA, CONTENT = "relay.tar.gz", "data.tar", "content.json"
 _ABOUT = "dataset-metadata.json"
@@ -101,11 +109,11 @@ def _prepared_files(data: Path) -> list[str]:
         raise UserError(f"--data {data}: name the folder itself, because Kaggle's copy is found by that name")
     listed = None
     with suppress(OSError, ValueError, KeyError, TypeError):
-        listed = json.loads(read_plain(data / "meta.json"))["files"]
+        listed = read_json(data / "meta.json")["files"]
     if not isinstance(listed, dict):
         raise UserError(f"{data / 'meta.json'} does not list the data's files (`files`); prepare it again")
     for name in listed:
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or not _is_plain(data, name):
+        if not re.fullmatch(PATH_WITHIN, name) or not _is_plain(data, name):
             raise UserError(f"{data / 'meta.json'} lists {name!r}, which is no plain file there; prepare it again")
     return ["meta.json", *listed]
 

@@ -42,6 +42,12 @@ _MENDABLE = {
 # How whatever lies under a name is opened: a link is not followed, and a pipe does not keep us waiting.
 _HARDENED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
+# What the system says where a link or a socket lies.
+_NO_FILE = (errno.ELOOP, errno.ENXIO)
+
+# A path within a folder, of plain names: nothing hidden, no way out.
+PATH_WITHIN = r"\w[\w.-]*(/\w[\w.-]*)*"
+
 # How often something under our name is removed that others put there again.
 _TRIES = 10
 
@@ -127,7 +133,7 @@ def open_in_place(path: Path) -> FileIO:
         try:
             file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _HARDENED, 0o666), "ab+")
         except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            if error.errno not in _NO_FILE:
                 raise
         else:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -145,7 +151,7 @@ def open_plain(path: Path) -> BufferedReader:
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | _HARDENED), "rb")
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+        if error.errno in _NO_FILE:
             raise NotPlainError(error.errno, "it is no plain file", str(path)) from None
         raise
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -98,7 +98,7 @@ class Conversations(PreparedFolder):
 
 
 def open_conversations(folder: str | Path) -> Conversations:
-    """The prepared conversations in `folder`. Raises UserError when missing, half there, or its sizes have changed."""
+    """The prepared conversations in `folder`. Raises UserError when missing, half there, changed or forged."""
     folder = Path(folder)
     return Conversations(folder, read_meta(folder, FORMAT, MAKE)).check_once()
 

@@ -13,7 +13,8 @@ and Arrow follows the offsets in a file wherever they lead: all of it is checked
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -26,7 +27,7 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.console import UserError
-from training.base.files import read_json, sha256_of
+from training.base.files import PATH_WITHIN, read_json, sha256_of
 from training.base.known_files import check_once, sha256_once
 from training.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -48,7 +49,7 @@ class FileIdentity(TypedDict):
     sha256: str
 
 
-_FILES = TypeAdapter(dict[Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")], FileIdentity])
+_FILES = TypeAdapter(dict[Annotated[str, StringConstraints(pattern=f"^{PATH_WITHIN}$")], FileIdentity])
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class PreparedFolder:
+class PreparedFolder(ABC):
     """What every open prepared data set has: the folder and its meta.json. The subclass knows what its parts hold."""
 
     folder: Path
@@ -156,25 +157,23 @@ class PreparedFolder:
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256 with meta.json. Raises UserError naming the first that differs."""
-        for name, about in self.meta["files"].items():
-            if sha256_of(self.folder / name) != about["sha256"]:
-                raise UserError(self._changed(name))
+        self._check_files(sha256_of)
 
+    @abstractmethod
     def vocabulary_sizes(self) -> dict[str, int]:
         """How many ids there are, for each column of ids."""
-        raise NotImplementedError
 
     def check_once(self) -> Self:
         """Itself, all of it checked, unless this machine has seen it before. Raises UserError."""
-        for name, about in self.meta["files"].items():
-            if sha256_once(self.folder / name) != about["sha256"]:
-                raise UserError(self._changed(name))
+        self._check_files(sha256_once)
         check_once(f"prepared data {sha256_of(self.folder / META)}", self._check_parts)
         return self
 
-    def _changed(self, name: str) -> str:
-        again = _again(self.folder, self.make)
-        return f"{self.folder / name} was changed or damaged since it was prepared; {again}"
+    def _check_files(self, sha256: Callable[[Path], str]) -> None:
+        for name, about in self.meta["files"].items():
+            if sha256(self.folder / name) != about["sha256"]:
+                again = _again(self.folder, self.make)
+                raise UserError(f"{self.folder / name} was changed or damaged since it was prepared; {again}")
 
     def _check_parts(self) -> None:
         for part in PARTS:
@@ -266,7 +265,7 @@ def _others(folder: Path) -> str:
 
 
 def open_prepared(folder: str | Path) -> Prepared:
-    """The prepared data set in `folder`. Raises UserError when it is missing, half there, or its sizes have changed."""
+    """The prepared data set in `folder`. Raises UserError when it is missing, half there, changed or forged."""
     folder = Path(folder)
     meta = read_meta(folder, FORMAT, MAKE)
     return Prepared(

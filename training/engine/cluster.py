@@ -12,7 +12,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeVar
 
@@ -136,13 +137,9 @@ class Cluster:
         else:
             keep_freed_memory()
         if self.world_size > 1:
-            try:
+            with _naming_lost_peers():  # another rank may have left already, with an error of its own
                 self._meet("nccl" if self.device.type == "cuda" else "gloo")
                 self._control = dist.new_group(backend="gloo", timeout=self.timeout)
-            except RuntimeError as error:  # another rank has left already, with an error of its own
-                if means_lost_peer(error):
-                    raise peer_error(error) from error
-                raise
         return self
 
     def _meet(self, backend: str) -> None:
@@ -225,12 +222,8 @@ class Cluster:
             return
         # After an error the peers may be gone: leave without waiting, the launcher takes them down.
         if kind is None:
-            try:
+            with _naming_lost_peers():
                 dist.barrier(self._control)
-            except RuntimeError as late:
-                if means_lost_peer(late):
-                    raise peer_error(late) from late
-                raise
         if isinstance(error, UserError) and error.speaks is None:
             error.speaks = self._claims_message(str(error))
         # NCCL waits for what is queued, which never comes to an end after an error of this rank alone.
@@ -341,6 +334,17 @@ class Cluster:
 def means_lost_peer(error: BaseException) -> bool:
     """Whether an exception says no more than that another rank is gone or does not answer."""
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _PEER_IS_GONE)
+
+
+@contextmanager
+def _naming_lost_peers() -> Iterator[None]:
+    """Raises PeerError for an error that only means that another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if means_lost_peer(error):
+            raise peer_error(error) from error
+        raise
 
 
 def peer_error(error: BaseException) -> PeerError:
