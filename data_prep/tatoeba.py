@@ -21,14 +21,22 @@ from pydantic import Field, model_validator
 from data_prep.preparing import claim_output, is_done, resolved, say_malformed, sha256_of_json, versions, write_meta
 from data_prep.sources import DOWNLOAD_NAME, DOWNLOAD_URL, RawPairs, Source, open_source, read_pairs
 from data_prep.splits import Split, grouped_split, leakage, random_split, side_of
-from training.base.console import run_main, say, warn
+from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration
-from training.base.files import publish_folder, temporary_folder, writing_to
+from training.base.files import nearest_folder, publish_folder, temporary_folder, writing_to
 from training.base.options import Options, differing_keys, parse
 from training.base.progress import Progress
 from training.data.prepared import FORMAT, PARTS, Prepared, Ragged, list_files, open_prepared, write_part
 from training.data.text import simplify
-from training.data.tokenizers import KINDS, UNK, Language, SentencePieceTokenizer, Tokenizer, WordTokenizer
+from training.data.tokenizers import (
+    KINDS,
+    UNK,
+    Language,
+    SentencePieceTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
 
 PROG = "python -m data_prep.tatoeba"
 FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
@@ -59,6 +67,9 @@ class TatoebaOptions(Options):
         ge=1,
         description="rarer words of the training part become <unk>; with 1 a model never meets <unk> in training",
     )
+    tokenizers: Path | None = Field(
+        None, description="a prepared data set or a run whose tokenizers are taken, so that its model can read these"
+    )
     simplify: bool = Field(False, description="convert the Chinese to simplified characters")
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="validation's share of what is not test (10 %)")
     max_malformed_share: float = Field(
@@ -69,16 +80,23 @@ class TatoebaOptions(Options):
 
     @model_validator(mode="after")
     def _of_this_tokenizer(self) -> TatoebaOptions:
+        of_new_ones = {"tokenizer", "vocabularies", "vocabulary_size", "min_frequency"} & self.model_fields_set
+        if self.tokenizers is not None and of_new_ones:
+            raise ValueError(f"{min(of_new_ones)} has no effect where tokenizers are taken: leave it out")
         other = "vocabulary_size" if self.tokenizer == "word" else "min_frequency"
-        if other in self.model_fields_set:
+        if other in of_new_ones:
             raise ValueError(f"{other} has no effect with tokenizer {self.tokenizer}: leave it out")
         return self
 
     def defining(self) -> dict[str, object]:
         """The options that the prepared content depends on."""
-        keys = ["split", "tokenizer", "vocabularies", "simplify", "validation_share", "seed"]
-        keys.append("min_frequency" if self.tokenizer == "word" else "vocabulary_size")
-        return {key: getattr(self, key) for key in sorted(keys)}
+        keys = ["split", "simplify", "validation_share", "seed"]
+        if self.tokenizers is None:
+            keys += ["tokenizer", "vocabularies", "min_frequency" if self.tokenizer == "word" else "vocabulary_size"]
+        found = {key: getattr(self, key) for key in sorted(keys)}
+        if self.tokenizers is not None:
+            found["tokenizers"] = {side: each.sha256 for side, each in take_tokenizers(self.tokenizers).items()}
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +153,10 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: RawPairs
     else:
         split = grouped_split(english.normalised, chinese.normalised, options.validation_share, options.seed)
 
-    tokenizers = train_tokenizers(options, chinese.texts, english.texts, split)
+    if options.tokenizers is None:
+        tokenizers = train_tokenizers(options, chinese.texts, english.texts, split)
+    else:
+        tokenizers = take_tokenizers(options.tokenizers)
     encoded = {}
     for side, texts in (("source", chinese.texts), ("target", english.texts)):
         tokenizers[side].save(folder / "tokenizer" / side)
@@ -171,8 +192,8 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: RawPairs
         "groups": {"count": split.groups, "largest": split.largest_group} if split.groups else None,
         "leakage": leakage(split, chinese, english),
         "tokenizer": {
-            "kind": options.tokenizer,
-            "vocabularies": options.vocabularies,
+            "kind": tokenizers["source"].kind,
+            "vocabularies": "joint" if len({each.sha256 for each in tokenizers.values()}) == 1 else "separate",
             **{
                 side: {"vocabulary_size": tokenizer.vocabulary_size, "sha256": tokenizer.sha256}
                 for side, tokenizer in tokenizers.items()
@@ -185,6 +206,14 @@ def build(folder: Path, options: TatoebaOptions, source: Source, pairs: RawPairs
     }
     write_meta(folder, meta)
     return meta
+
+
+def take_tokenizers(folder: Path) -> dict[str, Tokenizer]:
+    """The source (Chinese) and target (English) tokenizer of a prepared data set or a run."""
+    if not (folder / "tokenizer/source").is_dir():
+        near = nearest_folder(folder)
+        raise UserError(f"--tokenizers {folder} is no prepared data set and no run of sentence pairs{near}")
+    return {side: load_tokenizer(folder / "tokenizer" / side) for side in ("source", "target")}
 
 
 def train_tokenizers(

@@ -28,7 +28,7 @@ from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import OwnPart, RunOptions, Task, Validation
 from training.engine.watchdog import watched_ranks
-from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, spread_by_layer
+from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, read_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
     find_base_model,
@@ -153,6 +153,9 @@ class Answering(Task):
 
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         return losses_of(model, self.answers, samples, self.cluster.device)[0].sum()
+
+    def read_foreign(self, folder: Path) -> dict[str, Tensor] | None:
+        return read_adapters(folder, self.model.model)
 
     def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
         return validation_scores(model, self.held_out, self.cluster, self.precision, self.tokens, own_part)

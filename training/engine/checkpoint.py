@@ -54,7 +54,7 @@ from training.base.options import CommandLine
 from training.engine.status import Best, checkpoint_folder, saved_steps
 
 MANIFEST = "manifest.json"
-EMA = "ema.safetensors"
+MODEL, EMA = "model.safetensors", "ema.safetensors"
 
 # What is written besides tensors is a few kilobytes; a file system needs some room for itself too.
 _ROOM_BESIDE_TENSORS = 200_000
@@ -73,9 +73,13 @@ class RunState(Best, EngineState):
 
     accuracy: float | None  # of this very step, if the model was validated at it
     validated_step: int
+    waited: int  # validations since the last new best
+    ended: int | None  # the step at which that was too many
+    steps: int  # of the whole run
+    fork: int  # see `training.engine.optim.Course`
     window_losses: list[float]  # see `training.engine.metrics.Window`
     wandb_id: str | None
-    due: bool  # false where only a stop asked for the checkpoint
+    due: bool  # false where an uninterrupted run, or a longer one, has no checkpoint
 
 
 class _File(TypedDict):
@@ -88,10 +92,10 @@ class _Manifest(TypedDict):
     """What is read of a manifest.json before anything vouches for it."""
 
     step: int
-    task: NotRequired[str]
-    config: NotRequired[dict[str, Any]]
-    data: NotRequired[dict[str, Any]]
-    versions: NotRequired[dict[str, str]]
+    task: str
+    config: dict[str, Any]
+    data: dict[str, str]
+    versions: dict[str, str]
     files: dict[str, _File]
 
 
@@ -101,6 +105,7 @@ class _State(TypedDict):
 
     accuracy: NotRequired[float | None]
     due: NotRequired[bool]
+    fork: NotRequired[int]
 
 
 _MANIFEST = TypeAdapter(_Manifest)
@@ -154,6 +159,13 @@ class Checkpoint:
                 return f"{name} cannot be read ({error.strerror})"
         return None
 
+    def remove(self) -> None:
+        """Removes it from the disk."""
+        # Renamed first: a kill in the middle must not leave a half-empty checkpoint under a valid name.
+        doomed = self.folder.with_name(f"removing-{self.folder.name}")
+        self.folder.rename(doomed)
+        shutil.rmtree(doomed)
+
     def state(self) -> RunState:
         """The small values."""
         state: RunState = read_json(self.folder / "state.json")
@@ -167,9 +179,16 @@ class Checkpoint:
             return self.state().get("due", True)
         return True
 
+    @property
+    def fork(self) -> int:
+        """Up to which step a longer run is the same."""
+        with suppress(OSError, ValueError):  # damaged: there is nothing to go back to
+            return self.state().get("fork", self.step)
+        return self.step
+
     def model_state(self) -> dict[str, Tensor]:
         """The model's tensors by parameter name, on the CPU."""
-        return load_file(self.folder / "model.safetensors")
+        return load_file(self.folder / MODEL)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by kind and parameter name, on the CPU."""
@@ -214,7 +233,7 @@ def tensors_of(
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
-        "model.safetensors": model_state(model),
+        MODEL: model_state(model),
         "optimizer.safetensors": {
             f"{kind}/{names[parameter]}": value.detach() if isinstance(value, Tensor) else torch.tensor(value)
             for parameter, kinds in optimizer.state.items()
@@ -285,8 +304,12 @@ def newest_valid(run_dir: str | Path, *, set_aside: bool = True) -> Checkpoint |
 
 def best(run_dir: str | Path, count: int) -> list[Checkpoint]:
     """The `count` checkpoints of highest validation accuracy, best first, unverified; of equal ones the older."""
+    return _best(checkpoints(run_dir), count)
+
+
+def _best(found: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
     scored = []
-    for checkpoint in checkpoints(run_dir):
+    for checkpoint in found:
         with suppress(OSError, ValueError):  # damaged: it is no candidate
             accuracy = checkpoint.state().get("accuracy")
             if accuracy is not None and checkpoint.is_due:
@@ -393,11 +416,17 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -> None:
-    """Removes the checkpoints beyond those to keep, once `newest` was read back. Raises OSError if it is damaged."""
-    best_ones = best(run_dir, keep_best)
+    """Removes the checkpoints beyond those to keep, once `newest` was read back. Raises OSError if it is damaged.
+
+    Behind the fork, all that was kept there is kept too: a longer run goes on from it.
+    """
+
+    def to_keep(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+        return [each for each in found if each == found[-1] or each.is_due][-keep:] + _best(found, keep_best)
+
     found = checkpoints(run_dir)
-    kept = [checkpoint for checkpoint in found if checkpoint == found[-1] or checkpoint.is_due][-keep:]
-    surplus = [checkpoint for checkpoint in found if checkpoint not in kept and checkpoint not in best_ones]
+    kept = to_keep(found) + to_keep([each for each in found if each.step <= newest.fork])
+    surplus = [checkpoint for checkpoint in found if checkpoint not in kept]
     if surplus:
         # What the disk holds counts, not what the system still has in memory.
         for path in newest.folder.iterdir():
@@ -406,10 +435,7 @@ def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -
         if problem is not None:
             raise OSError(errno.EIO, f"{newest.folder} read back from the disk is damaged: {problem}")
     for checkpoint in surplus:
-        # Renamed first: a kill in the middle of removing must not leave a half-empty checkpoint under a valid name.
-        doomed = checkpoint.folder.with_name(f"removing-{checkpoint.folder.name}")
-        checkpoint.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        checkpoint.remove()
     for leftover in Path(run_dir, "checkpoints").glob("removing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -7,7 +7,11 @@ room, and the other files stay as they were.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from training.base.console import say, warn
@@ -22,6 +26,8 @@ from training.engine.surroundings import changes, commit, surroundings
 from training.engine.task import RunOptions
 from training.engine.wandb.tracker import WandbTracker
 
+ON_END_LIMIT_S = 15.0
+
 
 class Logbook:
     """What the loop writes through. This one writes nothing: all ranks but the first have it."""
@@ -31,6 +37,9 @@ class Logbook:
 
     def line(self, kind: str, step: int, **values: Any) -> None:
         """A line of metrics.jsonl, which wandb follows."""
+
+    def set_length(self, steps: int) -> None:
+        """To be called when the run turns out to have other steps in all than it was begun with."""
 
     def prepare(self, tensors: Mapping[str, Tensors]) -> None:
         """Gets ready to save such tensors."""
@@ -65,7 +74,7 @@ class FirstRanksLogbook(Logbook):
         wandb_id: str | None,
     ):
         """about: what goes into every manifest. steps: of the whole run."""
-        self._run_dir, self._steps = config.run_dir, steps
+        self._run_dir, self._steps, self._on_end = config.run_dir, steps, config.session.on_end
         self._saver = saver = Saver(config.run_dir, config.checkpoint, {**about, "commit": commit()})
         stop.reserve_s, stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
         self._usable_s = stop.usable_s()
@@ -76,7 +85,7 @@ class FirstRanksLogbook(Logbook):
             config.wandb,
             config.run_dir,
             run_id=wandb_id,
-            config=config.model_dump(mode="json"),
+            config={**about["config"], **({"init_from": about["init_from"]} if "init_from" in about else {})},
             lines=self._metrics.lines,
         )
         self.wandb_id = self._tracker.run_id
@@ -97,6 +106,9 @@ class FirstRanksLogbook(Logbook):
 
     def line(self, kind: str, step: int, **values: Any) -> None:
         self._metrics.write(kind, step, **values)
+
+    def set_length(self, steps: int) -> None:
+        self._steps = self._sessions.steps = steps
 
     def prepare(self, tensors: Mapping[str, Tensors]) -> None:
         self._saver.prepare(tensors)
@@ -119,6 +131,8 @@ class FirstRanksLogbook(Logbook):
         self._write_status(status, reason, step, best, restart=restart)
         sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
         self._tracker.close(status, reason, best)
+        if self._on_end is not None:
+            send_word(self._on_end, self._run_dir, status, reason)
         if status == "finished":
             trained = format_duration(sum(session["seconds"] for session in sessions.all))
             best_step = f"the best at step {best['best_step']:,}"
@@ -136,3 +150,28 @@ class FirstRanksLogbook(Logbook):
             write_status(
                 self._run_dir, status, reason, restart=restart, step=step, steps=self._steps, **best, **outlook
             )
+
+
+def send_word(command: str, run_dir: Path, status: Status, reason: str) -> None:
+    """Runs the command that a user wants to be run at the end of a session; what goes wrong with it is a warning."""
+    about = {"RELAY_RUN_DIR": str(run_dir.resolve()), "RELAY_STATUS": status, "RELAY_REASON": reason}
+    try:
+        process = subprocess.Popen(
+            ["sh", "-c", command],
+            env={**os.environ, **about},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        found = process.wait(ON_END_LIMIT_S)
+    except OSError as error:
+        warn(f"session.on_end could not be run: {error}")
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        warn(f"session.on_end had not ended after {ON_END_LIMIT_S:g} s, so it was ended")
+    else:
+        if found:
+            warn(f"session.on_end ended with status {found}; the run is as it says")

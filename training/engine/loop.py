@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
@@ -27,11 +27,11 @@ from training.base.files import writing_to
 from training.base.options import to_yaml
 from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
-from training.engine.checkpoint import Checkpoint, RunState
+from training.engine.checkpoint import Checkpoint, RunState, model_state
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.logbook import FirstRanksLogbook, Logbook
 from training.engine.metrics import Window, memory_mb, read_metrics
-from training.engine.optim import build_optimizer, learning_rate
+from training.engine.optim import Course, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
@@ -41,6 +41,7 @@ from training.engine.stopping import StopFlag, Stopped
 from training.engine.surroundings import keep_threads
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
+from training.engine.weights import Origin
 from training.engine.zero import Zero, state_bytes
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
@@ -60,13 +61,14 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     precision = choose_precision(config.precision, cluster.device)
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))
+    shapes = {name: tensor.shape for name, tensor in model_state(task.model).items()}
     engine = _parallel(config, task, cluster, precision)
     if dry_run:
         return _dry_run(config, task, engine, cluster)
 
     run = _Run(config, task, cluster, engine, _about(config, task, data))
     with closing(RunFolder(config.run_dir)) as folder:  # free again at the end: a notebook may go on in this process
-        run.open(folder, data)
+        run.open(folder, data, shapes)
         if run.is_finished:
             run.confirm_finished()
             say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
@@ -136,7 +138,7 @@ def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster)
     for step in (0, 1):  # the first pass also sets things up; the second is the measure
         began = time.monotonic()
         loss = cluster.sum(forward_backward(config, task, engine, cluster, step))
-        engine.step(learning_rate(step, task.plan.steps, config.optim))
+        engine.step(learning_rate(step, Course.of(config.optim, task.plan.steps), config.optim))
         value = float(loss)
         times.append(time.monotonic() - began)
         if step == 0:
@@ -221,18 +223,33 @@ class _Run:
         self.step = 0
         self.saved_step: int | None = None
         self.validated_step = 0
+        self.waited = 0  # validations since the last new best
+        self.ended: int | None = None  # the step at which that was too many
         self.accuracy: float | None = None  # of the model as it is at `step`
         self.best: Best = {"best_step": None, "best_accuracy": None}
         self.wandb_id: str | None = None
 
-    def open(self, folder: RunFolder, data: Data) -> None:
-        """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint."""
+    @property
+    def course(self) -> Course:
+        """How long the run is, as far as is known by now."""
+        return Course.of(self.config.optim, self.task.plan.steps, self.ended)
+
+    def open(self, folder: RunFolder, data: Data, shapes: Mapping[str, torch.Size]) -> None:
+        """Makes the run folder, or checks that it holds this very run, and restores the newest valid checkpoint.
+
+        shapes: of the model's weights, whole. A run without a checkpoint begins with those that the config names.
+        """
         config = self.config
 
         def open_on_first() -> Checkpoint | None:
             may_change = MAY_CHANGE | self.task.may_change
             return folder.open(
-                self.about, data, config=to_yaml(config), source=config.resume_from, may_change=may_change
+                self.about,
+                data,
+                config=to_yaml(config),
+                source=config.resume_from,
+                may_change=may_change,
+                shared_steps=self._shared_steps,
             )
 
         # Only one rank verifies; the others learn which checkpoint passed.
@@ -241,6 +258,39 @@ class _Run:
         (step,) = self.cluster.maximum([latest.step if latest is not None else -1])
         if step >= 0:
             self._restore(Checkpoint(checkpoint_folder(config.run_dir, int(step))))
+        elif config.init_from is not None:
+            self._begin_with(config.init_from, shapes)
+
+    def _begin_with(self, init_from: str, shapes: Mapping[str, torch.Size]) -> None:
+        origin = Origin(init_from, self.task.read_foreign)
+        # Found once: the source may be a run that goes on, whose best checkpoint is soon another.
+        found = self.cluster.on_first(lambda: origin.find(self.about, shapes))
+        (self.about["init_from"], *_) = self.cluster.gather(found or {}, dict[str, Any])
+        self.engine.begin_with(origin.read(self.about["init_from"]))
+        self.validated_step = -1  # at step 0, too
+        steps = ", ".join(self.about["init_from"]["checkpoints"])
+        say(
+            f"beginning with the weights of {init_from}{f' (step {steps}), verified' if steps else ''}; all else is new"
+        )
+
+    def _shared_steps(self, checkpoint: Checkpoint) -> int:
+        """Up to which step the run of a checkpoint is this one. Raises UserError where it is longer than this one."""
+        state = checkpoint.state()
+        was = Course(state["steps"], state["fork"])
+        now = Course.of(self.config.optim, self.task.plan.steps, self._still_ended(state))
+        shared = checkpoint.step if was == now else min(was.fork, now.fork, checkpoint.step)
+        if shared < checkpoint.step and now.steps < was.steps:
+            raise UserError(
+                f"{checkpoint.folder.parents[1]} has come to step {checkpoint.step:,} of {was.steps:,}, and a run of "
+                f"{now.steps:,} steps would have left its course at step {now.fork:,}: a run can be made longer, not "
+                "shorter than it is; choose another --run_dir"
+            )
+        return shared
+
+    def _still_ended(self, state: RunState) -> int | None:
+        """Where the run's patience was at its end, unless it has more by now."""
+        patience = self.config.optim.patience
+        return state["ended"] if patience is not None and patience <= state["waited"] else None
 
     def _restore(self, latest: Checkpoint) -> None:
         self.engine.load(latest)
@@ -248,34 +298,41 @@ class _Run:
         self.best = {"best_step": state["best_step"], "best_accuracy": state["best_accuracy"]}
         self.step = self.saved_step = latest.step
         self.validated_step, self.wandb_id = state["validated_step"], state["wandb_id"]
-        self.accuracy = state["accuracy"]
+        self.accuracy, self.waited, self.ended = state["accuracy"], state["waited"], self._still_ended(state)
         self.window = Window(self.task.plan, self.step, state["window_losses"])
+        if "init_from" in latest.manifest:  # resolved when the run began
+            self.about["init_from"] = latest.manifest["init_from"]
         say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
 
     @property
     def is_finished(self) -> bool:
         """Whether all steps are done, and the last validation."""
-        return self.step == self.validated_step == self.task.plan.steps
+        return self.step == self.validated_step == self.course.steps
+
+    @property
+    def _finish(self) -> str:
+        """Why the run is finished, once it is."""
+        return "all steps done" if self.ended is None else f"no new best in {self.waited} validations"
 
     def confirm_finished(self) -> None:
         """Says again that the run is finished: a kill may have come between the last checkpoint and that."""
         if self.cluster.is_first:
             run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
             with writing_to(run_dir, option="--run_dir"):
-                write_status(run_dir, "finished", "all steps done", restart=False, step=self.step)
+                write_status(run_dir, "finished", self._finish, restart=False, step=self.step)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
     # The session.
 
     def session(self) -> int:
         """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
-        plan, stopped = self.task.plan, None
+        stopped = None
         self.cluster.on_first(self._open_logbook)
         first_step = self.step + 1
-        with Progress("training", plan.steps, "steps", start=self.step) as self.progress:
+        with Progress("training", self.course.steps, "steps", start=self.step) as self.progress:
             try:
                 self._boundary()  # the last session may have been stopped within one
-                while self.step < plan.steps:
+                while self.step < self.course.steps:
                     self.stop.check()
                     self._train_step()
                     if self.step == first_step:  # the optimizer has its tensors only now
@@ -296,7 +353,7 @@ class _Run:
                 self.about,
                 self.cluster,
                 self.stop,
-                steps=self.task.plan.steps,
+                steps=self.course.steps,
                 step=self.step,
                 validated_step=self.validated_step,
                 best=self.best,
@@ -306,28 +363,42 @@ class _Run:
 
     def _train_step(self) -> None:
         loss = forward_backward(self.config, self.task, self.engine, self.cluster, self.step)
-        lr = learning_rate(self.step, self.task.plan.steps, self.config.optim)
+        lr = learning_rate(self.step, self.course, self.config.optim)
         norm = self.engine.step(lr)
         self.window.add(self.step, loss)
         self.step += 1
         self.accuracy = None
-        if self.step == self.task.plan.steps or self.step % self.config.log.every_steps == 0:
+        if self.step == self.course.steps or self.step % self.config.log.every_steps == 0:
             self._report(lr, norm)
         self.progress.advance()
 
     def _boundary(self) -> None:
         """What is due after a step, as far as it is not done: validate, save."""
-        if self.step == 0:
+        if self.step == self.validated_step == 0:
             return
-        done = self.step == self.task.plan.steps
+        done = self.step == self.course.steps
         with self.window.paused():
             is_best = validated = False
             if self.validated_step < self.step and (done or self.step % self.config.log.validate_every_steps == 0):
                 is_best, validated = self._validate(), True
-            due = done or self.step % self.config.checkpoint.every_steps == 0
+                self._end_early()
+            due = is_best or done or self.step % self.config.checkpoint.every_steps == 0
             # A stop within the validation leaves a checkpoint that does not know its outcome: it is made anew.
-            if is_best or (due and (validated or self.saved_step != self.step)):
-                self._save(due=True)
+            if (due or self.step in (self.course.fork, self.course.steps)) and (
+                validated or self.saved_step != self.step
+            ):
+                self._save(due=due)
+
+    def _end_early(self) -> None:
+        """Where too many validations brought no new best, the run ends here, or its decay begins."""
+        optim, fork = self.config.optim, self.course.fork
+        if optim.patience is None or self.waited < optim.patience or not optim.warmup_steps <= self.step < fork:
+            return
+        self.ended = self.step
+        self.progress.total = self.course.steps
+        self.logbook.set_length(self.course.steps)
+        then = "the learning rate falls from here on" if self.course.steps > self.step else "the run ends here"
+        say(f"step {self.step:,}: no new best in {self.waited} validations (optim.patience): {then}")
 
     def _report(self, lr: float, norm: Tensor) -> None:
         """Closes the window: writes its line, and notes what the progress line says about it.
@@ -360,12 +431,14 @@ class _Run:
         # Accuracy picks the best checkpoint: late in training over-confidence raises the loss while translations still
         # improve.
         is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
+        if self.ended is None:
+            self.waited = 0 if is_best else self.waited + 1
         if is_best:
             self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
         self.logbook.line("validation", self.step, loss=result.loss, accuracy=result.accuracy)
         self.validated_step, self.accuracy = self.step, result.accuracy
         say(
-            f"step {self.step:,}/{self.task.plan.steps:,}: validation loss {result.loss:.4f}, "
+            f"step {self.step:,}/{self.course.steps:,}: validation loss {result.loss:.4f}, "
             f"token accuracy {result.accuracy:.2%}" + (" (best)" if is_best else "")
         )
         return is_best
@@ -383,6 +456,10 @@ class _Run:
             **self.best,
             "accuracy": self.accuracy,
             "validated_step": self.validated_step,
+            "waited": self.waited,
+            "ended": self.ended,
+            "steps": self.course.steps,
+            "fork": self.course.fork,
             "window_losses": window_losses,
             "wandb_id": self.wandb_id,
             "due": due,
@@ -396,13 +473,13 @@ class _Run:
         error = self.logbook.save_error
         (unsaved,) = self.cluster.maximum([error is not None])
         if stop is None and not unsaved:
-            self.logbook.close("finished", "all steps done", self.step, self.best, restart=False)
+            self.logbook.close("finished", self._finish, self.step, self.best, restart=False)
             return 0
         reason = stop.reason if stop else "the last save, which failed"
         said = f"{reason} ({error})" if error else reason
         self.logbook.close("resumable", said, self.step, self.best, restart=not wants_rest)
         where = f"the last checkpoint ({error})" if error else "there"
-        stopped = f"stopped by {reason} at step {self.step:,} of {self.task.plan.steps:,}"
+        stopped = f"stopped by {reason} at step {self.step:,} of {self.course.steps:,}"
         say(f"{stopped}; the same command continues from {where}")
         # A launcher takes any other status for a failure and cannot pass it on; status.json is what counts there.
         return 0 if self.cluster.ranks.launched else EXIT_RESUMABLE

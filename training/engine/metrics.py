@@ -37,10 +37,9 @@ class MetricsFile:
     def __init__(self, run_dir: Path, *, resumed_step: int, validated_step: int):
         """Cuts the file back to the resumed step, but validations to `validated_step`: the next one was interrupted."""
         self._path = run_dir / METRICS
-        last = {"train": resumed_step, "validation": validated_step}
         found = read_metrics(run_dir)
         self.reached: int = found[-1]["step"] if found else 0  # the last step of all lines, also of those cut off
-        self.lines = [line for line in found if line["step"] <= last.get(line["kind"], resumed_step)]  # the kept ones
+        self.lines = lines_up_to(found, resumed_step, validated_step)
         self.follower: Callable[[dict[str, Any]], None] | None = None  # is handed every new line
         if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -164,6 +163,12 @@ def memory_mb(device: torch.device) -> float:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first, see `metrics_line`. What is damaged, or torn by a kill, is left out."""
     return _read(Path(run_dir, METRICS))[0]
+
+
+def lines_up_to(lines: Sequence[dict[str, Any]], step: int, validated_step: int) -> list[dict[str, Any]]:
+    """Those that a run had written when it came to `step`, and had validated at `validated_step`."""
+    last = {"validation": validated_step}
+    return [line for line in lines if line["step"] <= last.get(line["kind"], step)]
 
 
 def is_damaged(path: Path) -> bool:

@@ -1,12 +1,17 @@
-"""AdamW and the learning rate, which is a function of the step and therefore needs no state."""
+"""AdamW, how long a run trains, and the learning rate, which is a function of the step and therefore needs no state.
+
+With `wsd` or `constant` the rate does not depend on the run's length until its last steps: up to there a longer run is
+the same, so a run can be made longer at any time.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from training.base.console import UserError
@@ -25,32 +30,85 @@ class OptimOptions(Options):
     beta2: float = Field(0.98, ge=0, lt=1, description="decay of the mean squared gradient")
     weight_decay: float = Field(0.01, ge=0, description="decoupled decay of matrices; never of biases and norms")
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how lr falls after the warm-up")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine",
+        description="how lr falls after the warm-up; wsd: in the last decay_steps only; with wsd and constant, a run "
+        "can be made longer",
+    )
+    decay_steps: int | None = Field(None, ge=1, description="steps of wsd's fall; a tenth to a fifth of a run is usual")
     warmup_steps: int = Field(100, ge=0, description="steps of linear rise from 0 to lr")
     final_lr_share: float = Field(0.02, ge=0, le=1, description="lr at the last step, as a share of the peak")
     epochs: float = Field(10, gt=0, description="length of the training in passes over the data")
     steps: int | None = Field(None, ge=1, description="length in optimizer steps instead; null: epochs count")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end (wsd: begin to decay) after so many validations in a row without a new best; null: never",
+    )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights too, to be evaluated; null: none"
     )
 
+    @model_validator(mode="after")
+    def _decays(self) -> OptimOptions:
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                "optim.schedule wsd and optim.decay_steps belong together: set both, for example --optim.decay_steps "
+                "to a fifth of the run, or neither"
+            )
+        return self
 
-def learning_rate(step: int, steps: int, options: OptimOptions) -> float:
-    """Learning rate of optimizer step `step` (from 0) out of `steps`."""
+
+# Keys of `OptimOptions` that say how long a run is, and the schedules with which they may change.
+LENGTH = ("epochs", "steps", "decay_steps")
+EXTENDABLE = ("wsd", "constant")
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a run is. Up to step `fork`, one that differs in its length alone is the same, the record too."""
+
+    steps: int
+    fork: int
+
+    @classmethod
+    def of(cls, options: OptimOptions, steps: int, ended: int | None = None) -> Course:
+        """steps: as planned. ended: the step at which patience was at its end, None if it is not."""
+        decay = options.decay_steps or 0
+        if ended is not None:
+            return cls(ended + decay, ended)
+        # The last step has a line and a validation that it would not have in a longer run.
+        return cls(steps, steps - max(1, decay)) if options.schedule in EXTENDABLE else cls(steps, steps)
+
+
+def learning_rate(step: int, course: Course, options: OptimOptions) -> float:
+    """Learning rate of optimizer step `step` (from 0) of a run.
+
+    wsd (warm-up, stable, decay: Hu et al. 2024) falls with the square root, as Hägele et al. (2024) found best.
+    """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps
-    if options.schedule == "constant":
+    if options.schedule == "constant" or (options.schedule == "wsd" and step < course.fork):
         return options.lr
-    done = (step - options.warmup_steps) / max(1, steps - 1 - options.warmup_steps)
-    falling = (1 + math.cos(math.pi * done)) / 2 if options.schedule == "cosine" else 1 - done
+    if options.schedule == "wsd":
+        falling = 1 - math.sqrt((step + 1 - course.fork) / (course.steps - course.fork))
+    else:
+        done = (step - options.warmup_steps) / max(1, course.steps - 1 - options.warmup_steps)
+        falling = (1 + math.cos(math.pi * done)) / 2 if options.schedule == "cosine" else 1 - done
     return options.lr * (options.final_lr_share + (1 - options.final_lr_share) * falling)
 
 
 def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torch.optim.Optimizer:
     """AdamW over all parameters that are trained; matrices decay, vectors (biases, norms) do not.
 
-    Raises UserError if the warm-up is longer than the run.
+    Raises UserError if the run has no room for its warm-up and its decay.
     """
+    if options.decay_steps is not None and options.warmup_steps + options.decay_steps >= steps:
+        raise UserError(
+            f"optim.warmup_steps {options.warmup_steps} and optim.decay_steps {options.decay_steps} leave nothing in "
+            f"between of the run's {steps} steps: shorten them (--optim.decay_steps {max(1, steps // 5)} is a fifth), "
+            "or train longer (optim.epochs, optim.steps)"
+        )
     if options.warmup_steps >= steps:
         raise UserError(
             f"optim.warmup_steps is {options.warmup_steps}, but the whole run has {steps} steps: "

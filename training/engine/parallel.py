@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from training.engine.checkpoint import Checkpoint, EngineState, tensors_of
+from training.engine.checkpoint import Checkpoint, EngineState, Tensors, load_model_state, tensors_of
 from training.engine.cluster import Cluster
 from training.engine.precision import Precision
 
@@ -65,6 +65,10 @@ class Parallel(ABC):
     @abstractmethod
     def load(self, checkpoint: Checkpoint) -> None:
         """Takes back what `tensors` and `state` gave, from whatever strategy and number of ranks it came."""
+
+    @abstractmethod
+    def begin_with(self, weights: Tensors) -> None:
+        """Takes the model's weights, whole, before the first step. Raises UserError where they are another model's."""
 
     def state(self) -> EngineState:
         """What a checkpoint needs besides tensors."""
@@ -167,6 +171,11 @@ class DataParallel(Parallel):
             # A paged optimizer's state lies in memory that the host can read before the GPU is done with it.
             torch.cuda.synchronize()
         return tensors_of(self.model, self.optimizer, self.ema)
+
+    def begin_with(self, weights: Tensors) -> None:
+        load_model_state(self.model, weights)
+        if self.ema is not None:
+            load_model_state(self.ema, weights)
 
     def load(self, checkpoint: Checkpoint) -> None:
         checkpoint.load_into(self.model, self.optimizer, self.ema)

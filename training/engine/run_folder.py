@@ -16,7 +16,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from itertools import count
@@ -31,7 +31,9 @@ from training.base.files import copy_plain, lock, open_in_place, read_plain, wri
 from training.base.options import differing_keys
 from training.base.strict_yaml import read_yaml
 from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
+from training.engine.fork import go_back
 from training.engine.metrics import is_damaged, read_metrics
+from training.engine.optim import EXTENDABLE, LENGTH
 from training.engine.status import (
     METRICS,
     RECORDS,
@@ -86,11 +88,21 @@ class RunFolder:
         self._lock: FileIO | None = None
 
     def open(
-        self, about: dict[str, Any], data: Data, *, config: str, source: Path | None, may_change: set[str]
+        self,
+        about: dict[str, Any],
+        data: Data,
+        *,
+        config: str,
+        source: Path | None,
+        may_change: set[str],
+        shared_steps: Callable[[Checkpoint], int] = lambda checkpoint: checkpoint.step,
     ) -> Checkpoint | None:
         """Locks the folder and finds the newest valid checkpoint, here or in `source`, whose run is then copied here.
 
         about: the definition of the run: task, config (without the keys `may_change`), data, and what it is built on.
+        shared_steps: up to which step the run that made a checkpoint is this one, which may have another length. Where
+        that is before the checkpoint, the run goes back, see `training.engine.fork`.
+
         A new run has no checkpoint yet; its folder gets `config` (YAML) and what the run keeps of its data. Raises
         UserError when the folder is in use or is another run's.
         """
@@ -109,16 +121,20 @@ class RunFolder:
                 other = newest_valid(source, set_aside=False)
                 if other is not None and (latest is None or other.step > latest.step):
                     _check_same_run(other, about, may_change)
-                    latest = _carry_over(source, self.run_dir, other, data)
+                    if latest is None or min(other.step, shared_steps(other)) > latest.step:
+                        latest = _carry_over(source, self.run_dir, other, data)
             saved = {} if latest is None else latest.manifest["config"]
             _set_damaged_aside(self.run_dir, {key: saved[key] for key in saved.keys() - may_change})
             known = self.run_dir / CONFIG
+            is_other_length = latest is not None and latest.manifest["config"]["optim"] != about["config"]["optim"]
+            if latest is not None and (step := shared_steps(latest)) < latest.step:
+                latest = go_back(self.run_dir, latest, step)
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
                 if known.exists() and not _same_but_for_wandb(read_plain(known).decode(), config):
                     # Another run was begun here and never came to a checkpoint: its name in wandb is not this one's.
                     (self.run_dir / WANDB_FILE).unlink(missing_ok=True)
-            if latest is None or not known.exists():
+            if latest is None or is_other_length or not known.exists():
                 write_atomically(known, config)
             for name, path in data.kept.items():
                 if latest is not None and (self.run_dir / name).exists():
@@ -225,20 +241,32 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
 
 
 def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[str]) -> None:
+    schedule = about["config"]["optim"]["schedule"]
+    length = {f"optim.{key}" for key in LENGTH}
+    may_differ = {"optim.patience", *(length if schedule in EXTENDABLE else ())}
+
     def definition(about: dict[str, Any]) -> dict[str, Any]:
         config = {key: value for key, value in about["config"].items() if key not in may_change}
         return {"task": about["task"], **config, "data": about["data"], "built_on": about.get("built_on", {})}
 
     differences = differing_keys(definition(latest.manifest), definition(about))
+    differences = [line for line in differences if line.partition(":")[0] not in may_differ]
     others = [line for line in differences if not line.startswith("data.")]
     if len(others) < len(differences):  # fingerprints tell a reader nothing
         before, now = latest.manifest["config"].get("data"), about["config"].get("data")
         others.append(f"it was trained on other data than --data {now}: {before}, as that was then")
         differences = others
     if differences:
+        run_dir = latest.folder.parents[1]
+        longer = ""
+        if any(line.partition(":")[0] in length for line in differences):
+            longer = (
+                f". With optim.schedule {schedule} every step depends on the length: train on from these weights "
+                f"in a new run (--init_from {run_dir}), and with --optim.schedule wsd if that may become longer"
+            )
         raise UserError(
-            f"{latest.folder.parents[1]} holds a run with another definition ({'; '.join(differences)}): "
-            f"restore these keys to continue it{_made_with(latest)}, or choose another --run_dir; nothing was changed"
+            f"{run_dir} holds a run with another definition ({'; '.join(differences)}): restore these keys to continue "
+            f"it{_made_with(latest)}, or choose another --run_dir; nothing was changed{longer}"
         )
 
 

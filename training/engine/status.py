@@ -71,6 +71,8 @@ class _StatusFile(TypedDict):
 WANDB_ID = r"^[\w-][\w.-]{0,127}$"
 _WandbName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f/\\#?%:]+$")]
 
+_WandbText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+
 
 class WandbRecord(TypedDict):
     """wandb.json: the run's place in wandb, and the last step that the server is known to have."""
@@ -78,7 +80,8 @@ class WandbRecord(TypedDict):
     id: Annotated[str, StringConstraints(pattern=WANDB_ID)]
     project: NotRequired[_WandbName]
     entity: NotRequired[_WandbName | None]  # None: that of the key
-    name: NotRequired[Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]]
+    name: NotRequired[_WandbText]
+    group: NotRequired[_WandbText | None]  # what shows runs together
     folder: NotRequired[str | None]  # of wandb's own files; None: the run folder
     arrived: NotRequired[int]
 
@@ -142,11 +145,12 @@ def metrics_line(text: bytes) -> dict[str, Any] | None:
 
     What was no finite number, the loss too, is None, whether written as null or as NaN.
     """
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        values: dict[str, Any] = json.loads(text, parse_constant=lambda word: None)
-        kind, step, when, loss = (values[key] for key in ("kind", "step", "time", "loss"))
-        numbers = isinstance(step, int) and isinstance(when, int | float) and isinstance(loss, int | float | None)
-        return values if isinstance(kind, str) and numbers else None
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        values: dict[str, Any] = json.loads(text)
+        kind = values.pop("kind")
+        numbers = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
+        known = isinstance(kind, str) and isinstance(numbers["step"], int) and numbers["time"] is not None
+        return {"kind": kind, **numbers} if known and "loss" in numbers else None
     return None
 
 
@@ -188,7 +192,7 @@ class Sessions:
     def __init__(
         self, run_dir: Path, *, step: int, steps: int, world_size: int, device: str, surroundings: dict[str, str]
     ):
-        self._run_dir, self._steps = run_dir, steps
+        self._run_dir, self.steps = run_dir, steps
         self._began = time.monotonic()
         self.all = read_sessions(run_dir)
         for session in self.all:
@@ -236,7 +240,7 @@ class Sessions:
         The pace is that of this session, or of the one before if this one has just begun; it includes validations and
         saves. usable_s: what this session had for training at its beginning; None if it has no limit.
         """
-        left = self._steps - self.current["step"]
+        left = self.steps - self.current["step"]
         step_s = next((pace for session in reversed(self.all[-2:]) if (pace := pace_s(session))), None)
         found: Outlook = {"sessions_done": len(self.all), "steps_left": left}
         if step_s is not None:

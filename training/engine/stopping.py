@@ -47,6 +47,12 @@ class SessionOptions(Options):
     stop_signal: Literal["SIGUSR1", "SIGUSR2"] | None = Field(
         "SIGUSR1", description="a signal that asks for a stop beside SIGTERM, SIGINT and the like; null: none"
     )
+    on_end: str | None = Field(
+        None,
+        min_length=1,
+        description="a shell command for when the session ends, which finds RELAY_RUN_DIR, RELAY_STATUS and "
+        "RELAY_REASON among its variables; null: none",
+    )
     hang_timeout: Duration = Field(
         600,
         gt=0,

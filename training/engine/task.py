@@ -51,6 +51,10 @@ class RunOptions(Options):
     resume_from: Path | None = Field(
         None, description="a run folder, read-only perhaps, to continue in run_dir where it has come further"
     )
+    init_from: str | None = Field(
+        None,
+        description="RUN[:best|last|step-N|best:N|last:N|ema], whose weights a new run begins with; all else is new",
+    )
     batch: BatchOptions = Field(default_factory=BatchOptions)
     optim: OptimOptions = Field(default_factory=OptimOptions)
     zero: ZeroOptions = Field(default_factory=ZeroOptions)
@@ -69,7 +73,7 @@ class RunOptions(Options):
 
 # Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
-    *("run_dir", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from"),
+    *("run_dir", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from", "init_from"),
     *("checkpoint", "log", "session", "wandb"),
 }
 
@@ -108,3 +112,10 @@ class Task(ABC):
 
         own_part(batches): this rank's part of a list of batches. Raises `Stopped` when the ranks have agreed on a stop.
         """
+
+    def read_foreign(self, folder: Path) -> dict[str, Tensor] | None:
+        """The weights in a folder that is no run's, by the model's own names; None where it holds none for this task.
+
+        Raises UserError where they are another model's.
+        """
+        return None

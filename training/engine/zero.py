@@ -27,7 +27,7 @@ from torch.distributed import distributed_c10d
 
 from training.base.console import UserError, leave_at_once
 from training.base.options import Options
-from training.engine.checkpoint import EMA, Checkpoint, check_shapes, load_model_state, model_state
+from training.engine.checkpoint import EMA, MODEL, Checkpoint, Tensors, check_shapes, load_model_state, model_state
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions
 from training.engine.parallel import Parallel
@@ -213,13 +213,19 @@ class Zero(Parallel):
             model |= self._gathered(WEIGHTS)
         if not self._cluster.is_first:
             return {}
-        tensors = {"model.safetensors": model, "optimizer.safetensors": optimizer}
+        tensors = {MODEL: model, "optimizer.safetensors": optimizer}
         if self.ema is not None:
             tensors[EMA] = model_state(self.ema)
         return tensors
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        weights = checkpoint.model_state()
+    def begin_with(self, weights: Tensors) -> None:
+        self._set_weights(weights)
+        if self._options.stage == 3:
+            self._weights_have_changed()
+        if self.ema is not None:
+            load_model_state(self.ema, weights)
+
+    def _set_weights(self, weights: Tensors) -> None:
         check_shapes(self._shapes, weights)
         if self._options.stage == 3:
             own = self._plain.state_dict()
@@ -229,6 +235,9 @@ class Zero(Parallel):
             load_model_state(self._plain, weights)
         for name in self._trained:
             self._set(WEIGHTS, name, weights[name])
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self._set_weights(checkpoint.model_state())
         for flat in self._flats():
             self.optimizer.state[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
         steps = None  # the same for all

@@ -1,30 +1,43 @@
-"""A run folder, opened: what kind of run it is, which of its weights are wanted, and what belongs to them.
-
-Promises: the weights have passed their checksums, and the mean of several is computed in double precision.
-"""
+"""A run folder, opened: what kind of run it is, and what belongs to its weights."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NotRequired
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.console import UserError
-from training.base.files import nearest_folder, read_json
+from training.base.files import read_json
 from training.data.conversations import FORMAT as CONVERSATIONS
 from training.data.prepared import FORMAT as PAIRS
 from training.data.prepared import PreparedFolder
-from training.engine.checkpoint import Checkpoint, choose
+from training.engine.checkpoint import Checkpoint
 from training.engine.run_folder import keep_private
 from training.engine.task import RunOptions
+from training.engine.weights import Weights, check_run_folder
 
 TRANSLATION, QLORA = "translation", "QLoRA"  # the kinds of runs
 _KIND_BY_FORMAT = {PAIRS: TRANSLATION, CONVERSATIONS: QLORA}
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Data(TypedDict):
+    """What is read of a data.json, which may be a stranger's."""
+
+    format: str
+    fingerprint: str
+    files: dict[str, Any]
+    options: NotRequired[dict[str, Any]]
+    source: NotRequired[dict[str, Any]]
+    tokenizer: NotRequired[dict[str, Any]]
+
+
+_DATA: TypeAdapter[Any] = TypeAdapter(_Data)
 
 
 def kind_of(run_dir: Path) -> str | None:
@@ -33,43 +46,6 @@ def kind_of(run_dir: Path) -> str | None:
         return _KIND_BY_FORMAT.get(read_json(run_dir / "data.json")["format"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which weights of a run to use: of its best or last checkpoint, the mean of several, or the moving average.
-
-    Written as `best`, `last`, `best:5` (mean of the five best), `last:5`, or `ema` (in the last checkpoint).
-    """
-
-    which: Literal["best", "last", "ema"] = "best"
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Weights:
-        """Raises UserError for what is none of these."""
-        found = re.fullmatch(r"(best|last)(?::([1-9]\d*))?|ema", text)
-        if found is None:
-            raise UserError(f"--checkpoint {text} is none of best, last, best:N, last:N (mean of N), ema")
-        return cls(found[1] or "ema", int(found[2] or 1))  # type: ignore[arg-type]  # the pattern has only these
-
-    def __str__(self) -> str:
-        return self.which + (f":{self.count}" if self.count > 1 else "")
-
-    def load(self, run_dir: Path) -> tuple[list[Checkpoint], dict[str, Tensor]]:
-        """The checkpoints meant, the first one first, and the weights; raises UserError where the run lacks them."""
-        if self.which == "ema":
-            chosen = choose(run_dir, "last")
-            return chosen, chosen[0].ema_state()
-        chosen = choose(run_dir, self.which, self.count)
-        weights = chosen[0].model_state()
-        if self.count > 1:
-            total = {name: tensor.double() for name, tensor in weights.items()}
-            for checkpoint in chosen[1:]:
-                for name, tensor in checkpoint.model_state().items():
-                    total[name] += tensor
-            weights = {name: (total[name] / self.count).to(tensor.dtype) for name, tensor in weights.items()}
-        return chosen, weights
 
 
 @dataclass(frozen=True)
@@ -127,12 +103,11 @@ def open_run(
     Raises UserError when the folder is no such run or has no valid checkpoint.
     """
     run_dir, wanted = Path(run_dir), Weights.parse(weights)
-    if not run_dir.is_dir():
-        near = nearest_folder(run_dir)
-        raise UserError(f"there is no run folder {run_dir}{near}; a run is made by one of the training scripts")
-    if not (run_dir / "checkpoints").is_dir() or not (run_dir / "data.json").is_file():
-        raise UserError(f"{run_dir} is not a run folder: data.json and checkpoints/ are expected in it")
-    checkpoints, state = wanted.load(run_dir)
+    check_run_folder(run_dir)
+    if not (run_dir / "data.json").is_file():
+        raise UserError(f"{run_dir} is not a run folder: there is no data.json in it")
+    checkpoints = wanted.choose(run_dir)
+    state = wanted.read(checkpoints)
     manifest = checkpoints[0].manifest
     if manifest["task"] not in configs:
         known = " and ".join(f"training.{name}" for name in configs)
@@ -146,5 +121,10 @@ def open_run(
         ) from None
     if config.private:
         keep_private(run_dir)
-    data = read_json(run_dir / "data.json")
+    try:
+        data = _DATA.validate_python(read_json(run_dir / "data.json"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{run_dir / 'data.json'} cannot be read: copy meta.json of its prepared data, {config.data}, there"
+        ) from None
     return TrainedRun(run_dir, wanted, checkpoints, config, data), state

@@ -24,7 +24,7 @@ LENGTH_PENALTY = 1.0
 ANSWERS_PER_TASK, NEW_TOKENS = 100, 512
 
 _LABEL = re.compile(
-    rf"({'|'.join(PARTS)})(?:-(ema|last\d*|best\d+))?(?:-beam(\d+))?(?:-penalty([\d.e+-]+?))?(?:-on-(.+))?"
+    rf"({'|'.join(PARTS)})(?:-(ema|last\d*|best\d+|step-\d+))?(?:-beam(\d+))?(?:-penalty([\d.e+-]+?))?(?:-on-(.+))?"
 )
 
 
@@ -111,7 +111,7 @@ class Setting:
         if found is None:
             return None
         part, weights, beam_size, length_penalty, data = found.groups()
-        weights = re.sub(r"(?=\d)(?<!\d)", ":", weights or "best")
+        weights = re.sub(r"(?<=t)(?=\d)", ":", weights or "best")
         try:
             setting = cls(part, weights, Search(int(beam_size or 1), float(length_penalty or LENGTH_PENALTY)), data)
         except (UserError, ValueError):
@@ -132,7 +132,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="best",
         metavar="WHICH",
-        help="best (on validation, the default), last, best:N or last:N (the mean of N), ema (the moving average)",
+        help="best (on validation, the default), last, step-N, best:N or last:N (mean of N), ema (moving average)",
     )
 
 

@@ -8,19 +8,25 @@ their chunk.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.base.console import UserError
+from training.base.files import read_json
 from training.base.options import Options
 from training.models.base_model import read_weights_again
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
+
+_ADAPTER_CONFIG = "adapter_config.json"
 
 Names = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value), "names"
@@ -76,6 +82,36 @@ def add_adapters(base: PreTrainedModel, options: LoraOptions) -> PeftModel:
     # peft still asks for it under its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     return peft.get_peft_model(base, lora_config(options))
+
+
+def read_adapters(folder: Path, model: PeftModel) -> dict[str, Tensor] | None:
+    """The adapters of a folder in peft's format, by their names in an `AdaptedModel`; None where there are none.
+
+    model: for which they are meant; what is in them, and in which layers, is not looked at. Raises UserError where they
+    would do something else in it.
+    """
+    if not (folder / _ADAPTER_CONFIG).is_file():
+        return None
+    own = model.peft_config["default"]
+    try:
+        found = read_json(folder / _ADAPTER_CONFIG)
+        values = {name: found.get(name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{folder / _ADAPTER_CONFIG} cannot be read: name another folder") from None
+    differing = [
+        f"{name} {value}, not {getattr(own, name)}" for name, value in values.items() if value != getattr(own, name)
+    ]
+    if differing:
+        raise UserError(
+            f"--init_from: the adapters in {folder} have {'; '.join(differing)}: set lora.* to what they have"
+        )
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} has no adapter_model.safetensors that can be read ({error})") from None
+    # peft leaves out which adapter it is.
+    names = {name: f"model.{name.removesuffix('.weight')}.default.weight" for name in tensors}
+    return {names[name]: tensor.float() for name, tensor in tensors.items()}
 
 
 def spread_by_layer(model: PeftModel) -> None:

@@ -38,7 +38,12 @@ from training.engine.status import end_killed_saves
 from training.models.gpt import GPT, GPTOptions
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
-ABOUT = {"task": "gpt", "config": {"seed": 1234, "model": {"width": 32}}, "data": {"fingerprint": "f00"}}
+ABOUT = {
+    "task": "gpt",
+    "config": {"seed": 1234, "model": {"width": 32}},
+    "data": {"fingerprint": "f00"},
+    "versions": {},
+}
 
 # A server that has loaded torch once, with what it loads at the first optimizer step, and is forked for every process
 # that a test kills.

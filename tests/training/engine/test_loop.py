@@ -35,7 +35,7 @@ from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster, Watcher
 from training.engine.loop import train
 from training.engine.metrics import MetricsFile, is_damaged, read_metrics
-from training.engine.optim import OptimOptions, build_optimizer, learning_rate
+from training.engine.optim import Course, OptimOptions, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel
 from training.engine.precision import Precision
 from training.engine.run_folder import RunFolder
@@ -230,7 +230,7 @@ def test_four_ranks_add_gradients_up_in_the_same_order_in_a_processs_first_step_
 def test_learning_rate_rises_to_its_peak_and_falls_to_the_share_of_it_that_is_asked_for():
     for schedule, halfway, last in (("cosine", 0.51, 0.02), ("linear", 0.51, 0.02), ("constant", 1.0, 1.0)):
         options = OptimOptions(lr=0.4, warmup_steps=10, schedule=schedule, final_lr_share=0.02)
-        shares = [learning_rate(step, 111, options) / 0.4 for step in range(111)]
+        shares = [learning_rate(step, Course.of(options, 111), options) / 0.4 for step in range(111)]
         assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
         assert shares[10] == pytest.approx(1)
         assert (shares[60], shares[110]) == (pytest.approx(halfway), pytest.approx(last))

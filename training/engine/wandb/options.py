@@ -30,6 +30,7 @@ _VARIABLES = {
     "project": "WANDB_PROJECT",
     "entity": "WANDB_ENTITY",
     "name": "WANDB_NAME",
+    "group": "WANDB_RUN_GROUP",
     "folder": "WANDB_DIR",
 }
 # wandb's words for its modes, with the old ones.
@@ -55,6 +56,7 @@ class WandbOptions(Options):
     )
     entity: str | None = Field(None, description="wandb user or team; null: WANDB_ENTITY, else the key's own")
     name: str | None = Field(None, description="name of the run; null: WANDB_NAME, else that of the run folder")
+    group: str | None = Field(None, description="what shows runs together; null: WANDB_RUN_GROUP, else none")
 
     @model_validator(mode="after")
     def _mode_is_known(self) -> WandbOptions:
@@ -91,9 +93,9 @@ def same_run(options: WandbOptions, run_dir: Path, run_id: str | None) -> WandbR
         raise UserError(f"the checkpoints of {run_dir} name {run_id!r} as their run in wandb, which is no id of one")
     known = read_wandb_record(run_dir)
     variables = {key: value for key, name in _VARIABLES.items() if (value := os.environ.get(name))}
-    asked = options.model_dump(include={"project", "entity", "name"}, exclude_none=True)
+    asked = options.model_dump(include={"project", "entity", "name", "group"}, exclude_none=True)
     insisted = {key: variables[key] for key in ("id", "project", "entity") if key in variables} if _in_sweep() else {}
-    found = insisted.get("id") or run_id or known.get("id") or variables.get("id") or secrets.token_hex(4)
+    found = insisted.get("id") or known.get("id") or run_id or variables.get("id") or secrets.token_hex(4)
     if known.get("id") == found:
         known = {"folder": None, **known}
     else:
@@ -103,7 +105,7 @@ def same_run(options: WandbOptions, run_dir: Path, run_id: str | None) -> WandbR
             variables["folder"] = str(folder)
             with suppress(OSError):  # `wandb_folder` knows another one
                 folder.mkdir(parents=True, exist_ok=True)
-    defaults = {"project": "relay", "entity": None, "name": run_dir.resolve().name, "folder": None}
+    defaults = {"project": "relay", "entity": None, "name": run_dir.resolve().name, "group": None, "folder": None}
     record = cast(WandbRecord, {**defaults, **variables, **known, **asked, **insisted, "id": found})
     with writing_to(run_dir, option="--run_dir"):
         write_wandb_record(run_dir, record)

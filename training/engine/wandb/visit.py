@@ -136,6 +136,7 @@ class Visit:
             project=self._record["project"],
             entity=self._record["entity"],
             name=self._record["name"],
+            group=self._record["group"],
             id=self.run_id,
             resume="allow",
             dir=str(self._folder),

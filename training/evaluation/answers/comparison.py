@@ -37,8 +37,9 @@ def open_evaluation(name: str, run_dir: Path, label: str) -> AnswerRun:
         )
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-        complete = bool(rows) and all(row.keys() >= {"uid", "task", "reference", "after"} for row in rows)
-    except (OSError, ValueError, AttributeError):
+        texts = [row[key] for row in rows for key in ("uid", "task", "reference", "after")]
+        complete = bool(rows) and all(isinstance(text, str) for text in texts)
+    except (OSError, ValueError, KeyError, TypeError):
         complete = False
     if not complete:
         raise UserError(f"{path} is damaged: make it again with {command} and the options that {label} stands for")

@@ -18,8 +18,8 @@ from training.base.console import UserError, say
 from training.base.files import publish_folder, recover, temporary_folder, write_atomically, writing_to
 from training.base.options import FLAG
 from training.data.prepared import list_files
-from training.engine.checkpoint import EMA
-from training.evaluation.runs import TrainedRun, Weights
+from training.engine.weights import Weights
+from training.evaluation.runs import TrainedRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,12 @@ CARD = "README.md"
 
 _SHARD = "2GB"
 
-WHICH = {"best": "the best on validation", "last": "the newest", "ema": "the moving average of the weights"}
+WHICH = {
+    "best": "the best on validation",
+    "last": "the newest",
+    "step": "which was asked for",
+    "ema": "the moving average of the weights",
+}
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -132,13 +137,12 @@ def publish(folder: Path, output: Path, card: str, about: dict[str, Any]) -> Non
 
 def origin(run: TrainedRun) -> dict[str, Any]:
     """What an export was made from: the beginning of its export.json."""
-    name = EMA if run.weights.which == "ema" else "model.safetensors"
     return {
         "format": FORMAT,
         "run": run.run_dir.resolve().name,
         "step": run.step,
         "weights": str(run.weights),
-        "checkpoints": {each.step: each.manifest["files"][name]["sha256"] for each in run.checkpoints},
+        "checkpoints": run.weights.sums(run.checkpoints),
         "data_fingerprint": run.data["fingerprint"],
     }
 

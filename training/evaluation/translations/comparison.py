@@ -76,6 +76,7 @@ def open_evaluation(name: str, folder: Path, label: str) -> Evaluation:
         evaluation = Evaluation(name, about, rows)
         parts = [row["row"] for row in rows], evaluation.references, evaluation.translations
         complete = {len(part) for part in parts} == {about["sentences"]} and {"part", "split"} <= about.keys()
+        complete &= all(isinstance(text, str) for texts in parts[1:] for text in texts)
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:

@@ -13,20 +13,37 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, with_config
 from sacrebleu.metrics import CHRF
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from training.base.files import read_json
+from training.base.files import read_plain
 from training.evaluation.report.examples import EXAMPLES_SEED
 from training.evaluation.report.templates import page
 from training.evaluation.report.training_history import history
 
 RANKED = 5  # examples of each kind among the best, the typical and the worst
 
-# What is shown of another run's scores.
-BESIDE = {
-    *("task", "split", "part", "synthetic", "sentences", "step", "loss", "data_fingerprint"),
-    *("bleu", "bleu_interval", "chrf", "chrf_interval"),
-}
+
+@with_config(ConfigDict(allow_inf_nan=False))
+class _Beside(TypedDict):
+    """What is shown of another run's scores, which may be a stranger's."""
+
+    task: str
+    split: str
+    part: str
+    synthetic: bool
+    sentences: int
+    step: int
+    loss: float
+    data_fingerprint: str
+    bleu: float
+    bleu_interval: tuple[float, float]
+    chrf: float
+    chrf_interval: tuple[float, float]
+
+
+_BESIDE = TypeAdapter(_Beside)
 
 SYNTHETIC = "synthetic sample corpus: these scores say nothing about real translation"
 
@@ -68,7 +85,7 @@ def ranked_rows(translations: Sequence[str], references: Sequence[str]) -> dict[
     return {kind: picked[kind] for kind in ("best", "typical", "worst")}
 
 
-def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, dict[str, Any]]]:
+def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, _Beside]]:
     """Name and scores of what may be compared with this run's evaluation under this label.
 
     That is its others, and those under the same label of the runs of the same task in the same folder: so the runs of
@@ -80,8 +97,8 @@ def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, dict[st
     alike = [folder / "evaluation" / f"{label}.json" for folder in sorted(own.parent.iterdir()) if folder != own]
     for path in (*others, *alike):
         with suppress(OSError, ValueError):
-            scores = read_json(path)
-            if isinstance(scores, dict) and scores.keys() >= BESIDE and scores["task"] == task:
+            scores = _BESIDE.validate_json(read_plain(path))
+            if scores["task"] == task:
                 run = path.parent.parent
                 found.append((f"{own.name}:{path.stem}" if run == own else run.name, scores))
     return found

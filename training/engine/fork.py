@@ -1,0 +1,121 @@
+"""A run made longer: it goes back to where the longer one is still the same, after what it was is set aside.
+
+    runs/gpt          the run, back at the checkpoint of step 200, say, on its way to step 600
+    runs/gpt-at-300   what it was: a run folder like any other, with its evaluations
+
+A kill at any moment leaves a folder that the same command goes on with: what is set aside appears whole or not at all,
+and the newest checkpoint is the last to go.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from contextlib import suppress
+from itertools import chain, count
+from pathlib import Path
+from typing import cast
+
+from training.base.console import UserError, say
+from training.base.files import (
+    copy_plain,
+    publish_folder,
+    read_plain,
+    remove,
+    temporary_folder,
+    write_atomically,
+    writing_to,
+)
+from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints
+from training.engine.metrics import lines_up_to, read_metrics
+from training.engine.status import METRICS, STOP_FILE, WandbRecord, write_status
+from training.engine.wandb.options import read_wandb_record, write_wandb_record
+
+# What only a run that goes on has, and what tells of the run that it was.
+_NOT_SET_ASIDE = {"lock", STOP_FILE}
+_OF_THE_WHOLE = ("evaluation", "report.html", "wandb")
+
+
+def go_back(run_dir: Path, latest: Checkpoint, step: int) -> Checkpoint:
+    """Takes a run back from `latest` to its newest valid checkpoint of `step` or before, which is returned.
+
+    What it was is in a folder of its own then. Raises UserError where there is no such checkpoint, or no room.
+    """
+    earlier = [each for each in checkpoints(run_dir) if each.step <= step and each.verify() is None]
+    if not earlier:
+        raise UserError(
+            f"{run_dir} has no valid checkpoint of step {step:,} or before, from which a run of another length could "
+            "go on: begin a new run from its weights (--init_from), or give its length back to it; nothing was changed"
+        )
+    target = earlier[-1]
+    _join_group(run_dir)
+    aside = _set_aside(run_dir, latest)
+    say(f"{run_dir} goes back to step {target.step:,} to become a run of another length; what it was is in {aside}")
+    _begin_in_wandb(run_dir, target)
+    state = target.state()
+    lines = lines_up_to(read_metrics(run_dir), target.step, state["validated_step"])
+    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    for name in _OF_THE_WHOLE:
+        remove(run_dir / name)
+    write_status(run_dir, "resumable", f"goes on from step {target.step:,}", restart=True, step=target.step)
+    for later in checkpoints(run_dir):
+        if later.step > target.step:
+            later.remove()
+    return target
+
+
+def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
+    """Copies the run, checkpoints as hard links where the file system has them, to a folder beside it."""
+    place, manifest = run_dir.resolve(), read_plain(latest.folder / MANIFEST)
+    first = f"{place.name}-at-{latest.step}"
+    for name in chain([first], (f"{first}-{number}" for number in count(2))):
+        aside = place.with_name(name)
+        if not os.path.lexists(aside):
+            break
+        with suppress(OSError):  # not the same: another run's folder, or an earlier one's
+            if read_plain(aside / "checkpoints" / latest.folder.name / MANIFEST) == manifest:
+                return aside
+    with writing_to(aside, option="--run_dir"), temporary_folder(aside) as folder:
+        for where, _, names in os.walk(place):
+            there = folder / Path(where).relative_to(place)
+            if any(part.startswith(".") for part in there.relative_to(folder).parts):
+                continue
+            there.mkdir(exist_ok=True)
+            for name in names:
+                source = Path(where, name)
+                if source.is_file() and not (source.is_symlink() or name in _NOT_SET_ASIDE or name.startswith(".")):
+                    _link_or_copy(source, there / name)
+        publish_folder(folder, aside)
+    return aside
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Checkpoints never change, so two names may stand for one file; all else is copied."""
+    if source.parent.parent.name == "checkpoints":
+        try:
+            target.hardlink_to(source)
+            return
+        except OSError as error:  # no links on this file system, or none to another user's file
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
+                raise
+    copy_plain(source, target)
+
+
+def _join_group(run_dir: Path) -> None:
+    """Gives the run a group in wandb, in which the longer one will be, too."""
+    known = read_wandb_record(run_dir)
+    if known and not known.get("group"):
+        known["group"] = known.get("name", run_dir.resolve().name)
+        write_wandb_record(run_dir, cast(WandbRecord, known))
+
+
+def _begin_in_wandb(run_dir: Path, target: Checkpoint) -> None:
+    """A run of its own there, in the same group: wandb takes no step twice. It gets the history up to the fork anew."""
+    known = read_wandb_record(run_dir)
+    if known or target.state()["wandb_id"] is not None:
+        name = known.get("name", run_dir.resolve().name)
+        known.pop("arrived", None)
+        known |= {"id": secrets.token_hex(4), "name": f"{name} from {target.step}"}
+        write_wandb_record(run_dir, cast(WandbRecord, known))
