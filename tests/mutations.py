@@ -300,8 +300,8 @@ FAULTS = (
     Fault(
         "the best checkpoint is removed",
         "training/engine/checkpoint.py",
-        "if checkpoint not in kept and checkpoint not in best_ones]",
-        "if checkpoint not in kept]",
+        "[-keep:] + _best(found, keep_best)",
+        "[-keep:]",
         "tests/training/engine/test_checkpoint.py::test_the_newest_and_the_best_are_kept[10-1]",
     ),
     Fault(
@@ -327,10 +327,25 @@ FAULTS = (
         "tests/training/engine/test_loop.py::test_run_folder_is_held_by_one_run_at_a_time",
     ),
     Fault(
+        "wsd falls from the warm-up on",
+        "training/engine/optim.py",
+        'options.schedule == "wsd" and step < course.fork',
+        'options.schedule == "wsd" and step < options.warmup_steps',
+        "tests/training/engine/test_length.py::"
+        "test_rate_of_wsd_is_that_of_a_longer_run_until_it_falls_with_the_square_root",
+    ),
+    Fault(
+        "what stood at the fork is displaced",
+        "training/engine/checkpoint.py",
+        "kept = to_keep(found) + to_keep([each for each in found if each.step <= newest.fork])",
+        "kept = to_keep(found)",
+        "tests/training/engine/test_length.py::test_what_stood_where_the_decay_began_stays_until_the_end",
+    ),
+    Fault(
         "metrics keep what is done again",
         "training/engine/metrics.py",
-        'if line["step"] <= last.get(line["kind"], resumed_step)]',
-        'if line["step"] <= self.reached]',
+        "self.lines = lines_up_to(found, resumed_step, validated_step)",
+        "self.lines = found",
         "tests/training/engine/test_loop.py::test_record_is_cut_back_to_the_step_that_a_run_falls_back_to",
     ),
     Fault(

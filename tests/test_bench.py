@@ -106,8 +106,8 @@ NOT_IN_SMOKE = {
 }
 
 
-# What these measure is processes of their own: they have no smaller size than --quick.
-NO_SMOKE = ("deepspeed", "resume_time", "wandb_gone", "quality")
+# What these measure is processes of their own, or takes as long as --quick: they have no smaller size than that.
+NO_SMOKE = ("deepspeed", "resume_time", "wandb_gone", "quality", "qlora")
 
 
 def check(name: str, printed: str, promised: list[str]) -> None:
@@ -175,8 +175,12 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
 @pytest.mark.parametrize(
     "name",
-    # Of "peers" as a whole, --all cannot do anything where JoeyNMT cannot be had.
-    [pytest.param(each, marks=[pytest.mark.part] * (each != "peers")) for each in PROMISED if each not in NO_SMOKE],
+    [
+        # Of "peers" as a whole, --all cannot do anything where JoeyNMT cannot be had.
+        pytest.param(each, marks=pytest.mark.whole if each == "peers" else pytest.mark.part)
+        for each in PROMISED
+        if each not in NO_SMOKE
+    ],
 )
 def test_smoke_of_a_bench_ends_with_the_promised_figures(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench(name).main(["--smoke", "--data", "sample"]) == 0

@@ -272,6 +272,7 @@ def test_run_is_finished_in_three_kernel_runs_bit_for_bit_and_its_output_stays_b
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.whole
 def test_run_survives_a_killed_rank_a_stop_by_hand_and_a_session_that_is_cut_off(uninterrupted, kaggle):
     # A rank that is killed costs a start.
     checkpoint_bytes, quota = quota_of_four_checkpoints(uninterrupted)

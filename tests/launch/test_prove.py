@@ -90,6 +90,7 @@ def test_what_cannot_be_proven_is_one_clear_error(words, said):
         prove.main(words)
 
 
+@pytest.mark.whole
 def test_training_that_fails_is_shown_with_its_own_words(sample_data, tmp_path):
     with pytest.raises(UserError, match=r"did not finish(?s:.*)there is no key model.widht"):
         training(tmp_path / "run", sample_data, "--model.widht", 3).finish()

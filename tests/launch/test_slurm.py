@@ -177,7 +177,8 @@ def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submiss
     assert read_sessions(submission.run_dir)[1]["from_step"] == 18
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.whole), "deepspeed"])
+@pytest.mark.whole
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_cancelled_job_whose_port_was_taken_saves_and_rests_until_it_is_submitted_again(
     submission, cluster, uninterrupted, launcher
 ):

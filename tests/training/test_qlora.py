@@ -38,6 +38,7 @@ from training.models.base_model import QuantisationOptions, fingerprint_of, load
 from training.qlora import Answers, QLoRAConfig, build_model, losses_of
 
 STEPS = 20
+LIKE_ANOTHER = ("qwen2.5-3b-h100", "qwen2.5-7b-t4x2", "qwen2.5-14b-t4x2")  # qwen2.5-3b-t4x2, but for sizes and ranks
 CPU = torch.device("cpu")
 RUN = (
     *("--lora.rank", 4, "--lora.alpha", 8, "--lora.dropout", 0.2, "--memory.logits_tokens", 50),
@@ -125,7 +126,13 @@ def test_trains_in_mixed_precision_with_adapters_in_fp32(precision, launch: Laun
     assert {tensor.dtype for tensor in last_checkpoint(tmp_path / "run").model_state().values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs/qlora").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path.name, marks=[pytest.mark.whole] * (path.stem in LIKE_ANOTHER))
+        for path in sorted((ROOT / "configs/qlora").glob("*.yaml"))
+    ],
+)
 def test_every_config_trains(config: str, launch: Launch, data: Path, base: Path, tmp_path: Path):
     words = ("--data", data, "--run_dir", tmp_path / "run", "--precision", "fp32", "--dry-run")
     words += ("--base_model", base, "--base_revision", "null", "--optim.warmup_steps", 1)  # the data is small

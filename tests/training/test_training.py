@@ -133,6 +133,7 @@ def test_killed_rank_killed_machine_and_flipped_bit_cost_nothing_but_time(uninte
     assert f"checkpoint {damaged.folder} is damaged" in third.err
 
 
+@pytest.mark.whole
 def test_four_killed_ranks_resume_to_the_same_weights(uninterrupted, life):
     """Four, since from three ranks on the order of DDP's sums can change in the middle of a process's life."""
     life = life(4)

@@ -631,7 +631,7 @@ def test_process_whose_lock_a_library_never_gives_back_is_shown_where_it_is_and_
     assert_all_gone(session)
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(None, marks=pytest.mark.whole), 2])
 def test_pause_of_a_whole_run_is_survived_however_long(ranks, uninterrupted, launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks, real=ranks is not None)
     session = life.start(SLOW, words=("--session.hang_timeout", "6s"))

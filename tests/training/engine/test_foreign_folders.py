@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data_prep.instructions import find_files
 from data_prep.shards import shard_folder
@@ -16,16 +17,18 @@ from launch.kaggle.record import RelayRecord
 from launch.kaggle.relay import Relay
 from launch.slurm.job import JOBS, _error_to_mend, note, read_events
 from launch.slurm.status import print_status
-from tests.support.runs import SHORT_RUN, command_of
+from tests.support.runs import SHORT_RUN, command_of, reference
 from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
 from training.base.console import UserError, say
 from training.base.files import open_in_place, read_plain, temporary_folder, write_atomically
 from training.base.options import raw_values
 from training.data.tokenizers import load_tokenizer
-from training.engine.checkpoint import best, checkpoints, newest_valid
+from training.engine.checkpoint import MANIFEST, _manifest_text, best, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
 from training.engine.run_folder import RunFolder
-from training.engine.status import end_killed_saves, read_sessions, read_status
+from training.engine.status import end_killed_saves, metrics_line, read_sessions, read_status
+from training.evaluation.translations.report import runs_beside
+from training.evaluation.translations.trained import open_trained
 
 SECRET = "a private key\n"
 
@@ -274,3 +277,56 @@ def test_links_out_of_a_folder_of_records_are_refused(tmp_path, home):
 def test_definitions_that_are_no_names_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has the control character '\\n' in it"):
         raw_values(["--run_dir", "runs/x\n#SBATCH --wrap=touch"])
+
+
+# Values of other kinds than ours, in a folder that holds together otherwise.
+
+
+def signed(folder: Path, change: dict[str, object]) -> None:
+    """Gives a checkpoint another manifest, which vouches for itself."""
+    path = folder / MANIFEST
+    found = {**json.loads(path.read_text("utf-8")), **change}
+    path.write_text(_manifest_text({key: value for key, value in found.items() if value is not None}), "utf-8")
+
+
+@pytest.mark.parametrize("change", [{"task": None}, {"data": {"fingerprint": 3}}, {"versions": []}, {"config": "x"}])
+def test_manifest_with_values_of_another_kind_is_damage(sample_data, tmp_path, change):
+    shutil.copytree(reference(sample_data, *SHORT_RUN, "--optim.steps", 3), tmp_path / "run")
+    signed(checkpoints(tmp_path / "run")[-1].folder, change)
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        open_trained(tmp_path / "run", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"format": "x", "fingerprint": 3, "files": {}}', "{", '{"fingerprint": "x"}']
+)
+def test_data_json_of_another_kind_is_one_line(sample_data, tmp_path, content):
+    shutil.copytree(reference(sample_data, *SHORT_RUN, "--optim.steps", 3), tmp_path / "run")
+    (tmp_path / "run/data.json").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=r"data.json cannot be read: copy meta.json"):
+        open_trained(tmp_path / "run", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", ['"x"', "[1]", '{"a": 1}', "1" + 400 * "0"])
+def test_lines_of_metrics_hold_numbers_alone(value):
+    line = b'{"kind": "train", "step": 3, "time": 1.0, "loss": 2.0, "lr": %b}'
+    assert metrics_line(line % value.encode()) is None
+    assert metrics_line(line % b"1e400") == {"kind": "train", "step": 3, "time": 1.0, "loss": 2.0, "lr": None}
+
+
+def test_scores_of_a_neighbour_are_left_out_where_they_are_none(tmp_path):
+    good = {
+        "task": "gpt",
+        "split": "random",
+        "part": "test",
+        "synthetic": False,
+        "sentences": 3,
+        "step": 3,
+        "loss": 1.0,
+    }
+    good |= {"data_fingerprint": "f", "bleu": 1.0, "bleu_interval": [0, 2], "chrf": 1.0, "chrf_interval": [0, 2]}
+    odd = ({"bleu": "x"}, {"bleu_interval": 3}, {"sentences": None}, {"chrf": 1e400})
+    for name, change in (("own", {}), ("good", {}), *((f"odd-{number}", each) for number, each in enumerate(odd))):
+        (tmp_path / name / "evaluation").mkdir(parents=True)
+        (tmp_path / name / "evaluation/test.json").write_text(json.dumps({**good, **change}), "utf-8")
+    assert [name for name, _ in runs_beside(tmp_path / "own", "test", "gpt")] == ["good"]

@@ -31,18 +31,9 @@ RUN = (
     *("--log.validate_every_steps", 4, "--checkpoint.every_steps", 4, "--checkpoint.keep", 3),
 )
 SEQ2SEQ = (
-    *(
-        "--model.embedding_width",
-        16,
-        "--model.hidden_width",
-        16,
-        "--model.layers",
-        1,
-        "--batch.sentences_per_micro_batch",
-        16,
-    ),
-    *("--batch.micro_batches_per_step", 2, "--optim.steps", 8, "--optim.warmup_steps", 2, "--optim.lr", 5e-3),
-    *("--log.validate_every_steps", 4, "--checkpoint.every_steps", 4),
+    *("--model.embedding_width", 16, "--model.hidden_width", 16, "--model.layers", 1),
+    *("--batch.sentences_per_micro_batch", 16, "--batch.micro_batches_per_step", 2, "--optim.steps", 8),
+    *("--optim.warmup_steps", 2, "--optim.lr", 5e-3, "--log.validate_every_steps", 4, "--checkpoint.every_steps", 4),
 )
 QLORA = (
     *("--lora.rank", 4, "--lora.alpha", 8, "--batch.tokens_per_micro_batch", 400, "--batch.micro_batches_per_step", 2),
@@ -101,7 +92,7 @@ def test_seq2seq_begins_on_other_pairs_of_the_same_vocabulary(launch: Launch, sa
     words = (source, "--checkpoint", "last", "--part", "validation", "--data", other)
     assert launch(*words, module="training.evaluation.evaluate").wait().status == 0
     scores = json.loads((source / "evaluation/validation-last-on-other.json").read_text("utf-8"))
-    assert validations(tmp_path / "run")[0][0] == pytest.approx(scores["loss"], abs=1e-6)
+    assert round(validations(tmp_path / "run")[0][0], 4) == scores["loss"]
 
 
 def test_adapters_begin_as_another_runs_or_as_pefts(launch: Launch, tmp_path):

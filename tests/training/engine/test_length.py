@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,17 @@ from training.engine import fork
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
 from training.engine.optim import Course, OptimOptions, learning_rate
+from training.engine.wandb.log_file import visit_logs
+from training.engine.wandb.options import read_wandb_record
 
 # The decay of 10 steps begins where nothing else is due: a run of 33 steps at 23, one of 66 at 56.
-RUN = (
+WSD = ("--optim.schedule", "wsd", "--optim.decay_steps", 10)
+COMMON = (
     *(*MODEL, "--batch.sentences_per_micro_batch", 16, "--batch.micro_batches_per_step", 2),
-    *("--optim.schedule", "wsd", "--optim.decay_steps", 10, "--optim.warmup_steps", 5, "--optim.lr", 5e-3),
+    *("--optim.warmup_steps", 5, "--optim.lr", 5e-3),
     *("--log.every_steps", 4, "--log.validate_every_steps", 6, "--checkpoint.every_steps", 5),
 )
+RUN = (*COMMON, *WSD)
 SHORT, LONG, FORK = 33, 66, 23
 ZERO = ("--parallel", "deepspeed", "--zero.stage", 2)
 
@@ -97,9 +102,7 @@ def test_run_within_its_decay_goes_back_and_its_end_is_still_to_be_had(launch: L
 
 
 def test_constant_run_stopped_and_made_longer_is_the_longer_one(launch: Launch, sample_data, tmp_path):
-    run = (*RUN[:-6], *("--log.every_steps", 4, "--log.validate_every_steps", 6, "--checkpoint.every_steps", 5))
-    run = tuple(word for word in run if word not in ("--optim.decay_steps", 10))
-    run = tuple("constant" if word == "wsd" else word for word in run)
+    run = (*COMMON, "--optim.schedule", "constant")
     longer = reference(sample_data, *run, "--optim.steps", 31)
     life = Life(launch, tmp_path, sample_data, ranks=None, run=(*run, "--optim.steps", 17))
     assert life.start().wait().status == 0
@@ -108,13 +111,27 @@ def test_constant_run_stopped_and_made_longer_is_the_longer_one(launch: Launch, 
     assert (tmp_path / "run-at-17").is_dir()
 
 
+def test_longer_run_is_a_new_one_of_the_same_group_in_wandb_with_the_history_up_to_the_fork(
+    launch: Launch, sample_data, tmp_path
+):
+    life = Life(launch, tmp_path, sample_data, None, run=(*RUN, "--optim.steps", SHORT, "--wandb.mode", "offline"))
+    assert life.start().wait().status == 0
+    life.command = (*life.command, "--optim.steps", LONG)
+    life.kill_at(SHORT)
+    assert life.start().wait().status == 0
+    before, now = (read_wandb_record(folder) for folder in (tmp_path / f"run-at-{SHORT}", life.run_dir))
+    assert before["id"] != now["id"] and before["group"] == now["group"] == before["name"] == "run"
+    assert now["name"] == f"run from {FORK}"
+    for folder, record in ((tmp_path / f"run-at-{SHORT}", before), (life.run_dir, now)):
+        logged = sorted(step for log in visit_logs(folder, record["id"]) for step in log.steps)
+        assert logged == sorted({line["step"] for line in read_metrics(folder)})
+
+
 @pytest.mark.parametrize("dies_at", range(5))
 def test_kill_while_a_run_goes_back_leaves_what_the_same_command_goes_on_with(
     sample_data, tmp_path, monkeypatch, dies_at
 ):
     """At each of its writes; what comes of it is what an undisturbed one leaves."""
-    import shutil
-
     source = reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2)
     shutil.copytree(source, tmp_path / "run")
     latest = newest_valid(tmp_path / "run")
@@ -150,8 +167,6 @@ def test_kill_while_a_run_goes_back_leaves_what_the_same_command_goes_on_with(
 
 
 def test_what_is_set_aside_shares_its_weights_and_nothing_that_is_written_again(sample_data, tmp_path):
-    import shutil
-
     shutil.copytree(reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2), tmp_path / "run")
     latest = newest_valid(tmp_path / "run")
     assert latest is not None
@@ -167,8 +182,6 @@ def test_what_is_set_aside_shares_its_weights_and_nothing_that_is_written_again(
 
 
 def test_run_without_a_checkpoint_before_its_decay_is_left_as_it_is(sample_data, tmp_path):
-    import shutil
-
     shutil.copytree(reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2), tmp_path / "run")
     for each in checkpoints(tmp_path / "run"):
         if each.step <= FORK:
@@ -188,8 +201,6 @@ def test_run_without_a_checkpoint_before_its_decay_is_left_as_it_is(sample_data,
     ],
 )
 def test_run_is_not_made_shorter_than_it_is_nor_another(launch: Launch, sample_data, tmp_path, words, said):
-    import shutil
-
     shutil.copytree(reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2), tmp_path / "run")
     before = content_of(tmp_path / "run")
     life = Life(launch, tmp_path, sample_data, ranks=None, run=(*RUN, "--optim.steps", SHORT, *words))
@@ -198,8 +209,7 @@ def test_run_is_not_made_shorter_than_it_is_nor_another(launch: Launch, sample_d
 
 
 def test_cosine_run_is_not_made_longer_and_told_what_helps(launch: Launch, sample_data, tmp_path):
-    run = tuple("cosine" if word == "wsd" else word for word in RUN if word not in ("--optim.decay_steps", 10))
-    life = Life(launch, tmp_path, sample_data, ranks=None, run=(*run, "--optim.steps", 12))
+    life = Life(launch, tmp_path, sample_data, ranks=None, run=(*COMMON, "--optim.steps", 12))
     assert life.start().wait().status == 0
     life.command = (*life.command, "--optim.steps", 24)
     assert_only_one_line_is_said(
@@ -216,8 +226,8 @@ def test_lengths_that_make_no_sense_are_refused():
 
 # Where a run gains no more. At this rate the sample's accuracy falls back now and then.
 
-PATIENT = (*RUN[:-6], "--log.every_steps", 4, "--log.validate_every_steps", 2, "--checkpoint.every_steps", 5)
-PATIENT = (*PATIENT, "--optim.steps", 80, "--optim.lr", 0.05, "--optim.patience", 4)
+IMPATIENT = (*COMMON, "--log.validate_every_steps", 2, "--optim.steps", 80, "--optim.lr", 0.05, "--optim.patience", 4)
+PATIENT = (*IMPATIENT, *WSD)
 
 
 def ended(run_dir: Path) -> tuple[int, int | None]:
@@ -249,8 +259,7 @@ def test_ended_run_goes_on_with_more_patience(launch: Launch, sample_data, tmp_p
 
 
 def test_cosine_run_ends_where_it_gains_no_more(launch: Launch, sample_data, tmp_path):
-    run = tuple("cosine" if word == "wsd" else word for word in PATIENT if word not in ("--optim.decay_steps", 10))
-    life = Life(launch, tmp_path, sample_data, ranks=None, run=run)
+    life = Life(launch, tmp_path, sample_data, ranks=None, run=IMPATIENT)
     result = life.start().wait()
     assert result.status == 0 and "the run ends here" in result.out, result
     status = status_of(life.run_dir)

@@ -480,7 +480,7 @@ def test_place_in_wandb_is_the_options_then_the_runs_then_the_variables(
     variables = {"WANDB_RUN_ID": "one", "WANDB_PROJECT": "variables", "WANDB_NAME": "named", "WANDB_DIR": str(folder)}
     set_wandb(monkeypatch, variables)
     options = WandbOptions(project="options")
-    begun = {"id": "one", "project": "options", "entity": None, "name": "named", "folder": str(folder)}
+    begun = {"id": "one", "project": "options", "entity": None, "name": "named", "group": None, "folder": str(folder)}
     assert same_run(options, tmp_path, None) == begun
     assert folder.is_dir()
     set_wandb(monkeypatch, {"WANDB_RUN_ID": "two", "WANDB_PROJECT": "other", "WANDB_DIR": "other"})
@@ -488,10 +488,12 @@ def test_place_in_wandb_is_the_options_then_the_runs_then_the_variables(
     # A sweep's trial is the run that the sweep says, whatever was here; with nothing of it, least of all what arrived.
     write_wandb_record(tmp_path, {**begun, "arrived": 9})
     set_wandb(monkeypatch, {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "two", "WANDB_PROJECT": "sweeps"})
-    trial = {"id": "two", "project": "sweeps", "entity": None, "name": tmp_path.name, "folder": None}
+    trial = {"id": "two", "project": "sweeps", "entity": None, "name": tmp_path.name, "group": None, "folder": None}
     assert same_run(options, tmp_path, "one") == trial
     set_wandb(monkeypatch, {})
     assert same_run(WandbOptions(), tmp_path, "two") == trial
+    # A run that was made longer is another one there, whatever its older checkpoints say.
+    assert same_run(WandbOptions(), tmp_path, "one") == trial
 
 
 @pytest.mark.parametrize("sweep", [{"WANDB_SWEEP_ID": "sweep-1"}, {"WANDB_MODE": "online"}], ids=["sweep", "no-sweep"])

@@ -292,7 +292,8 @@ def test_texts_become_the_words_that_the_run_makes_of_them(sample_data, tmp_path
 
 
 @pytest.mark.skipif(not REAL_TATOEBA.is_file(), reason=f"the real Tatoeba file is not at {REAL_TATOEBA}")
-@pytest.mark.parametrize("kind", [pytest.param("sentencepiece", marks=pytest.mark.whole), "word"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "word"])
+@pytest.mark.whole
 def test_all_real_sentences_become_the_ids_that_training_saw(kind, tmp_path):
     data = prepare(tmp_path / "data", REAL_TATOEBA, kind, "--simplify", "true")
     assert_same_tokenizer(data, strange_texts(data), tmp_path / "tokenizer")

@@ -17,9 +17,9 @@ from training.evaluation.report.curves import HEIGHT, WIDTH, Line, curve
 from training.evaluation.report.examples import EXAMPLES, example_rows
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.evaluation.translations.report import (
-    BESIDE,
     RANKED,
     SYNTHETIC,
+    Beside,
     Example,
     ranked_rows,
     render,
@@ -322,7 +322,7 @@ def test_runs_of_the_same_task_evaluated_likewise_stand_beside(tmp_path):
     assert [name for name, _ in runs_beside(own, "test-beam5", "gpt")] == ["own:test", "another-way"]
     run("own", "validation", scores)
     assert [name for name, _ in runs_beside(own, "test", "gpt")] == ["own:validation", "other-split"]
-    assert scores.keys() >= BESIDE
+    assert scores.keys() >= Beside.__annotations__.keys()
 
 
 def test_a_long_run_s_curve_is_small_and_keeps_its_peaks():

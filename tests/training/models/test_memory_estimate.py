@@ -157,6 +157,7 @@ def test_three_billion_parameters_train_in_less_than_ten_gb() -> None:
     assert memory.fits(15e9)
 
 
+@pytest.mark.whole
 def test_seven_billion_parameters_train_on_a_card_of_fifteen_gb() -> None:
     memory = of_true_shape(QWEN_7B, Shape(2, 1024, 2 * 700))
     print(memory)

@@ -26,7 +26,7 @@ RANKED = 5  # examples of each kind among the best, the typical and the worst
 
 
 @with_config(ConfigDict(allow_inf_nan=False))
-class _Beside(TypedDict):
+class Beside(TypedDict):
     """What is shown of another run's scores, which may be a stranger's."""
 
     task: str
@@ -43,7 +43,7 @@ class _Beside(TypedDict):
     chrf_interval: tuple[float, float]
 
 
-_BESIDE = TypeAdapter(_Beside)
+_BESIDE = TypeAdapter(Beside)
 
 SYNTHETIC = "synthetic sample corpus: these scores say nothing about real translation"
 
@@ -85,7 +85,7 @@ def ranked_rows(translations: Sequence[str], references: Sequence[str]) -> dict[
     return {kind: picked[kind] for kind in ("best", "typical", "worst")}
 
 
-def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, _Beside]]:
+def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, Beside]]:
     """Name and scores of what may be compared with this run's evaluation under this label.
 
     That is its others, and those under the same label of the runs of the same task in the same folder: so the runs of
