@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 from launch.scripts import script_of
 from training.base.console import UserError, run_main, say
 from training.base.durations import format_duration
-from training.base.options import CommandLine
+from training.base.options import CommandLine, raw_values
 from training.base.processes import children, family_of, is_alive, kill_all, signal_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
@@ -246,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = arguments.processes or gpus or 2
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     script = arguments.script or script_of(arguments.config)
-    words = [script, str(arguments.config), *options, *_shortened(arguments.steps)]
+    words = [script, str(arguments.config), *options]
+    words += _shortened(arguments.steps, raw_values(words[1:]))
     if gpus:
         words += ["--deterministic", "true"]
         say("GPUs: with --deterministic true (deterministic algorithms of torch, CUBLAS_WORKSPACE_CONFIG=:4096:8)")
@@ -293,11 +294,14 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least {least}")
 
 
-def _shortened(steps: int) -> list[str]:
+def _shortened(steps: int, config: dict[str, Any]) -> list[str]:
     """Options that make a short run of any config, with every part of a long one."""
+    decays = (config.get("optim") or {}).get("schedule") == "wsd"
     chosen: dict[str, Any] = {
         "optim.steps": steps,
         "optim.warmup_steps": steps // 10,
+        **({"optim.decay_steps": steps // 5} if decays else {}),
+        "optim.patience": "null",
         "checkpoint.every_steps": max(2, steps // 25),
         "log.every_steps": 1,
         "log.validate_every_steps": max(5, steps // 6),

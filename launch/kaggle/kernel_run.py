@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -44,6 +44,7 @@ from training.base.environment import (
 from training.base.files import write_atomically, writing_to
 from training.base.options import CommandLine
 from training.base.processes import children, family_of, kill_all
+from training.engine.optim import EXTENDABLE
 from training.engine.status import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
 SUMMARY = "kernel_run.json"
@@ -72,11 +73,12 @@ class Retention:
 
     keep: int
     keep_best: int
+    can_be_longer: bool = False  # as many again are then kept from where the learning rate begins to fall
 
     @property
     def most(self) -> int:
         """Checkpoints on the disk at once: an old one is removed only when the new one is complete."""
-        return self.keep + self.keep_best + 1
+        return (self.keep + self.keep_best) * (1 + self.can_be_longer) + 1
 
 
 def retention(wanted: Retention, checkpoint_bytes: int, room_bytes: int) -> Retention:
@@ -90,10 +92,12 @@ def retention(wanted: Retention, checkpoint_bytes: int, room_bytes: int) -> Rete
         if kept.keep == kept.keep_best == 1:
             raise UserError(
                 f"a checkpoint has {checkpoint_bytes / 1e9:.3g} GB, and there is room for {room_bytes / 1e9:.3g} GB of "
-                "them in the output: three need to fit, the newest, the best and the one that is being written"
+                f"them in the output: {kept.most} need to fit, the newest, the best"
+                f"{', as many from where the learning rate begins to fall,' if kept.can_be_longer else ''} and the one "
+                "that is being written"
             )
         newest = kept.keep > kept.keep_best
-        kept = Retention(kept.keep - newest, kept.keep_best - (not newest))
+        kept = replace(kept, keep=kept.keep - newest, keep_best=kept.keep_best - (not newest))
     return kept
 
 
@@ -275,7 +279,11 @@ class ThisKernelRun:
             ),
             environment={**_NCCL, **os.environ, "RELAY_ERROR_FILE": str(self._errors)},
             disk=self.disk,
-            wanted=Retention(self.options.checkpoint.keep, self.options.checkpoint.keep_best),
+            wanted=Retention(
+                self.options.checkpoint.keep,
+                self.options.checkpoint.keep_best,
+                can_be_longer=self.options.optim.schedule in EXTENDABLE,
+            ),
         )
 
     def _own_words(self) -> tuple[str, ...]:

@@ -285,6 +285,12 @@ def _print_plan(job: Job, pace: Pace | None, chain: int) -> None:
 # Submitting.
 
 
+def _asks_for_another_length(job: Job) -> bool:
+    from training.engine.run_folder import has_another_length  # slow to import
+
+    return has_another_length(job.run_dir, read_options(job.script, list(job.words)).optim)
+
+
 def submit(argv: Sequence[str]) -> int:
     """Checks config and resources, shows the plan, and submits; with --print only shows the script."""
     arguments, job = _read_job(argv)
@@ -293,7 +299,7 @@ def submit(argv: Sequence[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch on this machine: run this on the cluster's login node, or see --print")
-    if (read_status(job.run_dir) or {}).get("status") == "finished":
+    if (read_status(job.run_dir) or {}).get("status") == "finished" and not _asks_for_another_length(job):
         say(f"{job.run_dir} is finished; to train anew choose another --run_dir")
         return 0
     queued = [f"job {each.number} ({each.state.lower()})" for each in jobs_of(job.run_dir, queue())]

@@ -20,6 +20,8 @@ from training.base.files import open_in_place, open_plain
 from training.base.options import CommandLine
 from training.engine.status import METRICS, STOP_FILE, Session, metrics_line, pace_s, read_sessions, read_status
 
+COLUMNS = ("run", "state", "step", "sessions", "s/step", "tokens/s", "goodput", "expected end", "job")
+
 # So much of the end of metrics.jsonl certainly holds its last line of training.
 _TAIL_BYTES = 1 << 16
 
@@ -93,7 +95,7 @@ def print_status(argv: Sequence[str]) -> int:
         queued = queue()
     except UserError as error:
         warn(f"no jobs are shown: {error}")
-    rows: list[tuple[str, ...]] = [("run", "state", "step", "sessions", "s/step", "tokens/s", "expected end", "job")]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     rows += [_row_or_why_none(run_dir, queued) for run_dir in runs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for each in rows:
@@ -107,7 +109,7 @@ def _row_or_why_none(run_dir: Path, queued: Sequence[Queued]) -> tuple[str, ...]
     try:
         return row(run_dir, jobs_of(run_dir, queued))
     except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
-        return str(run_dir), f"unreadable: {type(error).__name__}", *[""] * 6
+        return str(run_dir), f"unreadable: {type(error).__name__}", *[""] * (len(COLUMNS) - 2)
 
 
 def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
@@ -129,6 +131,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
         str(len(sessions)),
         f"{step_s:.3g}" if step_s is not None else "",
         f"{last['tokens_per_s']:,.0f}" if "tokens_per_s" in last else "",
+        f"{status['goodput']:.0%}" if "goodput" in status else "",
         end,
         ", ".join(f"{job.number} {job.state.lower()} {job.reason}" for job in jobs),
     )

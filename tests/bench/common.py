@@ -58,6 +58,9 @@ IGNORED = -100
 # An optimizer step of the seed recipes.
 SENTENCES_PER_STEP = 32
 
+# What a manifest says of a checkpoint that belongs to no run.
+NO_RUN: dict[str, Any] = {"task": "none", "config": {}, "data": {}, "versions": {}}
+
 T = TypeVar("T")
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from tests.bench.common import Figure, read_arguments, report
+from tests.bench.common import NO_RUN, Figure, read_arguments, report
 from training.base.console import run_main, say
 from training.base.environment import keep_freed_memory
 from training.engine.checkpoint import tensors_of
@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     savers, beside = {}, []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         for kind in ("background", "synchronous"):
-            saver = Saver(Path(folder, kind), CheckpointOptions(keep=1, background=kind == "background"), {})
+            saver = Saver(Path(folder, kind), CheckpointOptions(keep=1, background=kind == "background"), NO_RUN)
             saver.prepare(tensors_of(training.model, training.optimizer))
             saver.drain()
             savers[kind] = saver

@@ -22,6 +22,8 @@ from launch.prove import Accident, Event, Training, differences, interrupt
 from tests.bench.common import Figure, prepare, read_arguments, report
 from training.base.console import run_main, say
 from training.base.durations import format_duration
+from training.engine.goodput import KINDS, goodput, in_words
+from training.engine.status import read_sessions, where_hours_went
 
 STEPS = 150
 KILLS_PER_RUN = 10
@@ -48,6 +50,7 @@ def main(words: Sequence[str] | None = None) -> int:
     events: list[Event] = []
     lost, runs, began = 0, 0, time.monotonic()
     waiting: list[Accident] = []
+    hours = dict.fromkeys(KINDS, 0.0)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         data = prepare(arguments, Path(folder, "data"))
         training = (*map(str, TRAINING), "--data", str(data.folder))
@@ -58,11 +61,15 @@ def main(words: Sequence[str] | None = None) -> int:
             broken = Training(training, Path(folder, f"run-{runs}"), STEPS, 2)
             new = interrupt(broken, KILLS_PER_RUN if end else min(KILLS_PER_RUN, wanted - len(events)), dice, waiting)
             different = differences(whole, broken)
+            for kind, seconds in where_hours_went(read_sessions(broken.run_dir)).items():
+                hours[kind] += seconds
             bad = len(new) if different else sum(event.lost is not None for event in new)
             events, lost = events + new, lost + bad
             problems = "; ".join([*different, *(event.lost for event in new if event.lost)])
             since = format_duration(time.monotonic() - began)
             say(f"run {runs}: {len(new)} kills, {problems or 'bit-equal'} ({len(events)} kills, {lost} lost, {since})")
+    say(f"undisturbed: {in_words(where_hours_went(read_sessions(whole.run_dir)))}")
+    say(f"interrupted: {in_words(hours)}")
     named = sorted({event.accident for event in events})
     report(
         "soak",
@@ -71,6 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
             Figure("kills", len(events), "at random moments, any rank, also during saves", "200"),
             Figure("lost", lost, "kills that cost more than steps done again", "0"),
             Figure("runs", runs, "that they were spread over"),
+            Figure("goodput", goodput(hours)[1], "share of the sessions' time that went into steps that count"),
             Figure("steps_done_again", mean(event.at - event.saved for event in events), f"per kill, of {STEPS}"),
         ],
         accidents={name: sum(event.accident == name for event in events) for name in named},

@@ -12,16 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
-from tests.bench.common import Figure, ratio_by_rounds, read_arguments, report
+from tests.bench.common import NO_RUN, Figure, ratio_by_rounds, read_arguments, report
 from training.base.console import UserError, run_main
 from training.base.files import drop_from_cache
 from training.engine.checkpoint import Checkpoint, publish
-
-ABOUT: dict[str, Any] = {"task": "none", "config": {}, "data": {}, "versions": {}}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,7 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     ours, cold, plain = [], [], []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
-        checkpoint = publish(folder, 1, tensors, state={"accuracy": None}, about=ABOUT, keep=1)
+        checkpoint = publish(folder, 1, tensors, state={"accuracy": None}, about=NO_RUN, keep=1)
         gigabytes = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e9
 
         def speed(work: Callable[[], None]) -> float:

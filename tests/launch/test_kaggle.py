@@ -375,7 +375,8 @@ def test_as_many_checkpoints_are_kept_as_have_room():
     assert retention(Retention(1, 4), 10, 40) == Retention(1, 2)
     assert retention(Retention(3, 2), 10, 40) == Retention(2, 1)
     assert retention(Retention(5, 2), 10, 30) == Retention(1, 1)
-    with pytest.raises(UserError, match="three need to fit"):
+    assert retention(Retention(5, 2, can_be_longer=True), 10, 110) == Retention(3, 2, can_be_longer=True)
+    with pytest.raises(UserError, match="3 need to fit"):
         retention(Retention(5, 2), 10, 29)
 
 

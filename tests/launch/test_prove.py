@@ -21,7 +21,7 @@ SMALL = ("--model.width", 32, "--model.layers", 1, "--batch.tokens_per_micro_bat
 
 
 def training(run_dir: Path, data: Path, *words: object, steps: int = 40) -> Training:
-    options = (*SMALL, *prove._shortened(steps), "--data", data, *words)
+    options = (*SMALL, *prove._shortened(steps, {}), "--data", data, *words)
     return Training(("training.gpt", str(CONFIG), *map(str, options)), run_dir, steps, 1)
 
 

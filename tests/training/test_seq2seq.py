@@ -106,7 +106,7 @@ def test_weights_are_those_asked_for(uninterrupted):
 
 @pytest.mark.parametrize("name", ["none", "best:0", "last:x", "ema:2", "best:", ""])
 def test_weights_that_do_not_exist_are_refused(uninterrupted, name):
-    with pytest.raises(UserError, match=r"is none of best, last, best:N"):
+    with pytest.raises(UserError, match=r"names no weights: best, last, step-N, best:N"):
         open_trained(uninterrupted(2), name, device=CPU)
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 from contextlib import suppress
+from glob import escape
 from itertools import chain, count
 from pathlib import Path
 from typing import cast
@@ -34,7 +35,7 @@ from training.engine.status import METRICS, STOP_FILE, WandbRecord, write_status
 from training.engine.wandb.options import read_wandb_record, write_wandb_record
 
 # What only a run that goes on has, and what tells of the run that it was.
-_NOT_SET_ASIDE = {"lock", STOP_FILE}
+_NOT_SET_ASIDE = {"lock", STOP_FILE, "slurm.jsonl", "hang"}
 _OF_THE_WHOLE = ("evaluation", "report.html", "wandb")
 
 
@@ -43,20 +44,16 @@ def go_back(run_dir: Path, latest: Checkpoint, step: int) -> Checkpoint:
 
     What it was is in a folder of its own then. Raises UserError where there is no such checkpoint, or no room.
     """
-    earlier = [each for each in checkpoints(run_dir) if each.step <= step and each.verify() is None]
-    if not earlier:
+    earlier = [each for each in reversed(checkpoints(run_dir)) if each.step <= step]
+    target = next((each for each in earlier if each.verify() is None), None)
+    if target is None:
         raise UserError(
             f"{run_dir} has no valid checkpoint of step {step:,} or before, from which a run of another length could "
-            "go on: begin a new run from its weights (--init_from), or give its length back to it; nothing was changed"
+            "go on: begin a new run from its weights (--init_from), or give its length back to it"
         )
-    target = earlier[-1]
-    _join_group(run_dir)
     aside = _set_aside(run_dir, latest)
     say(f"{run_dir} goes back to step {target.step:,} to become a run of another length; what it was is in {aside}")
-    _begin_in_wandb(run_dir, target)
-    state = target.state()
-    lines = lines_up_to(read_metrics(run_dir), target.step, state["validated_step"])
-    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    leave_record(run_dir, target)
     for name in _OF_THE_WHOLE:
         remove(run_dir / name)
     write_status(run_dir, "resumable", f"goes on from step {target.step:,}", restart=True, step=target.step)
@@ -64,6 +61,30 @@ def go_back(run_dir: Path, latest: Checkpoint, step: int) -> Checkpoint:
         if later.step > target.step:
             later.remove()
     return target
+
+
+def leave_record(run_dir: Path, target: Checkpoint) -> None:
+    """Cuts the record back to a checkpoint, behind which the run becomes another one.
+
+    In wandb it is a run of its own from here on, in the same group, since wandb takes no step twice; it gets the
+    history up to here anew.
+    """
+    known = read_wandb_record(run_dir)
+    if known or target.state()["wandb_id"] is not None:
+        known.pop("arrived", None)
+        name = known.get("name", run_dir.resolve().name).removesuffix(f" from {target.step}")  # a kill came before
+        group = known.get("group") or name
+        known |= {"id": secrets.token_hex(4), "name": f"{name} from {target.step}", "group": group}
+        write_wandb_record(run_dir, cast(WandbRecord, known))
+    lines = lines_up_to(read_metrics(run_dir), target.step, target.state()["validated_step"])
+    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Removes what a kill in `go_back` has left. To be called by the process that holds the run folder."""
+    place = run_dir.resolve()
+    for path in place.parent.glob(f".{escape(place.name)}-at-*.partial"):
+        remove(path)
 
 
 def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
@@ -78,22 +99,27 @@ def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
             if read_plain(aside / "checkpoints" / latest.folder.name / MANIFEST) == manifest:
                 return aside
     with writing_to(aside, option="--run_dir"), temporary_folder(aside) as folder:
-        for where, _, names in os.walk(place):
-            there = folder / Path(where).relative_to(place)
-            if any(part.startswith(".") for part in there.relative_to(folder).parts):
-                continue
-            there.mkdir(exist_ok=True)
-            for name in names:
-                source = Path(where, name)
-                if source.is_file() and not (source.is_symlink() or name in _NOT_SET_ASIDE or name.startswith(".")):
-                    _link_or_copy(source, there / name)
+        _copy(place, folder, is_run=True)
         publish_folder(folder, aside)
     return aside
 
 
+def _copy(source: Path, target: Path, *, is_run: bool = False) -> None:
+    """Links are left out: they may lead to what nobody meant to copy. But `checkpoints` may lie on a larger disk."""
+    target.mkdir(exist_ok=True)
+    for each in source.iterdir():
+        is_elsewhere = each.is_symlink() and not (is_run and each.name == "checkpoints")
+        if is_elsewhere or each.name.startswith(".") or (is_run and each.name in _NOT_SET_ASIDE):
+            continue
+        if each.is_dir():
+            _copy(each, target / each.name)
+        elif each.is_file():
+            _link_or_copy(each, target / each.name)
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
     """Checkpoints never change, so two names may stand for one file; all else is copied."""
-    if source.parent.parent.name == "checkpoints":
+    if target.parent.parent.name == "checkpoints":
         try:
             target.hardlink_to(source)
             return
@@ -101,21 +127,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
             if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
                 raise
     copy_plain(source, target)
-
-
-def _join_group(run_dir: Path) -> None:
-    """Gives the run a group in wandb, in which the longer one will be, too."""
-    known = read_wandb_record(run_dir)
-    if known and not known.get("group"):
-        known["group"] = known.get("name", run_dir.resolve().name)
-        write_wandb_record(run_dir, cast(WandbRecord, known))
-
-
-def _begin_in_wandb(run_dir: Path, target: Checkpoint) -> None:
-    """A run of its own there, in the same group: wandb takes no step twice. It gets the history up to the fork anew."""
-    known = read_wandb_record(run_dir)
-    if known or target.state()["wandb_id"] is not None:
-        name = known.get("name", run_dir.resolve().name)
-        known.pop("arrived", None)
-        known |= {"id": secrets.token_hex(4), "name": f"{name} from {target.step}"}
-        write_wandb_record(run_dir, cast(WandbRecord, known))

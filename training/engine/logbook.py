@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from training.base.console import say, warn
 from training.base.durations import format_duration
 from training.engine.checkpoint import Tensors
 from training.engine.cluster import Cluster
+from training.engine.goodput import Clock, goodput, in_words
 from training.engine.metrics import MetricsFile
 from training.engine.saver import Saver
 from training.engine.status import Best, Sessions, Status, write_status
 from training.engine.stopping import StopFlag
 from training.engine.surroundings import changes, commit, surroundings
 from training.engine.task import RunOptions
+from training.engine.tensorboard import Board
 from training.engine.wandb.tracker import WandbTracker
 
 ON_END_LIMIT_S = 15.0
@@ -66,6 +69,7 @@ class FirstRanksLogbook(Logbook):
         about: Mapping[str, Any],
         cluster: Cluster,
         stop: StopFlag,
+        clock: Clock,
         *,
         steps: int,
         step: int,
@@ -85,14 +89,21 @@ class FirstRanksLogbook(Logbook):
             config.wandb,
             config.run_dir,
             run_id=wandb_id,
-            config={**about["config"], **({"init_from": about["init_from"]} if "init_from" in about else {})},
+            config=shown_config(about),
             lines=self._metrics.lines,
         )
         self.wandb_id = self._tracker.run_id
-        self._metrics.follower = self._tracker.add
+        self._board = Board(config.run_dir, self._metrics.lines) if config.log.tensorboard else None
         ranks, now = cluster.world_size, surroundings(cluster.device, about["versions"])
         self._sessions = Sessions(
-            config.run_dir, step=step, steps=steps, world_size=ranks, device=str(cluster.device), surroundings=now
+            config.run_dir,
+            step=step,
+            steps=steps,
+            world_size=ranks,
+            device=str(cluster.device),
+            surroundings=now,
+            clock=clock,
+            last_sign=self._metrics.last_sign,
         )
         say(self._sessions.describe(self._usable_s))
         if step and len(self._sessions.all) > 1:
@@ -105,7 +116,10 @@ class FirstRanksLogbook(Logbook):
         self._write_status("running", "training", step, best, restart=True)
 
     def line(self, kind: str, step: int, **values: Any) -> None:
-        self._metrics.write(kind, step, **values)
+        written = self._metrics.write(kind, step, **values)
+        self._tracker.add(written)
+        if self._board is not None:
+            self._board.add(written)
 
     def set_length(self, steps: int) -> None:
         self._steps = self._sessions.steps = steps
@@ -130,9 +144,14 @@ class FirstRanksLogbook(Logbook):
         self._metrics.close()
         self._write_status(status, reason, step, best, restart=restart)
         sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
-        self._tracker.close(status, reason, best)
-        if self._on_end is not None:
-            send_word(self._on_end, self._run_dir, status, reason)
+        if self._board is not None:
+            self._board.close()
+        hours = sessions.hours()
+        word = Word(self._on_end, self._run_dir, status, reason) if self._on_end is not None else None
+        self._tracker.close(status, reason, {**best, "goodput": round(goodput(hours)[1], 4)})
+        if word is not None:
+            word.wait()
+        say(in_words(hours))
         if status == "finished":
             trained = format_duration(sum(session["seconds"] for session in sessions.all))
             best_step = f"the best at step {best['best_step']:,}"
@@ -146,32 +165,58 @@ class FirstRanksLogbook(Logbook):
     def _write_status(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
         """status.json, with what remains to be done."""
         outlook = self._sessions.outlook(self._usable_s)
+        of_all, of_sessions = (round(share, 4) for share in goodput(self._sessions.hours()))
         with contextlib.suppress(OSError):
             write_status(
-                self._run_dir, status, reason, restart=restart, step=step, steps=self._steps, **best, **outlook
+                self._run_dir,
+                status,
+                reason,
+                restart=restart,
+                step=step,
+                steps=self._steps,
+                **best,
+                **outlook,
+                goodput=of_sessions,
+                goodput_since_first_start=of_all,
             )
 
 
-def send_word(command: str, run_dir: Path, status: Status, reason: str) -> None:
-    """Runs the command that a user wants to be run at the end of a session; what goes wrong with it is a warning."""
-    about = {"RELAY_RUN_DIR": str(run_dir.resolve()), "RELAY_STATUS": status, "RELAY_REASON": reason}
-    try:
-        process = subprocess.Popen(
-            ["sh", "-c", command],
-            env={**os.environ, **about},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        found = process.wait(ON_END_LIMIT_S)
-    except OSError as error:
-        warn(f"session.on_end could not be run: {error}")
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        warn(f"session.on_end had not ended after {ON_END_LIMIT_S:g} s, so it was ended")
-    else:
-        if found:
-            warn(f"session.on_end ended with status {found}; the run is as it says")
+def shown_config(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's options as wandb shows them: for the name of the run that it began from stands what is known of it."""
+    return {**about["config"], **({"init_from": about["init_from"]} if "init_from" in about else {})}
+
+
+class Word:
+    """The command that a user wants to be run at the end of a session; what goes wrong with it is a warning."""
+
+    def __init__(self, command: str, run_dir: Path, status: Status, reason: str):
+        about = {"RELAY_RUN_DIR": str(run_dir.resolve()), "RELAY_STATUS": status, "RELAY_REASON": reason}
+        quiet = subprocess.DEVNULL
+        self._end = time.monotonic() + ON_END_LIMIT_S
+        self._process = None
+        try:
+            self._process = subprocess.Popen(
+                ["sh", "-c", command],
+                env={**os.environ, **about},
+                stdin=quiet,
+                stdout=quiet,
+                stderr=quiet,
+                start_new_session=True,
+            )
+        except OSError as error:
+            warn(f"session.on_end could not be run: {error}")
+
+    def wait(self) -> None:
+        """Until the command has ended, or has had its time."""
+        if self._process is None:
+            return
+        try:
+            found = self._process.wait(max(0.0, self._end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            warn(f"session.on_end had not ended after {ON_END_LIMIT_S:g} s, so it was ended")
+        else:
+            if found:
+                warn(f"session.on_end ended with status {found}; the run is as it says")

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from training.base.console import UserError, say
+from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.environment import process_age_s
 from training.base.files import writing_to
@@ -29,7 +29,8 @@ from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
 from training.engine.checkpoint import Checkpoint, RunState, model_state
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
-from training.engine.logbook import FirstRanksLogbook, Logbook
+from training.engine.goodput import Clock
+from training.engine.logbook import FirstRanksLogbook, Logbook, shown_config
 from training.engine.metrics import Window, memory_mb, read_metrics
 from training.engine.optim import Course, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
@@ -56,6 +57,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     then says `failed`.
     """
     _check_world_size(config, cluster)
+    _check_patience(config, task)
     if cluster.world_size == 1:
         keep_threads(read_sessions(config.run_dir) or read_sessions(config.resume_from or config.run_dir))
     precision = choose_precision(config.precision, cluster.device)
@@ -64,6 +66,9 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     shapes = {name: tensor.shape for name, tensor in model_state(task.model).items()}
     engine = _parallel(config, task, cluster, precision)
     if dry_run:
+        if config.init_from is not None:
+            origin = Origin(config.init_from, task.read_foreign)
+            cluster.on_first(lambda: origin.find(_about(config, task, data), shapes))
         return _dry_run(config, task, engine, cluster)
 
     run = _Run(config, task, cluster, engine, _about(config, task, data))
@@ -71,7 +76,8 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
         run.open(folder, data, shapes)
         if run.is_finished:
             run.confirm_finished()
-            say(f"{config.run_dir} is finished: {run.step:,} steps; to train anew choose another --run_dir")
+            how = f"{run.step:,} steps, {run.finish}"
+            say(f"{config.run_dir} is finished: {how}; to train anew choose another --run_dir")
             return 0
         try:
             return run.session()
@@ -108,6 +114,16 @@ def _check_world_size(config: RunOptions, cluster: Cluster) -> None:
             f"{cluster.world_size} ranks cannot share the {count} micro-batches of a step equally: start with "
             f"{' or '.join(map(str, fitting))} ranks (--nproc-per-node), or in a new run set "
             f"batch.micro_batches_per_step to a multiple of {cluster.world_size}"
+        )
+
+
+def _check_patience(config: RunOptions, task: Task) -> None:
+    every, last = config.log.validate_every_steps, Course.of(config.optim, task.plan.steps).fork
+    if config.optim.patience is not None and every >= last:
+        raise UserError(
+            f"optim.patience {config.optim.patience} counts validations, and with one every {every:,} steps "
+            f"(log.validate_every_steps) there is none before step {last:,}, where the run ends or its learning rate "
+            "falls anyway: validate more often, or leave it out"
         )
 
 
@@ -220,6 +236,7 @@ class _Run:
         self.stop = StopFlag(config.run_dir, cluster, config.session)
         self.logbook = Logbook()  # writes nothing; the first rank has its own during a session
         self.window = Window(task.plan)
+        self.clock = Clock()
         self.step = 0
         self.saved_step: int | None = None
         self.validated_step = 0
@@ -302,6 +319,9 @@ class _Run:
         self.window = Window(self.task.plan, self.step, state["window_losses"])
         if "init_from" in latest.manifest:  # resolved when the run began
             self.about["init_from"] = latest.manifest["init_from"]
+        if self.config.init_from not in (None, latest.manifest["config"]["init_from"]):
+            began = self.about.get("init_from", {}).get("run", "no other run's weights")
+            warn(f"this run has begun with {began}: --init_from {self.config.init_from} is for a new --run_dir")
         say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
 
     @property
@@ -310,16 +330,16 @@ class _Run:
         return self.step == self.validated_step == self.course.steps
 
     @property
-    def _finish(self) -> str:
+    def finish(self) -> str:
         """Why the run is finished, once it is."""
-        return "all steps done" if self.ended is None else f"no new best in {self.waited} validations"
+        return "all steps done" if self.ended is None else f"no new best in {self.waited} validations (optim.patience)"
 
     def confirm_finished(self) -> None:
         """Says again that the run is finished: a kill may have come between the last checkpoint and that."""
         if self.cluster.is_first:
-            run_dir, config = self.config.run_dir, self.config.model_dump(mode="json")
+            run_dir, config = self.config.run_dir, shown_config(self.about)
             with writing_to(run_dir, option="--run_dir"):
-                write_status(run_dir, "finished", self._finish, restart=False, step=self.step)
+                write_status(run_dir, "finished", self.finish, restart=False, step=self.step)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
     # The session.
@@ -331,6 +351,7 @@ class _Run:
         first_step = self.step + 1
         with Progress("training", self.course.steps, "steps", start=self.step) as self.progress:
             try:
+                self.clock.enter("steps")
                 self._boundary()  # the last session may have been stopped within one
                 while self.step < self.course.steps:
                     self.stop.check()
@@ -340,6 +361,7 @@ class _Run:
                     self._boundary()
             except Stopped as raised:
                 stopped = raised
+            self.clock.enter("end")
             self.cluster.watcher.beat("the end of the session", slow=True)
             if self.saved_step != self.step:
                 self._save(due=False)
@@ -353,6 +375,7 @@ class _Run:
                 self.about,
                 self.cluster,
                 self.stop,
+                self.clock,
                 steps=self.course.steps,
                 step=self.step,
                 validated_step=self.validated_step,
@@ -362,6 +385,8 @@ class _Run:
         self.wandb_id = self.logbook.wandb_id
 
     def _train_step(self) -> None:
+        with self.clock.during("data"):
+            self.task.plan.step(self.step)  # lays out an epoch where one begins
         loss = forward_backward(self.config, self.task, self.engine, self.cluster, self.step)
         lr = learning_rate(self.step, self.course, self.config.optim)
         norm = self.engine.step(lr)
@@ -381,7 +406,9 @@ class _Run:
             is_best = validated = False
             if self.validated_step < self.step and (done or self.step % self.config.log.validate_every_steps == 0):
                 is_best, validated = self._validate(), True
+            if self.validated_step == self.step and self.ended is None:
                 self._end_early()
+                validated |= self.ended is not None
             due = is_best or done or self.step % self.config.checkpoint.every_steps == 0
             # A stop within the validation leaves a checkpoint that does not know its outcome: it is made anew.
             if (due or self.step in (self.course.fork, self.course.steps)) and (
@@ -427,7 +454,8 @@ class _Run:
 
     def _validate(self) -> bool:
         """Scores the model on held-out data and writes it down; true if it is the best so far."""
-        result = self.task.validate(self.engine.model, self._own_part)
+        with self.clock.during("validation"):
+            result = self.task.validate(self.engine.model, self._own_part)
         # Accuracy picks the best checkpoint: late in training over-confidence raises the loss while translations still
         # improve.
         is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
@@ -450,6 +478,11 @@ class _Run:
 
     def _save(self, *, due: bool) -> None:
         """due: whether an uninterrupted run saves here, too."""
+        with self.clock.during("saves"):
+            self._hand_over(due)
+        self.saved_step = self.step
+
+    def _hand_over(self, due: bool) -> None:
         window_losses, tensors = self.window.losses(self.cluster), self.engine.tensors()
         state: RunState = {
             **self.engine.state(),
@@ -465,7 +498,6 @@ class _Run:
             "due": due,
         }
         self.logbook.save(self.step, tensors, state)
-        self.saved_step = self.step
 
     def _end(self, stop: Stopped | None, *, wants_rest: bool) -> int:
         """Writes down how the session ended. stop: None if all steps are done."""
@@ -473,7 +505,7 @@ class _Run:
         error = self.logbook.save_error
         (unsaved,) = self.cluster.maximum([error is not None])
         if stop is None and not unsaved:
-            self.logbook.close("finished", self._finish, self.step, self.best, restart=False)
+            self.logbook.close("finished", self.finish, self.step, self.best, restart=False)
             return 0
         reason = stop.reason if stop else "the last save, which failed"
         said = f"{reason} ({error})" if error else reason

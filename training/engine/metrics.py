@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -39,14 +39,14 @@ class MetricsFile:
         self._path = run_dir / METRICS
         found = read_metrics(run_dir)
         self.reached: int = found[-1]["step"] if found else 0  # the last step of all lines, also of those cut off
+        self.last_sign: float | None = found[-1]["time"] if found else None  # and when it was written
         self.lines = lines_up_to(found, resumed_step, validated_step)
-        self.follower: Callable[[dict[str, Any]], None] | None = None  # is handed every new line
         if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = open_in_place(self._path)
         self._waiting = b""  # lines for which there was no room
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
+    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """One line: its kind (train or validation), after how many optimizer steps, the values, and the time."""
         finite = {
             key: None if isinstance(value, float) and not isfinite(value) else value for key, value in values.items()
@@ -54,8 +54,7 @@ class MetricsFile:
         line = {"kind": kind, "step": step, **finite, "time": round(time.time(), 3)}
         self._waiting += json.dumps(line).encode() + b"\n"
         self._flush()
-        if self.follower is not None:
-            self.follower(line)
+        return line
 
     def _flush(self) -> None:
         end = self._path.stat().st_size

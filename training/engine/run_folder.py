@@ -30,10 +30,10 @@ from training.base.console import TryLaterError, UserError, say, warn
 from training.base.files import copy_plain, lock, open_in_place, read_plain, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.base.strict_yaml import read_yaml
-from training.engine.checkpoint import Checkpoint, checkpoints, copy_checkpoint, newest_valid
-from training.engine.fork import go_back
+from training.engine.checkpoint import Checkpoint, RunState, checkpoints, copy_checkpoint, newest_valid
+from training.engine.fork import go_back, leave_record, remove_unfinished
 from training.engine.metrics import is_damaged, read_metrics
-from training.engine.optim import EXTENDABLE, LENGTH
+from training.engine.optim import EXTENDABLE, LENGTH, OptimOptions
 from training.engine.status import (
     METRICS,
     RECORDS,
@@ -112,6 +112,7 @@ class RunFolder:
             with TemporaryFile(dir=self.run_dir / "checkpoints"):
                 pass  # another user's: better known now than at the first save
             end_killed_saves(self.run_dir)
+            remove_unfinished(self.run_dir)
             latest = newest_valid(self.run_dir)
             if latest is not None:
                 _check_same_run(latest, about, may_change)
@@ -129,6 +130,8 @@ class RunFolder:
             is_other_length = latest is not None and latest.manifest["config"]["optim"] != about["config"]["optim"]
             if latest is not None and (step := shared_steps(latest)) < latest.step:
                 latest = go_back(self.run_dir, latest, step)
+            elif latest is not None and is_other_length and _reached(self.run_dir) > latest.step:
+                leave_record(self.run_dir, latest)  # it was killed, perhaps behind the fork
             if latest is None:
                 _refuse_lost_checkpoints(self.run_dir)
                 if known.exists() and not _same_but_for_wandb(read_plain(known).decode(), config):
@@ -163,6 +166,20 @@ class RunFolder:
             time.sleep(0.2)
         if os.fstat(file.fileno()).st_nlink == 1:  # else it is another file's name, too
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def has_another_length(run_dir: Path, asked: OptimOptions) -> bool:
+    """Whether the run in a folder was to end elsewhere than these options say; false where its config does not tell."""
+    try:
+        kept = read_yaml(read_plain(run_dir / CONFIG).decode())["optim"]
+        return any(value != kept[key] for key, value in asked.model_dump(include={*LENGTH, "patience"}).items())
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+
+
+def _reached(run_dir: Path) -> int:
+    """The last step on record."""
+    return max((line["step"] for line in read_metrics(run_dir)), default=0)
 
 
 def _same_but_for_wandb(config: str, other: str) -> bool:
@@ -241,9 +258,16 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
 
 
 def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[str]) -> None:
+    lacking = sorted(RunState.__required_keys__ - latest.state().keys())
+    if lacking:
+        raise UserError(
+            f"{latest.folder} was saved by another version of Relay{_made_with(latest)}, without {', '.join(lacking)}: "
+            "go on with that one, or choose another --run_dir; nothing was changed"
+        )
     schedule = about["config"]["optim"]["schedule"]
     length = {f"optim.{key}" for key in LENGTH}
     may_differ = {"optim.patience", *(length if schedule in EXTENDABLE else ())}
+    was = latest.manifest["config"].get("optim", {}).get("schedule")
 
     def definition(about: dict[str, Any]) -> dict[str, Any]:
         config = {key: value for key, value in about["config"].items() if key not in may_change}
@@ -259,9 +283,10 @@ def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[s
     if differences:
         run_dir = latest.folder.parents[1]
         longer = ""
-        if any(line.partition(":")[0] in length for line in differences):
+        asked = {line.partition(":")[0] for line in differences}
+        if was not in EXTENDABLE and asked & {*length, "optim.schedule"}:
             longer = (
-                f". With optim.schedule {schedule} every step depends on the length: train on from these weights "
+                f". With optim.schedule {was} every step depends on the length: train on from these weights "
                 f"in a new run (--init_from {run_dir}), and with --optim.schedule wsd if that may become longer"
             )
         raise UserError(

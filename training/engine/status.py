@@ -23,6 +23,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from training.base.durations import format_duration
 from training.base.environment import job_id
 from training.base.files import read_plain, recover, write_atomically
+from training.engine.goodput import Clock, Kind, hours_of
 
 STATUS = "status.json"
 SESSIONS = "sessions.json"
@@ -54,9 +55,12 @@ class Session(TypedDict):
     saves: NotRequired[int]  # that were published
     stall_s: NotRequired[float]  # how long a save kept the training waiting, in the mean
     save_s: NotRequired[float]  # how long a save took until it was published, in the mean
+    began: NotRequired[float]  # when its process did, seconds since 1970
+    hours: NotRequired[dict[Kind, float]]  # seconds since then by kind, up to its last save or its end
+    last_sign: NotRequired[float]  # of one that was killed: when its last line was written
 
 
-@with_config(ConfigDict(extra="allow"))
+@with_config(ConfigDict(extra="allow", allow_inf_nan=False))
 class _StatusFile(TypedDict):
     """status.json, as far as others rely on it."""
 
@@ -65,6 +69,7 @@ class _StatusFile(TypedDict):
     restart: bool
     step: NotRequired[int]
     steps: NotRequired[int]
+    goodput: NotRequired[float]  # of the sessions' own time
 
 
 # What wandb accepts, and what is safe in a path.
@@ -186,18 +191,35 @@ def was_cut_short(session: Session) -> bool:
     return session["reason"] in (None, _KILLED)
 
 
+def where_hours_went(sessions: Sequence[Session]) -> dict[str, float]:
+    """See `training.engine.goodput`."""
+    return hours_of(sessions, [was_cut_short(each) and each is not sessions[-1] for each in sessions])
+
+
 class Sessions:
     """sessions.json, and what it tells about the sessions to come. Used on one rank only."""
 
     def __init__(
-        self, run_dir: Path, *, step: int, steps: int, world_size: int, device: str, surroundings: dict[str, str]
+        self,
+        run_dir: Path,
+        *,
+        step: int,
+        steps: int,
+        world_size: int,
+        device: str,
+        surroundings: dict[str, str],
+        clock: Clock | None = None,
+        last_sign: float | None = None,
     ):
-        self._run_dir, self.steps = run_dir, steps
+        """clock: of this process. last_sign: when the last line of the record was written."""
+        self._run_dir, self.steps, self._clock = run_dir, steps, clock or Clock()
         self._began = time.monotonic()
         self.all = read_sessions(run_dir)
         for session in self.all:
             if session["ended"] is None:  # no process lived to write it down
                 session["ended"], session["reason"] = session["seen"], _KILLED
+                if last_sign is not None:
+                    session["last_sign"] = last_sign
         self.current: Session = {
             "number": len(self.all) + 1,
             "host": socket.gethostname(),
@@ -212,6 +234,8 @@ class Sessions:
             "reason": None,
             "seconds": 0.0,
             "surroundings": surroundings,
+            "began": round(self._clock.began, 3),
+            "hours": self._clock.seconds(),
         }
         self.all.append(self.current)
         self._write()
@@ -223,6 +247,7 @@ class Sessions:
         if saves_s:
             current["stall_s"], current["save_s"] = round(mean(stalls_s), 4), round(mean(saves_s), 4)
         current["seconds"] = round(time.monotonic() - self._began, 1)
+        current["hours"] = self._clock.seconds()
         with contextlib.suppress(OSError):  # a full disk costs this note, not the training
             self._write()
 
@@ -230,6 +255,11 @@ class Sessions:
         """Notes how the session ended; the rest as in `update`."""
         self.current["ended"], self.current["reason"] = _now(), reason
         self.update(step, stalls_s=stalls_s, saves_s=saves_s)
+
+    def hours(self) -> dict[str, float]:
+        """Where the time of all sessions went, up to now."""
+        self.current["hours"] = self._clock.seconds()
+        return where_hours_went(self.all)
 
     def _write(self) -> None:
         write_atomically(self._run_dir / SESSIONS, json.dumps(self.all, indent=2) + "\n")

@@ -27,6 +27,7 @@ class LogOptions(Options):
 
     every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     validate_every_steps: int = Field(200, ge=1, description="steps between validations; the last step always has one")
+    tensorboard: bool = Field(False, description="show the lines in TensorBoard, too: tensorboard --logdir RUN")
 
 
 class RunOptions(Options):

@@ -135,7 +135,19 @@ class Origin:
         if not found["checkpoints"]:
             return self._read_foreign(self._run_dir) or {}
         chosen = [Checkpoint(checkpoint_folder(self._run_dir, int(step))) for step in found["checkpoints"]]
-        return Weights.parse(self._weights).read(chosen)
+        try:
+            return Weights.parse(self._weights).read(chosen)
+        except OSError as error:  # the source goes on training, and has removed it
+            raise UserError(f"--init_from: {error}: start the same command again") from None
+
+
+def _function(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that say what the weights compute."""
+    groups = {key: dict(config[key]) for key in ("model", "lora") if isinstance(config.get(key), Mapping)}
+    for group in groups.values():
+        for key in ("dropout", "context", "max_length"):  # for training alone, or what the shapes tell
+            group.pop(key, None)
+    return groups
 
 
 def _check_fits(
@@ -154,12 +166,11 @@ def _check_fits(
     if manifest.get("built_on", {}) != about.get("built_on", {}):
         differences.append("the base model's weights")
     found = {name: tensor.shape for name, tensor in state.items()}
+    before, now = (_function(config) for config in (manifest["config"], about["config"]))
+    differences += differing_keys(before, now)
     if found != shapes:
-        before, now = (
-            {key: config.get(key) for key in ("model", "lora")} for config in (manifest["config"], about["config"])
-        )
         differing = sum(found.get(name) != shapes.get(name) for name in found.keys() | shapes.keys())
-        differences += [f"{differing} of {len(shapes)} tensors in name or shape", *differing_keys(before, now)]
+        differences.append(f"{differing} of {len(shapes)} tensors in name or shape")
     if differences:
         raise UserError(
             f"--init_from: a new run cannot begin with the weights of {run_dir}, from which it differs in "

@@ -95,12 +95,16 @@ def read_adapters(folder: Path, model: PeftModel) -> dict[str, Tensor] | None:
     own = model.peft_config["default"]
     try:
         found = read_json(folder / _ADAPTER_CONFIG)
-        values = {name: found.get(name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+        values = {name: found.get(name, False) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+        values |= {name: found.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+        initial = str(found.get("init_lora_weights", True))
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{folder / _ADAPTER_CONFIG} cannot be read: name another folder") from None
     differing = [
         f"{name} {value}, not {getattr(own, name)}" for name, value in values.items() if value != getattr(own, name)
     ]
+    if initial.partition("_")[0] in ("pissa", "olora", "corda", "loftq"):  # these have changed the base model, too
+        differing.append(f"init_lora_weights {initial}")
     if differing:
         raise UserError(
             f"--init_from: the adapters in {folder} have {'; '.join(differing)}: set lora.* to what they have"

@@ -104,7 +104,7 @@ def test_config_of_another_training_is_named_as_that(tmp_path):
         (["--optim.epochs", "inf"], "optim.epochs"),
         (["--optim.epochs", "-1"], "optim.epochs"),
         (["--optim.lr", "none"], "optim.lr"),
-        (["--optim.schedule", "cos"], "cosine|linear|constant"),
+        (["--optim.schedule", "cos"], "cosine|linear|wsd|constant"),
         (["--seed", "-1"], "seed"),
         (["--seed", "1e3"], "seed"),
         (["--checkpoint.keep", "0"], "checkpoint.keep"),

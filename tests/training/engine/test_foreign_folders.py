@@ -20,7 +20,7 @@ from launch.slurm.status import print_status
 from tests.support.runs import SHORT_RUN, command_of, reference
 from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
 from training.base.console import UserError, say
-from training.base.files import open_in_place, read_plain, temporary_folder, write_atomically
+from training.base.files import open_in_place, read_plain, sha256_of, temporary_folder, write_atomically
 from training.base.options import raw_values
 from training.data.tokenizers import load_tokenizer
 from training.engine.checkpoint import MANIFEST, _manifest_text, best, checkpoints, newest_valid
@@ -330,3 +330,16 @@ def test_scores_of_a_neighbour_are_left_out_where_they_are_none(tmp_path):
         (tmp_path / name / "evaluation").mkdir(parents=True)
         (tmp_path / name / "evaluation/test.json").write_text(json.dumps({**good, **change}), "utf-8")
     assert [name for name, _ in runs_beside(tmp_path / "own", "test", "gpt")] == ["good"]
+
+
+def test_checkpoint_of_another_version_is_refused_and_stays(tmp_path, handlers):  # noqa: F811
+    assert train_here(tmp_path) == 0
+    for each in checkpoints(tmp_path / "run"):
+        path = each.folder / "state.json"
+        state = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "waited"}
+        write_atomically(path, json.dumps(state))
+        about = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        signed(each.folder, {"files": {**each.manifest["files"], "state.json": about}})
+    with pytest.raises(UserError, match=r"saved by another version of Relay.*, without waited: go on with that one"):
+        train_here(tmp_path)
+    assert newest_valid(tmp_path / "run", set_aside=False) is not None

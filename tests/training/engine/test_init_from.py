@@ -145,6 +145,7 @@ def test_source_that_cannot_be_begun_with_is_refused_with_every_difference(
     for init_from, words, said in (
         (other, (), ("task: seq2seq -> gpt", "tensors")),
         (source, ("--model.width", 64, "--model.layers", 1), ("model.layers: 2 -> 1", "model.width: 32 -> 64")),
+        (source, ("--model.heads", 4), ("model.heads: 2 -> 4",)),
         (tmp_path / "nothing", (), ("there is no run folder",)),
         (tmp_path, (), ("is not a run folder",)),
         (f"{broken}:step-{last}", (), (f"no valid checkpoint of step {last}", "set aside as damaged")),

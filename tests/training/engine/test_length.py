@@ -80,6 +80,36 @@ def test_finished_run_made_longer_and_killed_three_times_is_the_longer_one_from_
     assert sorted(each.name for each in tmp_path.glob("*-at-*")) == [aside.name]
 
 
+def test_run_killed_in_its_decay_before_a_save_is_another_one_in_wandb_when_it_is_made_longer(
+    launch: Launch, sample_data, tmp_path
+):
+    """It goes on from the fork and has nothing to set aside, but wandb has the rows of its decay."""
+    words = ("--optim.steps", SHORT, "--checkpoint.every_steps", 50, "--log.validate_every_steps", 50)
+    life = Life(
+        launch, tmp_path, sample_data, None, run=(*RUN, *words, "--log.every_steps", 1, "--wandb.mode", "offline")
+    )
+    life.kill_at(SHORT - 3)
+    before = read_wandb_record(life.run_dir)["id"]
+    life.command = (*life.command, "--optim.steps", LONG)
+    result = life.start().wait()
+    assert result.status == 0 and f"resuming at step {FORK}" in result.out, result
+    now = read_wandb_record(life.run_dir)["id"]
+    assert now != before and not list(tmp_path.glob("run-at-*"))
+    logged = sorted(step for log in visit_logs(life.run_dir, now) for step in log.steps)
+    assert logged == sorted({line["step"] for line in read_metrics(life.run_dir)})
+
+
+def test_patience_that_ends_where_the_decay_began_counts_in_a_longer_run(launch: Launch, sample_data, tmp_path):
+    """Validated at the fork and without a gain since the step before: the longer run begins its decay there, too."""
+    run = (*COMMON, *WSD, "--optim.lr", 0.05, "--optim.patience", 1, "--log.validate_every_steps", 2)
+    longer = reference(sample_data, *run, "--optim.steps", 80)
+    at = ended(longer)[0] - 10
+    life = Life(launch, tmp_path, sample_data, None, run=(*run, "--optim.steps", at + 10))
+    assert life.start().wait().status == 0
+    life.command = (*life.command, "--optim.steps", 80)
+    life.finish(longer)
+
+
 def test_what_stood_where_the_decay_began_stays_until_the_end(sample_data):
     """Two newest and the best one of then, besides those of now: the longer run has them."""
     short = reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2)
@@ -181,6 +211,18 @@ def test_what_is_set_aside_shares_its_weights_and_nothing_that_is_written_again(
     assert status_of(aside)["status"] == "finished" and status_of(run)["status"] == "resumable"
 
 
+def test_checkpoints_on_another_disk_are_set_aside_too(sample_data, tmp_path):
+    source = reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2)
+    shutil.copytree(source, tmp_path / "run")
+    (tmp_path / "run/checkpoints").rename(tmp_path / "larger")
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "larger")
+    latest = newest_valid(tmp_path / "run")
+    assert latest is not None
+    fork.go_back(tmp_path / "run", latest, FORK)
+    aside = newest_valid(tmp_path / f"run-at-{SHORT}")
+    assert aside is not None and aside.step == SHORT and (tmp_path / "run/checkpoints").is_symlink()
+
+
 def test_run_without_a_checkpoint_before_its_decay_is_left_as_it_is(sample_data, tmp_path):
     shutil.copytree(reference(sample_data, *RUN, "--optim.steps", SHORT, ranks=2), tmp_path / "run")
     for each in checkpoints(tmp_path / "run"):
@@ -215,6 +257,21 @@ def test_cosine_run_is_not_made_longer_and_told_what_helps(launch: Launch, sampl
     assert_only_one_line_is_said(
         life.start().wait(), "optim.steps: 12 -> 24", "--init_from", "--optim.schedule wsd", "nothing was changed"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((*WSD, "--optim.steps", 15), ("leave nothing in between of the run's 15 steps",)),
+        (
+            ("--optim.steps", 6, "--optim.patience", 2),
+            ("optim.patience 2 counts validations", "every 6 steps"),
+        ),
+    ],
+)
+def test_lengths_without_a_meaning_are_one_line(launch: Launch, sample_data, tmp_path, words, said):
+    life = Life(launch, tmp_path, sample_data, ranks=None, run=(*COMMON, *words))
+    assert_only_one_line_is_said(life.start().wait(), *said)
 
 
 def test_lengths_that_make_no_sense_are_refused():

@@ -358,9 +358,8 @@ def test_record_is_cut_back_to_the_step_that_a_run_falls_back_to(tmp_path):
 
 
 def test_what_is_no_number_is_null_on_record_and_none_to_readers(tmp_path):
-    record, followed = MetricsFile(tmp_path, resumed_step=0, validated_step=0), []
-    record.follower = followed.append
-    record.write("train", 10, loss=math.nan, grad_norm=math.inf, lr=0.1)
+    record = MetricsFile(tmp_path, resumed_step=0, validated_step=0)
+    followed = [record.write("train", 10, loss=math.nan, grad_norm=math.inf, lr=0.1)]
     record.close()
     path = tmp_path / "metrics.jsonl"
     (line,) = path.read_text().splitlines()

@@ -29,7 +29,8 @@ def tensors(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]
 
 
 def saver(run_dir: Path, **options: Any) -> Saver:
-    return Saver(run_dir, CheckpointOptions(**options), {"task": "test"})
+    about: dict[str, object] = {"task": "test", "config": {}, "data": {}, "versions": {}}
+    return Saver(run_dir, CheckpointOptions(**options), about)
 
 
 def value_of(run_dir: Path) -> float:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sacrebleu
+from scipy.stats import ttest_ind
 
 from tests.support.commands import Launch
 from training.base.console import UserError
@@ -179,3 +182,61 @@ def test_evaluations_of_a_trained_run_are_compared(sample_data: Path, tmp_path: 
             low, high = scores[f"{key}_interval"]
             assert f"{scores[key]:6.2f}   {low:.2f} to {high:.2f}" in said
     assert "of 600 translations are identical" in said
+
+
+# Groups of runs, each with a seed of its own.
+
+
+def seeds_of(tmp_path: Path, name: str, share: float, seeds: range) -> str:
+    for seed in seeds:
+        evaluated(tmp_path / f"{name}-s{seed}", with_mistakes(REFERENCES, share, seed), REFERENCES)
+    return f"{tmp_path}/{name}-s*"
+
+
+def test_groups_are_told_by_mean_and_spread_and_the_better_one_is_found(tmp_path: Path, capsys):
+    good, bad = seeds_of(tmp_path, "good", 0.15, range(3)), seeds_of(tmp_path, "bad", 0.2, range(10, 13))
+    assert compare.main([good, bad]) == 0
+    said = capsys.readouterr().out
+    one, other = (
+        [sacrebleu.corpus_bleu(with_mistakes(REFERENCES, share, seed), [REFERENCES]).score for seed in seeds]
+        for share, seeds in ((0.15, range(3)), (0.2, range(10, 13)))
+    )
+    expected = ttest_ind(other, one, equal_var=False)
+    assert re.search(rf"{re.escape(good)} +3 +{np.mean(one):.2f} +{np.std(one, ddof=1):.2f} ", said), said
+    assert f"{np.mean(other) - np.mean(one):+.2f} (95 %" in said and f"p = {expected.pvalue:.3f}" in said
+    assert f"BLEU: {good} is better" in said and f"chrF: {good} is better" in said
+
+
+def test_groups_of_one_recipe_are_not_told_apart(tmp_path: Path, capsys):
+    groups = seeds_of(tmp_path, "a", 0.15, range(3)), seeds_of(tmp_path, "b", 0.15, range(10, 13))
+    assert compare.main(list(groups)) == 0
+    assert capsys.readouterr().out.count("no difference can be told") == 2
+
+
+def test_what_a_run_was_before_it_became_longer_is_no_run_of_the_group(tmp_path: Path, capsys):
+    group = seeds_of(tmp_path, "a", 0.15, range(3))
+    evaluated(tmp_path / "a-s1-at-300", BAD, REFERENCES)
+    assert compare.main([group]) == 0
+    assert re.search(rf"{re.escape(group)} +3 ", capsys.readouterr().out)
+
+
+def test_one_group_is_told_alone_and_a_single_run_has_no_spread(tmp_path: Path, capsys):
+    group = seeds_of(tmp_path, "a", 0.15, range(3))
+    assert compare.main([group]) == 0
+    assert "better" not in capsys.readouterr().out
+    single = evaluated(tmp_path / "single", GOOD, REFERENCES)
+    assert compare.main([group, str(single)]) == 0
+    said = capsys.readouterr().out
+    assert "is a single run" in said and "p =" not in said
+
+
+def test_what_is_no_group_is_refused(tmp_path: Path):
+    group = seeds_of(tmp_path, "a", 0.15, range(2))
+    evaluated(tmp_path / "a-s9", GOOD[:200], REFERENCES[:200])
+    assert "not scored on the same rows" in refused(group)
+    assert "there is no run folder" in refused(f"{tmp_path}/none-*")
+    assert "names no group" in refused(f"{tmp_path}/**a")
+    assert "in quotes" in refused(*(tmp_path / f"a-s{seed}" for seed in (0, 1, 9)))
+    assert "in quotes" in refused(tmp_path / "a-s0")
+    (tmp_path / "a-s1/evaluation/test.json").unlink()
+    assert "was not evaluated as test" in refused(group)

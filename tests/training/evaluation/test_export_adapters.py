@@ -357,7 +357,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, run_copy, base, tmp
     assert "there is no run folder" in refused(tmp_path / "nowhere", output)
     assert "is not a run folder" in refused(base, output)
     assert "has no effect on adapters" in refused(run, output, "--dtype", "float16")
-    assert "is none of best, last" in refused(run, output, "--checkpoint", "newest")
+    assert "names no weights: best, last" in refused(run, output, "--checkpoint", "newest")
     assert "there is no such folder" in refused(run, output, "--base_model", tmp_path / "gone/model/folder")
     other = make_tiny_qwen2(tmp_path / "other", base, seed=1)
     assert "is not the one that the adapters" in refused(run, output, "--base_model", other)

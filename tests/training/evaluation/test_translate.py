@@ -144,10 +144,10 @@ def test_a_run_that_has_not_what_is_needed_is_refused_with_what_to_do(run, tmp_p
     copy = shutil.copytree(run, tmp_path / "copy")
     for which in ("best:99", "last:99"):
         assert "not 99: ask for fewer, or train with --checkpoint.keep" in refused(copy, "你好", "--checkpoint", which)
-    assert "is none of best, last, best:N" in refused(copy, "你好", "--checkpoint", "newest")
+    assert "'newest' names no weights: best, last, step-N" in refused(copy, "你好", "--checkpoint", "newest")
     for checkpoint in (copy / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)
     assert f"{copy} has no valid checkpoint: train first" in refused(copy, "你好")
     (copy / "checkpoints").rmdir()
-    assert "is not a run folder: data.json and checkpoints/ are expected in it" in refused(copy, "你好")
+    assert "is not a run folder: there is no folder checkpoints in it" in refused(copy, "你好")
     assert "there is no run folder" in refused(tmp_path / "nowhere", "你好")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from training.base.console import UserError, say, warn
 from training.base.network import why_unreachable
+from training.engine.optim import EXTENDABLE
 from training.engine.status import WandbRecord
 from training.engine.wandb.log_file import VisitLog, last_summary, visit_logs
 from training.engine.wandb.options import WandbOptions, mode_of, same_run, wandb_folder, write_wandb_record
@@ -47,6 +48,8 @@ class Visit:
             )
         self._mode, self._run_dir, self._config = mode_of(options.mode), run_dir, config
         self._record = same_run(options, run_dir, run_id)
+        if config is not None and config["optim"].get("schedule") in EXTENDABLE and not self._record["group"]:
+            self._record["group"] = self._record["name"]  # made longer, it will be a second run there
         self._folder = wandb_folder(run_dir, self._record)
 
     @property

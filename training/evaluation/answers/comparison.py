@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from training.base.console import UserError, say
-from training.evaluation.answers.scores import AnswerComparison, compare_tasks, score_answers
+from training.evaluation.answers.scores import AnswerComparison, TaskScore, compare_tasks, score_answers
 
 ENDING = "-answers.jsonl"  # behind the label, of the file
 
@@ -48,6 +49,23 @@ def open_evaluation(name: str, run_dir: Path, label: str) -> AnswerRun:
 
 def compare(first: AnswerRun, second: AnswerRun) -> AnswerComparison:
     """Tests the answers after training of two runs. Raises UserError unless both were asked the same questions."""
+    check_comparable(first, second)
+    return compare_tasks(_after(first), _after(second))
+
+
+def scores_of(run: AnswerRun) -> dict[str, float]:
+    """The score of each task after training, 0 to 100, and their mean."""
+    scores = {f"{task} ({score.metric.name})": score.value for task, score in _after(run).items()}
+    return {**scores, "mean of tasks": mean(scores.values())}
+
+
+def _after(run: AnswerRun) -> dict[str, TaskScore]:
+    columns = ([row[key] for row in run.rows] for key in ("task", "after", "reference"))
+    return score_answers(*columns)
+
+
+def check_comparable(first: AnswerRun, second: AnswerRun) -> None:
+    """Raises UserError unless both runs were asked the same questions."""
     asked = [[(row["uid"], row["reference"]) for row in run.rows] for run in (first, second)]
     if asked[0] != asked[1]:
         shared = len(set(asked[0]) & set(asked[1]))
@@ -56,10 +74,6 @@ def compare(first: AnswerRun, second: AnswerRun) -> AnswerComparison:
             f"{len(asked[1]):,}, of which {shared:,} are shared. Evaluate both with the same --data, --part and "
             "--answers_per_task"
         )
-    tasks, references = [row["task"] for row in first.rows], [row["reference"] for row in first.rows]
-    return compare_tasks(
-        *(score_answers(tasks, [row["after"] for row in run.rows], references) for run in (first, second))
-    )
 
 
 def print_comparison(first: AnswerRun, second: AnswerRun, compared: AnswerComparison) -> None:

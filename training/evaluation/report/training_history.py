@@ -15,9 +15,10 @@ from statistics import mean, median
 from typing import Any
 
 from training.base.durations import format_duration
+from training.engine.goodput import in_words
 from training.engine.metrics import read_metrics
 from training.engine.saver import price_of_a_kill
-from training.engine.status import Session, read_sessions, was_cut_short
+from training.engine.status import Session, read_sessions, was_cut_short, where_hours_went
 from training.evaluation.report.curves import Line, curve
 
 
@@ -44,8 +45,8 @@ def history(record: Mapping[str, Any]) -> dict[str, Any]:
     """What history.html shows of a `run_record`.
 
     training: figures and curves, None where no step is on record. sessions: each with its `start` in words, and
-    whether it was `cut_short`. total_time: in words, "" without sessions. saves: what checkpoints cost, None where
-    none is known.
+    whether it was `cut_short`. total_time, goodput: in words, "" without sessions. saves: what checkpoints cost, None
+    where none is known.
     """
     sessions, every_steps = record["sessions"], record["checkpoint"]["config"]["checkpoint"]["every_steps"]
     starts = [_start(session, before) for session, before in zip(sessions, [None, *sessions], strict=False)]
@@ -56,6 +57,7 @@ def history(record: Mapping[str, Any]) -> dict[str, Any]:
             for session, start in zip(sessions, starts, strict=True)
         ],
         "total_time": _total_time(sessions),
+        "goodput": in_words(where_hours_went(sessions)),
         "saves": _saves([session for session in sessions if "save_s" in session], every_steps),
     }
 

@@ -86,7 +86,7 @@ def open_evaluation(name: str, folder: Path, label: str) -> Evaluation:
 
 def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
     """Tests BLEU and chrF. Raises UserError, naming what differs, unless both have the same rows and references."""
-    _check_comparable(first, second)
+    check_comparable(first, second)
     references = [[reference] for reference in first.references]
     verdicts = []
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
@@ -96,7 +96,18 @@ def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
     return verdicts
 
 
-def _check_comparable(first: Evaluation, second: Evaluation) -> None:
+def scores_of(one: Evaluation) -> dict[str, float]:
+    """BLEU and chrF of an evaluation."""
+    references = [[reference] for reference in one.references]
+    metrics: dict[str, BLEU | CHRF] = {"BLEU": BLEU(), "chrF": CHRF()}
+    return {
+        name: score_of(metric, sentence_counts(metric, one.translations, references).sum(0))
+        for name, metric in metrics.items()
+    }
+
+
+def check_comparable(first: Evaluation, second: Evaluation) -> None:
+    """Raises UserError, naming what differs, unless both have the same rows and references."""
     if [(row["row"], row["reference"]) for row in first.rows] == [
         (row["row"], row["reference"]) for row in second.rows
     ]:
