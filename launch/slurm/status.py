@@ -18,7 +18,17 @@ from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.files import open_in_place, open_plain
 from training.base.options import CommandLine
-from training.engine.status import METRICS, STOP_FILE, Session, metrics_line, pace_s, read_sessions, read_status
+from training.engine.goodput import goodput
+from training.engine.status import (
+    METRICS,
+    STOP_FILE,
+    Session,
+    metrics_line,
+    pace_s,
+    read_sessions,
+    read_status,
+    where_hours_went,
+)
 
 COLUMNS = ("run", "state", "step", "sessions", "s/step", "tokens/s", "goodput", "expected end", "job")
 
@@ -131,7 +141,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
         str(len(sessions)),
         f"{step_s:.3g}" if step_s is not None else "",
         f"{last['tokens_per_s']:,.0f}" if "tokens_per_s" in last else "",
-        f"{status['goodput']:.0%}" if "goodput" in status else "",
+        f"{share:.0%}" if (share := goodput(where_hours_went(sessions))[1]) else "",
         end,
         ", ".join(f"{job.number} {job.state.lower()} {job.reason}" for job in jobs),
     )

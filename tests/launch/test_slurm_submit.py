@@ -230,7 +230,7 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
 
     seen = status()
     assert re.search(
-        rf"run  +running +\d+ of 60 +1 +\d[\d.]* +[\d,]+ +\d\d-\d\d \d\d:\d\d +{job} running relay", seen
+        rf"run  +running +\d+ of 60 +1 +\d[\d.]* +[\d,]+ +(\d+% +)?\d\d-\d\d \d\d:\d\d +{job} running relay", seen
     ), seen
     stopping = submission("stop", run_dir)
     assert stopping.status == 0 and "saves at its next step" in stopping.out

@@ -165,7 +165,8 @@ class FirstRanksLogbook(Logbook):
     def _write_status(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
         """status.json, with what remains to be done."""
         outlook = self._sessions.outlook(self._usable_s)
-        of_all, of_sessions = (round(share, 4) for share in goodput(self._sessions.hours()))
+        hours = self._sessions.hours()
+        of_all, of_sessions = (round(share, 4) if hours["steps"] else None for share in goodput(hours))
         with contextlib.suppress(OSError):
             write_status(
                 self._run_dir,

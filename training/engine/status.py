@@ -69,7 +69,7 @@ class _StatusFile(TypedDict):
     restart: bool
     step: NotRequired[int]
     steps: NotRequired[int]
-    goodput: NotRequired[float]  # of the sessions' own time
+    goodput: NotRequired[float | None]  # of the sessions' own time; None before the first step
 
 
 # What wandb accepts, and what is safe in a path.
