@@ -44,7 +44,6 @@ from training.base.environment import (
 from training.base.files import write_atomically, writing_to
 from training.base.options import CommandLine
 from training.base.processes import children, family_of, kill_all
-from training.engine.optim import EXTENDABLE
 from training.engine.status import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
 SUMMARY = "kernel_run.json"
@@ -282,7 +281,7 @@ class ThisKernelRun:
             wanted=Retention(
                 self.options.checkpoint.keep,
                 self.options.checkpoint.keep_best,
-                can_be_longer=self.options.optim.schedule in EXTENDABLE,
+                can_be_longer=self.options.optim.can_be_longer,
             ),
         )
 

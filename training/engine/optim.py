@@ -49,6 +49,11 @@ class OptimOptions(Options):
         None, gt=0, lt=1, description="keep a moving average of the weights too, to be evaluated; null: none"
     )
 
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether a run may get another length."""
+        return self.schedule in EXTENDABLE
+
     @model_validator(mode="after")
     def _decays(self) -> OptimOptions:
         if (self.schedule == "wsd") != (self.decay_steps is not None):
@@ -78,7 +83,7 @@ class Course:
         if ended is not None:
             return cls(ended + decay, ended)
         # The last step has a line and a validation that it would not have in a longer run.
-        return cls(steps, steps - max(1, decay)) if options.schedule in EXTENDABLE else cls(steps, steps)
+        return cls(steps, steps - max(1, decay)) if options.can_be_longer else cls(steps, steps)
 
 
 def learning_rate(step: int, course: Course, options: OptimOptions) -> float:
