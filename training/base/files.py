@@ -18,7 +18,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -177,6 +177,25 @@ def copy_plain(source: Path, target: Path) -> None:
     """Publishes a copy of such a file."""
     with open_plain(source) as file, open_atomically(target) as copy:
         shutil.copyfileobj(file, copy)
+
+
+def copy_tree(
+    source: Path, target: Path, copy: Callable[[Path, Path], object] = copy_plain, *, hidden: bool = True
+) -> None:
+    """Copies a plain file, or those of a folder into what is there of it; it ends with the first error.
+
+    Links are left out: they may lead to what nobody meant to copy. hidden: whether to take names with a leading dot.
+    """
+    if source.is_symlink() or (source.name.startswith(".") and not hidden):
+        return
+    if source.is_file():
+        copy(source, target)
+    elif source.is_dir():
+        if target.is_symlink():
+            target.unlink()
+        target.mkdir(exist_ok=True)
+        for each in source.iterdir():
+            copy_tree(each, target / each.name, copy, hidden=hidden)
 
 
 def _partial(path: Path) -> Path:

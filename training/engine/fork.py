@@ -10,8 +10,8 @@ and the newest checkpoint is the last to go.
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import secrets
 from contextlib import suppress
 from glob import escape
@@ -22,20 +22,20 @@ from typing import cast
 from training.base.console import UserError, say
 from training.base.files import (
     copy_plain,
+    copy_tree,
     publish_folder,
     read_plain,
     remove,
     temporary_folder,
-    write_atomically,
     writing_to,
 )
 from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints
-from training.engine.metrics import lines_up_to, read_metrics
-from training.engine.status import METRICS, STOP_FILE, WandbRecord, write_status
+from training.engine.metrics import lines_up_to, read_metrics, write_lines
+from training.engine.status import STOP_FILE, WandbRecord, write_status
 from training.engine.wandb.options import read_wandb_record, write_wandb_record
 
-# What only a run that goes on has, and what tells of the run that it was.
-_NOT_SET_ASIDE = {"lock", STOP_FILE, "slurm.jsonl", "hang"}
+# What only a run that goes on has, or is set aside in a way of its own; and what tells of the run that it was.
+_NOT_SET_ASIDE = {"lock", STOP_FILE, "slurm.jsonl", "hang", "checkpoints"}
 _OF_THE_WHOLE = ("evaluation", "report.html", "wandb")
 
 
@@ -69,15 +69,14 @@ def leave_record(run_dir: Path, target: Checkpoint) -> None:
     In wandb it is a run of its own from here on, in the same group, since wandb takes no step twice; it gets the
     history up to here anew.
     """
-    known = read_wandb_record(run_dir)
-    if known or target.state()["wandb_id"] is not None:
+    known, state = read_wandb_record(run_dir), target.state()
+    if known or state["wandb_id"] is not None:
         known.pop("arrived", None)
         name = known.get("name", run_dir.resolve().name).removesuffix(f" from {target.step}")  # a kill came before
         group = known.get("group") or name
         known |= {"id": secrets.token_hex(4), "name": f"{name} from {target.step}", "group": group}
         write_wandb_record(run_dir, cast(WandbRecord, known))
-    lines = lines_up_to(read_metrics(run_dir), target.step, target.state()["validated_step"])
-    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run_dir, lines_up_to(read_metrics(run_dir), target.step, state["validated_step"]))
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -85,6 +84,12 @@ def remove_unfinished(run_dir: Path) -> None:
     place = run_dir.resolve()
     for path in place.parent.glob(f".{escape(place.name)}-at-*.partial"):
         remove(path)
+
+
+def set_aside_from(folder: Path) -> Path | None:
+    """The run folder of which this one is what it was before; None where its name does not say so."""
+    found = re.fullmatch(r"(.+)-at-\d+(-\d+)?", folder.name)
+    return folder.with_name(found[1]) if found else None
 
 
 def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
@@ -99,31 +104,21 @@ def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
             if read_plain(aside / "checkpoints" / latest.folder.name / MANIFEST) == manifest:
                 return aside
     with writing_to(aside, option="--run_dir"), temporary_folder(aside) as folder:
-        _copy(place, folder, is_run=True)
+        for each in place.iterdir():
+            if each.name not in _NOT_SET_ASIDE:
+                copy_tree(each, folder / each.name, hidden=False)
+        (folder / "checkpoints").mkdir()
+        for each in (place / "checkpoints").iterdir():  # which may be a link itself, to a larger disk
+            copy_tree(each, folder / "checkpoints" / each.name, _link_or_copy, hidden=False)
         publish_folder(folder, aside)
     return aside
 
 
-def _copy(source: Path, target: Path, *, is_run: bool = False) -> None:
-    """Links are left out: they may lead to what nobody meant to copy. But `checkpoints` may lie on a larger disk."""
-    target.mkdir(exist_ok=True)
-    for each in source.iterdir():
-        is_elsewhere = each.is_symlink() and not (is_run and each.name == "checkpoints")
-        if is_elsewhere or each.name.startswith(".") or (is_run and each.name in _NOT_SET_ASIDE):
-            continue
-        if each.is_dir():
-            _copy(each, target / each.name)
-        elif each.is_file():
-            _link_or_copy(each, target / each.name)
-
-
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Checkpoints never change, so two names may stand for one file; all else is copied."""
-    if target.parent.parent.name == "checkpoints":
-        try:
-            target.hardlink_to(source)
-            return
-        except OSError as error:  # no links on this file system, or none to another user's file
-            if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
-                raise
-    copy_plain(source, target)
+    """A checkpoint's file: it never changes, so two names may stand for it."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:  # no links on this file system, or none to another user's file
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS):
+            raise
+        copy_plain(source, target)

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -42,7 +42,7 @@ class MetricsFile:
         self.last_sign: float | None = found[-1]["time"] if found else None  # and when it was written
         self.lines = lines_up_to(found, resumed_step, validated_step)
         if len(self.lines) < len(found) or not self._path.exists() or _is_torn(self._path):
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            write_lines(run_dir, self.lines)
         self._file = open_in_place(self._path)
         self._waiting = b""  # lines for which there was no room
 
@@ -162,6 +162,11 @@ def memory_mb(device: torch.device) -> float:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first, see `metrics_line`. What is damaged, or torn by a kill, is left out."""
     return _read(Path(run_dir, METRICS))[0]
+
+
+def write_lines(run_dir: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Writes metrics.jsonl anew, with these lines."""
+    write_atomically(Path(run_dir, METRICS), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def lines_up_to(lines: Sequence[dict[str, Any]], step: int, validated_step: int) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -27,12 +26,12 @@ from typing import Any, Protocol
 import yaml
 
 from training.base.console import TryLaterError, UserError, say, warn
-from training.base.files import copy_plain, lock, open_in_place, read_plain, write_atomically, writing_to
+from training.base.files import copy_plain, copy_tree, lock, open_in_place, read_plain, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.base.strict_yaml import read_yaml
 from training.engine.checkpoint import Checkpoint, RunState, checkpoints, copy_checkpoint, newest_valid
 from training.engine.fork import go_back, leave_record, remove_unfinished
-from training.engine.metrics import is_damaged, read_metrics
+from training.engine.metrics import is_damaged, read_metrics, write_lines
 from training.engine.optim import EXTENDABLE, LENGTH, OptimOptions
 from training.engine.status import (
     METRICS,
@@ -142,7 +141,7 @@ class RunFolder:
             for name, path in data.kept.items():
                 if latest is not None and (self.run_dir / name).exists():
                     continue
-                _copy(path, self.run_dir / name)
+                copy_tree(path, self.run_dir / name)
         return latest
 
     def close(self) -> None:
@@ -188,23 +187,6 @@ def _same_but_for_wandb(config: str, other: str) -> bool:
     return isinstance(first, dict) and {**first, "wandb": None} == {**second, "wandb": None}
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copies a plain file, or those of a folder into what is there of it; it ends with the first error.
-
-    Links are left out: they may lead to what nobody meant to copy.
-    """
-    if source.is_symlink():
-        return
-    if source.is_file():
-        copy_plain(source, target)
-    elif source.is_dir():
-        if target.is_symlink():
-            target.unlink()
-        target.mkdir(exist_ok=True)
-        for each in source.iterdir():
-            _copy(each, target / each.name)
-
-
 def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Gives damaged files beside the checkpoints another name, so that the run goes on without them.
 
@@ -216,7 +198,7 @@ def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
         aside = next(each for each in names if not os.path.lexists(each))
         if name == METRICS:
             copy_plain(path, aside)
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in read_metrics(run_dir)))
+            write_lines(run_dir, read_metrics(run_dir))
         else:
             path.rename(aside)
         warn(f"{path} is damaged ({problem}); what was found is in {aside.name}, and the run goes on")
@@ -309,7 +291,7 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     say(f"continuing the run in {source} at step {newest.step:,}: copying it to {run_dir}")
     with writing_to(run_dir, option="--run_dir"):
         for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, *data.kept, "wandb"):
-            _copy(source / name, run_dir / name)
+            copy_tree(source / name, run_dir / name)
         (run_dir / METRICS).touch()
     for older in checkpoints(source):
         if older.step < newest.step and older.verify() is None:

@@ -84,11 +84,16 @@ def _of_step(run_dir: Path, step: int) -> Checkpoint:
     return found
 
 
-def check_run_folder(run_dir: Path) -> None:
-    """Raises UserError unless the folder is that of a run."""
+def check_is_there(run_dir: Path) -> None:
+    """Raises UserError unless there is such a folder."""
     if not run_dir.is_dir():
         near = nearest_folder(run_dir)
         raise UserError(f"there is no run folder {run_dir}{near}; a run is made by one of the training scripts")
+
+
+def check_run_folder(run_dir: Path) -> None:
+    """Raises UserError unless the folder is that of a run."""
+    check_is_there(run_dir)
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} is not a run folder: there is no folder checkpoints in it")
 
@@ -99,7 +104,7 @@ def check_run_folder(run_dir: Path) -> None:
 class Origin:
     """Weights of another run, for the first step of a new one."""
 
-    def __init__(self, text: str, read_foreign: ReadForeign = lambda folder: None):
+    def __init__(self, text: str, read_foreign: ReadForeign):
         """text: RUN or RUN:WEIGHTS, see `Weights`, or a folder that read_foreign(folder) can read."""
         parts = text.split(":")  # a folder's name may have some, too
         splits = [(Path(":".join(parts[:count])), ":".join(parts[count:])) for count in range(len(parts), 0, -1)]

@@ -116,6 +116,13 @@ def p_value(difference: float, resampled: np.ndarray, differing: int | None = No
     return p if differing is None else max(p, min(1.0, 2.0 ** (1 - differing)))
 
 
+def better_of(metric: str, names: Sequence[str], difference: float, p: float) -> str:
+    """What a test says of two systems, in words. difference: the second's score minus the first's; more is better."""
+    if p >= LEVEL:
+        return f"{metric}: no difference can be told at p < {LEVEL:g} (p = {p:.3f})"
+    return f"{metric}: {names[difference > 0]} is better, p = {p:.3f}"
+
+
 def verdict(compared: Mapping[str, Any], better: int) -> str:
     """What the test says, of the JSON of a `Paired`, in words. better: 1 where more is better, -1 where less is."""
     if compared["p"] >= LEVEL:

@@ -15,14 +15,14 @@ group of runs that differ in their seeds; one or two groups are told by means an
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from training.base.console import UserError, run_main
-from training.base.files import nearest_folder
 from training.base.options import CommandLine
+from training.engine.fork import set_aside_from
+from training.engine.weights import check_is_there
 from training.evaluation.runs import QLORA, TRANSLATION, kind_of
 from training.evaluation.seeds import Group, print_groups
 
@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = [_runs_of(name) for name in names]
     parts = [each for group in groups for each in group]
     for run_dir, _ in parts:
-        if not run_dir.is_dir():
-            near = nearest_folder(run_dir)
-            raise UserError(f"there is no run folder {run_dir}{near}; a run is made by one of the training scripts")
+        check_is_there(run_dir)
     kinds = [kind_of(run_dir) for run_dir, _ in parts]
     if QLORA in kinds and TRANSLATION in kinds:
         answers, translates = (parts[kinds.index(kind)][0] for kind in (QLORA, TRANSLATION))
@@ -84,13 +82,7 @@ def _runs_of(name: str) -> list[tuple[Path, str]]:
         named = sorted(each for each in start.glob(str(path.relative_to(start))) if each.is_dir())
     except ValueError as error:
         raise UserError(f"{name} names no group: {error}") from None
-    # A run that was made longer has left behind what it was.
-    found = [
-        each
-        for each in named
-        if each.with_name(re.sub(r"-at-\d+(-\d+)?$", "", each.name)) not in named
-        or not re.search(r"-at-\d+(-\d+)?$", each.name)
-    ]
+    found = [each for each in named if set_aside_from(each) not in named]
     if not found:
         raise UserError(f"there is no run folder {path}")
     return [(each, label) for each in found]

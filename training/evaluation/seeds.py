@@ -13,7 +13,7 @@ from math import isnan
 from statistics import mean, stdev
 
 from training.base.console import say
-from training.evaluation.bootstrap import LEVEL
+from training.evaluation.bootstrap import LEVEL, better_of
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,7 @@ def print_groups(groups: Sequence[Group]) -> None:
             low, high = test.interval
             bounds = f"95 %: {low:+.2f} to {high:+.2f}"
             say(f"  {'difference':<{width}}        {test.difference:+.2f} ({bounds}), p = {test.p:.3f}")
-            verdicts.append(
-                f"{metric}: no difference can be told at p < {LEVEL:g} (p = {test.p:.3f})"
-                if test.p >= LEVEL
-                else f"{metric}: {groups[test.difference > 0].name} is better, p = {test.p:.3f}"
-            )
+            verdicts.append(better_of(metric, [one.name for one in groups], test.difference, test.p))
     say("")
     for one in groups:
         if len(one.scores) == 1:

@@ -178,7 +178,7 @@ def test_kill_while_a_run_goes_back_leaves_what_the_same_command_goes_on_with(
 
         return instead
 
-    for name in ("publish_folder", "write_atomically", "write_status"):
+    for name in ("publish_folder", "write_lines", "write_status"):
         monkeypatch.setattr(fork, name, dying(getattr(fork, name)))
     monkeypatch.setattr(Checkpoint, "remove", dying(Checkpoint.remove))
     with pytest.raises(Killed):

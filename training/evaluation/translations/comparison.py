@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from training.base.console import UserError, say
 from training.data.prepared import PARTS
-from training.evaluation.bootstrap import LEVEL, Paired, paired
+from training.evaluation.bootstrap import Paired, better_of, paired
 from training.evaluation.setting import Setting
 from training.evaluation.translations.scores import score_of, sentence_counts, signature_of
 
@@ -48,9 +48,7 @@ class Verdict(Paired):
 
     def words(self, names: Sequence[str]) -> str:
         """The verdict as a sentence."""
-        if self.p >= LEVEL:
-            return f"{self.metric}: no difference can be told at p < {LEVEL:g} (p = {self.p:.3f})"
-        return f"{self.metric}: {names[self.difference > 0]} is better, p = {self.p:.3f}"
+        return better_of(self.metric, names, self.difference, self.p)
 
 
 def open_evaluation(name: str, folder: Path, label: str) -> Evaluation:
