@@ -81,8 +81,8 @@ FAULTS = (
     Fault(
         "validation with dropout",
         "training/translation.py",
-        "model.eval()",
-        "model.train()",
+        "    model.eval()\n    batches",
+        "    model.train()\n    batches",
         "tests/training/models/test_attention_gru.py"
         "::test_validation_is_the_mean_over_real_target_tokens_without_dropout_whatever_the_batches",
     ),
@@ -300,9 +300,45 @@ FAULTS = (
     Fault(
         "the best checkpoint is removed",
         "training/engine/checkpoint.py",
-        "[-keep:] + _best(found, keep_best)",
+        "[-keep:] + _best(found, keep_best, best_by)",
         "[-keep:]",
         "tests/training/engine/test_checkpoint.py::test_the_newest_and_the_best_are_kept[10-1]",
+    ),
+    Fault(
+        "another score than the one that is named says which is best",
+        "training/engine/checkpoint.py",
+        '.get("scores", {}).get(by)',
+        '.get("scores", {}).get("accuracy")',
+        "tests/training/engine/test_checkpoint.py::test_the_score_that_is_named_says_which_is_best[loss-kept1]",
+    ),
+    Fault(
+        "what is to be kept for good is removed",
+        "training/engine/checkpoint.py",
+        " and each.step not in for_good]",
+        "]",
+        "tests/training/engine/test_checkpoint.py::test_a_step_that_is_to_be_kept_for_good_stays",
+    ),
+    Fault(
+        "a picture in an evaluation is any text",
+        "training/report/sheets.py",
+        'StringConstraints(pattern="^[A-Za-z0-9+/=]*$")',
+        "StringConstraints()",
+        "tests/training/report/test_pages.py"
+        "::test_evaluation_stays_on_the_page_and_what_is_odd_in_it_costs_no_more_than_itself",
+    ),
+    Fault(
+        "the index of runs takes the place of another page",
+        "training/report/overview.py",
+        "if (is_new and not always) or _MARK not in read_plain(path)[:_HEAD]:",
+        "if is_new and not always:",
+        "tests/training/report/test_pages.py::test_index_has_what_is_a_summary_and_leaves_other_peoples_pages_alone",
+    ),
+    Fault(
+        "answers are scored in another order than they were asked",
+        "training/engine/generating.py",
+        "return [by_place[place] for place in range(len(samples))]",
+        "return list(by_place.values())",
+        "tests/training/test_generating.py::test_scores_are_those_of_an_evaluation",
     ),
     Fault(
         "older checkpoints are removed unread",
@@ -407,14 +443,14 @@ FAULTS = (
     ),
     Fault(
         "beam search without length penalty",
-        "training/evaluation/translations/decoding.py",
+        "training/models/decoding.py",
         "score = log_probability / length_normaliser(len(ids) + 1, self.length_penalty)",
         "score = log_probability / length_normaliser(1, self.length_penalty)",
         "tests/training/evaluation/test_decoding.py::test_batches_give_what_a_plain_search_of_each_sentence_finds[gpt-5-3.0]",
     ),
     Fault(
         "finished beams go on",
-        "training/evaluation/translations/decoding.py",
+        "training/models/decoding.py",
         "ranked.masked_fill(ending, -torch.inf).topk(",
         "ranked.topk(",
         "tests/training/evaluation/test_decoding.py::test_batches_give_what_a_plain_search_of_each_sentence_finds[seq2seq-5-3.0]",
@@ -435,7 +471,7 @@ FAULTS = (
     ),
     Fault(
         "a script in a translation runs in the report",
-        "training/evaluation/report/templates.py",
+        "training/report/templates.py",
         "autoescape=True,",
         "autoescape=False,",
         "tests/training/evaluation/test_report.py::test_hostile_text_stays_text_in_every_field",

@@ -17,8 +17,11 @@ MAY_IMPORT = {
     "training/data": ("training/base",),
     "training/engine": ("training/base",),
     "training/models": ("training/base", "training/data", "training/engine"),
-    "training/evaluation": ("training", "training/base", "training/data", "training/engine", "training/models"),
-    "training": ("training/base", "training/data", "training/engine", "training/models"),
+    "training/report": ("training/base", "training/engine"),
+    "training/evaluation": (
+        *("training", "training/base", "training/data", "training/engine", "training/models", "training/report"),
+    ),
+    "training": ("training/base", "training/data", "training/engine", "training/models", "training/report"),
     "data_prep": ("training/base", "training/data"),
     "launch": ("training", "training/base", "training/data", "training/engine", "training/models"),
 }

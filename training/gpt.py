@@ -24,6 +24,7 @@ from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.engine.loop import train
 from training.engine.task import RunOptions
 from training.engine.watchdog import watched_ranks
+from training.models.decoders import GPTDecoder
 from training.models.gpt import GPT, GPTOptions
 from training.translation import Pairs, Translating, TranslationLoss
 
@@ -102,7 +103,8 @@ def main() -> int:
         model = GPT(config.model, data.source_tokenizer.vocabulary_size)
         scored = pairs.target_tokens.sum() + (pairs.source_tokens.sum() if config.loss.source_weight else 0)
         flops = model.flops_per_token(float(pairs.lengths.mean()), float(scored / pairs.lengths.sum()))
-        task = Translating("gpt", config, model, pairs, held_out, cluster, flops)
+        decoder, tokenizer = GPTDecoder(model), data.target_tokenizer
+        task = Translating("gpt", config, decoder, pairs, held_out, tokenizer, cluster, flops)
         return train(config, task, data, cluster, dry_run=dry_run)
 
 

@@ -9,6 +9,7 @@ alone, how much memory a process needs and whether the card has it.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from training.base.console import UserError, run_main, say
 from training.base.environment import staged
 from training.base.hub import commit_of
 from training.base.options import Revision, parse
-from training.data.conversations import ConversationPart, open_conversations
+from training.data.answer_metrics import mean_of_tasks
+from training.data.conversations import ConversationPart, Conversations, open_conversations, question_of
 from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
+from training.engine.generating import GeneratedScores, OwnPart, answers_to, drawn
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
-from training.engine.task import OwnPart, RunOptions, Task, Validation
+from training.engine.task import RunOptions, Task, Validation
 from training.engine.watchdog import watched_ranks
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, read_adapters, spread_by_layer
 from training.models.base_model import (
@@ -37,6 +40,7 @@ from training.models.base_model import (
     load_base_model,
     read_config,
 )
+from training.models.generation import generate
 from training.models.memory_estimate import MemoryOptions, checked_memory
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,11 +75,6 @@ class QLoRAConfig(RunOptions):
                 "before their gradients are there; take --memory.checkpoint_layers true, or --zero.stage 2"
             )
         return self
-
-    @property
-    def spreads_weights(self) -> bool:
-        """Whether the base model itself is spread over the ranks."""
-        return self.parallel == "deepspeed" and self.zero.stage == 3
 
 
 # Compared by content, or without consequence for the result.
@@ -139,6 +138,10 @@ def validation_scores(
     return Validation(loss, accuracy)
 
 
+# An answer that is generated at a validation ends here at the latest.
+GENERATED_TOKENS = 512
+
+
 class Answering(Task):
     """A training on conversations."""
 
@@ -146,10 +149,22 @@ class Answering(Task):
     may_change = MAY_CHANGE
     libraries = LIBRARIES
 
-    def __init__(self, answers: Answers, held_out: Answers, cluster: Cluster, precision: Precision, tokens: int):
-        """tokens: positions of a batch of the validation."""
-        self.answers, self.held_out, self.cluster = answers, held_out, cluster
-        self.precision, self.tokens = precision, tokens
+    model: AdaptedModel
+
+    def __init__(
+        self,
+        answers: Answers,
+        held_out: Answers,
+        data: Conversations,
+        cluster: Cluster,
+        precision: Precision,
+        tokens: int,
+        samples: int = 0,
+    ):
+        """tokens: positions of a batch of the validation. samples: how many are answered at each."""
+        self.answers, self.held_out, self.data, self.cluster = answers, held_out, data, cluster
+        self.precision, self.tokens, self.samples = precision, tokens, samples
+        self.generated = ("score",) if samples and len(held_out.part) else ()
 
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         return losses_of(model, self.answers, samples, self.cluster.device)[0].sum()
@@ -159,6 +174,38 @@ class Answering(Task):
 
     def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
         return validation_scores(model, self.held_out, self.cluster, self.precision, self.tokens, own_part)
+
+    def show(self, run_dir: Path) -> None:
+        from training.report.page import show  # its libraries are nothing that a start has to wait for
+
+        show(run_dir)
+
+    def generate(self, own_part: OwnPart) -> GeneratedScores:
+        """The mean of the tasks' scores, see `training.data.answer_metrics`."""
+        from training.data.chat import load_chat_tokenizer  # slow to import
+
+        tokenizer = load_chat_tokenizer(str(self.data.folder / "tokenizer"))
+        part = self.held_out.part
+        rows = drawn(self.samples, len(part))
+
+        def answer(batch: list[int]) -> list[str]:
+            found = generate(
+                self.model.model,
+                [part.ids[row][: part.prompt_lengths[row]].tolist() for row in batch],
+                end_id=tokenizer.end_id,
+                pad_id=tokenizer.pad_id,
+                max_new_tokens=GENERATED_TOKENS,
+                precision=self.precision,
+            )
+            return [tokenizer.decode(each.ids) for each in found]
+
+        self.model.eval()
+        answers = answers_to(rows, part.prompt_lengths[rows], answer, self.cluster, own_part)
+        self.model.train()
+        turns = [json.loads(part.messages[row]) for row in rows.tolist()]
+        sources, references = map(question_of, turns), [messages[-1]["content"] for messages in turns]
+        score = mean_of_tasks([part.tasks[row] for row in rows.tolist()], answers, references)
+        return GeneratedScores.of({"score": score}, list(sources), references, answers)
 
 
 def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
@@ -211,7 +258,8 @@ def main() -> int:
         torch.manual_seed(config.seed)  # the same adapters on every rank
         tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
         supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
-        task = Answering(answers, held_out, cluster, precision, tokens)
+        samples = config.samples_to_generate(0)
+        task = Answering(answers, held_out, data, cluster, precision, tokens, samples)
         task.model, task.plan = build_model(config, folder, compute_type, cluster.device), plan
         task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
         if memory is not None:  # on the first rank, which is the one that prints

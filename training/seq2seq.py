@@ -24,6 +24,7 @@ from training.engine.loop import train
 from training.engine.task import RunOptions
 from training.engine.watchdog import watched_ranks
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
+from training.models.decoders import AttentionGRUDecoder
 from training.translation import Pairs, Translating, TranslationLoss
 
 
@@ -97,7 +98,8 @@ def main() -> int:
         sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
         model = AttentionGRU(config.model, *sizes)
         flops = model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean()))
-        task = Translating("seq2seq", config, model, pairs, held_out, cluster, flops, calls_vary=True)
+        decoder, tokenizer = AttentionGRUDecoder(model), data.target_tokenizer
+        task = Translating("seq2seq", config, decoder, pairs, held_out, tokenizer, cluster, flops, calls_vary=True)
         return train(config, task, data, cluster, dry_run=dry_run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 from training.base.console import UserError, say
 from training.base.options import Options
 from training.data.prepared import Part
+from training.data.tokenizers import Tokenizer
 from training.engine.batch_plan import BatchOptions, BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
+from training.engine.generating import GeneratedScores, OwnPart, answers_to, drawn
 from training.engine.optim import OptimOptions
-from training.engine.task import OwnPart, Task, Validation
+from training.engine.task import Task, Validation
 from training.models.cross_entropy import token_losses, twin_losses
+from training.models.decoders import AttentionGRUDecoder, GPTDecoder
+from training.models.decoding import translate
 
 # Positions of a validation batch. Its logits are the widest tensor of all, and must not outgrow those of training.
 VALIDATION_TOKENS = 2048
@@ -65,6 +70,7 @@ class TranslationRun(Protocol):
     def optim(self) -> OptimOptions: ...
     @property
     def loss(self) -> TranslationLoss: ...
+    def samples_to_generate(self, usual: int) -> int: ...
 
 
 class Pairs(ABC, Generic[LossOptionsT]):
@@ -154,17 +160,21 @@ class Translating(Task):
         self,
         name: str,
         config: TranslationRun,
-        model: nn.Module,
+        decoder: GPTDecoder | AttentionGRUDecoder,
         pairs: Pairs[Any],
         held_out: Pairs[Any],
+        tokenizer: Tokenizer,
         cluster: Cluster,
         flops_per_token: float,
         *,
         calls_vary: bool = False,
     ):
-        """flops_per_token: of reading each pair once."""
-        self.name, self.model, self.calls_vary = name, model, calls_vary
+        """tokenizer: the target's. flops_per_token: of reading each pair once."""
+        self.name, self.model, self.calls_vary = name, decoder.model, calls_vary
         self.pairs, self.held_out, self.options, self.cluster = pairs, held_out, config.loss, cluster
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.samples = config.samples_to_generate(200)
+        self.generated = ("bleu", "chrf") if self.samples and len(held_out.part) else ()
         self.plan = plan_of(config, pairs)
         self.flops_per_token = config.loss.readings * flops_per_token
 
@@ -173,3 +183,29 @@ class Translating(Task):
 
     def validate(self, model: nn.Module, own_part: OwnPart) -> Validation:
         return held_out_scores(model, self.held_out, self.cluster, own_part)
+
+    def show(self, run_dir: Path) -> None:
+        from training.report.page import show  # its libraries are nothing that a start has to wait for
+
+        show(run_dir)
+
+    def generate(self, own_part: OwnPart) -> GeneratedScores:
+        """BLEU and chrF (sacrebleu's) of greedy translations."""
+        from sacrebleu.metrics import BLEU, CHRF  # half a second, which no start has to wait for
+
+        part = self.held_out.part
+        rows = drawn(self.samples, len(part))
+
+        def answer(batch: list[int]) -> list[str]:
+            found = translate(self.decoder, [part.source[row].tolist() for row in batch])
+            return [self.tokenizer.decode(each.ids) for each in found]
+
+        self.model.eval()
+        answers = answers_to(rows, part.source.lengths[rows], answer, self.cluster, own_part)
+        self.model.train()
+        sources, references = (
+            [texts[row] for row in rows.tolist()] for texts in (part.source_texts, part.target_texts)
+        )
+        metrics = {"bleu": BLEU(), "chrf": CHRF()}
+        scores = {name: metric.corpus_score(answers, [references]).score for name, metric in metrics.items()}
+        return GeneratedScores.of(scores, sources, references, answers)

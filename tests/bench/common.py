@@ -40,7 +40,7 @@ from training.base.options import FLAG, CommandLine, parse
 from training.data.prepared import Prepared, PreparedFolder, open_prepared
 from training.engine.metrics import read_metrics
 from training.engine.optim import OptimOptions, build_optimizer
-from training.evaluation.translations.decoders import DECODERS
+from training.evaluation.translations.translators import TRANSLATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data"))
@@ -358,7 +358,7 @@ def base_of(arguments: Arguments) -> list[object]:
 def config_of(family: str, words: Sequence[object], data: PreparedFolder) -> Any:
     """What `training.<family> words... --data ...` runs with."""
     words = [*map(str, words), "--data", str(data.folder), "--run_dir", "unused"]
-    return parse(DECODERS[family].config, words, prog=f"python -m training.{family}", about="")[0]
+    return parse(TRANSLATORS[family].config, words, prog=f"python -m training.{family}", about="")[0]
 
 
 def timed_training(

@@ -11,7 +11,7 @@ only for translations of usual length, and random weights know none.
   length, so that a sentence costs there what it costs on the other side.
 - The tutorial's way, for the seq2seq: the same, but the decoder always takes as many steps as in training, 45, and what
   is behind `<eos>` is dropped.
-- Relay: `translate` of training/evaluation/translations/decoding.py on all of them, two processes of one thread with
+- Relay: `translate` of training/models/decoding.py on all of them, two processes of one thread with
   half of the sentences each, as `evaluate` shares them under torchrun. Beside it, one process of two threads.
 
 `gpt_ratio`, `seq2seq_ratio` and `seq2seq_tutorial_ratio` are those of the seed recipes' models (GPT: width 64, 4
@@ -50,9 +50,9 @@ from training.base.console import UserError, run_main, say
 from training.base.environment import keep_freed_memory
 from training.data.prepared import open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
-from training.evaluation.translations.decoders import DECODERS
-from training.evaluation.translations.decoding import Decoder, translate
+from training.evaluation.translations.translators import TRANSLATORS
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
+from training.models.decoding import Decoder, translate
 from training.models.gpt import GPT, GPTOptions
 
 MODELS: dict[str, GPTOptions | AttentionGRUOptions] = {
@@ -166,7 +166,7 @@ class Sentences:
         data = open_prepared(folder)
         test = data.part("test")
         torch.manual_seed(1234)
-        kind = DECODERS["seq2seq" if name == "seq2seq" else "gpt"]
+        kind = TRANSLATORS["seq2seq" if name == "seq2seq" else "gpt"]
         config = kind.config(run_dir="unused", data=folder, model=MODELS[name])
         sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
         self.model = kind.build(config, *sizes).eval()

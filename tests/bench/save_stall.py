@@ -55,7 +55,7 @@ class Training:
 
     def save(self, saver: Saver, step: int) -> list[float]:
         """A save, and the steps until it is done; returns their seconds."""
-        saver.save(step, tensors_of(self.model, self.optimizer), {"accuracy": None})
+        saver.save(step, tensors_of(self.model, self.optimizer), {"scores": {}})
         steps = []
         while saver.is_busy:
             steps.append(self.step())

@@ -31,7 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     ours, cold, plain = [], [], []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
-        checkpoint = publish(folder, 1, tensors, state={"accuracy": None}, about=NO_RUN, keep=1)
+        checkpoint = publish(folder, 1, tensors, state={"scores": {}}, about=NO_RUN, keep=1)
         gigabytes = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e9
 
         def speed(work: Callable[[], None]) -> float:

@@ -672,4 +672,4 @@ def test_archives_that_kaggle_has_unpacked_serve_as_well(unpacking, config, samp
     subprocess.run(again, cwd=unpacking.code, check=True)
     names = names_in(tmp_path / "again/dataset" / CODE)
     assert {"launch/kaggle/kernel_run.py", "configs/gpt/run.yaml", "requirements.txt"} < names
-    assert {"training/evaluation/report/page.html", "training/evaluation/exports/card.md"} < names
+    assert {"training/report/page.html", "training/evaluation/exports/card.md"} < names

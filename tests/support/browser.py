@@ -99,6 +99,10 @@ class Browser:
                     fetched.append(address)
         return Seen(complaints, fetched, **look)
 
+    def run(self, expression: str) -> Any:
+        """What JavaScript finds in the page that is open."""
+        return self._ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
     def _send(self, method: str, **parameters: Any) -> int:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters, **self._session}

@@ -17,7 +17,7 @@ HOSTILE = "</td></pre></svg></style><script>alert(1)</script><img src=x onerror=
 class Page(HTMLParser):
     """Collects the tags, attributes and text of a page; void elements aside, tags must nest."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "link", "input")
 
     def __init__(self, text: str):
         super().__init__()
@@ -45,11 +45,20 @@ class Page(HTMLParser):
 
 
 def assert_fenced(html: str) -> None:
-    """Asserts that the page's policy, which stands before all else, allows its own style and pictures within it."""
+    """Asserts that the page's policy, which stands before all else, allows its own style and script, and pictures
+    within it."""
     head = html.partition("</head>")[0]
-    style = head.partition("<style>")[2].partition("</style>")[0]
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    wanted = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    style, script = (
+        base64.b64encode(
+            hashlib.sha256(text.partition(f"<{name}>")[2].partition(f"</{name}>")[0].encode()).digest()
+        ).decode()
+        for name, text in (("style", head), ("script", html))
+    )
+    scripts = f" script-src 'sha256-{script}';" if "<script>" in html else ""
+    wanted = (
+        f"default-src 'none'; style-src 'sha256-{style}';{scripts} img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    assert html.count("<script") <= 1
     assert f'<meta http-equiv="Content-Security-Policy" content="{wanted}">' in head.partition("<style>")[0]
     assert html.count("<style>") == html.count("Content-Security-Policy") == 1
     assert not re.search(r"<[^>]*\sstyle=", html)

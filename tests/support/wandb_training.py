@@ -21,7 +21,7 @@ from training.engine.wandb.tracker import WandbOptions, WandbTracker, publish_ev
 
 CONFIG = {"optim": {"lr": 1e-3, "epochs": 2}, "seed": 7}
 VALIDATE_EVERY = 5
-SUMMARY = {"best_step": 15, "best_accuracy": 0.75}
+SUMMARY = {"best_step": 15, "best_score": 0.75}
 SCORES = {"bleu": 28.4, "loss": 2.1}
 EXAMPLES = [("你好。", "Hello.", "Hallo.", "")]
 

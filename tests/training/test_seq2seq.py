@@ -94,7 +94,8 @@ def test_weights_are_those_asked_for(uninterrupted):
         return open_trained(run_dir, name, device=CPU).model.state_dict()
 
     found = checkpoints(run_dir)
-    validated = sorted((each for each in found if each.state()["accuracy"]), key=lambda each: -each.state()["accuracy"])
+    validated = [each for each in found if each.state()["scores"]]
+    validated.sort(key=lambda each: -each.state()["scores"]["accuracy"])
     assert len(validated) == 3 and status_of(run_dir)["best_step"] == validated[0].step
     for name, chosen in (("best", validated[:1]), ("best:3", validated), ("last:2", found[-2:]), ("last", found[-1:])):
         files = [load_file(each.folder / "model.safetensors") for each in chosen]

@@ -96,7 +96,7 @@ def test_a_finished_run_is_complete(uninterrupted):
     assert (status["status"], status["step"], status["steps"]) == ("finished", STEPS, STEPS)
     validations = {line["step"]: line["accuracy"] for line in read_metrics(run_dir) if line["kind"] == "validation"}
     assert list(validations) == [10, 20, 30, 40, 50]
-    assert status["best_accuracy"] == max(validations.values()) == validations[status["best_step"]]
+    assert status["best_score"] == max(validations.values()) == validations[status["best_step"]]
     assert [path.name for path in run_dir.rglob(".*")] == [], "temporary files"
 
 

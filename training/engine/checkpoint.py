@@ -51,7 +51,7 @@ from training.base.files import (
     writing_to,
 )
 from training.base.options import CommandLine
-from training.engine.status import Best, checkpoint_folder, saved_steps
+from training.engine.status import KEPT, Best, checkpoint_folder, read_record, saved_steps
 
 MANIFEST = "manifest.json"
 MODEL, EMA = "model.safetensors", "ema.safetensors"
@@ -71,12 +71,13 @@ class EngineState(TypedDict):
 class RunState(Best, EngineState):
     """state.json: what a run needs to go on, besides tensors."""
 
-    accuracy: float | None  # of this very step, if the model was validated at it
+    scores: dict[str, float]  # of this very step, if the model was validated at it
     validated_step: int
     waited: int  # validations since the last new best
     ended: int | None  # the step at which that was too many
     steps: int  # of the whole run
     fork: int  # see `training.engine.optim.Course`
+    save_every: int | None  # steps between checkpoints; None before that is known, see `checkpoint.every_steps`
     window_losses: list[float]  # see `training.engine.metrics.Window`
     wandb_id: str | None
     due: bool  # false where an uninterrupted run, or a longer one, has no checkpoint
@@ -103,7 +104,8 @@ class _Manifest(TypedDict):
 class _State(TypedDict):
     """What is read of a state.json that may be a stranger's."""
 
-    accuracy: NotRequired[float | None]
+    scores: NotRequired[dict[str, float]]
+    best_by: NotRequired[str]
     due: NotRequired[bool]
     fork: NotRequired[int]
 
@@ -302,18 +304,26 @@ def newest_valid(run_dir: str | Path, *, set_aside: bool = True) -> Checkpoint |
     return None
 
 
-def best(run_dir: str | Path, count: int) -> list[Checkpoint]:
-    """The `count` checkpoints of highest validation accuracy, best first, unverified; of equal ones the older."""
-    return _best(checkpoints(run_dir), count)
+def best(run_dir: str | Path, count: int, by: str | None = None) -> list[Checkpoint]:
+    """The `count` checkpoints of the best validations, best first, unverified; of equal ones the older.
+
+    by: the score that says which is better; None for the one that the run's newest checkpoint goes by.
+    """
+    found = checkpoints(run_dir)
+    for checkpoint in reversed(found):
+        if by is None:
+            with suppress(OSError, ValueError):
+                by = checkpoint.state().get("best_by")
+    return _best(found, count, by or "accuracy")
 
 
-def _best(found: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
+def _best(found: Sequence[Checkpoint], count: int, by: str) -> list[Checkpoint]:
     scored = []
     for checkpoint in found:
         with suppress(OSError, ValueError):  # damaged: it is no candidate
-            accuracy = checkpoint.state().get("accuracy")
-            if accuracy is not None and checkpoint.is_due:
-                scored.append((-accuracy, checkpoint.step, checkpoint))
+            score = checkpoint.state().get("scores", {}).get(by)
+            if score is not None and checkpoint.is_due:
+                scored.append((score if by == "loss" else -score, checkpoint.step, checkpoint))
     return [checkpoint for _, _, checkpoint in sorted(scored, key=lambda each: each[:2])[:count]]
 
 
@@ -352,14 +362,15 @@ def publish(
     about: Mapping[str, Any],
     keep: int,
     keep_best: int = 1,
+    best_by: str = "accuracy",
 ) -> Checkpoint:
     """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the `keep_best` best.
 
-    tensors: what goes into which file, in host memory. state: a `RunState`; its "accuracy" decides which checkpoints
-    are best, and by its "due" an interrupted run ends with the checkpoints of an uninterrupted one. about: goes into
-    the manifest. An older checkpoint is removed only after the new one was read back from the disk and found valid.
-    Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the older checkpoints then
-    stand untouched.
+    tensors: what goes into which file, in host memory. state: a `RunState`; its "scores" decide which checkpoints are
+    best by `best_by`, and by its "due" an interrupted run ends with the checkpoints of an uninterrupted one. about:
+    goes into the manifest. An older checkpoint is removed only after the new one was read back from the disk and found
+    valid. Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the older
+    checkpoints then stand untouched.
     """
     final = checkpoint_folder(run_dir, step)
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
@@ -374,7 +385,7 @@ def publish(
         write_atomically(folder / MANIFEST, _manifest_text(written))
         publish_folder(folder, final, replace=True)
     checkpoint = Checkpoint(final)
-    retire(run_dir, checkpoint, keep, keep_best)
+    retire(run_dir, checkpoint, keep, keep_best, best_by)
     return checkpoint
 
 
@@ -415,18 +426,20 @@ def _write_tensors(path: Path, tensors: Tensors) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -> None:
+def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int, best_by: str) -> None:
     """Removes the checkpoints beyond those to keep, once `newest` was read back. Raises OSError if it is damaged.
 
-    Behind the fork, all that was kept there is kept too: a longer run goes on from it.
+    Behind the fork, all that was kept there is kept too: a longer run goes on from it. So is what `keep_for_good` was
+    told.
     """
 
     def to_keep(found: Sequence[Checkpoint]) -> list[Checkpoint]:
-        return [each for each in found if each == found[-1] or each.is_due][-keep:] + _best(found, keep_best)
+        return [each for each in found if each == found[-1] or each.is_due][-keep:] + _best(found, keep_best, best_by)
 
     found = checkpoints(run_dir)
     kept = to_keep(found) + to_keep([each for each in found if each.step <= newest.fork])
-    surplus = [checkpoint for checkpoint in found if checkpoint not in kept]
+    for_good = kept_for_good(run_dir)
+    surplus = [each for each in found if each not in kept and for_good is not None and each.step not in for_good]
     if surplus:
         # What the disk holds counts, not what the system still has in memory.
         for path in newest.folder.iterdir():
@@ -440,17 +453,39 @@ def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int) -
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def kept_for_good(run_dir: str | Path) -> set[int] | None:
+    """The steps that `keep_for_good` was told; None where its file is damaged, so that nobody knows them."""
+    steps = read_record(run_dir, KEPT)
+    if steps is None and os.path.lexists(Path(run_dir, KEPT)):
+        return None
+    return set(steps or ())
+
+
+def keep_for_good(run_dir: Path, step: int) -> None:
+    """Has a checkpoint stay, however many newer or better ones follow. Raises UserError where it is not there."""
+    if not checkpoint_folder(run_dir, step).is_dir():
+        there = ", ".join(str(each.step) for each in checkpoints(run_dir)) or "none"
+        raise UserError(f"{run_dir} has no checkpoint of step {step:,} to be kept: its steps are {there}")
+    with writing_to(run_dir, option="RUN"):
+        steps = sorted({*(kept_for_good(run_dir) or ()), step})
+        write_atomically(run_dir / KEPT, json.dumps(steps) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Lists and verifies; the exit status is 1 if a checkpoint is damaged or there is none."""
     parser = CommandLine(
         "python -m training.engine.checkpoint",
-        "Lists the checkpoints of a run and verifies every byte of them; changes nothing.",
+        "Lists the checkpoints of a run and verifies every byte of them.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
-    run_dir = parser.parse_args(argv).run_dir
+    parser.add_argument("--keep", type=int, metavar="STEP", help="first has the checkpoint of this step stay for good")
+    arguments = parser.parse_args(argv)
+    run_dir = arguments.run_dir
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} is not a run folder: there is no folder checkpoints in it")
-    found = checkpoints(run_dir)
+    if arguments.keep is not None:
+        keep_for_good(run_dir, arguments.keep)
+    found, for_good = checkpoints(run_dir), kept_for_good(run_dir) or ()
     problems = {checkpoint.step: checkpoint.verify() for checkpoint in found}
     valid = [checkpoint for checkpoint in found if problems[checkpoint.step] is None]
     best_one = best(run_dir, 1)
@@ -464,6 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, holds in (
                 ("newest", checkpoint == valid[-1] if valid else False),
                 ("best", checkpoint in best_one),
+                ("kept for good", checkpoint.step in for_good),
             )
             if holds
         )

@@ -36,7 +36,7 @@ from training.engine.wandb.options import read_wandb_record, write_wandb_record
 
 # What only a run that goes on has, or is set aside in a way of its own; and what tells of the run that it was.
 _NOT_SET_ASIDE = {"lock", STOP_FILE, "slurm.jsonl", "hang", "checkpoints"}
-_OF_THE_WHOLE = ("evaluation", "report.html", "wandb")
+_OF_THE_WHOLE = ("evaluation", "report.html", "summary.json", "wandb")
 
 
 def go_back(run_dir: Path, latest: Checkpoint, step: int) -> Checkpoint:

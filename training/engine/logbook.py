@@ -10,8 +10,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from training.engine.checkpoint import Tensors
 from training.engine.cluster import Cluster
 from training.engine.goodput import Clock, goodput, in_words
 from training.engine.metrics import MetricsFile
-from training.engine.saver import Saver
+from training.engine.saver import Saver, best_interval
 from training.engine.status import Best, Sessions, Status, write_status
 from training.engine.stopping import StopFlag
 from training.engine.surroundings import changes, commit, surroundings
@@ -30,6 +31,7 @@ from training.engine.tensorboard import Board
 from training.engine.wandb.tracker import WandbTracker
 
 ON_END_LIMIT_S = 15.0
+PAGES_EVERY_S = 15.0
 
 
 class Logbook:
@@ -49,6 +51,10 @@ class Logbook:
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         """Begins a checkpoint of `step`; returns as soon as training may change the tensors."""
+
+    def best_interval(self, step_s: float) -> int:
+        """The steps between two saves that lose least, once one is done, for which it waits; 0 where none succeeded."""
+        return 0
 
     def drain(self) -> None:
         """Waits for the save that is in flight."""
@@ -76,9 +82,11 @@ class FirstRanksLogbook(Logbook):
         validated_step: int,
         best: Best,
         wandb_id: str | None,
+        show: Callable[[Path], None],
     ):
-        """about: what goes into every manifest. steps: of the whole run."""
+        """about: what goes into every manifest. steps: of the whole run. show: see `Task`."""
         self._run_dir, self._steps, self._on_end = config.run_dir, steps, config.session.on_end
+        self._checkpoint, self._on_gpu = config.checkpoint, cluster.device.type == "cuda"
         self._saver = saver = Saver(config.run_dir, config.checkpoint, {**about, "commit": commit()})
         stop.reserve_s, stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
         self._usable_s = stop.usable_s()
@@ -113,6 +121,7 @@ class FirstRanksLogbook(Logbook):
                 other = [f"ranks: {before['world_size']} -> {ranks}", *other]
             if other:
                 say(f"not as in the last session: {', '.join(other)}; the numbers are equal up to rounding only")
+        self._pages = Pages(config.run_dir, show)
         self._write_status("running", "training", step, best, restart=True)
 
     def line(self, kind: str, step: int, **values: Any) -> None:
@@ -120,6 +129,8 @@ class FirstRanksLogbook(Logbook):
         self._tracker.add(written)
         if self._board is not None:
             self._board.add(written)
+        if kind == "validation":
+            self._pages.refresh()
 
     def set_length(self, steps: int) -> None:
         self._steps = self._sessions.steps = steps
@@ -130,6 +141,21 @@ class FirstRanksLogbook(Logbook):
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         self._saver.save(step, tensors, state, first=self._metrics.sync)
         self._sessions.update(step, stalls_s=self._saver.stalls_s, saves_s=self._saver.saves_s)
+        self._pages.refresh()
+
+    def best_interval(self, step_s: float) -> int:
+        saver = self._saver
+        saver.drain()
+        if not saver.saves_s:
+            return 0
+        # On a CPU the thread that writes takes the time of the steps.
+        cost_s = saver.stalls_s[-1] if self._on_gpu else saver.saves_s[-1]
+        hours = self._checkpoint.hours_between_kills
+        found = best_interval(step_s, cost_s, saver.saves_s[-1], hours)
+        every = format_duration(found * step_s)
+        rule = f"with a kill every {hours:g} hours one every {found:,} steps ({every}) loses least"
+        say(f"a save takes {saver.saves_s[-1]:,.2f} s: {rule}")
+        return found
 
     def drain(self) -> None:
         self._saver.drain()
@@ -144,6 +170,7 @@ class FirstRanksLogbook(Logbook):
         self._metrics.close()
         self._write_status(status, reason, step, best, restart=restart)
         sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
+        self._pages.close()
         if self._board is not None:
             self._board.close()
         hours = sessions.hours()
@@ -185,6 +212,38 @@ class FirstRanksLogbook(Logbook):
 def shown_config(about: Mapping[str, Any]) -> dict[str, Any]:
     """A run's options as wandb shows them: for the name of the run that it began from stands what is known of it."""
     return {**about["config"], **({"init_from": about["init_from"]} if "init_from" in about else {})}
+
+
+class Pages:
+    """The run's pages, made anew behind the steps, every few seconds at most. A failure costs nothing."""
+
+    def __init__(self, run_dir: Path, show: Callable[[Path], None]):
+        self._run_dir, self._show = run_dir, show
+        self._thread: threading.Thread | None = None
+        self._last = time.monotonic()
+        self._failed = False
+
+    def refresh(self) -> None:
+        """Begins to make them; returns at once."""
+        is_free = self._thread is None or not self._thread.is_alive()
+        if is_free and time.monotonic() - self._last > PAGES_EVERY_S:
+            self._last = time.monotonic()
+            self._thread = threading.Thread(target=self._make, name="pages", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Makes them for the last time."""
+        if self._thread is not None:
+            self._thread.join()
+        self._make()
+
+    def _make(self) -> None:
+        try:
+            self._show(self._run_dir)
+        except Exception as error:
+            if not self._failed:
+                warn(f"the run's page could not be made ({error!r}); the run goes on without")
+            self._failed = True
 
 
 class Word:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from training.base.files import writing_to
 from training.base.options import to_yaml
 from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
-from training.engine.checkpoint import Checkpoint, RunState, model_state
+from training.engine.checkpoint import Checkpoint, RunState, best, model_state
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
+from training.engine.generating import GeneratedScores
 from training.engine.goodput import Clock
 from training.engine.logbook import FirstRanksLogbook, Logbook, shown_config
 from training.engine.metrics import Window, memory_mb, read_metrics
@@ -36,8 +38,16 @@ from training.engine.optim import Course, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
-from training.engine.saver import price_of_a_kill, write_s
-from training.engine.status import EXIT_RESUMABLE, Best, Status, checkpoint_folder, read_sessions, write_status
+from training.engine.saver import best_interval, price_of_a_kill, write_s
+from training.engine.status import (
+    EXIT_RESUMABLE,
+    Best,
+    Status,
+    checkpoint_folder,
+    is_better,
+    read_sessions,
+    write_status,
+)
 from training.engine.stopping import StopFlag, Stopped
 from training.engine.surroundings import keep_threads
 from training.engine.task import MAY_CHANGE, RunOptions, Task
@@ -47,6 +57,9 @@ from training.engine.zero import Zero, state_bytes
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
 SKIPPED_STEPS_LIMIT = 5
+
+# `checkpoint.every_steps auto` saves this often until it has measured a save.
+STEPS_TO_MEASURE = 10
 
 
 def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_run: bool = False) -> int:
@@ -58,6 +71,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     """
     _check_world_size(config, cluster)
     _check_patience(config, task)
+    _check_best_by(config, task)
     if cluster.world_size == 1:
         keep_threads(read_sessions(config.run_dir) or read_sessions(config.resume_from or config.run_dir))
     precision = choose_precision(config.precision, cluster.device)
@@ -127,6 +141,15 @@ def _check_patience(config: RunOptions, task: Task) -> None:
         )
 
 
+def _check_best_by(config: RunOptions, task: Task) -> None:
+    scores, by = ("accuracy", "loss", *task.generated), config.checkpoint.best_by
+    if by not in scores:
+        raise UserError(
+            f"checkpoint.best_by {by}: a validation of this run gives {', '.join(scores)}"
+            + ("" if task.generated else "; log.generate_samples gives more")
+        )
+
+
 def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
     """The arithmetic of the run: parameters, memory, steps, and what a step consists of."""
     plan = task.plan
@@ -162,9 +185,16 @@ def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster)
     whole = format_duration(times[-1] * task.plan.steps)
     say(f"dry run: loss {value:.4f}; a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}")
     say(_price_of_a_kill(config, engine, times[-1], start_s))
+    figures = {"steps": task.plan.steps, "step_s": times[-1], "start_s": start_s}
+    if task.generated:
+        began = time.monotonic()
+        task.generate(cluster.own_part)
+        figures["generate_s"] = time.monotonic() - began
+        most = format_duration(figures["generate_s"])
+        say(f"answering held-out samples takes {most} at a validation at most (log.generate_samples)")
     used_mb = memory_mb(cluster.device)
     say(f"{used_mb:,.0f} MB of memory a process; nothing was written")
-    say(json.dumps({"steps": task.plan.steps, "step_s": times[-1], "start_s": start_s, "memory_mb": round(used_mb, 1)}))
+    say(json.dumps({**figures, "memory_mb": round(used_mb, 1)}))
     return 0
 
 
@@ -177,8 +207,10 @@ def _price_of_a_kill(config: RunOptions, engine: Parallel, step_s: float, start_
             for tensor in part.values():
                 tensor.to("cpu", copy=True)
         save_s = time.monotonic() - began
-    every = config.checkpoint.every_steps
-    return f"{price_of_a_kill(every, step_s, save_s, published_s)}; a start takes {format_duration(start_s)}"
+    hours = config.checkpoint.hours_between_kills
+    least = best_interval(step_s, save_s, published_s, hours)
+    every = least if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps
+    return f"{price_of_a_kill(every, least, step_s, hours)}; a start takes {format_duration(start_s)}"
 
 
 def forward_backward(
@@ -239,11 +271,13 @@ class _Run:
         self.clock = Clock()
         self.step = 0
         self.saved_step: int | None = None
+        every = config.checkpoint.every_steps
+        self.save_every = None if every == "auto" else every
         self.validated_step = 0
         self.waited = 0  # validations since the last new best
         self.ended: int | None = None  # the step at which that was too many
-        self.accuracy: float | None = None  # of the model as it is at `step`
-        self.best: Best = {"best_step": None, "best_accuracy": None}
+        self.scores: dict[str, float] = {}  # of the model as it is at `step`, where it was validated
+        self.best: Best = {"best_step": None, "best_score": None, "best_by": config.checkpoint.best_by}
         self.wandb_id: str | None = None
 
     @property
@@ -312,10 +346,14 @@ class _Run:
     def _restore(self, latest: Checkpoint) -> None:
         self.engine.load(latest)
         state = latest.state()
-        self.best = {"best_step": state["best_step"], "best_accuracy": state["best_accuracy"]}
         self.step = self.saved_step = latest.step
         self.validated_step, self.wandb_id = state["validated_step"], state["wandb_id"]
-        self.accuracy, self.waited, self.ended = state["accuracy"], state["waited"], self._still_ended(state)
+        self.scores, self.waited, self.ended = state["scores"], state["waited"], self._still_ended(state)
+        self.save_every = self.save_every or state["save_every"]
+        if state["best_by"] == self.best["best_by"]:
+            self.best["best_step"], self.best["best_score"] = state["best_step"], state["best_score"]
+        else:
+            self._take_best_of_kept()
         self.window = Window(self.task.plan, self.step, state["window_losses"])
         if "init_from" in latest.manifest:  # resolved when the run began
             self.about["init_from"] = latest.manifest["init_from"]
@@ -323,6 +361,13 @@ class _Run:
             began = self.about.get("init_from", {}).get("run", "no other run's weights")
             warn(f"this run has begun with {began}: --init_from {self.config.init_from} is for a new --run_dir")
         say(f"resuming at step {latest.step:,} from {latest.folder}, verified")
+
+    def _take_best_of_kept(self) -> None:
+        """The best so far by a score that did not count before: only what is still there can be it."""
+        self.waited = 0
+        for checkpoint in best(self.config.run_dir, 1, self.best["best_by"]):
+            scores = checkpoint.state()["scores"]
+            self.best["best_step"], self.best["best_score"] = checkpoint.step, scores[self.best["best_by"]]
 
     @property
     def is_finished(self) -> bool:
@@ -348,7 +393,7 @@ class _Run:
         """Steps until the end or a stop; every way out but a kill leaves a checkpoint of the last step and a status."""
         stopped = None
         self.cluster.on_first(self._open_logbook)
-        first_step = self.step + 1
+        self.first_step = self.step
         with Progress("training", self.course.steps, "steps", start=self.step) as self.progress:
             try:
                 self.clock.enter("steps")
@@ -356,7 +401,7 @@ class _Run:
                 while self.step < self.course.steps:
                     self.stop.check()
                     self._train_step()
-                    if self.step == first_step:  # the optimizer has its tensors only now
+                    if self.step == self.first_step + 1:  # the optimizer has its tensors only now
                         self.logbook.prepare(self.engine.tensors())
                     self._boundary()
             except Stopped as raised:
@@ -381,6 +426,7 @@ class _Run:
                 validated_step=self.validated_step,
                 best=self.best,
                 wandb_id=self.wandb_id,
+                show=self.task.show,
             )
         self.wandb_id = self.logbook.wandb_id
 
@@ -392,7 +438,7 @@ class _Run:
         norm = self.engine.step(lr)
         self.window.add(self.step, loss)
         self.step += 1
-        self.accuracy = None
+        self.scores = {}
         if self.step == self.course.steps or self.step % self.config.log.every_steps == 0:
             self._report(lr, norm)
         self.progress.advance()
@@ -409,12 +455,21 @@ class _Run:
             if self.validated_step == self.step and self.ended is None:
                 self._end_early()
                 validated |= self.ended is not None
-            due = is_best or done or self.step % self.config.checkpoint.every_steps == 0
+            due = is_best or done or self.step % (self.save_every or STEPS_TO_MEASURE) == 0
             # A stop within the validation leaves a checkpoint that does not know its outcome: it is made anew.
             if (due or self.step in (self.course.fork, self.course.steps)) and (
                 validated or self.saved_step != self.step
             ):
                 self._save(due=due)
+                if self.save_every is None and not done:
+                    self._measure_interval()
+
+    def _measure_interval(self) -> None:
+        """`checkpoint.every_steps auto`: how often to save, from how long the steps and this save have taken."""
+        with self.clock.during("saves"):
+            step_s = self.clock.seconds()["steps"] / max(1, self.step - self.first_step)
+            (found,) = self.cluster.maximum([self.logbook.best_interval(step_s)])
+        self.save_every = int(found) or None
 
     def _end_early(self) -> None:
         """Where too many validations brought no new best, the run ends here, or its decay begins."""
@@ -456,18 +511,24 @@ class _Run:
         """Scores the model on held-out data and writes it down; true if it is the best so far."""
         with self.clock.during("validation"):
             result = self.task.validate(self.engine.model, self._own_part)
-        # Accuracy picks the best checkpoint: late in training over-confidence raises the loss while translations still
-        # improve.
-        is_best = self.best["best_accuracy"] is None or result.accuracy > self.best["best_accuracy"]
+            generated = self.task.generate(self._own_part) if self.task.generated else GeneratedScores({}, [])
+        scores = {**result.scores, **generated.scores}
+        self.scores = {name: score for name, score in scores.items() if isfinite(score)}
+        # By default accuracy picks the best checkpoint: late in training over-confidence raises the loss while
+        # translations still improve.
+        so_far, by = self.best["best_score"], self.best["best_by"]
+        is_best = by in self.scores and (so_far is None or is_better(self.scores[by], so_far, by))
         if self.ended is None:
             self.waited = 0 if is_best else self.waited + 1
         if is_best:
-            self.best = {"best_step": self.step, "best_accuracy": result.accuracy}
-        self.logbook.line("validation", self.step, loss=result.loss, accuracy=result.accuracy)
-        self.validated_step, self.accuracy = self.step, result.accuracy
+            self.best = {"best_step": self.step, "best_score": self.scores[by], "best_by": by}
+        examples = {"examples": generated.examples} if generated.examples else {}
+        self.logbook.line("validation", self.step, **scores, **examples)
+        self.validated_step = self.step
+        more = "".join(f", {name} {score:.1f}" for name, score in generated.scores.items())
         say(
             f"step {self.step:,}/{self.course.steps:,}: validation loss {result.loss:.4f}, "
-            f"token accuracy {result.accuracy:.2%}" + (" (best)" if is_best else "")
+            f"token accuracy {result.accuracy:.2%}{more}" + (" (best)" if is_best else "")
         )
         return is_best
 
@@ -487,12 +548,13 @@ class _Run:
         state: RunState = {
             **self.engine.state(),
             **self.best,
-            "accuracy": self.accuracy,
+            "scores": self.scores,
             "validated_step": self.validated_step,
             "waited": self.waited,
             "ended": self.ended,
             "steps": self.course.steps,
             "fork": self.course.fork,
+            "save_every": self.save_every,
             "window_losses": window_losses,
             "wandb_id": self.wandb_id,
             "due": due,

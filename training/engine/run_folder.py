@@ -34,6 +34,7 @@ from training.engine.fork import go_back, leave_record, remove_unfinished
 from training.engine.metrics import is_damaged, read_metrics, write_lines
 from training.engine.optim import EXTENDABLE, LENGTH, OptimOptions
 from training.engine.status import (
+    KEPT,
     METRICS,
     RECORDS,
     SESSIONS,
@@ -290,7 +291,7 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     """
     say(f"continuing the run in {source} at step {newest.step:,}: copying it to {run_dir}")
     with writing_to(run_dir, option="--run_dir"):
-        for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, *data.kept, "wandb"):
+        for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, KEPT, *data.kept, "wandb"):
             copy_tree(source / name, run_dir / name)
         (run_dir / METRICS).touch()
     for older in checkpoints(source):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -50,12 +50,25 @@ FAILED_SAVES_LIMIT = 3
 _ASSUMED_SPEED = 50e6
 
 
+EverySteps = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
 class CheckpointOptions(Options):
     """How often to save and what to keep."""
 
-    every_steps: int = Field(500, ge=1, description="steps between checkpoints")
+    every_steps: EverySteps = Field(
+        "auto",
+        description="steps between checkpoints; auto: so many that least is lost, as steps and saves are found to take",
+    )
+    hours_between_kills: float = Field(24, gt=0, description="how often auto expects a session to be killed")
     keep: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best ones")
-    keep_best: int = Field(1, ge=1, description="checkpoints of highest validation accuracy to keep")
+    keep_best: int = Field(1, ge=1, description="checkpoints of the best validations to keep")
+    best_by: str = Field(
+        "accuracy",
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="the score that says which those are: accuracy, loss, or of what is generated bleu, chrf (score "
+        "for QLoRA); may change",
+    )
     background: bool = Field(
         True, description="write while training goes on, for a copy of the state in memory; false: wait for the disk"
     )
@@ -69,17 +82,22 @@ def best_interval_s(save_s: float, between_kills_s: float) -> float:
     return math.sqrt(2 * save_s * between_kills_s)
 
 
-def price_of_a_kill(every_steps: int, step_s: float, save_s: float, published_s: float) -> str:
-    """What a kill costs with a checkpoint every so many steps, and the interval that would lose least, in words.
+def best_interval(step_s: float, save_s: float, published_s: float, hours_between_kills: float) -> int:
+    """The steps between two saves that lose least.
 
     Seconds that a step takes, that a save holds the training up, and that pass until it is on the disk.
     """
     # At most one save is in flight: an interval shorter than it takes would hold the training up after all.
-    best_s = max(published_s, best_interval_s(save_s, between_kills_s=86400))
+    best_s = max(published_s, best_interval_s(save_s, 3600 * hours_between_kills))
+    return max(1, round(best_s / step_s))
+
+
+def price_of_a_kill(every_steps: int, best_steps: int, step_s: float, hours_between_kills: float) -> str:
+    """What a kill costs with a checkpoint every so many steps, in words. best_steps: of `best_interval`."""
     return (
         f"a checkpoint every {every_steps:,} steps is one every {format_duration(every_steps * step_s)}, and a kill "
-        f"costs half of that and a start; with a kill a day, one every {max(1, round(best_s / step_s)):,} steps would "
-        "lose least"
+        f"costs half of that and a start; with a kill every {hours_between_kills:g} hours, one every {best_steps:,} "
+        "steps would lose least"
     )
 
 
@@ -104,7 +122,7 @@ class Saver:
         # the newest cannot be read back nothing is removed; the next save says so if it is no better then.
         with suppress(OSError):
             for newest in checkpoints(run_dir)[-1:]:
-                retire(run_dir, newest, options.keep, options.keep_best)
+                retire(run_dir, newest, options.keep, options.keep_best, options.best_by)
 
     def prepare(self, tensors: Mapping[str, Tensors]) -> None:
         """Makes the buffers for such tensors, in the background: what costs most is the first touch of their memory."""
@@ -223,15 +241,23 @@ class Saver:
         if limit is not None and self.seconds > limit[0]:
             warn(
                 f"a save takes {format_duration(self.seconds)}, but a run that is told to leave is killed after "
-                f"{format_duration(limit[0])} by {limit[1]}: save more often than every {self._options.every_steps:,} "
-                "steps (--checkpoint.every_steps), so that less is done again then"
+                f"{format_duration(limit[0])} by {limit[1]}: save more often "
+                "(--checkpoint.every_steps), so that less is done again then"
             )
 
     def _try_to_publish(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         for pause_s in (*_PAUSES_S, None):
             try:
-                keep, keep_best = self._options.keep, self._options.keep_best
-                publish(self._run_dir, step, tensors, state=state, about=self._about, keep=keep, keep_best=keep_best)
+                publish(
+                    self._run_dir,
+                    step,
+                    tensors,
+                    state=state,
+                    about=self._about,
+                    keep=self._options.keep,
+                    keep_best=self._options.keep_best,
+                    best_by=self._options.best_by,
+                )
                 return
             except OSError as error:
                 if error.errno not in _MAY_PASS or pause_s is None:

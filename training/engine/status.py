@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, Literal, NotRequired
@@ -29,6 +29,7 @@ STATUS = "status.json"
 SESSIONS = "sessions.json"
 METRICS = "metrics.jsonl"
 WANDB_FILE = "wandb.json"
+KEPT = "kept_steps.json"  # the steps whose checkpoints are never removed
 STOP_FILE = "STOP"  # made by anybody, it ends the session
 Status = Literal["running", "finished", "resumable", "failed"]
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
@@ -96,7 +97,19 @@ RECORDS: dict[str, TypeAdapter[Any]] = {
     STATUS: TypeAdapter(_StatusFile),
     SESSIONS: TypeAdapter(list[Session]),
     WANDB_FILE: TypeAdapter(WandbRecord),
+    KEPT: TypeAdapter(list[int]),
 }
+
+
+class Example(TypedDict):
+    """A held-out sample, and what the model answered."""
+
+    source: str
+    reference: str
+    answer: str
+
+
+_EXAMPLES = TypeAdapter(list[Example])
 
 
 class Outlook(TypedDict):
@@ -109,10 +122,16 @@ class Outlook(TypedDict):
 
 
 class Best(TypedDict):
-    """The validation of highest token accuracy so far; None before the first."""
+    """The best validation so far, by the score that is called `best_by`; None before the first."""
 
     best_step: int | None
-    best_accuracy: float | None
+    best_score: float | None
+    best_by: str
+
+
+def is_better(score: float, than: float, by: str) -> bool:
+    """Whether one score is better than another of that name: a lower loss, more of any other."""
+    return score < than if by == "loss" else score > than
 
 
 def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, **more: Any) -> None:
@@ -148,15 +167,23 @@ def read_record(run_dir: str | Path, name: str) -> Any:
 def metrics_line(text: bytes) -> dict[str, Any] | None:
     """What a line of metrics.jsonl says: `kind`, `step`, `time`, `loss` and more; None where it cannot be read.
 
-    What was no finite number, the loss too, is None, whether written as null or as NaN.
+    All but `kind` and the `examples` of a validation are numbers. What was no finite number, the loss too, is None,
+    whether written as null or as NaN.
     """
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         values: dict[str, Any] = json.loads(text)
         kind = values.pop("kind")
+        examples = {"examples": _EXAMPLES.validate_python(values.pop("examples"))} if "examples" in values else {}
         numbers = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         known = isinstance(kind, str) and isinstance(numbers["step"], int) and numbers["time"] is not None
-        return {"kind": kind, **numbers} if known and "loss" in numbers else None
+        return {"kind": kind, **numbers, **examples} if known and "loss" in numbers else None
     return None
+
+
+def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """The values of such a line as kind/name, for example `train/loss`; what is null is left out."""
+    values = {key: value for key, value in line.items() if key not in ("kind", "step", "time", "examples")}
+    return {f"{line['kind']}/{key}": value for key, value in values.items() if value is not None}
 
 
 def checkpoint_folder(run_dir: str | Path, step: int) -> Path:

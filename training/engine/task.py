@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from training.base.options import Options
 from training.engine.batch_plan import BatchOptions, BatchPlan
+from training.engine.generating import GeneratedScores
+from training.engine.generating import OwnPart as OwnPart
 from training.engine.optim import OptimOptions
 from training.engine.precision import PrecisionName
 from training.engine.saver import CheckpointOptions
@@ -27,6 +29,12 @@ class LogOptions(Options):
 
     every_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     validate_every_steps: int = Field(200, ge=1, description="steps between validations; the last step always has one")
+    generate_samples: int | None = Field(
+        None,
+        ge=0,
+        description="held-out samples that are answered and scored at each validation; null: 200 for translators (none "
+        "in zero.stage 3), none for QLoRA",
+    )
     tensorboard: bool = Field(False, description="show the lines in TensorBoard, too: tensorboard --logdir RUN")
 
 
@@ -69,7 +77,23 @@ class RunOptions(Options):
         problem = conflict(self.zero, self.optim) if self.parallel == "deepspeed" else None
         if problem is not None:
             raise ValueError(problem)
+        if self.spreads_weights and self.log.generate_samples:
+            raise ValueError(
+                "log.generate_samples does not go with zero.stage 3, where the ranks bring the weights of a layer "
+                "together at every call: answers of different length would keep them waiting for ever; leave it out, "
+                "or take --zero.stage 2"
+            )
         return self
+
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether the weights themselves are spread over the ranks, so that all must call the model equally often."""
+        return self.parallel == "deepspeed" and self.zero.stage == 3
+
+    def samples_to_generate(self, usual: int) -> int:
+        """`log.generate_samples`; where that is left open `usual`, if the ranks can do without each other."""
+        chosen = self.log.generate_samples
+        return chosen if chosen is not None else 0 if self.spreads_weights else usual
 
 
 # Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
@@ -78,9 +102,6 @@ MAY_CHANGE = {
     *("checkpoint", "log", "session", "wandb"),
 }
 
-# From all batches of a validation to those of this rank; see `Task.validate`.
-OwnPart = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
-
 
 @dataclass(frozen=True)
 class Validation:
@@ -88,6 +109,11 @@ class Validation:
 
     loss: float
     accuracy: float
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Both, by name."""
+        return {"loss": self.loss, "accuracy": self.accuracy}
 
 
 class Task(ABC):
@@ -101,6 +127,7 @@ class Task(ABC):
     built_on: Mapping[str, Any] = {}  # what the run depends on besides data and config: another one is another run
     may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
     libraries: tuple[str, ...] = ()  # whose versions go into the manifest
+    generated: tuple[str, ...] = ()  # names of the scores that `generate` gives; () where the task has none
     calls_vary = False  # whether the number of calls of a layer depends on the batch, as with one call a word
 
     @abstractmethod
@@ -113,6 +140,14 @@ class Task(ABC):
 
         own_part(batches): this rank's part of a list of batches. Raises `Stopped` when the ranks have agreed on a stop.
         """
+
+    def generate(self, own_part: OwnPart) -> GeneratedScores:
+        """Scores of what `self.model` answers to held-out samples; the rest as in `validate`."""
+        raise NotImplementedError(f"{self.name} names no scores in `generated`")
+
+    def show(self, run_dir: Path) -> None:
+        """Makes the run's page anew from what lies in its folder. Called by one rank, behind the steps."""
+        return None
 
     def read_foreign(self, folder: Path) -> dict[str, Tensor] | None:
         """The weights in a folder that is no run's, by the model's own names; None where it holds none for this task.

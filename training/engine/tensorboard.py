@@ -13,6 +13,7 @@ from typing import Any
 
 from training.base.console import UserError, warn
 from training.base.files import remove
+from training.engine.status import numbers_of
 
 FOLDER = "tensorboard"
 
@@ -49,9 +50,8 @@ class Board:
         if self._failed:
             return
         try:
-            for key, value in line.items():
-                if key not in ("kind", "step", "time") and value is not None:
-                    self._writer.add_scalar(f"{line['kind']}/{key}", value, line["step"], line["time"])
+            for name, value in numbers_of(line).items():
+                self._writer.add_scalar(name, value, line["step"], line["time"])
         except OSError as error:
             self._give_up(error)
 

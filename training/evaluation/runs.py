@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -79,6 +81,14 @@ class TrainedRun:
             "step": self.step,
             "weights": str(self.weights),
             "checkpoints": [checkpoint.step for checkpoint in self.checkpoints],
+        }
+
+    def versions(self, *libraries: str) -> dict[str, str]:
+        """Of Python and libraries, in training and, of these `libraries`, here."""
+        return {
+            **{f"{name}, training": found for name, found in self.checkpoint.manifest["versions"].items()},
+            **{f"{name}, evaluation": version(name) for name in libraries},
+            "python, evaluation": platform.python_version(),
         }
 
     def is_trained_on(self, data: PreparedFolder) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from training.base.console import UserError
 from training.data.prepared import PARTS, PreparedFolder
 from training.evaluation.runs import TrainedRun
-from training.evaluation.translations.decoding import check_search
+from training.models.decoding import check_search
 
 LENGTH_PENALTY = 1.0
 ANSWERS_PER_TASK, NEW_TOKENS = 100, 512

@@ -28,8 +28,8 @@ from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
 from training.evaluation.runs import QLORA, kind_of
 from training.evaluation.setting import Search, add_model_options, add_search_options, search_of
-from training.evaluation.translations.decoding import translate
 from training.evaluation.translations.trained import TrainedModel, open_trained
+from training.models.decoding import translate
 
 # Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
 LINES_PER_BLOCK = 4096

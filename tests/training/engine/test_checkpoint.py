@@ -76,7 +76,7 @@ def save_step(run_dir: Path, step: int, *, keep: int = 2, best: int | None = Non
 def save_trained(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int, best: int | None
 ) -> Checkpoint:
-    state = {"scaler": None, "accuracy": 1.0 if step == best else None}
+    state = {"scaler": None, "scores": {"accuracy": 1.0} if step == best else {}}
     return publish(run_dir, step, tensors_of(model, optimizer), state=state, about=ABOUT, keep=keep)
 
 
@@ -124,7 +124,7 @@ def test_restored_model_and_optimizer_are_bit_equal_and_train_on_alike(tmp_path)
 
 
 def test_checkpoint_holds_all_and_nothing_that_runs_when_loaded(tmp_path):
-    state = {"scaler": {"scale": 2.0**16, "_growth_tracker": 3}, "accuracy": 0.1 + 0.2}
+    state = {"scaler": {"scale": 2.0**16, "_growth_tracker": 3}, "scores": {"accuracy": 0.1 + 0.2}}
     checkpoint = publish(tmp_path, 7, tensors_of(*trained(1)), state=state, about=ABOUT, keep=1)
     assert sorted(path.name for path in checkpoint.folder.iterdir()) == sorted(FILES)
     for path in checkpoint.folder.iterdir():
@@ -330,10 +330,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, best):
 
 
 def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_path):
-    scores = {10: 0.5, 20: 0.7, 30: None, 40: 0.6, 50: 0.7, 60: 0.1, 70: None}
-    for step, accuracy in scores.items():
-        tensors = tensors_of(*trained(step))
-        publish(tmp_path, step, tensors, state={"accuracy": accuracy}, about=ABOUT, keep=1, keep_best=3)
+    found = {10: 0.5, 20: 0.7, 30: None, 40: 0.6, 50: 0.7, 60: 0.1, 70: None}
+    for step, accuracy in found.items():
+        state = {"scores": {} if accuracy is None else {"accuracy": accuracy}}
+        publish(tmp_path, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=1, keep_best=3)
     assert steps_in(tmp_path) == [20, 40, 50, 70]
     assert [each.step for each in choose(tmp_path, "best", 3)] == [20, 50, 40]
     assert [each.step for each in choose(tmp_path, "last", 4)] == [70, 50, 40, 20]
@@ -350,7 +350,7 @@ def test_stops_between_saves_leave_in_the_end_what_an_uninterrupted_run_keeps(tm
     accuracy = {20: 0.7, 33: 0.9}  # a validated step that was not due and not the best, as far as that was known then
     for name, stops in (("plain", ()), ("stopped", (3, 17, 18, 33, 41))):
         for step in sorted({*range(10, 60, 10), *stops}):
-            state = {"accuracy": accuracy.get(step), "due": step not in stops}
+            state = {"scores": {"accuracy": accuracy.get(step, 0.0)}, "due": step not in stops}
             save = publish(tmp_path / name, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=keep)
             assert newest_valid(tmp_path / name) == save
             assert len(steps_in(tmp_path / name)) <= keep + 1, "the disk has room for so many"
@@ -379,9 +379,36 @@ def test_a_checkpoint_that_was_being_replaced_when_a_kill_came_is_there_again(tm
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [folder_of(10)]
 
 
+@pytest.mark.parametrize(("best_by", "kept"), [("accuracy", [30, 40]), ("loss", [20, 40]), ("bleu", [10, 40])])
+def test_the_score_that_is_named_says_which_is_best(tmp_path, best_by, kept):
+    found = {10: (0.5, 2.0, 30.0), 20: (0.7, 1.0, 20.0), 30: (0.9, 1.5, 10.0), 40: (0.1, 9.0, 0.0)}
+    for step, (accuracy, loss, bleu) in found.items():
+        state = {"scores": {"accuracy": accuracy, "loss": loss, "bleu": bleu}, "best_by": best_by}
+        publish(tmp_path, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=1, best_by=best_by)
+    assert steps_in(tmp_path) == kept
+    assert choose(tmp_path, "best")[0].step == kept[0]
+
+
+def test_a_step_that_is_to_be_kept_for_good_stays(tmp_path, capsys):
+    save_step(tmp_path, 10)
+    with pytest.raises(UserError, match=r"no checkpoint of step 20 .* its steps are 10"):
+        main([str(tmp_path), "--keep", "20"])
+    assert main([str(tmp_path), "--keep", "10"]) == 0 and "kept for good" in capsys.readouterr().out
+    for step in (20, 30):
+        save_step(tmp_path, step, keep=1)
+    assert steps_in(tmp_path) == [10, 30]
+    (tmp_path / "kept_steps.json").write_text("[10, ")
+    save_step(tmp_path, 40, keep=1)
+    assert steps_in(tmp_path) == [10, 30, 40], "which they were nobody knows, so all stay"
+    assert main([str(tmp_path), "--keep", "30"]) == 0
+    save_step(tmp_path, 50, keep=1)
+    assert steps_in(tmp_path) == [30, 50]
+
+
 def test_a_damaged_best_one_does_not_take_the_place_of_a_valid_one(tmp_path):
     for step, accuracy in {10: 0.5, 20: 0.7, 30: 0.9}.items():
-        publish(tmp_path, step, tensors_of(*trained(step)), state={"accuracy": accuracy}, about=ABOUT, keep=3)
+        state = {"scores": {"accuracy": accuracy}}
+        publish(tmp_path, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=3)
     cut_in_half(tmp_path / "checkpoints" / folder_of(30) / "model.safetensors")
     assert [each.step for each in choose(tmp_path, "best", 2)] == [20, 10]
 

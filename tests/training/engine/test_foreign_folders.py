@@ -210,7 +210,8 @@ def test_a_record_that_is_larger_than_any_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "state"), [("step-²", "{}"), ("step-0000000004", '{"accuracy": "x"}'), ("step-0000000004", '{"due": []}')]
+    ("name", "state"),
+    [("step-²", "{}"), ("step-0000000004", '{"scores": {"accuracy": "x"}}'), ("step-0000000004", '{"due": []}')],
 )
 def test_odd_checkpoints_are_no_candidates(tmp_path, name, state):
     folder = tmp_path / "checkpoints" / name

@@ -10,6 +10,7 @@ import pytest
 from tests.support.commands import Launch
 from tests.support.lives import Life
 from tests.support.runs import SHORT_RUN, reference, status_of
+from training.engine.checkpoint import checkpoints
 from training.engine.goodput import KINDS, Clock, goodput, hours_of, in_words
 from training.engine.status import read_sessions, where_hours_went
 
@@ -107,3 +108,23 @@ def test_run_that_was_killed_says_where_its_hours_went(launch: Launch, sample_da
 def test_uninterrupted_run_has_no_time_between_and_none_done_again(sample_data):
     hours = where_hours_went(read_sessions(reference(sample_data, *SHORT_RUN, "--optim.steps", 3)))
     assert hours["steps"] > 0 and hours["again"] == hours["unknown"] == hours["between"] == 0
+
+
+def test_how_often_to_save_is_measured_once(launch: Launch, sample_data, tmp_path):
+    run = (*SHORT_RUN, "--optim.steps", 30, "--checkpoint.every_steps", "auto", "--checkpoint.keep", 9)
+    life = Life(launch, tmp_path, sample_data, ranks=2, run=run)
+    first = life.start({"at": "forward", "step": 15, "rank": 0, "do": "hold"})
+    life.wait_at(first, "forward-15")
+    (life.run_dir / "STOP").touch()
+    life.go_on("forward-15")
+    printed = first.wait().out
+    found = re.search(r"with a kill every 24 hours one every ([\d,]+) steps \(.*\) loses least", printed)
+    assert found, printed
+    measured = int(found[1].replace(",", ""))
+
+    def known() -> dict[int, int | None]:
+        return {each.step: each.state()["save_every"] for each in checkpoints(life.run_dir)}
+
+    assert known() == {10: None, 15: measured}
+    assert life.start().wait().status == 0
+    assert known() == {10: None, 30: measured}, "a session that goes on has the same"

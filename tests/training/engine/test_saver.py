@@ -15,9 +15,9 @@ from training.base import environment
 from training.base.console import UserError
 from training.engine import saver as saver_module
 from training.engine.checkpoint import checkpoints, newest_valid
-from training.engine.saver import FAILED_SAVES_LIMIT, CheckpointOptions, Saver, best_interval_s
+from training.engine.saver import FAILED_SAVES_LIMIT, CheckpointOptions, Saver, best_interval, best_interval_s
 
-STATE = {"accuracy": None}
+STATE = {"scores": {}}
 TORCHRUN = "torchrun, unless its --shutdown-timeout is raised"
 
 
@@ -211,6 +211,12 @@ def test_recommended_interval_loses_least_of_all():
         best_s = best_interval_s(save_s, between_kills_s)
         least = lost_share(best_s, save_s, between_kills_s)
         assert all(lost_share(best_s * factor, save_s, between_kills_s) > least for factor in (0.5, 0.9, 1.1, 2))
+    # sqrt(2 x 2 s x 4 hours) = 240 s; but saves of 300 s would hold each other up; and a step may be longer than that.
+    assert [best_interval(step_s, 2, published_s, 4) for step_s, published_s in ((3, 2), (3, 300), (900, 2))] == [
+        80,
+        100,
+        1,
+    ]
 
 
 def test_a_save_that_takes_longer_than_the_launcher_leaves_for_it_is_told_once(tmp_path, monkeypatch, capsys):
@@ -228,7 +234,7 @@ def test_a_save_that_takes_longer_than_the_launcher_leaves_for_it_is_told_once(t
         saving.save(step, tensors(step), STATE)
         saving.drain()
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"is killed after 0s by {TORCHRUN}: save more often than every 500 steps" in line
+    assert f"is killed after 0s by {TORCHRUN}: save more often (--checkpoint.every_steps)" in line
     # SLURM's kill comes first.
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\necho 'KillOnBadExit           = 0'\necho 'KillWait                = 20 sec'\n")

@@ -16,14 +16,19 @@ from training.evaluation.answers.report import (
     FOLDED,
     SYNTHETIC,
     AnsweredQuestion,
-    render,
+    content_of,
 )
 from training.evaluation.answers.scores import compare_tasks, score_answers
+from training.report.page import render
+
+
+def rendered(report: dict[str, Any]) -> str:
+    return render("answers", content_of(report)["content"])
 
 
 def shown(report: dict[str, Any]) -> str:
     """The text of the page, blanks that no line ends at being blanks like others."""
-    return Page(render(report)).text.replace("\N{NO-BREAK SPACE}", " ")
+    return Page(rendered(report)).text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 TASKS = ["exam"] * 30 + ["op_sum"] * 30
@@ -77,7 +82,7 @@ def make_report() -> dict[str, Any]:
     ]
     train = [
         {"kind": "train", "step": step, "epoch": step / 100, "loss": 9 / step, "lr": 1e-3, "tokens_per_s": 5000.0}
-        | {"padding_share": 0.0123, "memory_mb": 1234.0}
+        | {"padding_share": 0.0123, "memory_mb": 1234.0, "time": 1.7e9 + step}
         for step in range(10, 601, 10)
     ]
     counts = {"records": 300, "duplicates": 17, "too_short": 3, "truncated": 5, "train": 270, "test": 30}
@@ -104,11 +109,14 @@ def make_report() -> dict[str, Any]:
             "data": {"fingerprint": "e" * 64},
             "files": {"model.safetensors": {"sha256": "1" * 64}},
         },
+        "config": {"checkpoint": {"every_steps": 100, "hours_between_kills": 24}},
+        "save_every": 100,
+        "status": {"status": "finished", "reason": "all 600 steps were done", "step": 600, "steps": 600},
         "parameters": 494_032_768,
         "trained_parameters": 8_798_208,
         "questions": questions,
         "examples": [replace(questions[0], question="例题", scores=(12.34, 56.78))],
-        "metrics": [*train, {"kind": "validation", "step": 600, "loss": 3.0, "accuracy": 0.4}],
+        "metrics": [*train, {"kind": "validation", "step": 600, "loss": 3.0, "accuracy": 0.4, "time": 1.7e9}],
         "sessions": [make_session(1, 0, 600, "all 600 steps were done", saves=4, stall_s=0.012, save_s=0.5)],
         "versions": {"torch, training": "2.13.0"},
         "law_eval": make_law_eval(),
@@ -174,8 +182,8 @@ def test_the_page_tells_all_of_the_run(report):
 
 
 def test_the_page_comes_alone_and_the_same_every_time(report):
-    html = render(report)
-    assert html == render(make_report())
+    html = rendered(report)
+    assert html == rendered(make_report())
     assert_fenced(html)
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
@@ -190,7 +198,7 @@ def test_the_page_comes_alone_and_the_same_every_time(report):
 def test_a_long_text_is_folded_and_stands_in_the_page_in_full(report):
     short, long = "甲" * FOLDED, "乙" * (FOLDED + 1)
     question = replace(report["questions"][0], question=short, reference=long)
-    html = render({**report, "questions": [question], "examples": []})
+    html = rendered({**report, "questions": [question], "examples": []})
     assert html.count("<details>") == 1 and "161 characters" in html
     assert html.count(short) == 1 and html.count(long) == 1 and html.count(long[:FOLDED]) == 2
 
@@ -215,7 +223,7 @@ def poisoned(report: dict[str, Any], poison: Poison) -> dict[str, Any]:
 
 def test_hostile_text_stays_text_in_every_field(report):
     poison = Poison()
-    html = render(poisoned(report, poison))
+    html = rendered(poisoned(report, poison))
     page = Page(html)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -232,7 +240,7 @@ def test_hostile_text_stays_text_in_every_field(report):
 
 def test_a_script_in_an_answer_is_shown_as_it_was_written(report):
     question = replace(report["questions"][0], after="<script>alert('甲')</script>\n</td>")
-    html = render({**report, "questions": [question]})
+    html = rendered({**report, "questions": [question]})
     assert "&lt;script&gt;alert(&#39;甲&#39;)&lt;/script&gt;\n&lt;/td&gt;" in html and "<script" not in html
 
 
@@ -256,8 +264,8 @@ def test_what_training_made_worse_or_did_not_change_is_called_so(report):
 
 
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):
-    assert SYNTHETIC not in render(report)
-    assert SYNTHETIC in render({**report, "scores": {**report["scores"], "synthetic": True}})
+    assert SYNTHETIC not in rendered(report)
+    assert SYNTHETIC in rendered({**report, "scores": {**report["scores"], "synthetic": True}})
 
 
 def test_disc_law_eval_is_shown_by_exam_and_kind_with_the_test(report):
@@ -301,7 +309,7 @@ def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk(report, tmp_path)
             path = tmp_path / f"{name}.html"
             # Opened, so that what is folded is seen to fit, too.
             for state in ("<details>", "<details open>"):
-                path.write_text(render(each).replace("<details>", state), encoding="utf-8")
+                path.write_text(rendered(each).replace("<details>", state), encoding="utf-8")
                 for width in (360, 1200):
                     look = reader.open(path, width=width, dark=width == 360)
                     assert look.complaints == [] and look.fetched == []

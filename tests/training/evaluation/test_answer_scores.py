@@ -15,10 +15,7 @@ import pytest
 from data_prep.disc_law_records import TASK_NAMES
 from tests.support.commands import ROOT
 from tests.support.growth import assert_linear
-from training.evaluation import bootstrap
-from training.evaluation.answers.before_after import scores_of
-from training.evaluation.answers.losses import ALL_TASKS, compare_losses, loss_by_task
-from training.evaluation.answers.metrics import (
+from training.data.answer_metrics import (
     CASE,
     ENTITY_F1,
     LABEL,
@@ -33,6 +30,9 @@ from training.evaluation.answers.metrics import (
     options_chosen,
     rouge_l,
 )
+from training.evaluation import bootstrap
+from training.evaluation.answers.before_after import scores_of
+from training.evaluation.answers.losses import ALL_TASKS, compare_losses, loss_by_task
 from training.evaluation.answers.scores import (
     TASKS,
     TaskScore,

@@ -23,9 +23,9 @@ from training.data.prepared import FORMAT as PAIRS
 from training.engine.cluster import Cluster
 from training.evaluation.answers.before_after import losses_by_row, questions_of
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
-from training.evaluation.chat_model.generation import generate
 from training.evaluation.compare import main as compare
 from training.evaluation.evaluate import main as evaluate
+from training.models.generation import generate
 from training.qlora import Answers
 
 CPU = torch.device("cpu")

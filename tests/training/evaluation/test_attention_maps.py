@@ -9,13 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from training.evaluation.translations.attention_maps import (
-    CELL,
-    INK,
-    SHOWN,
-    alignment_map,
-    attention_sheet,
-)
+from training.evaluation.translations.attention_maps import INK, alignment_map, attention_sheet
+from training.report.sheets import CELL, SHOWN
 
 HOSTILE = "</text></svg><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & ]]> $x^2$"
 SVG = "{http://www.w3.org/2000/svg}"

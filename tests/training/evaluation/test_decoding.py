@@ -12,9 +12,9 @@ import torch
 from tests.bench.decoding import translate_plainly
 from training.base.console import UserError
 from training.data.tokenizers import EOS, PAD, SEP, SOS
-from training.evaluation.translations.decoders import AttentionGRUDecoder, GPTDecoder
-from training.evaluation.translations.decoding import Decoder, Translation, beam_search, greedy_search, translate
+from training.evaluation.translations.translators import AttentionGRUTranslator, GPTTranslator
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
+from training.models.decoding import Decoder, Translation, beam_search, greedy_search, translate
 from training.models.gpt import GPT, GPTOptions
 
 VOCABULARY = 40
@@ -51,14 +51,14 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
     def of_gpt(model: GPT) -> tuple[Decoder, Logits]:
         with torch.no_grad():
             model.embedding.weight[EOS] *= 1.5  # more of the beam searches come to an end than are cut off
-        return GPTDecoder(model), lambda source, ids: model(torch.tensor([[SOS, *source, SEP, *ids]]))[0, -1]
+        return GPTTranslator(model), lambda source, ids: model(torch.tensor([[SOS, *source, SEP, *ids]]))[0, -1]
 
     def of_gru(model: AttentionGRU) -> tuple[Decoder, Logits]:
         def logits(source: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
             lengths = torch.tensor([len(source) + 1])
             return model(torch.tensor([[*source, EOS]]), lengths, torch.tensor([[SOS, *ids]]))[0, -1]
 
-        return AttentionGRUDecoder(model), logits
+        return AttentionGRUTranslator(model), logits
 
     return {
         "gpt": of_gpt(tiny_gpt()),
@@ -194,7 +194,7 @@ def test_special_tokens_are_never_produced():
     sources = random_sources(20, longest=20)
     unforced = {int(model(torch.tensor([[SOS, *source, SEP]]))[0, -1].argmax()) for source in sources}
     assert unforced & {PAD, SOS, SEP}, "nothing to forbid"
-    produced = {token for result in translate(GPTDecoder(model), sources) for token in result.ids}
+    produced = {token for result in translate(GPTTranslator(model), sources) for token in result.ids}
     assert produced and not produced & {PAD, SOS, EOS, SEP}
 
 
@@ -213,7 +213,7 @@ def test_the_context_is_a_limit_too_and_may_be_filled_to_its_end():
         model.final_norm.weight.zero_()
         model.final_norm.bias.copy_(model.embedding.weight[9])
     sources = [[5] * length for length in (13, 12, 9, 3, 1)]
-    results = translate(GPTDecoder(model), sources)
+    results = translate(GPTTranslator(model), sources)
     assert [len(result.ids) for result in results] == [1, 2, 5, 11, 12]
     assert [result.ids for result in results] == [translate_plainly(model, source) for source in sources]
 
@@ -221,13 +221,13 @@ def test_the_context_is_a_limit_too_and_may_be_filled_to_its_end():
 def test_sources_that_cannot_be_translated_are_named_and_stop_nobody_else():
     model = tiny_gpt(context=16)
     good = [[5, 6, 7], [8]]
-    results = translate(GPTDecoder(model), [good[0], [], [9] * 14, good[1], [9] * 500])
+    results = translate(GPTTranslator(model), [good[0], [], [9] * 14, good[1], [9] * 500])
     assert [bool(result.problem) for result in results] == [False, True, True, False, True]
     assert "empty" in results[1].problem
     assert "14 tokens, the model takes 13 at most" in results[2].problem
     assert "500 tokens" in results[4].problem
     assert [results[0].ids, results[3].ids] == [translate_plainly(model, source) for source in good]
-    assert translate(GPTDecoder(model), []) == []
+    assert translate(GPTTranslator(model), []) == []
 
 
 def test_order_is_kept_and_similar_lengths_share_a_batch():

@@ -26,12 +26,12 @@ from training.base.console import UserError
 from training.data.prepared import Prepared, Ragged, list_files, open_prepared, write_part
 from training.engine.status import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate
-from training.evaluation.report.examples import EXAMPLES
 from training.evaluation.setting import Search
 from training.evaluation.translations.evaluation import SHEETS
 from training.evaluation.translations.report import SYNTHETIC
 from training.evaluation.translations.scores import score_texts
 from training.evaluation.translations.trained import open_trained
+from training.report.examples import EXAMPLES
 
 CPU = torch.device("cpu")
 

@@ -36,9 +36,9 @@ from training.data.text import clean
 from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS
 from training.evaluation import evaluate, export
 from training.evaluation.exports import hugging_face, translator
-from training.evaluation.translations.decoders import GPTDecoder
-from training.evaluation.translations.decoding import translate
 from training.evaluation.translations.trained import TrainedModel, open_trained
+from training.evaluation.translations.translators import GPTTranslator
+from training.models.decoding import translate
 from training.models.gpt import GPT, GPTOptions
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def with_another_model(trained: TrainedModel, **options: object) -> TrainedModel
             parameter.add_(torch.randn_like(parameter) * 0.1)
         model.embedding.weight[EOS] *= 4  # some of the translations shall end
     config = trained.config.model_copy(update={"model": shape})
-    return replace(trained, model=model, config=config, decoder=GPTDecoder(model))
+    return replace(trained, model=model, config=config, decoder=GPTTranslator(model))
 
 
 @pytest.fixture(scope="module", params=CLASSES, ids=" ".join)

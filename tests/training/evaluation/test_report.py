@@ -13,16 +13,14 @@ import torch
 from tests.support.browser import browser
 from tests.support.pages import Page, Poison, assert_fenced, brightness, make_session
 from training.engine.status import Sessions, read_sessions
-from training.evaluation.report.curves import HEIGHT, WIDTH, Line, curve
-from training.evaluation.report.examples import EXAMPLES, example_rows
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.evaluation.translations.report import (
     RANKED,
     SYNTHETIC,
     Beside,
     Example,
+    content_of,
     ranked_rows,
-    render,
     runs_beside,
 )
 from training.evaluation.translations.scores import (
@@ -31,6 +29,9 @@ from training.evaluation.translations.scores import (
     score_texts,
     score_with_all_references,
 )
+from training.report.curves import HEIGHT, WIDTH, Line, curve
+from training.report.examples import EXAMPLES, example_rows
+from training.report.page import render
 
 SOURCES = ["他是医生。", "他是医生。", "我喜欢读书。", "猫坐在垫子上。", "今天天气很好。", "你好。"] * 5
 REFERENCES = ["He is a doctor.", "He's a doctor.", "I like reading.", "The cat sat.", "It is fine today.", "Hello."] * 5
@@ -71,10 +72,12 @@ def make_report() -> dict[str, Any]:
     saves = {"saves": 4, "stall_s": 0.012, "save_s": 0.5}
     train = [
         {"kind": "train", "step": step, "epoch": step / 100, "loss": 9 / step, "lr": 1e-3, "tokens_per_s": 5000.0}
-        | {"padding_share": 0.0123, "memory_mb": 1234.0}
+        | {"padding_share": 0.0123, "memory_mb": 1234.0, "time": 1.7e9 + step}
         for step in range(10, 601, 10)
     ]
-    validations = [{"kind": "validation", "step": step, "loss": 3.0, "accuracy": 0.4} for step in (200, 400, 600)]
+    validations = [
+        {"kind": "validation", "step": step, "loss": 3.0, "accuracy": 0.4, "time": 1.7e9} for step in (200, 400, 600)
+    ]
     examples = [Example(*texts) for texts in zip(SOURCES[:6], REFERENCES[:6], TRANSLATIONS[:6], strict=True)]
     data = {
         "synthetic": False,
@@ -98,11 +101,14 @@ def make_report() -> dict[str, Any]:
             "step": 600,
             "config": {
                 **{"run_dir": "runs/gpt-base", "model": {"layers": 6, "heads": 8}, "seed": 1234},
-                "checkpoint": {"every_steps": 100},
+                "checkpoint": {"every_steps": 100, "hours_between_kills": 24},
             },
             "data": {"fingerprint": "e" * 64},
             "files": {"model.safetensors": {"sha256": "1" * 64}},
         },
+        "config": {"checkpoint": {"every_steps": 100, "hours_between_kills": 24}},
+        "save_every": 100,
+        "status": {"status": "finished", "reason": "all 600 steps were done", "step": 600, "steps": 600},
         "parameters": 5_234_567,
         "metrics": [*train, *validations],
         "sessions": [
@@ -113,12 +119,16 @@ def make_report() -> dict[str, Any]:
         "examples": examples,
         "ranked": [("best", examples[:2]), ("typical", []), ("worst", [replace(examples[5], note="chrF 3.2")])],
         "attention": [
-            ("他是医生。", gpt.svg()),
-            ("你好。", alignment_map(torch.eye(2, 3), list("你好。"), ["Hi", "."]).svg()),
+            ("他是医生。", gpt),
+            ("你好。", alignment_map(torch.eye(2, 3), list("你好。"), ["Hi", "."])),
         ],
         "beside": [("gpt-base-grouped", make_scores("grouped", "0" * 64) | {"bleu": 26.01})],
         "versions": {"torch, training": "2.13.0"},
     }
+
+
+def rendered(report: dict[str, Any]) -> str:
+    return render("translations", content_of(report)["content"])
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +147,12 @@ def poisoned(report: dict[str, Any], poison: Poison) -> dict[str, Any]:
     changed["data"]["leakage"][poison.text("leaking part's name")] = {"words": poison.text("leakage")}
     changed["data"]["leakage"][changed["scores"]["part"]] = {"words": poison.text("leakage of the part")}
     sheet = attention_sheet([torch.eye(3)[None]], [poison.text("token"), "]]>", ' id="x'], 1)
-    changed["attention"] = [(poison.text("caption"), sheet.svg())]
+    changed["attention"] = [(poison.text("caption"), sheet)]
     return changed
 
 
 def test_the_page_tells_all_of_the_run(report):
-    text = Page(render(report)).text
+    text = Page(rendered(report)).text
     scores = report["scores"]
     for expected in (
         # summary
@@ -186,8 +196,8 @@ def test_the_page_tells_all_of_the_run(report):
 
 
 def test_the_page_comes_alone_and_the_same_every_time(report):
-    html = render(report)
-    assert html == render(make_report())
+    html = rendered(report)
+    assert html == rendered(make_report())
     assert_fenced(html)
     page = Page(html)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
@@ -204,7 +214,7 @@ def test_the_page_comes_alone_and_the_same_every_time(report):
 
 def test_hostile_text_stays_text_in_every_field(report):
     poison = Poison()
-    html = render(poisoned(report, poison))
+    html = rendered(poisoned(report, poison))
     page = Page(html)
     assert not {"script", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -225,17 +235,17 @@ def test_hostile_text_stays_text_in_every_field(report):
 
 def test_a_run_without_a_record_has_a_report_all_the_same(report):
     bare = {**report, "metrics": [], "sessions": [], "ranked": [], "attention": [], "beside": []}
-    text = Page(render({**bare, "scores": {**report["scores"], "by_seen": None}})).text
+    text = Page(rendered({**bare, "scores": {**report["scores"], "by_seen": None}})).text
     assert "metrics.jsonl has no training steps" in text and "No map" in text and "is not known" in text
     assert "Sessions" not in text and "Beside other evaluations" not in text
 
 
 def test_a_record_with_gaps_has_a_report_all_the_same(report):
     first, *others = report["metrics"]
-    bare = {"kind": "train", "step": 5, "loss": None}
-    text = Page(render({**report, "metrics": [bare, first | {"lr": None}, *others[:-1]]})).text
+    bare = {"kind": "train", "step": 5, "loss": None, "time": 1.7e9}
+    text = Page(rendered({**report, "metrics": [bare, first | {"lr": None}, *others[:-1]]})).text
     assert "5,000 tokens/s" in text and "1,234 MB" in text and "nan" not in text
-    assert "metrics.jsonl has no training steps" not in Page(render({**report, "metrics": [bare]})).text
+    assert "metrics.jsonl has no training steps" not in Page(rendered({**report, "metrics": [bare]})).text
 
 
 def test_the_saves_of_a_session_that_was_killed_count(report, tmp_path):
@@ -243,22 +253,22 @@ def test_the_saves_of_a_session_that_was_killed_count(report, tmp_path):
         sessions = Sessions(tmp_path, step=step, steps=600, world_size=2, device="cpu", surroundings={})
         sessions.update(step + 100, stalls_s=[0.01], saves_s=[0.2])
     sessions.end(600, "all steps done", stalls_s=[0.01, 0.03], saves_s=[0.2, 0.2])
-    text = Page(render({**report, "sessions": read_sessions(tmp_path)})).text
+    text = Page(rendered({**report, "sessions": read_sessions(tmp_path)})).text
     assert "0 to 100 or later" in text and "200 to 600" in text and "600 or later" not in text
     assert "3 checkpoints" in text and "16.7 ms" in text and "2 sessions, at least" in text
 
 
 def test_a_run_that_did_nothing_but_save_has_no_pace_to_tell_of(report):
     session = make_session(1, 600, 600, "all steps done", saves=1, stall_s=0.01, save_s=0.02) | {"seconds": 0.0}
-    text = Page(render({**report, "sessions": [session]})).text
+    text = Page(rendered({**report, "sessions": [session]})).text
     assert "1 checkpoints" in text and "At this pace" not in text
 
 
 def test_synthetic_data_gets_a_banner_and_real_data_none(report):
     synthetic = {**report["data"], "synthetic": True}
-    assert SYNTHETIC not in render(report)
-    assert SYNTHETIC in render({**report, "data": synthetic})
-    assert SYNTHETIC in render({**report, "training_data": synthetic})
+    assert SYNTHETIC not in rendered(report)
+    assert SYNTHETIC in rendered({**report, "data": synthetic})
+    assert SYNTHETIC in rendered({**report, "training_data": synthetic})
 
 
 @pytest.mark.whole
@@ -269,7 +279,7 @@ def test_a_reader_sees_the_page_as_meant_on_a_phone_and_a_desk_in_light_and_dark
     with browser() as reader:
         for name, each in pages.items():
             path = tmp_path / f"{name}.html"
-            path.write_text(render(each), encoding="utf-8")
+            path.write_text(rendered(each), encoding="utf-8")
             for width in (360, 1200):
                 seen = {dark: reader.open(path, width=width, dark=dark) for dark in (False, True)}
                 for look in seen.values():

@@ -16,7 +16,7 @@ from training import translation
 from training.data.prepared import Part, Ragged, open_prepared
 from training.data.tokenizers import EOS, PAD, SOS
 from training.engine.batch_plan import BatchOptions, BatchPlan
-from training.evaluation.translations.decoders import AttentionGRUDecoder
+from training.evaluation.translations.translators import AttentionGRUTranslator
 from training.models.attention_gru import GRU, AttentionGRU, AttentionGRUOptions, ContextGRU, additive_attention
 from training.seq2seq import LossOptions, TwoSides
 from training.translation import held_out_scores, summed_loss
@@ -114,7 +114,7 @@ def test_a_sentence_gets_the_same_logits_alone_and_beside_longer_ones(options):
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_decoding_word_by_word_gives_the_logits_of_training(options):
     model, pairs = tiny(**options), pairs_of()
-    decoder = AttentionGRUDecoder(model)
+    decoder = AttentionGRUTranslator(model)
     sources = [row.tolist() for row in pairs.part.source]
     longest = max(pairs.target_tokens)
     with torch.inference_mode():
@@ -131,7 +131,7 @@ def test_decoding_word_by_word_gives_the_logits_of_training(options):
 @pytest.mark.parametrize("options", SHAPES, ids=str)
 def test_selected_rows_go_on_as_they_would_have(options):
     model = tiny(**options)
-    decoder = AttentionGRUDecoder(model)
+    decoder = AttentionGRUTranslator(model)
     sources = sentences(5, SOURCE, 9, seed=3)
     rows = torch.tensor([4, 1, 1])
     with torch.inference_mode():

@@ -24,6 +24,7 @@ from threading import Thread
 from typing import Any
 
 from training.base.console import warn
+from training.engine.status import numbers_of
 from training.engine.wandb.options import WandbOptions, is_disabled, mode_of, same_run
 from training.engine.wandb.visit import Visit, abandon, first_line, holds
 
@@ -169,10 +170,5 @@ def publish_evaluation(
 
 
 def _values(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl as part of a history row: `train/loss`, `validation/accuracy`, its step and its time.
-
-    What is null there leaves a gap.
-    """
-    values = {key: value for key, value in line.items() if key not in ("kind", "step", "time") and value is not None}
-    row = {f"{line['kind']}/{key}": value for key, value in values.items()}
-    return {"step": line["step"], "_timestamp": line.get("time", time.time()), **row}
+    """A line of metrics.jsonl as part of a history row. What is null there leaves a gap."""
+    return {"step": line["step"], "_timestamp": line.get("time", time.time()), **numbers_of(line)}

@@ -26,16 +26,17 @@ from training.engine.cluster import Cluster
 from training.engine.wandb.tracker import publish_evaluation
 from training.evaluation.answers.comparison import ENDING, say_head, say_row
 from training.evaluation.answers.losses import LossComparison, compare_losses, loss_by_task
-from training.evaluation.answers.report import AnsweredQuestion, render
+from training.evaluation.answers.report import AnsweredQuestion, content_of
 from training.evaluation.answers.scores import AnswerComparison, TaskScore, compare_tasks, score_answers
 from training.evaluation.chat_model.adapters import TrainedAdapters
-from training.evaluation.chat_model.generation import Generated, answers_to
+from training.evaluation.chat_model.answering import answers_to
 from training.evaluation.disc_law_eval.asking import LawAnswers, ask_law_eval, load_law_questions
 from training.evaluation.disc_law_eval.overlap import about_overlap, overlapping
-from training.evaluation.report.examples import example_rows
-from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Asking, Setting
+from training.models.generation import Generated
 from training.qlora import LIBRARIES, Answers, losses_of
+from training.report.examples import example_rows
+from training.report.page import REPORT, write_evaluated, write_page
 
 # Positions of a batch of losses; a single conversation may be longer.
 LOSS_TOKENS = 4096
@@ -71,7 +72,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     rows = sorted({*questions_of(list(part.tasks), asking.answers_per_task or None), *table})
     answers = Answers(part, data.meta["tokenizer"]["pad_id"])
     before, after = _both_sides(trained, answers, rows, asking, cluster)
-    path = trained.run_dir / "report.html"
+    path = trained.run_dir / REPORT
     if not cluster.is_first:
         return path
 
@@ -86,8 +87,9 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         scores["disc_law_eval"], law_page = before.law.compared(after.law, overlap)
         law_eval = {**scores["disc_law_eval"], "open_questions": len(after.law.open_questions), "page": page_name}
     held_out = [answered[rows.index(row)] for row in table]
-    report = {
-        **run_record(trained.run_dir, trained.checkpoint.manifest, ("torch", *LIBRARIES)),
+    evaluation = {
+        "checkpoint": trained.checkpoint.manifest,
+        "versions": trained.versions("torch", *LIBRARIES),
         "scores": scores,
         "data": data.meta,
         "parameters": trained.parameters,
@@ -106,7 +108,8 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
             write_atomically(folder / page_name, law_page)
         # The scores last: where they stand, the answers do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(path, render(report))
+        write_evaluated(folder, label, content_of(evaluation))
+        write_page(trained.run_dir)
     _print(scores, held_out)
     say(f"\nscores: {folder / label}.json\nreport: {path}")
     shown = [(each.question, each.reference, each.after, each.notes[1]) for each in held_out]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from training.evaluation.answers.scores import rows_by_task
+from training.data.answer_metrics import rows_by_task
 from training.evaluation.bootstrap import Interval, Paired, interval_of, paired, resample, rounded, seed_for
 
 ALL_TASKS = "all tasks"

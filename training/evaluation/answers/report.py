@@ -12,9 +12,8 @@ from typing import Any
 
 from training.evaluation.bootstrap import LEVEL, verdict
 from training.evaluation.disc_law_eval.overlap import about_overlap
-from training.evaluation.report.examples import EXAMPLES_SEED
-from training.evaluation.report.templates import page
-from training.evaluation.report.training_history import history
+from training.report.examples import EXAMPLES_SEED
+from training.report.page import Evaluated
 
 SYNTHETIC = "made-up sample data: these scores say nothing about real legal questions"
 DATA_NOT_SHOWN = {"files", "lengths", "questions", "tasks", "versions"}  # of meta.json
@@ -37,37 +36,34 @@ class AnsweredQuestion:
     notes: tuple[str, str] = ("", "")
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """The page of a run, given a `run_record` with these besides.
+def content_of(evaluation: Mapping[str, Any]) -> Evaluated:
+    """What the page shows of an evaluation, given these, as JSON has them.
 
-    scores: the object that is written to LABEL.json, see `before_after.scores_of`. data: meta.json of the data.
-    parameters: of the whole model; trained_parameters: of the adapters. questions: held-out ones picked beforehand, as
-    one of each task; examples: rows that `example_rows` draws. law_eval: the scores of `LawAnswers.compared`, with
+    checkpoint: manifest of the first one evaluated. scores: the object that is written to LABEL.json, see
+    `before_after.scores_of`. data: meta.json of the data. parameters: of the whole model; trained_parameters: of the
+    adapters. versions: with which it was trained and evaluated. questions: held-out ones picked beforehand, as one of
+    each task; examples: rows that `example_rows` draws. law_eval: the scores of `LawAnswers.compared`, with
     open_questions, how many these are, and the name of their page; None if it was not asked.
     """
-    scores, law_eval = record["scores"], record["law_eval"]
+    scores, law_eval = evaluation["scores"], evaluation["law_eval"]
     measures: dict[tuple[str, str], list[str]] = {}
     for task in scores["tasks"]:
         measures.setdefault((task["metric"], task["how"]), []).append(task["task"])
-    return page(
-        "answers.html",
-        {
-            **record,
-            **history(record),
-            **_data(record["data"], record["checkpoint"]),
-            "measures": [(metric, how, tasks) for (metric, how), tasks in measures.items()],
-            "verdicts": {
-                "score": verdict(scores["macro_average"], better=1),
-                "perplexity": verdict(scores["losses"][-1], better=-1),
-                "law_eval": law_eval and verdict(law_eval["compared"], better=1),
-            },
-            "about_overlap": law_eval and about_overlap(law_eval),
-            "synthetic": SYNTHETIC,
-            "level": LEVEL,
-            "folded": FOLDED,
-            "examples_seed": EXAMPLES_SEED,
+    more = {
+        **_data(evaluation["data"], evaluation["checkpoint"]),
+        "measures": [(metric, how, tasks) for (metric, how), tasks in measures.items()],
+        "verdicts": {
+            "score": verdict(scores["macro_average"], better=1),
+            "perplexity": verdict(scores["losses"][-1], better=-1),
+            "law_eval": law_eval and verdict(law_eval["compared"], better=1),
         },
-    )
+        "about_overlap": law_eval and about_overlap(law_eval),
+        "synthetic": SYNTHETIC,
+        "level": LEVEL,
+        "folded": FOLDED,
+        "examples_seed": EXAMPLES_SEED,
+    }
+    return {"template": "answers", "content": {**evaluation, **more}}
 
 
 def _data(data: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from training.evaluation.answers import metrics
-from training.evaluation.answers.metrics import Metric
+from training.data.answer_metrics import Metric, metric_of, rows_by_task
 from training.evaluation.bootstrap import (
     Interval,
     Paired,
@@ -30,30 +29,6 @@ from training.evaluation.bootstrap import (
     rounded,
     seed_for,
 )
-
-# By the names that prepared data has for the tasks (data_prep.disc_law). Most are the prefix of a record's id, as in
-# leg_case_cls-17. The two sets of questions share one, legal_question_answering_N, so the file tells them apart: the
-# plain name is Pair-QA, that with _reference is Triplet-QA, whose questions come with their statutes. The judgements of
-# Triplet are spelt judgement_predit- there.
-TASKS = {
-    "jud_read_compre": metrics.SPAN_F1,
-    "leg_ele_extra": metrics.ENTITY_F1,
-    "leg_eve_detec": metrics.LABEL_F1,
-    "exam": metrics.LETTERS,
-    "leg_case_cls": metrics.LABEL,
-    "sent_pred": metrics.ROUGE_L,
-    "jud_doc_sum": metrics.ROUGE_L,
-    "sim_case_match": metrics.CASE,
-    "op_sum": metrics.ROUGE_L,
-    "legal_question_answering": metrics.ROUGE_L,
-    "legal_question_answering_reference": metrics.ROUGE_L,
-    "judgement_predict": metrics.ROUGE_L,
-}
-
-
-def metric_of(task: str) -> Metric:
-    """The metric of a task; ROUGE-L for one that is not in TASKS."""
-    return TASKS.get(task, metrics.ROUGE_L)
 
 
 @dataclass(frozen=True)
@@ -121,15 +96,6 @@ def score_answers(tasks: Sequence[str], answers: Sequence[str], references: Sequ
         task: score_task(task, [answers[row] for row in own], [references[row] for row in own])
         for task, own in rows_by_task(tasks).items()
     }
-
-
-def rows_by_task(tasks: Sequence[str]) -> dict[str, list[int]]:
-    """The rows of each task, in the order of TASKS; those that it lacks follow by name."""
-    rows: dict[str, list[int]] = {}
-    for row, task in enumerate(tasks):
-        rows.setdefault(task, []).append(row)
-    places = {task: place for place, task in enumerate(TASKS)}
-    return {task: rows[task] for task in sorted(rows, key=lambda task: (places.get(task, len(TASKS)), task))}
 
 
 @dataclass(frozen=True)

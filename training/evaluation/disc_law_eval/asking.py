@@ -13,7 +13,7 @@ from training.base.console import warn
 from training.data.chat import user
 from training.engine.cluster import Cluster
 from training.evaluation.chat_model.adapters import TrainedAdapters
-from training.evaluation.chat_model.generation import answers_to
+from training.evaluation.chat_model.answering import answers_to
 from training.evaluation.disc_law_eval.open_questions import ModelAnswers, OpenQuestion, open_questions, render
 from training.evaluation.disc_law_eval.questions import Question, four_shot_prompt, load_questions, load_samples
 from training.evaluation.disc_law_eval.scoring import compare_sides, write_results

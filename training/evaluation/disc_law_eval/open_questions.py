@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.base.console import UserError
-from training.evaluation.report.templates import page
+from training.report.templates import page
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from training.data.conversations import DISC_LAW_SFT
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.exports.folder import place_of, weights_in_words
 from training.evaluation.exports.merging import Difference
-from training.evaluation.report import templates
+from training.report import templates
 
 # The licences of the models that Relay is made for, by how their names begin; the first that fits. As their pages on
 # the hub say.

@@ -42,7 +42,7 @@ from training.base.console import UserError
 from training.base.files import write_atomically
 from training.data.text import HAN
 from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS, UNK, SentencePieceTokenizer, load_tokenizer
-from training.evaluation.translations.decoding import NEVER_PRODUCED
+from training.models.decoding import NEVER_PRODUCED
 from training.models.gpt import GPT
 
 # Two fp32 implementations of one model differ by rounding, about a millionth of the largest logit. Another base of the
@@ -55,7 +55,7 @@ ROTARY_BASE = 10_000.0  # of `training.models.gpt.rotary_table`
 def model_of(gpt: GPT) -> PreTrainedModel:
     """The same model as transformers computes it, with its generation settings. Raises UserError where there is none.
 
-    Generation is greedy, produces what `training.evaluation.translations.decoding` does, and ends with the model's
+    Generation is greedy, produces what `training.models.decoding` does, and ends with the model's
     context.
     """
     options = gpt.options

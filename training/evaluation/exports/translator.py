@@ -24,10 +24,10 @@ from training.evaluation.exports.folder import (
     unpublished,
     weights_in_words,
 )
-from training.evaluation.report import templates
 from training.evaluation.setting import Setting
 from training.evaluation.translations.trained import TrainedModel
 from training.models.gpt import GPT
+from training.report import templates
 
 # Config, tokenizer and card; a tokenizer of 100,000 pieces takes about half of it.
 _ROOM_BESIDE_WEIGHTS = 10_000_000

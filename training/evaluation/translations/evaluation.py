@@ -18,12 +18,8 @@ from training.data.prepared import Part, Prepared
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
 from training.engine.wandb.tracker import publish_evaluation
-from training.evaluation.report.examples import example_rows
-from training.evaluation.report.training_history import run_record
 from training.evaluation.setting import Search, Setting
-from training.evaluation.translations.attention_maps import Sheet
-from training.evaluation.translations.decoding import Translation, translate
-from training.evaluation.translations.report import SYNTHETIC, Example, ranked_rows, render, runs_beside
+from training.evaluation.translations.report import SYNTHETIC, Example, content_of, ranked_rows, runs_beside
 from training.evaluation.translations.scores import (
     score_by_length,
     score_by_seen,
@@ -33,6 +29,10 @@ from training.evaluation.translations.scores import (
 )
 from training.evaluation.translations.seen import seen_rows, training_part
 from training.evaluation.translations.trained import TrainedModel
+from training.models.decoding import Translation, translate
+from training.report.examples import example_rows
+from training.report.page import REPORT, Evaluated, write_evaluated, write_page
+from training.report.sheets import Sheet
 from training.translation import held_out_scores
 
 SHEETS = 3  # sentences with attention maps
@@ -50,7 +50,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     token_scores = _token_scores(trained, part, cluster)
     train = training_part(trained, data)
     seen = None if train is None else seen_rows(part, train, cluster)
-    path = trained.run_dir / "report.html"
+    path = trained.run_dir / REPORT
     if not cluster.is_first:
         return path
     label = Setting.of(trained, data, part_name, search).label
@@ -67,24 +67,26 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
         "sources_with_unknown_words": sum(UNK in part.source[row] for row in range(len(part))),
         "translations_with_unknown_words": sum(UNK in result.ids for result in results),
     }
-    report = _report(trained, data, part, results, translations, scores)
+    shown = _shown(trained, data, part, results, translations, scores)
+    examples, sheets = shown["content"]["examples"], shown["content"]["attention"]
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{label}-translations.jsonl", _lines(part, translations, results))
         for earlier in range(1, SHEETS + 1):
             (folder / f"{label}-attention-{earlier}.svg").unlink(missing_ok=True)
-        for number, (_, svg) in enumerate(report["attention"], 1):
-            write_atomically(folder / f"{label}-attention-{number}.svg", svg)
+        for number, (_, sheet) in enumerate(sheets, 1):
+            write_atomically(folder / f"{label}-attention-{number}.svg", sheet.svg())
+        write_evaluated(folder, label, shown)
         # The scores last: where they stand, their translations do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(path, render(report))
-    _print(scores, report["examples"])
+        write_page(trained.run_dir)
+    _print(scores, examples)
     say(f"\nscores: {folder / label}.json\nreport: {path}")
-    shown = [(example.source, example.reference, example.translation, example.note) for example in report["examples"]]
+    table = [(example.source, example.reference, example.translation, example.note) for example in examples]
     # Numbers can be compared there; tables are in the report.
     figures = {key: value for key, value in scores.items() if not isinstance(value, dict | list)}
-    publish_evaluation(trained.run_dir, trained.config.wandb, figures, shown, path, part=label)
+    publish_evaluation(trained.run_dir, trained.config.wandb, figures, table, path, part=label)
     return path
 
 
@@ -140,15 +142,15 @@ def _text_scores(part: Part, translations: Sequence[str], seen: Sequence[bool] |
     }
 
 
-def _report(
+def _shown(
     trained: TrainedModel,
     data: Prepared,
     part: Part,
     results: Sequence[Translation],
     translations: Sequence[str],
     scores: dict[str, Any],
-) -> dict[str, Any]:
-    """What the page shows, see `render`."""
+) -> Evaluated:
+    """What the page shows."""
 
     def example(row: int, *notes: str) -> Example:
         note = "; ".join(filter(None, (*notes, _note(results[row]))))
@@ -156,8 +158,9 @@ def _report(
 
     rows = example_rows(len(part))
     ranked = ranked_rows(translations, list(part.target_texts))
-    return {
-        **run_record(trained.run_dir, trained.checkpoint.manifest, ("torch", "sacrebleu")),
+    evaluation = {
+        "checkpoint": trained.checkpoint.manifest,
+        "versions": trained.versions("torch", "sacrebleu"),
         "scores": scores,
         "data": data.meta,
         "training_data": trained.data,
@@ -166,9 +169,10 @@ def _report(
         "ranked": [
             (kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()
         ],
-        "attention": [(caption, sheet.svg()) for caption, sheet in _attention(trained, part, rows, results)],
+        "attention": _attention(trained, part, rows, results),
         "beside": runs_beside(trained.run_dir, scores["label"], scores["task"]),
     }
+    return content_of(evaluation)
 
 
 def _note(result: Translation) -> str:

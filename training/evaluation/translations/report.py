@@ -18,9 +18,8 @@ from sacrebleu.metrics import CHRF
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.files import read_plain
-from training.evaluation.report.examples import EXAMPLES_SEED
-from training.evaluation.report.templates import page
-from training.evaluation.report.training_history import history
+from training.report.examples import EXAMPLES_SEED
+from training.report.page import Evaluated
 
 RANKED = 5  # examples of each kind among the best, the typical and the worst
 
@@ -104,22 +103,19 @@ def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, Beside]
     return found
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """The page of a run, given a `run_record` with these besides.
+def content_of(evaluation: Mapping[str, Any]) -> Evaluated:
+    """What the page shows of an evaluation, given these, as JSON has them.
 
-    scores: the object that `evaluate` writes to LABEL.json. data: meta.json of the data that was scored; training_data:
-    that of the data trained on. parameters: of the model. examples: of `example_rows`; ranked: pairs of kind and
-    examples, of `ranked_rows`. attention: pairs of caption and SVG. beside: of `runs_beside`.
+    checkpoint: manifest of the first one evaluated. scores: the object that `evaluate` writes to LABEL.json. data:
+    meta.json of the data that was scored; training_data: that of the data trained on. parameters: of the model.
+    versions: with which it was trained and evaluated. examples: of `example_rows`; ranked: pairs of kind and examples,
+    of `ranked_rows`. attention: pairs of caption and `Sheet`. beside: of `runs_beside`.
     """
-    model = record["checkpoint"]["config"]["model"]
-    return page(
-        "translations.html",
-        {
-            **record,
-            **history(record),
-            "options": "".join(f", {key} {value}" for key, value in model.items()),
-            "synthetic": SYNTHETIC,
-            "examples_seed": EXAMPLES_SEED,
-            "ranked_rows": RANKED,
-        },
-    )
+    model = evaluation["checkpoint"]["config"]["model"]
+    more = {
+        "options": "".join(f", {key} {value}" for key, value in model.items()),
+        "synthetic": SYNTHETIC,
+        "examples_seed": EXAMPLES_SEED,
+        "ranked_rows": RANKED,
+    }
+    return {"template": "translations", "content": {**evaluation, **more}}

@@ -18,7 +18,7 @@ from training.data.prepared import Prepared
 from training.data.text import clean, simplify
 from training.data.tokenizers import Tokenizer, load_tokenizer
 from training.evaluation.runs import TrainedRun, open_run
-from training.evaluation.translations.decoders import DECODERS, AttentionGRUDecoder, GPTDecoder
+from training.evaluation.translations.translators import TRANSLATORS, AttentionGRUTranslator, GPTTranslator
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainedModel(TrainedRun):
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
     model: nn.Module
-    decoder: GPTDecoder | AttentionGRUDecoder
+    decoder: GPTTranslator | AttentionGRUTranslator
 
     def encode(self, text: str) -> list[int]:
         """Ids of a source sentence, its characters treated as those of the training data; none for a blank one."""
@@ -53,10 +53,10 @@ def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.de
     Raises UserError when the folder is no run, has no valid checkpoint, or when its tokenizers are missing or not the
     model's.
     """
-    configs = {task: decoder.config for task, decoder in DECODERS.items()}
+    configs = {task: decoder.config for task, decoder in TRANSLATORS.items()}
     run, state = open_run(run_dir, weights, configs, what="translate")
     manifest = run.checkpoint.manifest
-    decoder = DECODERS[manifest["task"]]
+    decoder = TRANSLATORS[manifest["task"]]
     source, target = (_tokenizer(run.run_dir, side, manifest) for side in ("source", "target"))
     model = decoder.build(run.config, source.vocabulary_size, target.vocabulary_size)
     model.load_state_dict(state)

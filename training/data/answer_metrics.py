@@ -305,3 +305,46 @@ LABEL_F1 = Metric("label F1", "F1 of the labels of all answers together", _label
 LETTERS = Metric("accuracy", "answers with exactly the letters of the reference", _letters, mean)
 CASE = Metric("accuracy", "answers that name the case of the reference", _cases, mean)
 ENTITY_F1 = Metric("entity F1", "F1 of kind and place of the tagged entities of all answers together", _tags, f1)
+
+# By the names that prepared data has for the tasks (data_prep.disc_law). Most are the prefix of a record's id, as in
+# leg_case_cls-17. The two sets of questions share one, legal_question_answering_N, so the file tells them apart: the
+# plain name is Pair-QA, that with _reference is Triplet-QA, whose questions come with their statutes. The judgements of
+# Triplet are spelt judgement_predit- there.
+TASKS = {
+    "jud_read_compre": SPAN_F1,
+    "leg_ele_extra": ENTITY_F1,
+    "leg_eve_detec": LABEL_F1,
+    "exam": LETTERS,
+    "leg_case_cls": LABEL,
+    "sent_pred": ROUGE_L,
+    "jud_doc_sum": ROUGE_L,
+    "sim_case_match": CASE,
+    "op_sum": ROUGE_L,
+    "legal_question_answering": ROUGE_L,
+    "legal_question_answering_reference": ROUGE_L,
+    "judgement_predict": ROUGE_L,
+}
+
+
+def metric_of(task: str) -> Metric:
+    """The metric of a task; ROUGE-L for one that is not in TASKS."""
+    return TASKS.get(task, ROUGE_L)
+
+
+def rows_by_task(tasks: Sequence[str]) -> dict[str, list[int]]:
+    """The rows of each task, in the order of TASKS; those that it lacks follow by name."""
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        rows.setdefault(task, []).append(row)
+    places = {task: place for place, task in enumerate(TASKS)}
+    return {task: rows[task] for task in sorted(rows, key=lambda task: (places.get(task, len(TASKS)), task))}
+
+
+def mean_of_tasks(tasks: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> float:
+    """The mean of the tasks' scores, 0 to 100: each weighs the same, however many answers it has."""
+    scores = []
+    for task, rows in rows_by_task(tasks).items():
+        metric = metric_of(task)
+        items = metric.items([answers[row] for row in rows], [references[row] for row in rows])
+        scores.append(metric.score(np.sum([item.counts for item in items], 0)))
+    return float(np.mean(scores))

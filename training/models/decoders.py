@@ -1,24 +1,15 @@
-"""The translators that are evaluated here, as `Decoder`s; and what else is particular to each.
-
-Each belongs to a training script: `config` are its options, `build` makes its untrained model, `pairs` reads the pairs
-of a part that fit the model as the training reads them. `attention` is what the model looked at from a source to a
-target; None without attention, or where both together are too long.
-"""
+"""The models that translate, as a search asks them for one token after another: see `training.models.decoding`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from training import gpt, seq2seq
-from training.data.prepared import Part
-from training.data.tokenizers import EOS, PAD, SEP, SOS, Tokenizer
-from training.evaluation.translations.attention_maps import Sheet, alignment_map, attention_sheet
+from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.models.attention_gru import AttentionGRU, State
 from training.models.gpt import GPT, Cache
 
@@ -26,11 +17,12 @@ from training.models.gpt import GPT, Cache
 class GPTDecoder:
     """A GPT as a `Decoder`: the prompt is `<sos> source <sep>`, the state is the key-value cache."""
 
-    config = gpt.GPTConfig
-
     def __init__(self, model: GPT):
         self.model = model
-        self.device = next(model.parameters()).device
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def longest_source(self) -> int:
@@ -51,37 +43,16 @@ class GPTDecoder:
     def extend(self, tokens: Tensor, state: Cache) -> Tensor:
         return self.model.extend(tokens, state)
 
-    @staticmethod
-    def build(config: gpt.GPTConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> GPT:
-        return GPT(config.model, target_vocabulary_size)
-
-    def pairs(self, part: Part) -> gpt.Sequences:
-        return gpt.Sequences(part, self.model.options.context)
-
-    @torch.inference_mode()
-    def attention(
-        self,
-        source: Sequence[int],
-        target: Sequence[int],
-        source_tokenizer: Tokenizer,
-        target_tokenizer: Tokenizer,
-    ) -> Sheet | None:
-        begin, end = [SOS, *source, SEP], [*target, EOS]
-        if len(begin) + len(end) > self.model.options.context:
-            return None
-        labels = [*source_tokenizer.token_texts(begin), *target_tokenizer.token_texts(end)]
-        maps = self.model.attention_maps(torch.tensor([*begin, *end], device=self.device))
-        return attention_sheet(maps, labels, separator=len(source) + 1)
-
 
 class AttentionGRUDecoder:
     """An encoder-decoder as a `Decoder`: the encoder reads `source <eos>`, the decoder begins with `<sos>`."""
 
-    config = seq2seq.Seq2SeqConfig
-
     def __init__(self, model: AttentionGRU):
         self.model = model
-        self.device = next(model.parameters()).device
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def longest_source(self) -> int:
@@ -100,28 +71,6 @@ class AttentionGRUDecoder:
     def extend(self, tokens: Tensor, state: SourceState) -> Tensor:
         return self.model.extend(tokens, state.state)
 
-    @staticmethod
-    def build(config: seq2seq.Seq2SeqConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> AttentionGRU:
-        return AttentionGRU(config.model, source_vocabulary_size, target_vocabulary_size)
-
-    def pairs(self, part: Part) -> seq2seq.TwoSides:
-        return seq2seq.TwoSides(part, self.model.options.max_length)
-
-    @torch.inference_mode()
-    def attention(
-        self,
-        source: Sequence[int],
-        target: Sequence[int],
-        source_tokenizer: Tokenizer,
-        target_tokenizer: Tokenizer,
-    ) -> Sheet | None:
-        if self.model.options.attention == "none":
-            return None
-        read, said = [*source, EOS], [*target, EOS]
-        inputs = (torch.tensor(ids, device=self.device) for ids in (read, [SOS, *target]))
-        weights = self.model.attention_map(*inputs)
-        return alignment_map(weights, source_tokenizer.token_texts(read), target_tokenizer.token_texts(said))
-
 
 @dataclass
 class SourceState:
@@ -137,6 +86,3 @@ class SourceState:
         if not torch.equal(sources, self.sources):
             encoded = encoded.select(rows)
         return SourceState(State([hidden[rows] for hidden in self.state.hidden], encoded), sources)
-
-
-DECODERS: dict[str, Any] = {"gpt": GPTDecoder, "seq2seq": AttentionGRUDecoder}  # by the name of the training

@@ -14,15 +14,10 @@ import numpy as np
 import torch
 
 from training.base.progress import Progress
-from training.engine.cluster import Cluster
 from training.engine.precision import Precision
-from training.evaluation.chat_model.adapters import TrainedAdapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# How far a rank may be ahead of another, see `Cluster.shared_out`: minutes at most.
-ANSWERS_BETWEEN_MEETINGS = 64
 
 # Positions of a batch, prompts and answers together: their keys and values are what memory goes to.
 TOKENS = 16384
@@ -81,29 +76,6 @@ def generate(
             if label is not None:
                 progress.advance(len(rows))
     return [answers[row] for row in range(len(prompts))]
-
-
-def answers_to(
-    trained: TrainedAdapters, prompts: Sequence[Sequence[int]], max_new_tokens: int, cluster: Cluster, label: str
-) -> list[Generated]:
-    """What the model, as it is now, says to each of `prompts`, in order; every rank answers its share."""
-    # Long and short ones are spread evenly over the ranks.
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-
-    def work(own: Sequence[int]) -> list[Generated]:
-        return generate(
-            trained.model.model,
-            [prompts[place] for place in own],
-            end_id=trained.tokenizer.end_id,
-            pad_id=trained.tokenizer.pad_id,
-            max_new_tokens=max_new_tokens,
-            precision=trained.precision,
-            label=label,
-        )
-
-    given = cluster.shared_out(order, work, per_rank=ANSWERS_BETWEEN_MEETINGS, kind=Generated)
-    everything = dict(zip(order, given, strict=True))
-    return [everything[place] for place in range(len(prompts))]
 
 
 def _batches(lengths: Sequence[int], more: int, tokens: int) -> Iterator[list[int]]:

@@ -5,7 +5,7 @@ floating-point rounding); decoding always ends; `<pad>`, `<sos>` and `<sep>` are
 translated is reported in its result and stops nobody else's.
 
 The search knows no model: it asks a `Decoder` for the next logits. Those of the models here are in
-`training.evaluation.translations.decoders`.
+`training.models.decoders`.
 """
 
 from __future__ import annotations

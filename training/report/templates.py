@@ -1,10 +1,10 @@
-"""Pages and model cards out of templates: HTML stands beside this file, Markdown in exports/.
+"""Pages and model cards out of templates: HTML stands beside this file, Markdown in training/evaluation/exports/.
 
 Promises: whatever a text holds, it stays text. Data, options, host names and reasons come from elsewhere; nothing of
 theirs becomes an element, an attribute, a link, another cell of a table, or a character that a browser drops or that
-UTF-8 cannot write. A page is one file with no scripts, and fetches nothing; if a text came through all the same, the
-page's policy keeps browsers from running or fetching anything for it. The same data gives the same bytes, and
-data that a template asks for and does not get is an error.
+UTF-8 cannot write. A page is one file that fetches nothing, and has no script but its own; if a text came through all
+the same, the page's policy keeps browsers from running or fetching anything for it. The same data gives the same
+bytes, and data that a template asks for and does not get is an error.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _MARKS = re.compile(r"[\\`*\[\]<|]")  # of Markdown
 
 
 def page(template: str, data: Mapping[str, Any]) -> str:
-    """The HTML page that `template` makes of `data`."""
-    return _writable(_PAGES.get_template(template).render(data))
+    """The HTML page that `template` makes of `data`; its "script", if any, is a file beside this one."""
+    return _writable(_PAGES.get_template(template).render({"script": None, **data}))
 
 
 def card(template: str, data: Mapping[str, Any]) -> str:
@@ -71,5 +71,7 @@ _PAGES = Environment(
 _PAGES.filters |= {"number": format, "duration": format_duration, "yaml": _yaml, "sha256": _sha256}
 _PAGES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 _CARDS = _PAGES.overlay(
-    loader=FileSystemLoader(Path(__file__).resolve().parents[1] / "exports"), autoescape=False, finalize=_in_markdown
+    loader=FileSystemLoader(Path(__file__).resolve().parents[1] / "evaluation/exports"),
+    autoescape=False,
+    finalize=_in_markdown,
 )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.evaluation.report.templates import escaped
+from training.report.templates import escaped
 
 # User units. On a page a figure is about this wide, on a phone somewhat less: the text is readable in both.
 WIDTH, HEIGHT = 440, 230
@@ -18,6 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 18, 14, 24
 BUCKETS = WIDTH - LEFT - RIGHT  # points are thinned to the lowest and the highest within each
 
 Point = tuple[float, float]
+SPARK_WIDTH, SPARK_HEIGHT = 120, 28
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def curve(
         x = number(x_axis(step))
         parts.append(f'<path class="mark" d="M{x} {TOP}V{HEIGHT - BOTTOM}"><title>{escaped(what)}</title></path>')
     for line in lines:
-        places = [(x_axis(x), y_axis(y)) if math.isfinite(y) else None for x, y in _thinned(line.points, x_axis.scale)]
+        places = [(x_axis(x), y_axis(y)) if math.isfinite(y) else None for x, y in thinned(line.points, x_axis.scale)]
         parts.append(f'<path class="{line.style}" d="{_path(places)}"/>')
         if line.style == "strong" and len(places) <= BUCKETS / 4:
             # Lines of no length with round ends: dots.
@@ -67,6 +68,18 @@ def curve(
                 f'<path class="dots" d="{"".join(f"M{number(p[0])} {number(p[1])}h0" for p in places if p)}"/>'
             )
     return "".join(parts) + "</svg>\n"
+
+
+def sparkline(lines: Sequence[Sequence[Point]], until: int, low: float, high: float, *, about: str) -> str:
+    """A small SVG without axes, the first of two `lines` faint. What is beyond `low` and `high` is at the edge."""
+    x_axis = _Axis(0, max(1, until), 1, SPARK_WIDTH - 1, ())
+    y_axis = _Axis(low, high if high > low else low + 1, SPARK_HEIGHT - 2, 2, ())
+    paths = [
+        f'<path class="{style}" d="{_path([(x_axis(x), y_axis(min(max(y, low), high))) for x, y in points])}"/>'
+        for style, points in zip(("faint", "strong"), lines, strict=True)
+    ]
+    box = f'viewBox="0 0 {SPARK_WIDTH} {SPARK_HEIGHT}" role="img" aria-label="{escaped(about)}"'
+    return f'<svg class="curve spark" {box}>{"".join(paths)}</svg>'
 
 
 @dataclass(frozen=True)
@@ -104,9 +117,12 @@ class _Axis:
         return self.begin + (value - self.low) * self.scale
 
 
-def _thinned(points: Sequence[Point], scale: float) -> list[Point]:
-    """The points that can be told apart: of those within one place, the lowest and the highest."""
-    if len(points) <= 2 * BUCKETS:
+def thinned(points: Sequence[Point], scale: float, few: int = 2 * BUCKETS) -> list[Point]:
+    """The points that can be told apart: of those within one place, the lowest and the highest.
+
+    scale: places per step. So `few` points stay as they are.
+    """
+    if len(points) <= few:
         return list(points)
     buckets: dict[int, list[Point]] = {}
     for point in points:

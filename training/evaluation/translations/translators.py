@@ -1,0 +1,81 @@
+"""The translators that are evaluated here: `Decoder`s, and what else is particular to each.
+
+Each belongs to a training script: `config` are its options, `build` makes its untrained model, `pairs` reads the pairs
+of a part that fit the model as the training reads them. `attention` is what the model looked at from a source to a
+target; None without attention, or where both together are too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from training import gpt, seq2seq
+from training.data.prepared import Part
+from training.data.tokenizers import EOS, SEP, SOS, Tokenizer
+from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
+from training.models.attention_gru import AttentionGRU
+from training.models.decoders import AttentionGRUDecoder, GPTDecoder
+from training.models.gpt import GPT
+from training.report.sheets import Sheet
+
+
+class GPTTranslator(GPTDecoder):
+    """Of the training `gpt`."""
+
+    config = gpt.GPTConfig
+
+    @staticmethod
+    def build(config: gpt.GPTConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> GPT:
+        return GPT(config.model, target_vocabulary_size)
+
+    def pairs(self, part: Part) -> gpt.Sequences:
+        return gpt.Sequences(part, self.model.options.context)
+
+    @torch.inference_mode()
+    def attention(
+        self,
+        source: Sequence[int],
+        target: Sequence[int],
+        source_tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+    ) -> Sheet | None:
+        begin, end = [SOS, *source, SEP], [*target, EOS]
+        if len(begin) + len(end) > self.model.options.context:
+            return None
+        labels = [*source_tokenizer.token_texts(begin), *target_tokenizer.token_texts(end)]
+        maps = self.model.attention_maps(torch.tensor([*begin, *end], device=self.device))
+        return attention_sheet(maps, labels, separator=len(source) + 1)
+
+
+class AttentionGRUTranslator(AttentionGRUDecoder):
+    """Of the training `seq2seq`."""
+
+    config = seq2seq.Seq2SeqConfig
+
+    @staticmethod
+    def build(config: seq2seq.Seq2SeqConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> AttentionGRU:
+        return AttentionGRU(config.model, source_vocabulary_size, target_vocabulary_size)
+
+    def pairs(self, part: Part) -> seq2seq.TwoSides:
+        return seq2seq.TwoSides(part, self.model.options.max_length)
+
+    @torch.inference_mode()
+    def attention(
+        self,
+        source: Sequence[int],
+        target: Sequence[int],
+        source_tokenizer: Tokenizer,
+        target_tokenizer: Tokenizer,
+    ) -> Sheet | None:
+        if self.model.options.attention == "none":
+            return None
+        read, said = [*source, EOS], [*target, EOS]
+        inputs = (torch.tensor(ids, device=self.device) for ids in (read, [SOS, *target]))
+        weights = self.model.attention_map(*inputs)
+        return alignment_map(weights, source_tokenizer.token_texts(read), target_tokenizer.token_texts(said))
+
+
+TRANSLATORS: dict[str, Any] = {"gpt": GPTTranslator, "seq2seq": AttentionGRUTranslator}  # by the name of the training

@@ -1,0 +1,149 @@
+"""All runs of a folder on one page, runs/index.html, each by a small summary.json of its own.
+
+Only a folder called `runs` gets one by itself, and a file of that name that is somebody else's is left alone.
+`python -m training.report.overview FOLDER` makes one for any folder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+
+from training.base.console import UserError, run_main, say
+from training.base.files import read_plain, write_atomically, writing_to
+from training.base.options import CommandLine
+from training.report.curves import Point, sparkline, thinned
+from training.report.templates import page
+from training.report.training_history import scores_in
+
+SUMMARY, INDEX = "summary.json", "index.html"
+_MARK, _HEAD = b"<!-- all runs of a folder -->", 200  # stands within the first bytes of the page
+_EVERY_S = 60
+_MOST_BYTES = 1 << 16  # of a summary
+_POINTS = 60
+
+
+@with_config(ConfigDict(allow_inf_nan=False))
+class Summary(TypedDict):
+    """What the page shows of a run. at: its last sign of life, and silent_s: see `training.report.training_history`."""
+
+    task: str
+    status: str
+    words: str
+    step: int
+    steps: int
+    best: str
+    scores: dict[str, float]  # of the last validation
+    goodput: float | None
+    at: float
+    silent_s: float
+    train: list[Point]  # losses
+    validation: list[Point]
+
+
+_SUMMARY = TypeAdapter(Summary)
+
+
+def write_summary(run_dir: Path, record: Mapping[str, Any], standing: Mapping[str, Any]) -> None:
+    """Writes summary.json, from a `run_record` and how the run stands. Raises OSError where it cannot be written."""
+    status, metrics = record["status"], record["metrics"]
+    if "steps" not in status:
+        return
+    losses: dict[str, list[Point]] = {}
+    for kind in ("train", "validation"):
+        points = [(line["step"], line["loss"]) for line in metrics if line["kind"] == kind and line["loss"] is not None]
+        losses[kind] = thinned(points, _POINTS / 2 / max(1, status["steps"]), few=_POINTS)
+    last: dict[str, Any] = next((line for line in reversed(metrics) if line["kind"] == "validation"), {})
+    summary: Summary = {
+        "task": record["checkpoint"].get("task", ""),
+        **{key: standing[key] for key in ("words", "best", "at", "silent_s")},  # type: ignore[typeddict-item]
+        "status": status["status"],
+        "step": status.get("step", 0),
+        "steps": status["steps"],
+        "scores": {name: last[name] for name in ("loss", *scores_in(metrics)) if last.get(name) is not None},
+        "goodput": status.get("goodput"),
+        "train": losses["train"],
+        "validation": losses["validation"],
+    }
+    write_atomically(run_dir / SUMMARY, _SUMMARY.dump_json(summary).decode() + "\n")
+
+
+def write_index(folder: Path, *, always: bool = False) -> None:
+    """Makes the index of the runs in `folder`, if it is to have one and the last is not a minute old.
+
+    always: in any folder, at once. Raises OSError where it cannot be written.
+    """
+    path = folder / INDEX
+    if not always and folder.name != "runs":
+        return
+    if os.path.lexists(path):
+        is_new = time.time() - os.lstat(path).st_mtime < _EVERY_S
+        if (is_new and not always) or _MARK not in read_plain(path)[:_HEAD]:
+            return
+    write_atomically(path, render(folder.resolve().name, summaries(folder)))
+
+
+def summaries(folder: Path) -> dict[str, Summary]:
+    """The summaries of all runs in a folder, by name; what is not one is left out."""
+    found = {}
+    for each in sorted(folder.iterdir()):
+        with suppress(OSError, ValueError):
+            found[each.name] = _SUMMARY.validate_json(read_plain(each / SUMMARY, _MOST_BYTES))
+    return found
+
+
+def render(title: str, runs: Mapping[str, Summary]) -> str:
+    """The page of these runs, the one that was heard of last first. Curves of one task have the same axes."""
+    order = sorted(runs, key=lambda name: (-runs[name]["at"], name))
+    names = list(dict.fromkeys(name for each in runs.values() for name in each["scores"]))
+    rows = [
+        {
+            **runs[name],
+            "name": name,
+            "href": f"{quote(name)}/report.html",
+            "progress": runs[name]["step"] / max(1, runs[name]["steps"]),
+            "curve": _curve(runs[name], [each for each in runs.values() if each["task"] == runs[name]["task"]]),
+        }
+        for name in order
+    ]
+    return (
+        _MARK.decode()
+        + "\n"
+        + page("overview.html", {"title": title, "rows": rows, "names": names, "script": "overview.js"})
+    )
+
+
+def _curve(run: Summary, alike: Sequence[Summary]) -> str:
+    # A loss begins high, and soon all runs are in the lower part: the highest validation is the top.
+    values = [value for each in alike for _, value in (each["validation"] or each["train"])]
+    if not values:
+        return ""
+    steps = max(each["steps"] for each in alike)
+    return sparkline([run["train"], run["validation"]], steps, min(values), max(values), about="losses over steps")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandLine("python -m training.report.overview", "Makes index.html, a page of all runs in a folder.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for example runs")
+    folder = parser.parse_args(argv).folder
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    path = folder / INDEX
+    with writing_to(folder, option="FOLDER"):
+        if os.path.lexists(path) and _MARK not in read_plain(path)[:_HEAD]:
+            raise UserError(f"{path} is another page: move it away first")
+        write_index(folder, always=True)
+    say(f"{len(summaries(folder))} runs: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
