@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_index_has_what_is_a_summary_and_leaves_other_peoples_pages_alone(tmp_pa
     assert not (tmp_path / "index.html").exists(), "only a folder called runs has one by itself"
     assert overview.main([str(tmp_path)]) == 0 and "No run" in text_of(tmp_path / "index.html")
     (tmp_path / "runs/index.html").write_text("my own")
+    os.utime(tmp_path / "runs/index.html", (0, 0))
     write_index(tmp_path / "runs")
     assert (tmp_path / "runs/index.html").read_text() == "my own"
     with pytest.raises(Exception, match="is another page"):
