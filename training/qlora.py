@@ -26,7 +26,7 @@ from training.data.answer_metrics import mean_of_tasks
 from training.data.conversations import ConversationPart, Conversations, open_conversations, question_of
 from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.generating import GeneratedScores, OwnPart, answers_to, drawn
+from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import RunOptions, Task, Validation
@@ -199,9 +199,7 @@ class Answering(Task):
             )
             return [tokenizer.decode(each.ids) for each in found]
 
-        self.model.eval()
-        answers = answers_to(rows, part.prompt_lengths[rows], answer, self.cluster, own_part)
-        self.model.train()
+        answers = answers_of(rows, part.prompt_lengths[rows], answer, 8, self.cluster, own_part)
         turns = [json.loads(part.messages[row]) for row in rows.tolist()]
         sources, references = map(question_of, turns), [messages[-1]["content"] for messages in turns]
         score = mean_of_tasks([part.tasks[row] for row in rows.tolist()], answers, references)

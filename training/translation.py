@@ -18,7 +18,7 @@ from training.data.prepared import Part
 from training.data.tokenizers import Tokenizer
 from training.engine.batch_plan import BatchOptions, BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
-from training.engine.generating import GeneratedScores, OwnPart, answers_to, drawn
+from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.optim import OptimOptions
 from training.engine.task import Task, Validation
 from training.models.cross_entropy import token_losses, twin_losses
@@ -200,9 +200,7 @@ class Translating(Task):
             found = translate(self.decoder, [part.source[row].tolist() for row in batch])
             return [self.tokenizer.decode(each.ids) for each in found]
 
-        self.model.eval()
-        answers = answers_to(rows, part.source.lengths[rows], answer, self.cluster, own_part)
-        self.model.train()
+        answers = answers_of(rows, part.source.lengths[rows], answer, 25, self.cluster, own_part)
         sources, references = (
             [texts[row] for row in rows.tolist()] for texts in (part.source_texts, part.target_texts)
         )

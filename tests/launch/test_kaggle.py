@@ -551,7 +551,7 @@ def test_only_what_a_kernel_run_needs_leaves_the_machine(sample_data, tmp_path):
     shutil.rmtree(root / ".git")
     without, same, said = uploaded("without-git")
     assert same == prepared and "without git: all files there that end in .py" in said
-    endings = (".py", ".html", ".css", ".md", "LICENSE", "requirements.txt", "configs/gpt/own.yaml")
+    endings = (".py", ".html", ".css", ".js", ".md", "LICENSE", "requirements.txt", "configs/gpt/own.yaml")
     assert without == {name for name in code if name.endswith(endings)}
 
     # A link in the place of a file that meta.json lists is refused, and so is what else lies in the folder to upload.

@@ -81,6 +81,9 @@ def test_a_checkpoint_has_every_score_and_another_one_may_say_which_is_best(laun
     assert result.status == 0, result
     status, found = status_of(run_dir), max(scores, key=lambda step: scores[step]["chrf"])
     assert (status["best_by"], status["best_step"], status["best_score"]) == ("chrf", found, scores[found]["chrf"])
+    other = ("--checkpoint.best_by", "chrf", "--log.generate_samples", 5)
+    result = launch(*command_of(run_dir, sample_data, *RUN, *other)).wait()
+    assert_only_one_line_is_said(result, "chrf of 1000 samples, with which that of 5 cannot be compared")
 
 
 @pytest.mark.parametrize(

@@ -207,9 +207,12 @@ def _set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write; it appears as `path` when the block ends, and not at all if the block fails."""
-    partial = _partial(path)
+def open_atomically(path: Path, within: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file to write; it appears as `path` when the block ends, and not at all if the block fails.
+
+    One process at a time may do so. within: a folder of its own on the same disk, where there may be others.
+    """
+    partial = _partial(within / path.name if within else path)
     try:
         with create(partial) as file:
             yield file
@@ -222,9 +225,12 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     fsync_folder(path.parent)
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes `content` (text as UTF-8) to `path`, replacing what is there. Raises OSError; see `writing_to`."""
-    with open_atomically(path) as file:
+def write_atomically(path: Path, content: bytes | str, within: Path | None = None) -> None:
+    """Writes `content` (text as UTF-8) to `path`, replacing what is there. Raises OSError; see `writing_to`.
+
+    within: see `open_atomically`.
+    """
+    with open_atomically(path, within) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 

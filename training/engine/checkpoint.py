@@ -68,6 +68,13 @@ class EngineState(TypedDict):
     scaler: dict[str, Any] | None
 
 
+class MeasuredInterval(TypedDict):
+    """Steps between two checkpoints, as measured for so many hours between kills."""
+
+    steps: int
+    hours: float
+
+
 class RunState(Best, EngineState):
     """state.json: what a run needs to go on, besides tensors."""
 
@@ -77,7 +84,8 @@ class RunState(Best, EngineState):
     ended: int | None  # the step at which that was too many
     steps: int  # of the whole run
     fork: int  # see `training.engine.optim.Course`
-    save_every: int | None  # steps between checkpoints; None before that is known, see `checkpoint.every_steps`
+    measured_interval: MeasuredInterval | None  # of `checkpoint.every_steps auto`, once it is known
+    samples: int  # that are answered at a validation
     window_losses: list[float]  # see `training.engine.metrics.Window`
     wandb_id: str | None
     due: bool  # false where an uninterrupted run, or a longer one, has no checkpoint
@@ -462,13 +470,12 @@ def kept_for_good(run_dir: str | Path) -> set[int] | None:
 
 
 def keep_for_good(run_dir: Path, step: int) -> None:
-    """Has a checkpoint stay, however many newer or better ones follow. Raises UserError where it is not there."""
-    if not checkpoint_folder(run_dir, step).is_dir():
-        there = ", ".join(str(each.step) for each in checkpoints(run_dir)) or "none"
-        raise UserError(f"{run_dir} has no checkpoint of step {step:,} to be kept: its steps are {there}")
+    """Has the checkpoint of a step stay, however many newer or better ones follow. Raises UserError if that fails."""
+    steps = kept_for_good(run_dir)
+    if steps is None:
+        raise UserError(f"{run_dir / KEPT} is damaged: write the steps into it that are to be kept, as in [300, 600]")
     with writing_to(run_dir, option="RUN"):
-        steps = sorted({*(kept_for_good(run_dir) or ()), step})
-        write_atomically(run_dir / KEPT, json.dumps(steps) + "\n")
+        write_atomically(run_dir / KEPT, json.dumps(sorted({*steps, step})) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -485,6 +492,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run_dir} is not a run folder: there is no folder checkpoints in it")
     if arguments.keep is not None:
         keep_for_good(run_dir, arguments.keep)
+        kept = Checkpoint(checkpoint_folder(run_dir, arguments.keep))
+        problem = kept.verify() if kept.folder.is_dir() else "there is none"
+        if problem is not None:
+            there = ", ".join(str(each.step) for each in checkpoints(run_dir)) or "none"
+            raise UserError(
+                f"the checkpoint of step {kept.step:,} cannot be kept: {problem}; the steps of {run_dir} are {there}"
+            )
     found, for_good = checkpoints(run_dir), kept_for_good(run_dir) or ()
     problems = {checkpoint.step: checkpoint.verify() for checkpoint in found}
     valid = [checkpoint for checkpoint in found if problems[checkpoint.step] is None]

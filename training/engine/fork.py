@@ -10,6 +10,7 @@ and the newest checkpoint is the last to go.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -27,11 +28,12 @@ from training.base.files import (
     read_plain,
     remove,
     temporary_folder,
+    write_atomically,
     writing_to,
 )
-from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints
+from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints, kept_for_good
 from training.engine.metrics import lines_up_to, read_metrics, write_lines
-from training.engine.status import STOP_FILE, WandbRecord, write_status
+from training.engine.status import KEPT, STOP_FILE, WandbRecord, write_status
 from training.engine.wandb.options import read_wandb_record, write_wandb_record
 
 # What only a run that goes on has, or is set aside in a way of its own; and what tells of the run that it was.
@@ -56,6 +58,8 @@ def go_back(run_dir: Path, latest: Checkpoint, step: int) -> Checkpoint:
     leave_record(run_dir, target)
     for name in _OF_THE_WHOLE:
         remove(run_dir / name)
+    if kept := kept_for_good(run_dir):
+        write_atomically(run_dir / KEPT, json.dumps(sorted(each for each in kept if each <= target.step)) + "\n")
     write_status(run_dir, "resumable", f"goes on from step {target.step:,}", restart=True, step=target.step)
     for later in checkpoints(run_dir):
         if later.step > target.step:

@@ -16,8 +16,6 @@ from training.engine.status import Example
 # From all batches of a validation to those of this rank; see `training.engine.task.Task.validate`.
 OwnPart = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]
 
-# An answer depends in its rounding on the others of its batch, and must not on the number of ranks: so many share them.
-_BATCHES = 8
 _EXAMPLES = 4
 
 
@@ -43,20 +41,23 @@ def drawn(count: int, total: int) -> np.ndarray:
     return np.random.default_rng(1234).permutation(total)[:count]
 
 
-def answers_to(
+def answers_of(
     samples: np.ndarray,
     lengths: np.ndarray,
     answer: Callable[[list[int]], list[str]],
+    most: int,
     cluster: Cluster,
     own_part: OwnPart,
 ) -> list[str]:
     """The answers to `samples` [n], in order, on every rank; each rank gives its part.
 
     lengths [n]: of the samples; equally long ones share a batch. answer: from the samples of a batch to their answers.
+    most: of a batch, which nothing can interrupt. In its rounding an answer depends on the others of its batch, so the
+    batches do not depend on the ranks.
     """
     places = np.argsort(lengths, kind="stable")
     own: list[tuple[int, str]] = []
-    for batch in own_part(np.array_split(places, min(_BATCHES, len(places)))):
+    for batch in own_part(np.array_split(places, -(-len(places) // most))):
         own += zip(batch.tolist(), answer(samples[batch].tolist()), strict=True)
     by_place = dict(pair for of_rank in cluster.gather(own, list[tuple[int, str]]) for pair in of_rank)
     return [by_place[place] for place in range(len(samples))]

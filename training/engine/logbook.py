@@ -7,6 +7,7 @@ room, and the other files stay as they were.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -86,7 +87,7 @@ class FirstRanksLogbook(Logbook):
     ):
         """about: what goes into every manifest. steps: of the whole run. show: see `Task`."""
         self._run_dir, self._steps, self._on_end = config.run_dir, steps, config.session.on_end
-        self._checkpoint, self._on_gpu = config.checkpoint, cluster.device.type == "cuda"
+        self._checkpoint, self._device = config.checkpoint, cluster.device.type
         self._saver = saver = Saver(config.run_dir, config.checkpoint, {**about, "commit": commit()})
         stop.reserve_s, stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
         self._usable_s = stop.usable_s()
@@ -121,16 +122,16 @@ class FirstRanksLogbook(Logbook):
                 other = [f"ranks: {before['world_size']} -> {ranks}", *other]
             if other:
                 say(f"not as in the last session: {', '.join(other)}; the numbers are equal up to rounding only")
-        self._pages = Pages(config.run_dir, show)
         self._write_status("running", "training", step, best, restart=True)
+        self._pages = Pages(config.run_dir, show)
+        self._pages.refresh()
 
     def line(self, kind: str, step: int, **values: Any) -> None:
         written = self._metrics.write(kind, step, **values)
         self._tracker.add(written)
         if self._board is not None:
             self._board.add(written)
-        if kind == "validation":
-            self._pages.refresh()
+        self._pages.refresh()
 
     def set_length(self, steps: int) -> None:
         self._steps = self._sessions.steps = steps
@@ -148,13 +149,11 @@ class FirstRanksLogbook(Logbook):
         saver.drain()
         if not saver.saves_s:
             return 0
-        # On a CPU the thread that writes takes the time of the steps.
-        cost_s = saver.stalls_s[-1] if self._on_gpu else saver.saves_s[-1]
-        hours = self._checkpoint.hours_between_kills
-        found = best_interval(step_s, cost_s, saver.saves_s[-1], hours)
+        stall_s, published_s, hours = saver.stalls_s[-1], saver.saves_s[-1], self._checkpoint.hours_between_kills
+        found = best_interval(step_s, stall_s, published_s, hours, self._device)
         every = format_duration(found * step_s)
         rule = f"with a kill every {hours:g} hours one every {found:,} steps ({every}) loses least"
-        say(f"a save takes {saver.saves_s[-1]:,.2f} s: {rule}")
+        say(f"a save takes {published_s:,.2f} s: {rule}")
         return found
 
     def drain(self) -> None:
@@ -181,7 +180,7 @@ class FirstRanksLogbook(Logbook):
         say(in_words(hours))
         if status == "finished":
             trained = format_duration(sum(session["seconds"] for session in sessions.all))
-            best_step = f"the best at step {best['best_step']:,}"
+            best_step = "none validated" if best["best_step"] is None else f"the best at step {best['best_step']:,}"
             sessions_done = f"{len(sessions.all)} session(s), {trained}"
             say(f"finished: {step:,} steps, {best_step}, in {sessions_done}; see {self._run_dir}")
             return
@@ -215,19 +214,22 @@ def shown_config(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Pages:
-    """The run's pages, made anew behind the steps, every few seconds at most. A failure costs nothing."""
+    """The run's pages, made anew behind the steps, every few seconds at most. A failure costs nothing.
+
+    They take the interpreter from the steps while they are made, and longer the longer the record is: so at most a
+    hundredth of the time goes into them.
+    """
 
     def __init__(self, run_dir: Path, show: Callable[[Path], None]):
         self._run_dir, self._show = run_dir, show
         self._thread: threading.Thread | None = None
-        self._last = time.monotonic()
+        self._next = -math.inf
         self._failed = False
 
     def refresh(self) -> None:
         """Begins to make them; returns at once."""
         is_free = self._thread is None or not self._thread.is_alive()
-        if is_free and time.monotonic() - self._last > PAGES_EVERY_S:
-            self._last = time.monotonic()
+        if is_free and time.monotonic() > self._next:
             self._thread = threading.Thread(target=self._make, name="pages", daemon=True)
             self._thread.start()
 
@@ -238,12 +240,15 @@ class Pages:
         self._make()
 
     def _make(self) -> None:
+        began = time.monotonic()
         try:
             self._show(self._run_dir)
         except Exception as error:
             if not self._failed:
                 warn(f"the run's page could not be made ({error!r}); the run goes on without")
             self._failed = True
+        ended = time.monotonic()
+        self._next = ended + max(PAGES_EVERY_S, 100 * (ended - began))
 
 
 class Word:

@@ -28,7 +28,7 @@ from training.base.files import writing_to
 from training.base.options import to_yaml
 from training.base.progress import Progress
 from training.engine.batch_plan import in_rounds
-from training.engine.checkpoint import Checkpoint, RunState, best, model_state
+from training.engine.checkpoint import Checkpoint, MeasuredInterval, RunState, best, model_state
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.generating import GeneratedScores
 from training.engine.goodput import Clock
@@ -146,7 +146,7 @@ def _check_best_by(config: RunOptions, task: Task) -> None:
     if by not in scores:
         raise UserError(
             f"checkpoint.best_by {by}: a validation of this run gives {', '.join(scores)}"
-            + ("" if task.generated else "; log.generate_samples gives more")
+            + ("" if task.generated or config.spreads_weights else "; log.generate_samples gives more")
         )
 
 
@@ -184,21 +184,31 @@ def _dry_run(config: RunOptions, task: Task, engine: Parallel, cluster: Cluster)
             start_s = process_age_s()
     whole = format_duration(times[-1] * task.plan.steps)
     say(f"dry run: loss {value:.4f}; a step takes {times[-1]:.2f} s, all {task.plan.steps:,} about {whole}")
-    say(_price_of_a_kill(config, engine, times[-1], start_s))
-    figures = {"steps": task.plan.steps, "step_s": times[-1], "start_s": start_s}
+    say(_price_of_a_kill(config, engine, cluster, times[-1], start_s))
     if task.generated:
-        began = time.monotonic()
-        task.generate(cluster.own_part)
-        figures["generate_s"] = time.monotonic() - began
-        most = format_duration(figures["generate_s"])
-        say(f"answering held-out samples takes {most} at a validation at most (log.generate_samples)")
+        took = f"{_generate_s(task, cluster):.1f} s"
+        say(f"answering held-out samples takes {took} at a validation (log.generate_samples)")
     used_mb = memory_mb(cluster.device)
     say(f"{used_mb:,.0f} MB of memory a process; nothing was written")
-    say(json.dumps({**figures, "memory_mb": round(used_mb, 1)}))
+    say(json.dumps({"steps": task.plan.steps, "step_s": times[-1], "start_s": start_s, "memory_mb": round(used_mb, 1)}))
     return 0
 
 
-def _price_of_a_kill(config: RunOptions, engine: Parallel, step_s: float, start_s: float) -> str:
+def _generate_s(task: Task, cluster: Cluster) -> float:
+    """How long the answers of a validation take; an untrained model's are longer than others."""
+
+    def own_part(batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        for batch in cluster.own_part(batches):
+            cluster.watcher.beat("dry run, answers to held-out samples")
+            yield batch
+
+    began = time.monotonic()
+    task.model.eval()
+    task.generate(own_part)
+    return time.monotonic() - began
+
+
+def _price_of_a_kill(config: RunOptions, engine: Parallel, cluster: Cluster, step_s: float, start_s: float) -> str:
     tensors = engine.tensors()
     save_s = published_s = write_s(tensors)
     if config.checkpoint.background:
@@ -208,7 +218,7 @@ def _price_of_a_kill(config: RunOptions, engine: Parallel, step_s: float, start_
                 tensor.to("cpu", copy=True)
         save_s = time.monotonic() - began
     hours = config.checkpoint.hours_between_kills
-    least = best_interval(step_s, save_s, published_s, hours)
+    least = best_interval(step_s, save_s, published_s, hours, cluster.device.type)
     every = least if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps
     return f"{price_of_a_kill(every, least, step_s, hours)}; a start takes {format_duration(start_s)}"
 
@@ -271,8 +281,7 @@ class _Run:
         self.clock = Clock()
         self.step = 0
         self.saved_step: int | None = None
-        every = config.checkpoint.every_steps
-        self.save_every = None if every == "auto" else every
+        self.measured: MeasuredInterval | None = None  # of `checkpoint.every_steps auto`
         self.validated_step = 0
         self.waited = 0  # validations since the last new best
         self.ended: int | None = None  # the step at which that was too many
@@ -349,7 +358,15 @@ class _Run:
         self.step = self.saved_step = latest.step
         self.validated_step, self.wandb_id = state["validated_step"], state["wandb_id"]
         self.scores, self.waited, self.ended = state["scores"], state["waited"], self._still_ended(state)
-        self.save_every = self.save_every or state["save_every"]
+        self.measured = state["measured_interval"]
+        if self.measured and self.measured["hours"] != self.config.checkpoint.hours_between_kills:
+            self.measured = None
+        if self.best["best_by"] in self.task.generated and state["samples"] not in (0, self.task.samples):
+            raise UserError(
+                f"the best checkpoint is told by {self.best['best_by']} of {state['samples']} samples, with which that "
+                f"of {self.task.samples} cannot be compared: leave log.generate_samples as it was, or let another "
+                "score tell (checkpoint.best_by)"
+            )
         if state["best_by"] == self.best["best_by"]:
             self.best["best_step"], self.best["best_score"] = state["best_step"], state["best_score"]
         else:
@@ -364,10 +381,17 @@ class _Run:
 
     def _take_best_of_kept(self) -> None:
         """The best so far by a score that did not count before: only what is still there can be it."""
-        self.waited = 0
-        for checkpoint in best(self.config.run_dir, 1, self.best["best_by"]):
-            scores = checkpoint.state()["scores"]
-            self.best["best_step"], self.best["best_score"] = checkpoint.step, scores[self.best["best_by"]]
+        by = self.best["best_by"]
+
+        def look() -> list[tuple[int, float]]:
+            return [(each.step, each.state()["scores"][by]) for each in best(self.config.run_dir, 1, by)]
+
+        # One rank looks: what the others see of the folder may be older.
+        (found, *_) = self.cluster.gather(self.cluster.on_first(look) or [], list[tuple[int, float]])
+        if found:
+            self.best["best_step"], self.best["best_score"] = found[0]
+        if self.ended is None:
+            self.waited = 0
 
     @property
     def is_finished(self) -> bool:
@@ -401,8 +425,9 @@ class _Run:
                 while self.step < self.course.steps:
                     self.stop.check()
                     self._train_step()
-                    if self.step == self.first_step + 1:  # the optimizer has its tensors only now
-                        self.logbook.prepare(self.engine.tensors())
+                    if self.step == self.first_step + 1:
+                        self.first_step_s = self.clock.seconds()["steps"]
+                        self.logbook.prepare(self.engine.tensors())  # the optimizer has them only now
                     self._boundary()
             except Stopped as raised:
                 stopped = raised
@@ -455,21 +480,35 @@ class _Run:
             if self.validated_step == self.step and self.ended is None:
                 self._end_early()
                 validated |= self.ended is not None
-            due = is_best or done or self.step % (self.save_every or STEPS_TO_MEASURE) == 0
+            due = is_best or done or self.step % self._save_every() == 0
             # A stop within the validation leaves a checkpoint that does not know its outcome: it is made anew.
             if (due or self.step in (self.course.fork, self.course.steps)) and (
                 validated or self.saved_step != self.step
             ):
                 self._save(due=due)
-                if self.save_every is None and not done:
-                    self._measure_interval()
+                self._measure_interval()
+
+    def _save_every(self) -> int:
+        """Steps between two checkpoints."""
+        every = self.config.checkpoint.every_steps
+        if every != "auto":
+            return every
+        return self.measured["steps"] if self.measured else STEPS_TO_MEASURE
 
     def _measure_interval(self) -> None:
-        """`checkpoint.every_steps auto`: how often to save, from how long the steps and this save have taken."""
+        """`checkpoint.every_steps auto`: how often to save, from how long steps and the save just begun are taking.
+
+        The first step of a session, which also sets things up, is left out, and a few others are waited for.
+        """
+        steps = self.step - self.first_step - 1
+        if self.config.checkpoint.every_steps != "auto" or self.measured or steps < STEPS_TO_MEASURE / 2:
+            return
+        self.cluster.watcher.beat(f"the save of step {self.step}", slow=True)
         with self.clock.during("saves"):
-            step_s = self.clock.seconds()["steps"] / max(1, self.step - self.first_step)
+            step_s = max(1e-4, (self.clock.seconds()["steps"] - self.first_step_s) / steps)
             (found,) = self.cluster.maximum([self.logbook.best_interval(step_s)])
-        self.save_every = int(found) or None
+        if found:
+            self.measured = {"steps": int(found), "hours": self.config.checkpoint.hours_between_kills}
 
     def _end_early(self) -> None:
         """Where too many validations brought no new best, the run ends here, or its decay begins."""
@@ -511,7 +550,7 @@ class _Run:
         """Scores the model on held-out data and writes it down; true if it is the best so far."""
         with self.clock.during("validation"):
             result = self.task.validate(self.engine.model, self._own_part)
-            generated = self.task.generate(self._own_part) if self.task.generated else GeneratedScores({}, [])
+            generated = self._generate()
         scores = {**result.scores, **generated.scores}
         self.scores = {name: score for name, score in scores.items() if isfinite(score)}
         # By default accuracy picks the best checkpoint: late in training over-confidence raises the loss while
@@ -531,6 +570,14 @@ class _Run:
             f"token accuracy {result.accuracy:.2%}{more}" + (" (best)" if is_best else "")
         )
         return is_best
+
+    def _generate(self) -> GeneratedScores:
+        if not self.task.generated:
+            return GeneratedScores({}, [])
+        self.task.model.eval()
+        found = self.task.generate(self._own_part)
+        self.task.model.train()
+        return found
 
     def _own_part(self, batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         if self.engine.in_step:
@@ -554,7 +601,8 @@ class _Run:
             "ended": self.ended,
             "steps": self.course.steps,
             "fork": self.course.fork,
-            "save_every": self.save_every,
+            "measured_interval": self.measured,
+            "samples": self.task.samples if self.task.generated else 0,
             "window_losses": window_losses,
             "wandb_id": self.wandb_id,
             "due": due,

@@ -7,6 +7,8 @@ runs/NAME/
   metrics.jsonl                        see training.engine.metrics
   sessions.json                        every session: when, where, from which step to which, why it ended
   status.json                          running, finished, resumable or failed, and why
+  kept_steps.json                      see training.engine.checkpoint
+  report.html  summary.json            see training.report
   lock                                 held by the running session
 """
 
@@ -29,7 +31,15 @@ from training.base.console import TryLaterError, UserError, say, warn
 from training.base.files import copy_plain, copy_tree, lock, open_in_place, read_plain, write_atomically, writing_to
 from training.base.options import differing_keys
 from training.base.strict_yaml import read_yaml
-from training.engine.checkpoint import Checkpoint, RunState, checkpoints, copy_checkpoint, newest_valid
+from training.engine.checkpoint import (
+    Checkpoint,
+    RunState,
+    checkpoints,
+    copy_checkpoint,
+    keep_for_good,
+    kept_for_good,
+    newest_valid,
+)
 from training.engine.fork import go_back, leave_record, remove_unfinished
 from training.engine.metrics import is_damaged, read_metrics, write_lines
 from training.engine.optim import EXTENDABLE, LENGTH, OptimOptions
@@ -207,7 +217,7 @@ def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 def _damaged(run_dir: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The names of such files, and what is wrong with them."""
-    for name in RECORDS:
+    for name in RECORDS.keys() - {KEPT}:  # where that is damaged, nothing is removed
         if (run_dir / name).exists() and read_record(run_dir, name) is None:
             yield name, "it cannot be read"
     if is_damaged(run_dir / METRICS):
@@ -291,8 +301,10 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     """
     say(f"continuing the run in {source} at step {newest.step:,}: copying it to {run_dir}")
     with writing_to(run_dir, option="--run_dir"):
-        for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, KEPT, *data.kept, "wandb"):
+        for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, *data.kept, "wandb"):
             copy_tree(source / name, run_dir / name)
+        for step in kept_for_good(source) or ():
+            keep_for_good(run_dir, step)
         (run_dir / METRICS).touch()
     for older in checkpoints(source):
         if older.step < newest.step and older.verify() is None:

@@ -82,13 +82,15 @@ def best_interval_s(save_s: float, between_kills_s: float) -> float:
     return math.sqrt(2 * save_s * between_kills_s)
 
 
-def best_interval(step_s: float, save_s: float, published_s: float, hours_between_kills: float) -> int:
+def best_interval(step_s: float, stall_s: float, published_s: float, hours_between_kills: float, device: str) -> int:
     """The steps between two saves that lose least.
 
     Seconds that a step takes, that a save holds the training up, and that pass until it is on the disk.
     """
+    # On a CPU, what writes takes the processors from the steps.
+    cost_s = published_s if device.startswith("cpu") else stall_s
     # At most one save is in flight: an interval shorter than it takes would hold the training up after all.
-    best_s = max(published_s, best_interval_s(save_s, 3600 * hours_between_kills))
+    best_s = max(published_s, best_interval_s(cost_s, 3600 * hours_between_kills))
     return max(1, round(best_s / step_s))
 
 

@@ -128,6 +128,7 @@ class Task(ABC):
     may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
     libraries: tuple[str, ...] = ()  # whose versions go into the manifest
     generated: tuple[str, ...] = ()  # names of the scores that `generate` gives; () where the task has none
+    samples: int = 0  # how many held-out samples it answers for them
     calls_vary = False  # whether the number of calls of a layer depends on the batch, as with one call a word
 
     @abstractmethod
@@ -142,7 +143,7 @@ class Task(ABC):
         """
 
     def generate(self, own_part: OwnPart) -> GeneratedScores:
-        """Scores of what `self.model` answers to held-out samples; the rest as in `validate`."""
+        """Scores of what `self.model`, in evaluation mode, answers to held-out samples; the rest as in `validate`."""
         raise NotImplementedError(f"{self.name} names no scores in `generated`")
 
     def show(self, run_dir: Path) -> None:

@@ -55,7 +55,7 @@ _SUMMARY = TypeAdapter(Summary)
 def write_summary(run_dir: Path, record: Mapping[str, Any], standing: Mapping[str, Any]) -> None:
     """Writes summary.json, from a `run_record` and how the run stands. Raises OSError where it cannot be written."""
     status, metrics = record["status"], record["metrics"]
-    if "steps" not in status:
+    if "steps" not in status or record["config"].get("private"):
         return
     losses: dict[str, list[Point]] = {}
     for kind in ("train", "validation"):
@@ -64,9 +64,8 @@ def write_summary(run_dir: Path, record: Mapping[str, Any], standing: Mapping[st
     last: dict[str, Any] = next((line for line in reversed(metrics) if line["kind"] == "validation"), {})
     summary: Summary = {
         "task": record["checkpoint"].get("task", ""),
-        **{key: standing[key] for key in ("words", "best", "at", "silent_s")},  # type: ignore[typeddict-item]
+        **{key: standing[key] for key in ("words", "step", "best", "at", "silent_s")},  # type: ignore[typeddict-item]
         "status": status["status"],
-        "step": status.get("step", 0),
         "steps": status["steps"],
         "scores": {name: last[name] for name in ("loss", *scores_in(metrics)) if last.get(name) is not None},
         "goodput": status.get("goodput"),
@@ -76,19 +75,26 @@ def write_summary(run_dir: Path, record: Mapping[str, Any], standing: Mapping[st
     write_atomically(run_dir / SUMMARY, _SUMMARY.dump_json(summary).decode() + "\n")
 
 
-def write_index(folder: Path, *, always: bool = False) -> None:
-    """Makes the index of the runs in `folder`, if it is to have one and the last is not a minute old.
+def write_index(run_dir: Path, *, at_once: bool) -> None:
+    """Makes the index of all runs beside one, if they are to have it and the last is not a minute old.
 
-    always: in any folder, at once. Raises OSError where it cannot be written.
+    at_once: even if it is. Raises OSError where it cannot be written.
     """
-    path = folder / INDEX
-    if not always and folder.name != "runs":
+    place = run_dir.resolve()
+    path = place.parent / INDEX
+    if place.parent.name != "runs" or not (place / SUMMARY).is_file():
         return
     if os.path.lexists(path):
-        is_new = time.time() - os.lstat(path).st_mtime < _EVERY_S
-        if (is_new and not always) or _MARK not in read_plain(path)[:_HEAD]:
+        is_new = abs(time.time() - os.lstat(path).st_mtime) < _EVERY_S
+        if (is_new and not at_once) or is_anothers(path):
             return
-    write_atomically(path, render(folder.resolve().name, summaries(folder)))
+    # Other runs may be writing it, too.
+    write_atomically(path, render(place.parent.name, summaries(place.parent)), within=place)
+
+
+def is_anothers(path: Path) -> bool:
+    """Whether a page that is there was not made here."""
+    return _MARK not in read_plain(path)[:_HEAD]
 
 
 def summaries(folder: Path) -> dict[str, Summary]:
@@ -138,10 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"there is no folder {folder}")
     path = folder / INDEX
     with writing_to(folder, option="FOLDER"):
-        if os.path.lexists(path) and _MARK not in read_plain(path)[:_HEAD]:
+        if os.path.lexists(path) and is_anothers(path):
             raise UserError(f"{path} is another page: move it away first")
-        write_index(folder, always=True)
-    say(f"{len(summaries(folder))} runs: {path}")
+        found = summaries(folder)
+        write_atomically(path, render(folder.resolve().name, found))
+    say(f"{len(found)} runs: {path}")
     return 0
 
 

@@ -48,9 +48,10 @@ def show(run_dir: Path) -> None:
     Raises OSError where the report cannot be written; of the index nobody has to care.
     """
     record = write_page(run_dir)
+    how = standing(record)
     with suppress(OSError):
-        write_summary(run_dir, record, standing(record))
-        write_index(run_dir.resolve().parent)
+        write_summary(run_dir, record, how)
+        write_index(run_dir, at_once=not how["running"])
 
 
 def run_record(run_dir: Path) -> dict[str, Any]:
@@ -64,7 +65,9 @@ def run_record(run_dir: Path) -> dict[str, Any]:
     save_every = None
     for checkpoint in reversed(checkpoints(run_dir)):
         with suppress(OSError, ValueError):
-            manifest, save_every = checkpoint.manifest, checkpoint.state().get("save_every")
+            manifest, measured = checkpoint.manifest, checkpoint.state().get("measured_interval")
+            every = manifest["config"]["checkpoint"]["every_steps"]
+            save_every = every if every != "auto" else measured["steps"] if measured else None
             break
     return {
         "name": run_dir.resolve().name,
@@ -91,8 +94,11 @@ def write_evaluated(folder: Path, label: str, evaluated: Evaluated) -> None:
     write_atomically(folder / f"{label}{_ENDING}", _EVALUATED.dump_json(evaluated).decode() + "\n")
 
 
-def write_page(run_dir: Path) -> dict[str, Any]:
-    """Makes report.html anew, whole or not at all; returns the `run_record`. Raises OSError if it cannot be written."""
+def write_page(run_dir: Path, within: Path | None = None) -> dict[str, Any]:
+    """Makes report.html anew, whole or not at all; returns the `run_record`. Raises OSError if it cannot be written.
+
+    within: see `write_atomically`; for whoever does not hold the run.
+    """
     record = run_record(run_dir)
     evaluated = _newest_evaluated(run_dir)
     html = None
@@ -100,7 +106,7 @@ def write_page(run_dir: Path) -> dict[str, Any]:
         # It may be a stranger's, or another version's.
         with suppress(Exception):
             html = render(evaluated["template"], {**record, **evaluated["content"]})
-    write_atomically(run_dir / REPORT, html or render("run", record))
+    write_atomically(run_dir / REPORT, html or render("run", record), within)
     return record
 
 

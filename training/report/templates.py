@@ -1,10 +1,10 @@
-"""Pages and model cards out of templates: HTML stands beside this file, Markdown in training/evaluation/exports/.
+"""Pages out of templates, which stand beside this file.
 
 Promises: whatever a text holds, it stays text. Data, options, host names and reasons come from elsewhere; nothing of
-theirs becomes an element, an attribute, a link, another cell of a table, or a character that a browser drops or that
-UTF-8 cannot write. A page is one file that fetches nothing, and has no script but its own; if a text came through all
-the same, the page's policy keeps browsers from running or fetching anything for it. The same data gives the same
-bytes, and data that a template asks for and does not get is an error.
+theirs becomes an element, an attribute, a link, or a character that a browser drops or that UTF-8 cannot write. A page
+is one file that fetches nothing, and has no script but its own; if a text came through all the same, the page's policy
+keeps browsers from running or fetching anything for it. The same data gives the same bytes, and data that a template
+asks for and does not get is an error.
 """
 
 from __future__ import annotations
@@ -24,31 +24,20 @@ from training.base.durations import format_duration
 
 # What XML or HTML cannot hold: control characters but tab and line feed, half surrogate pairs, non-characters.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-_MARKS = re.compile(r"[\\`*\[\]<|]")  # of Markdown
 
 
 def page(template: str, data: Mapping[str, Any]) -> str:
     """The HTML page that `template` makes of `data`; its "script", if any, is a file beside this one."""
-    return _writable(_PAGES.get_template(template).render({"script": None, **data}))
-
-
-def card(template: str, data: Mapping[str, Any]) -> str:
-    """The model card that `template` makes of `data`: Markdown with the header that the Hugging Face Hub reads."""
-    return _writable(_CARDS.get_template(template).render(data))
+    return writable(PAGES.get_template(template).render({"script": None, **data}))
 
 
 def escaped(value: object) -> str:
     """`value` as text for an element of SVG or a quoted attribute; what cannot be written becomes U+FFFD."""
-    return html.escape(_writable(str(value)))
+    return html.escape(writable(str(value)))
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
     return _UNWRITABLE.sub("\ufffd", text)
-
-
-def _in_markdown(value: object) -> object:
-    """`value` on one line, Markdown's marks in it being plain characters; JSON and what is marked as safe stay."""
-    return value if hasattr(value, "__html__") else _MARKS.sub(r"\\\g<0>", re.sub(r"[\r\n]+", " ", str(value)))
 
 
 def _sha256(text: str) -> str:
@@ -60,7 +49,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-_PAGES = Environment(
+PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).resolve().parent),
     autoescape=True,
     undefined=StrictUndefined,
@@ -68,10 +57,5 @@ _PAGES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_PAGES.filters |= {"number": format, "duration": format_duration, "yaml": _yaml, "sha256": _sha256}
-_PAGES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-_CARDS = _PAGES.overlay(
-    loader=FileSystemLoader(Path(__file__).resolve().parents[1] / "evaluation/exports"),
-    autoescape=False,
-    finalize=_in_markdown,
-)
+PAGES.filters |= {"number": format, "duration": format_duration, "yaml": _yaml, "sha256": _sha256}
+PAGES.policies["json.dumps_kwargs"] = {"ensure_ascii": False}

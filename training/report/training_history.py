@@ -60,6 +60,7 @@ class Standing(TypedDict):
     """How a run stands."""
 
     words: str  # its state and progress
+    step: int
     running: bool
     at: float  # when it was last heard of, seconds since 1970
     silent_s: int  # for how long it is nothing unusual to hear nothing of it
@@ -85,6 +86,7 @@ def standing(record: Mapping[str, Any]) -> Standing:
     at = max([line["time"] for line in metrics[-1:]] + [each.get("began", 0.0) for each in sessions[-1:]], default=0.0)
     return {
         "words": words,
+        "step": step,
         "running": running,
         "at": at,
         "silent_s": round(SILENT_INTERVALS * max(SHORTEST_S, between_s)),
@@ -187,5 +189,7 @@ def _saves(saving: Sequence[dict[str, Any]], record: Mapping[str, Any]) -> dict[
     price, every = "", record["save_every"]
     if steps and seconds and every:  # a session may do no more than its last save
         step_s, hours = seconds / steps, record["config"]["checkpoint"]["hours_between_kills"]
-        price = price_of_a_kill(every, best_interval(step_s, stall_s, save_s, hours), step_s, hours)
+        price = price_of_a_kill(
+            every, best_interval(step_s, stall_s, save_s, hours, saving[-1]["device"]), step_s, hours
+        )
     return {"count": count, "stall_s": stall_s, "save_s": save_s, "price": price}

@@ -391,7 +391,7 @@ def test_the_score_that_is_named_says_which_is_best(tmp_path, best_by, kept):
 
 def test_a_step_that_is_to_be_kept_for_good_stays(tmp_path, capsys):
     save_step(tmp_path, 10)
-    with pytest.raises(UserError, match=r"no checkpoint of step 20 .* its steps are 10"):
+    with pytest.raises(UserError, match=r"step 20 cannot be kept: there is none; the steps of .* are 10"):
         main([str(tmp_path), "--keep", "20"])
     assert main([str(tmp_path), "--keep", "10"]) == 0 and "kept for good" in capsys.readouterr().out
     for step in (20, 30):
@@ -400,7 +400,9 @@ def test_a_step_that_is_to_be_kept_for_good_stays(tmp_path, capsys):
     (tmp_path / "kept_steps.json").write_text("[10, ")
     save_step(tmp_path, 40, keep=1)
     assert steps_in(tmp_path) == [10, 30, 40], "which they were nobody knows, so all stay"
-    assert main([str(tmp_path), "--keep", "30"]) == 0
+    with pytest.raises(UserError, match=r"kept_steps\.json is damaged: write the steps into it"):
+        main([str(tmp_path), "--keep", "30"])
+    (tmp_path / "kept_steps.json").write_text("[30]")
     save_step(tmp_path, 50, keep=1)
     assert steps_in(tmp_path) == [30, 50]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import Launch
 from tests.support.lives import Life
-from tests.support.runs import SHORT_RUN, reference, status_of
+from tests.support.runs import SHORT_RUN, command_of, reference, status_of
 from training.engine.checkpoint import checkpoints
 from training.engine.goodput import KINDS, Clock, goodput, hours_of, in_words
 from training.engine.status import read_sessions, where_hours_went
@@ -123,8 +123,15 @@ def test_how_often_to_save_is_measured_once(launch: Launch, sample_data, tmp_pat
     measured = int(found[1].replace(",", ""))
 
     def known() -> dict[int, int | None]:
-        return {each.step: each.state()["save_every"] for each in checkpoints(life.run_dir)}
+        found = {each.step: each.state()["measured_interval"] for each in checkpoints(life.run_dir)}
+        return {step: each and each["steps"] for step, each in found.items()}
 
     assert known() == {10: None, 15: measured}
     assert life.start().wait().status == 0
     assert known() == {10: None, 30: measured}, "a session that goes on has the same"
+    # A run that begins with another one's weights has saved before its first step, from which nothing can be told.
+    run_dir = tmp_path / "other"
+    command = command_of(run_dir, sample_data, *run, "--init_from", life.run_dir, "--checkpoint.hours_between_kills", 2)
+    result = launch(*command).wait()
+    assert result.status == 0 and "with a kill every 2 hours" in result.out, result
+    assert [each.state()["measured_interval"] for each in checkpoints(run_dir)][:2] == [None, None]

@@ -315,6 +315,17 @@ def test_ended_run_goes_on_with_more_patience(launch: Launch, sample_data, tmp_p
     life.finish(longer)
 
 
+def test_another_score_that_tells_the_best_does_not_take_the_end_back(launch: Launch, sample_data, tmp_path):
+    steps = status_of(reference(sample_data, *PATIENT, ranks=2))["steps"]
+    life = Life(launch, tmp_path, sample_data, ranks=2, run=PATIENT)
+    life.kill_at(steps - 7)
+    life.command = (*life.command, "--checkpoint.best_by", "loss")
+    life.kill_at(steps - 2)
+    result = life.start().wait()
+    assert result.status == 0 and "goes back" not in result.out, result
+    assert status_of(life.run_dir)["steps"] == steps
+
+
 def test_cosine_run_ends_where_it_gains_no_more(launch: Launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=None, run=IMPATIENT)
     result = life.start().wait()

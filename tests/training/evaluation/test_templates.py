@@ -17,10 +17,11 @@ from tests.support.browser import browser
 from tests.support.commands import ROOT
 from tests.support.pages import HOSTILE
 from training.evaluation.disc_law_eval.open_questions import render
+from training.evaluation.exports.cards import render as card
 from training.models.adapted_model import LoraOptions
 from training.models.base_model import QuantisationOptions
 from training.models.gpt import GPTOptions
-from training.report.templates import card, page
+from training.report.templates import page
 
 CARD = {
     "header": {"license": f"unknown {HOSTILE}"},

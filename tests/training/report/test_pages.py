@@ -19,7 +19,8 @@ from tests.support.runs import SHORT_RUN, command_of, reference, status_of
 from training.engine.status import read_sessions, write_status
 from training.report import overview, page
 from training.report.overview import Summary, render, summaries, write_index
-from training.report.page import show, write_page
+from training.report.page import run_record, show, write_page
+from training.report.training_history import standing
 
 RUN = (*SHORT_RUN, "--optim.steps", 12, "--log.validate_every_steps", 4, "--checkpoint.every_steps", 4)
 
@@ -38,7 +39,7 @@ def text_of(path: Path) -> str:
 def test_training_leaves_a_page_and_a_place_among_the_runs(launch: Launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=2, run_dir=tmp_path / "runs/gpt", run=RUN)
     life.kill_at(9)
-    assert not (life.run_dir / "report.html").exists(), "it is a few seconds old"
+    assert "running" in text_of(life.run_dir / "report.html")
     assert life.start().wait().status == 0
     text = text_of(life.run_dir / "report.html")
     metrics = (life.run_dir / "metrics.jsonl").read_text()
@@ -123,33 +124,40 @@ def test_index_has_what_is_a_summary_and_leaves_other_peoples_pages_alone(tmp_pa
     (tmp_path / "runs/link").mkdir()
     (tmp_path / "runs/link/summary.json").symlink_to(tmp_path / "runs/good/summary.json")
     assert len(summaries(tmp_path / "runs")) == 2
-    write_index(tmp_path / "runs")
+    write_index(tmp_path / "runs/good", at_once=False)
     html = (tmp_path / "runs/index.html").read_text("utf-8")
     shown = Page(html)
     assert shown.tags.count("script") == 1 and "img" not in shown.tags and HOSTILE.replace("\0", "\ufffd") in shown.text
     assert not [value for name, value in shown.attributes if name == "href" and not value.endswith("/report.html")]
-    write_index(tmp_path)
+    (tmp_path / "summary.json").touch()
+    write_index(tmp_path / "runs", at_once=True)
     assert not (tmp_path / "index.html").exists(), "only a folder called runs has one by itself"
     assert overview.main([str(tmp_path)]) == 0 and "No run" in text_of(tmp_path / "index.html")
     (tmp_path / "runs/index.html").write_text("my own")
-    os.utime(tmp_path / "runs/index.html", (0, 0))
-    write_index(tmp_path / "runs")
+    write_index(tmp_path / "runs/good", at_once=True)
     assert (tmp_path / "runs/index.html").read_text() == "my own"
     with pytest.raises(Exception, match="is another page"):
         overview.main([str(tmp_path / "runs")])
 
 
-def test_index_is_a_minute_old_at_least_before_it_is_made_again(run_dir, monkeypatch):
-    show(run_dir)
+def test_index_is_made_again_after_a_minute_and_at_the_end_of_a_run_and_has_no_private_one(run_dir):
     index = run_dir.parent / "index.html"
-    first = index.read_bytes()
-    (run_dir.parent / "other").mkdir()
-    shutil.copy(run_dir / "summary.json", run_dir.parent / "other")
     show(run_dir)
-    assert index.read_bytes() == first
-    monkeypatch.setattr(overview, "_EVERY_S", -1)
+    shutil.copytree(run_dir, run_dir.parent / "other")
+    write_status(run_dir, "running", "training", restart=True)
     show(run_dir)
-    assert b"other" in index.read_bytes()
+    assert b"other" not in index.read_bytes()
+    os.utime(index, (0, 0))
+    show(run_dir)
+    assert b"other" in index.read_bytes() and b"running" in index.read_bytes()
+    write_status(run_dir, "finished", "all steps done", restart=False)
+    show(run_dir)
+    assert b"running" not in index.read_bytes()
+    other = run_dir.parent / "private"
+    record = {**run_record(run_dir), "config": {"private": True}}
+    other.mkdir()
+    overview.write_summary(other, record, standing(record))
+    assert not list(other.iterdir())
 
 
 @pytest.mark.whole

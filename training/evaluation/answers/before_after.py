@@ -109,7 +109,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         # The scores last: where they stand, the answers do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_evaluated(folder, label, content_of(evaluation))
-        write_page(trained.run_dir)
+        write_page(trained.run_dir, within=folder)
     _print(scores, held_out)
     say(f"\nscores: {folder / label}.json\nreport: {path}")
     shown = [(each.question, each.reference, each.after, each.notes[1]) for each in held_out]

@@ -13,9 +13,9 @@ from training.base.files import is_there
 from training.base.strict_yaml import read_yaml
 from training.data.conversations import DISC_LAW_SFT
 from training.evaluation.chat_model.adapters import TrainedAdapters
+from training.evaluation.exports import cards
 from training.evaluation.exports.folder import place_of, weights_in_words
 from training.evaluation.exports.merging import Difference
-from training.report import templates
 
 # The licences of the models that Relay is made for, by how their names begin; the first that fits. As their pages on
 # the hub say.
@@ -66,7 +66,7 @@ def card(trained: TrainedAdapters, about: dict[str, Any], differences: Sequence[
         **({"license_name": licence} if licence and licence not in _ON_THE_HUB else {}),
         "tags": ["qlora", *(["law"] if law else [])],
     }
-    return templates.card(
+    return cards.render(
         "adapter_card.md",
         {
             "header": header,

@@ -15,6 +15,7 @@ from typing import Any
 
 from training.base.console import UserError, say
 from training.base.files import check_room
+from training.evaluation.exports import cards
 from training.evaluation.exports.folder import (
     needing,
     origin,
@@ -27,7 +28,6 @@ from training.evaluation.exports.folder import (
 from training.evaluation.setting import Setting
 from training.evaluation.translations.trained import TrainedModel
 from training.models.gpt import GPT
-from training.report import templates
 
 # Config, tokenizer and card; a tokenizer of 100,000 pieces takes about half of it.
 _ROOM_BESIDE_WEIGHTS = 10_000_000
@@ -96,7 +96,7 @@ def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str
         "library_name": "transformers",
         "tags": ["translation"],
     }
-    return templates.card(
+    return cards.render(
         "gpt_card.md",
         {
             "header": header,

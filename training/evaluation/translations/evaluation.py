@@ -80,7 +80,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
         write_evaluated(folder, label, shown)
         # The scores last: where they stand, their translations do too.
         write_atomically(folder / f"{label}.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_page(trained.run_dir)
+        write_page(trained.run_dir, within=folder)
     _print(scores, examples)
     say(f"\nscores: {folder / label}.json\nreport: {path}")
     table = [(example.source, example.reference, example.translation, example.note) for example in examples]
