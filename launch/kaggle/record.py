@@ -13,23 +13,27 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
+
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from launch.kaggle.client import State
 from training.base.console import UserError
-from training.base.files import read_json, write_atomically
+from training.base.files import read_plain, write_atomically
 
 RECORD = "kaggle.json"
+_KAGGLE_NAME = r"^[\w-]{1,100}/[\w-]{1,100}$"  # OWNER/SLUG
 
 
 @dataclass
 class KernelRun:
     """A version of a kernel, as Kaggle runs it. Times are UTC."""
 
-    number: int
-    kernel: str
+    number: Annotated[int, Field(ge=1)]
+    kernel: Annotated[str, Field(pattern=_KAGGLE_NAME)]
     version: int | None  # None from the intent until Kaggle's answer
-    previous: list[str]  # the kernels whose output it was given
+    previous: list[Annotated[str, Field(pattern=_KAGGLE_NAME)]]  # the kernels whose output it was given
     pushed: str | None
     state: State = "queued"
     seen: str | None = None  # when it was last known to be active
@@ -65,11 +69,11 @@ class RelayRecord:
     def read(cls, path: Path) -> RelayRecord:
         """Raises UserError where the file is damaged."""
         try:
-            found = read_json(path)
-            return cls(path, found["dataset"], [KernelRun(**each) for each in found["kernel_runs"]])
+            found = _RECORD.validate_json(read_plain(path))
+            return cls(path, cast(dict[str, Any], found["dataset"]), found["kernel_runs"])
         except FileNotFoundError:
             return cls(path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             raise UserError(f"{path} cannot be read; move it away, and Kaggle is asked what ran") from None
 
     def write(self) -> None:
@@ -102,6 +106,24 @@ class RelayRecord:
         """The run of a kernel's newest version: the one whose output another kernel gets."""
         known = [each for each in self.kernel_runs if each.kernel == kernel and each.version is not None]
         return max(known, key=lambda each: each.version or 0, default=None)
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Dataset(TypedDict, total=False):
+    name: Annotated[str, Field(pattern=_KAGGLE_NAME)]
+    sha256: str
+    version: int
+    words: list[str]
+
+
+class _Content(TypedDict):
+    """What is read of a kaggle.json, which may be a stranger's."""
+
+    dataset: _Dataset
+    kernel_runs: list[KernelRun]
+
+
+_RECORD = TypeAdapter(_Content)
 
 
 def to_continue(record: RelayRecord, kernels: Sequence[str]) -> KernelRun | None:

@@ -112,8 +112,9 @@ class _Traps:
 
     def train(self, config: Any, task: Any, *others: Any, **more: Any) -> int:
         reach("plan", 0)
-        self._loss, self._validate = task.loss, task.validate
-        task.loss, task.validate = self.loss, self.validate
+        self._loss, self._validate, self._generate = task.loss, task.validate, task.generate
+        self._answers = bool(task.generated)  # which comes last in a validation
+        task.loss, task.validate, task.generate = self.loss, self.validate, self.generate
         return self._train(config, task, *others, **more)
 
     def loss(self, *arguments: Any) -> Any:
@@ -121,14 +122,23 @@ class _Traps:
         return self._loss(*arguments)
 
     def validate(self, model: Any, own_part: Any) -> Any:
+        result = self._validate(model, self._trapped(own_part))
+        if not self._answers:
+            reach("validated", self.step)
+        return result
+
+    def generate(self, own_part: Any) -> Any:
+        result = self._generate(self._trapped(own_part))
+        reach("validated", self.step)
+        return result
+
+    def _trapped(self, own_part: Any) -> Any:
         def shared(batches: Any) -> Iterator[Any]:
             for batch in own_part(batches):
                 yield batch
                 reach("batch", self.step)
 
-        result = self._validate(model, shared)
-        reach("validated", self.step)
-        return result
+        return shared
 
     def save_file(self, tensors: Any, path: Path) -> None:
         if path.name == "model.safetensors":

@@ -507,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for checkpoint in found:
         size = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
         problem = problems[checkpoint.step]
-        written = "unknown" if problem else checkpoint.manifest["time"]
+        written = "unknown" if problem else checkpoint.manifest.get("time", "unknown")
         role = ", ".join(
             name
             for name, holds in (

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from contextlib import suppress
 from glob import escape
 from itertools import chain, count
@@ -87,7 +88,8 @@ def remove_unfinished(run_dir: Path) -> None:
     """Removes what a kill in `go_back` has left. To be called by the process that holds the run folder."""
     place = run_dir.resolve()
     for path in place.parent.glob(f".{escape(place.name)}-at-*.partial"):
-        remove(path)
+        if set_aside_from(path.with_name(path.name[1:].removesuffix(".partial"))) == place:
+            remove(path)
 
 
 def set_aside_from(folder: Path) -> Path | None:
@@ -105,7 +107,9 @@ def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
         if not os.path.lexists(aside):
             break
         with suppress(OSError):  # not the same: another run's folder, or an earlier one's
-            if read_plain(aside / "checkpoints" / latest.folder.name / MANIFEST) == manifest:
+            there = Checkpoint(aside / "checkpoints" / latest.folder.name)
+            is_own = os.lstat(aside).st_uid == os.getuid() and stat.S_ISDIR(os.lstat(aside).st_mode)
+            if is_own and read_plain(there.folder / MANIFEST) == manifest and there.verify() is None:
                 return aside
     with writing_to(aside, option="--run_dir"), temporary_folder(aside) as folder:
         for each in place.iterdir():

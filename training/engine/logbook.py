@@ -268,7 +268,7 @@ class Word:
                 stderr=quiet,
                 start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             warn(f"session.on_end could not be run: {error}")
 
     def wait(self) -> None:

@@ -263,7 +263,8 @@ def _about(config: RunOptions, task: Task, data: Data) -> dict[str, Any]:
     """What defines the run and goes into every manifest."""
     return {
         "task": task.name,
-        "config": config.model_dump(mode="json"),
+        # The command may have a secret in it, and this goes into pages and to wandb.
+        "config": config.model_dump(mode="json", exclude={"session": {"on_end"}}),
         "data": data.identity,
         **({"built_on": task.built_on} if task.built_on else {}),
         "versions": {name: version(name) for name in ("torch", "numpy", "safetensors", *task.libraries)},

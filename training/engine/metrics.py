@@ -188,7 +188,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _content(path: Path) -> bytes:
     try:
-        return read_plain(path, 1 << 32)
+        return read_plain(path, 1 << 30)
     except (FileNotFoundError, NotPlainError):
         return b""
 

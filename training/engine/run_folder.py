@@ -14,6 +14,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -203,6 +204,8 @@ def _set_damaged_aside(run_dir: Path, config: Mapping[str, Any]) -> None:
 
     config: what config.yaml has to hold, at least.
     """
+    if kept_for_good(run_dir) is None:
+        warn(f"{run_dir / KEPT} is damaged: no checkpoint is removed before it says again which ones are to be kept")
     for name, problem in _damaged(run_dir, config):
         path = run_dir / name
         names = (run_dir / f"damaged-{number}-{name}" for number in count(1))
@@ -303,9 +306,12 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     with writing_to(run_dir, option="--run_dir"):
         for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, *data.kept, "wandb"):
             copy_tree(source / name, run_dir / name)
-        for step in kept_for_good(source) or ():
-            keep_for_good(run_dir, step)
+        for each in checkpoints(source):
+            if each.step in (kept_for_good(source) or ()):
+                keep_for_good(run_dir, each.step)
         (run_dir / METRICS).touch()
+        if record := read_record(run_dir, WANDB_FILE):  # other visits' files stay where they are
+            write_atomically(run_dir / WANDB_FILE, json.dumps({**record, "folder": None}, indent=2) + "\n")
     for older in checkpoints(source):
         if older.step < newest.step and older.verify() is None:
             copy_checkpoint(older, run_dir)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.durations import format_duration
@@ -36,6 +36,13 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL: try again later
 _KILLED = "killed, or its machine went down"
 
 
+# What a stranger's record may hold: steps, seconds, and moments in seconds since 1970.
+_MOST_STEPS, _LATEST = 1 << 53, 1e11
+Steps = Annotated[int, Field(ge=0, lt=_MOST_STEPS)]
+Seconds = Annotated[float, Field(ge=0, lt=1e10)]
+Moment = Annotated[float, Field(ge=0, lt=_LATEST)]
+
+
 @with_config(ConfigDict(allow_inf_nan=False))
 class Session(TypedDict):
     """An entry of sessions.json. Times are local, as `2026-01-31T12:00:00+0100`."""
@@ -43,22 +50,22 @@ class Session(TypedDict):
     number: int
     host: str
     job: str | None  # of SLURM
-    world_size: int
+    world_size: Steps
     device: str
     started: str
-    from_step: int
-    step: int
+    from_step: Steps
+    step: Steps
     seen: str  # the last sign of life
     ended: str | None
     reason: str | None
-    seconds: float
+    seconds: Seconds
     surroundings: NotRequired[dict[str, str]]  # what it computed with, see `training.engine.surroundings`
-    saves: NotRequired[int]  # that were published
-    stall_s: NotRequired[float]  # how long a save kept the training waiting, in the mean
-    save_s: NotRequired[float]  # how long a save took until it was published, in the mean
-    began: NotRequired[float]  # when its process did, seconds since 1970
-    hours: NotRequired[dict[Kind, float]]  # seconds since then by kind, up to its last save or its end
-    last_sign: NotRequired[float]  # of one that was killed: when its last line was written
+    saves: NotRequired[Steps]  # that were published
+    stall_s: NotRequired[Seconds]  # how long a save kept the training waiting, in the mean
+    save_s: NotRequired[Seconds]  # how long a save took until it was published, in the mean
+    began: NotRequired[Moment]  # when its process did, seconds since 1970
+    hours: NotRequired[dict[Kind, Seconds]]  # seconds since then by kind, up to its last save or its end
+    last_sign: NotRequired[Moment]  # of one that was killed: when its last line was written
 
 
 @with_config(ConfigDict(extra="allow", allow_inf_nan=False))
@@ -68,8 +75,8 @@ class _StatusFile(TypedDict):
     status: Status
     reason: str
     restart: bool
-    step: NotRequired[int]
-    steps: NotRequired[int]
+    step: NotRequired[Steps]
+    steps: NotRequired[Steps]
     goodput: NotRequired[float | None]  # of the sessions' own time; None before the first step
 
 
@@ -97,7 +104,7 @@ RECORDS: dict[str, TypeAdapter[Any]] = {
     STATUS: TypeAdapter(_StatusFile),
     SESSIONS: TypeAdapter(list[Session]),
     WANDB_FILE: TypeAdapter(WandbRecord),
-    KEPT: TypeAdapter(list[int]),
+    KEPT: TypeAdapter(list[Steps]),
 }
 
 
@@ -110,6 +117,7 @@ class Example(TypedDict):
 
 
 _EXAMPLES = TypeAdapter(list[Example])
+_LARGEST, _MOST_KEYS = 1e200, 64  # of a line of metrics.jsonl
 
 
 class Outlook(TypedDict):
@@ -174,8 +182,10 @@ def metrics_line(text: bytes) -> dict[str, Any] | None:
         values: dict[str, Any] = json.loads(text)
         kind = values.pop("kind")
         examples = {"examples": _EXAMPLES.validate_python(values.pop("examples"))} if "examples" in values else {}
-        numbers = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
-        known = isinstance(kind, str) and isinstance(numbers["step"], int) and numbers["time"] is not None
+        numbers = {key: value if value is None or abs(value) < _LARGEST else None for key, value in values.items()}
+        step, time_s = numbers["step"], numbers["time"] or -1
+        in_bounds = isinstance(step, int) and 0 <= step < _MOST_STEPS and 0 <= time_s < _LATEST
+        known = isinstance(kind, str) and in_bounds and len(numbers) <= _MOST_KEYS
         return {"kind": kind, **numbers, **examples} if known and "loss" in numbers else None
     return None
 

@@ -44,7 +44,7 @@ def keep_threads(sessions: Sequence[Session]) -> None:
     """
     if sessions and sessions[-1]["world_size"] == 1 and not os.environ.get("OMP_NUM_THREADS"):
         threads = sessions[-1].get("surroundings", {}).get("threads", "")
-        if threads.isdigit() and 0 < int(threads) < torch.get_num_threads():
+        if threads.isdecimal() and 0 < int(threads) < torch.get_num_threads():
             torch.set_num_threads(int(threads))
             say(f"{threads} threads, as in the last session; set OMP_NUM_THREADS for others")
 

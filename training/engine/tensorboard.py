@@ -6,6 +6,7 @@ files said, and they are removed. A failure costs the run nothing.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,8 @@ class Board:
             folder.unlink()
         older = list(folder.glob("events.*"))
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=0)
+            # Nobody knows the file's name before it is there, so nobody can lay a link under it.
+            self._writer = SummaryWriter(str(folder), purge_step=0, filename_suffix=f".{secrets.token_hex(8)}")
             for line in lines:
                 self.add(line)
             self._writer.flush()

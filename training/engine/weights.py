@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.console import UserError
 from training.base.files import nearest_folder
@@ -132,7 +134,7 @@ class Origin:
             "weights": str(weights),
             "checkpoints": {str(step): sha256 for step, sha256 in weights.sums(chosen).items()},
             "data": manifest["data"],
-            **({"init_from": manifest["init_from"]} if "init_from" in manifest else {}),
+            **_ancestors(manifest),
         }
 
     def read(self, found: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -144,6 +146,35 @@ class Origin:
             return Weights.parse(self._weights).read(chosen)
         except OSError as error:  # the source goes on training, and has removed it
             raise UserError(f"--init_from: {error}: start the same command again") from None
+
+
+_MOST_ANCESTORS = 20
+
+
+class Ancestor(TypedDict):
+    """What a manifest says of the weights that a run began with; its own `init_from` of those before."""
+
+    run: str
+    checkpoints: dict[str, str]
+    weights: NotRequired[str]
+    data: NotRequired[dict[str, str]]
+
+
+_ANCESTOR = TypeAdapter(Ancestor)
+
+
+def ancestor(manifest: Mapping[str, Any]) -> Ancestor | None:
+    """The run that a run began with, by its manifest, which may be a stranger's; None where it began with none."""
+    found = manifest.get("init_from")
+    try:
+        return _ANCESTOR.validate_python(found) if found and len(str(found)) < 100_000 else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _ancestors(manifest: Mapping[str, Any], most: int = _MOST_ANCESTORS) -> dict[str, Any]:
+    found = ancestor(manifest) if most else None
+    return {} if found is None else {"init_from": {**found, **_ancestors(manifest["init_from"], most - 1)}}
 
 
 def _function(config: Mapping[str, Any]) -> dict[str, Any]:

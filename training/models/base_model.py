@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from torch import Tensor, nn
 
 from training.base.console import UserError
-from training.base.files import nearest_folder
+from training.base.files import nearest_folder, read_json
 from training.base.hub import fetch_snapshot
 from training.base.known_files import sha256_once
 from training.base.options import Options
@@ -122,13 +122,29 @@ def fingerprint_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _implementations(config: object, key: str = "") -> Iterator[str]:
+    """What a config.json, at any depth, has transformers compute its layers with."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _implementations(value, name if name.endswith("_implementation") or not key else key)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _implementations(value, key)
+    elif key.endswith("_implementation") and isinstance(config, str):
+        yield config
+
+
 def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedConfig:
     """The model's config. Raises UserError where such a model cannot be trained here."""
     import transformers
 
     try:
+        kernels = next((name for name in _implementations(read_json(folder / CONFIG)) if re.search("[/:]", name)), None)
+        if kernels is not None:
+            raise UserError(f"the model in {folder} asks for kernels of its own ({kernels}), which are never run here")
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kernels = str(getattr(config, "_attn_implementation", None) or "")
+    except UserError:
+        raise
     except Exception as error:  # the library believes whatever the file says
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -136,8 +152,6 @@ def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedCo
                 "knows"
             ) from None
         raise UserError(f"{folder / CONFIG} describes no model that transformers knows ({error})") from None
-    if "/" in kernels or ":" in kernels:
-        raise UserError(f"the model in {folder} asks for kernels of its own ({kernels}), which are never run here")
     if config.is_encoder_decoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise UserError(f"the base model in {folder} ({config.model_type}) is no decoder-only language model")
     if getattr(config, "quantization_config", None) is not None:

@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.console import UserError, run_main, say
@@ -29,24 +29,33 @@ _MARK, _HEAD = b"<!-- all runs of a folder -->", 200  # stands within the first 
 _EVERY_S = 60
 _MOST_BYTES = 1 << 16  # of a summary
 _POINTS = 60
+_MOST_COLUMNS, _MOST_RUNS = 24, 2000
+
+
+Text = Annotated[str, Field(max_length=2000)]
+Steps = Annotated[int, Field(ge=0, lt=1 << 53)]
+Points = Annotated[
+    list[tuple[Annotated[float, Field(ge=0, lt=1 << 53)], Annotated[float, Field(ge=-1e100, le=1e100)]]],
+    Field(max_length=200),
+]
 
 
 @with_config(ConfigDict(allow_inf_nan=False))
 class Summary(TypedDict):
     """What the page shows of a run. at: its last sign of life, and silent_s: see `training.report.training_history`."""
 
-    task: str
-    status: str
-    words: str
-    step: int
-    steps: int
-    best: str
-    scores: dict[str, float]  # of the last validation
+    task: Text
+    status: Text
+    words: Text
+    step: Steps
+    steps: Steps
+    best: Text
+    scores: Annotated[dict[Annotated[str, Field(max_length=40)], float], Field(max_length=21)]  # of the last validation
     goodput: float | None
-    at: float
-    silent_s: float
-    train: list[Point]  # losses
-    validation: list[Point]
+    at: Annotated[float, Field(ge=0, le=1e11)]
+    silent_s: Annotated[float, Field(ge=0, le=1e11)]
+    train: Points  # losses
+    validation: Points
 
 
 _SUMMARY = TypeAdapter(Summary)
@@ -88,8 +97,9 @@ def write_index(run_dir: Path, *, at_once: bool) -> None:
         is_new = abs(time.time() - os.lstat(path).st_mtime) < _EVERY_S
         if (is_new and not at_once) or is_anothers(path):
             return
+    readers = os.lstat(place / SUMMARY).st_mode & 0o044  # who may read this page, too
     # Other runs may be writing it, too.
-    write_atomically(path, render(place.parent.name, summaries(place.parent)), within=place)
+    write_atomically(path, render(place.parent.name, summaries(place.parent, readers)), within=place)
 
 
 def is_anothers(path: Path) -> bool:
@@ -97,24 +107,29 @@ def is_anothers(path: Path) -> bool:
     return _MARK not in read_plain(path)[:_HEAD]
 
 
-def summaries(folder: Path) -> dict[str, Summary]:
-    """The summaries of all runs in a folder, by name; what is not one is left out."""
-    found = {}
+def summaries(folder: Path, readers: int = 0) -> dict[str, Summary]:
+    """The summaries of all runs in a folder, by name; what is not one is left out.
+
+    readers: bits of a mode; what not all of these may read is left out, too, as a private run.
+    """
+    found: dict[str, Summary] = {}
     for each in sorted(folder.iterdir()):
         with suppress(OSError, ValueError):
-            found[each.name] = _SUMMARY.validate_json(read_plain(each / SUMMARY, _MOST_BYTES))
+            is_open = all(os.lstat(place).st_mode & readers == readers for place in (each, each / SUMMARY))
+            if is_open and not each.is_symlink() and len(found) < _MOST_RUNS:
+                found[each.name] = _SUMMARY.validate_json(read_plain(each / SUMMARY, _MOST_BYTES))
     return found
 
 
 def render(title: str, runs: Mapping[str, Summary]) -> str:
     """The page of these runs, the one that was heard of last first. Curves of one task have the same axes."""
     order = sorted(runs, key=lambda name: (-runs[name]["at"], name))
-    names = list(dict.fromkeys(name for each in runs.values() for name in each["scores"]))
+    names = list(dict.fromkeys(name for each in runs.values() for name in each["scores"]))[:_MOST_COLUMNS]
     rows = [
         {
             **runs[name],
             "name": name,
-            "href": f"{quote(name)}/report.html",
+            "href": f"{quote(os.fsencode(name))}/report.html",
             "progress": runs[name]["step"] / max(1, runs[name]["steps"]),
             "curve": _curve(runs[name], [each for each in runs.values() if each["task"] == runs[name]["task"]]),
         }

@@ -28,6 +28,7 @@ from training.report.training_history import history, standing
 
 REPORT = "report.html"
 _ENDING = ".page"  # of evaluation/LABEL.page
+_OF_EVALUATION = {"checkpoint", "versions"}
 
 
 @with_config(ConfigDict(ser_json_inf_nan="constants"))
@@ -49,7 +50,7 @@ def show(run_dir: Path) -> None:
     """
     record = write_page(run_dir)
     how = standing(record)
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         write_summary(run_dir, record, how)
         write_index(run_dir, at_once=not how["running"])
 
@@ -85,7 +86,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, yaml.YAMLError):
         found = read_yaml(read_plain(run_dir / "config.yaml").decode())
         if isinstance(found, dict):
-            return found
+            return {**found, "session": None}  # with a command of the user's
     return {}
 
 
@@ -105,7 +106,11 @@ def write_page(run_dir: Path, within: Path | None = None) -> dict[str, Any]:
     if evaluated is not None:
         # It may be a stranger's, or another version's.
         with suppress(Exception):
-            html = render(evaluated["template"], {**record, **evaluated["content"]})
+            # It may be of an earlier checkpoint; how the run stands it does not know.
+            own = {
+                key: value for key, value in evaluated["content"].items() if key in _OF_EVALUATION or key not in record
+            }
+            html = render(evaluated["template"], {**record, **own})
     write_atomically(run_dir / REPORT, html or render("run", record), within)
     return record
 

@@ -17,11 +17,13 @@ from training.engine.goodput import in_words
 from training.engine.saver import best_interval, price_of_a_kill
 from training.engine.status import Session, pace_s, was_cut_short, where_hours_went
 from training.engine.surroundings import changes
+from training.engine.weights import Ancestor, ancestor
 from training.report.curves import Line, curve
 
 _NAMES = {"accuracy": "token accuracy", "bleu": "BLEU", "chrf": "chrF"}
 SILENT_INTERVALS = 3  # between two signs of life; after so many the page says that the run was not heard of
 SHORTEST_S = 60.0  # of such an interval
+_MOST_SCORES = 20
 _EXAMPLES_SHOWN = 6  # answers of a sample, of as many validations
 
 
@@ -92,7 +94,7 @@ def standing(record: Mapping[str, Any]) -> Standing:
         "silent_s": round(SILENT_INTERVALS * max(SHORTEST_S, between_s)),
         "seen": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)),
         "best": _best(metrics, config.get("checkpoint", {}).get("best_by", "accuracy")),
-        "began_with": _began_with(record["checkpoint"].get("init_from")),
+        "began_with": _began_with(ancestor(record["checkpoint"])),
     }
 
 
@@ -105,11 +107,13 @@ def _best(metrics: Sequence[dict[str, Any]], by: str) -> str:
     return f"{_NAMES.get(by, by)} {score:.4g} at step {step:,}"
 
 
-def _began_with(origin: Mapping[str, Any] | None) -> str:
+def _began_with(origin: Ancestor | None) -> str:
     if origin is None:
         return ""
     steps = ", ".join(f"step {step}" for step in origin["checkpoints"])
-    return f"{origin['run']} ({origin['weights']}: {steps})" if steps else f"the adapters in {origin['run']}"
+    return (
+        f"{origin['run']} ({origin.get('weights', 'best')}: {steps})" if steps else f"the adapters in {origin['run']}"
+    )
 
 
 def _generated(metrics: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], list[tuple[int, str]]]]:
@@ -125,7 +129,7 @@ def _generated(metrics: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], 
 def scores_in(metrics: Sequence[dict[str, Any]]) -> list[str]:
     """The names of the scores that validations have on record, beside the loss."""
     names = dict.fromkeys(key for line in metrics if line["kind"] == "validation" for key in line)
-    return [name for name in names if name not in ("kind", "step", "time", "loss", "examples")]
+    return [name for name in names if name not in ("kind", "step", "time", "loss", "examples")][:_MOST_SCORES]
 
 
 def _training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -93,9 +93,9 @@ def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch,
     result = first.wait()
     assert result.status != 0
     assert "Traceback" not in result.err.partition("torch/distributed")[0], result.err
-    assert not (run_dir / "report.html").exists()
+    assert not (run_dir / "evaluation").exists()
     assert launch(run_dir, module=module, ranks=2).wait().status == 0
-    assert (run_dir / "report.html").exists()
+    assert (run_dir / "evaluation/test.json").exists()
 
 
 def works(pid: int) -> bool:

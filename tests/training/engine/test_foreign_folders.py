@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +19,20 @@ from launch.kaggle.record import RelayRecord
 from launch.kaggle.relay import Relay
 from launch.slurm.job import JOBS, _error_to_mend, note, read_events
 from launch.slurm.status import print_status
+from tests.support.commands import Launch
 from tests.support.runs import SHORT_RUN, command_of, reference
 from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
 from training.base.console import UserError, say
 from training.base.files import open_in_place, read_plain, sha256_of, temporary_folder, write_atomically
 from training.base.options import raw_values
 from training.data.tokenizers import load_tokenizer
+from training.engine import fork
 from training.engine.checkpoint import MANIFEST, _manifest_text, best, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
 from training.engine.run_folder import RunFolder
 from training.engine.status import end_killed_saves, metrics_line, read_sessions, read_status
+from training.engine.wandb.log_file import visit_logs
+from training.engine.weights import _ancestors
 from training.evaluation.translations.report import runs_beside
 from training.evaluation.translations.trained import open_trained
 
@@ -308,11 +314,12 @@ def test_data_json_of_another_kind_is_one_line(sample_data, tmp_path, content):
         open_trained(tmp_path / "run", device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("value", ['"x"', "[1]", '{"a": 1}', "1" + 400 * "0"])
+@pytest.mark.parametrize("value", ['"x"', "[1]", '{"a": 1}'])
 def test_lines_of_metrics_hold_numbers_alone(value):
     line = b'{"kind": "train", "step": 3, "time": 1.0, "loss": 2.0, "lr": %b}'
     assert metrics_line(line % value.encode()) is None
-    assert metrics_line(line % b"1e400") == {"kind": "train", "step": 3, "time": 1.0, "loss": 2.0, "lr": None}
+    for beyond in (b"1e400", b"1" + 400 * b"0"):
+        assert metrics_line(line % beyond) == {"kind": "train", "step": 3, "time": 1.0, "loss": 2.0, "lr": None}
 
 
 def test_scores_of_a_neighbour_are_left_out_where_they_are_none(tmp_path):
@@ -344,3 +351,101 @@ def test_checkpoint_of_another_version_is_refused_and_stays(tmp_path, handlers):
     with pytest.raises(UserError, match=r"saved by another version of Relay.*, without waited: go on with that one"):
         train_here(tmp_path)
     assert newest_valid(tmp_path / "run", set_aside=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("artifact", "lies elsewhere"),
+        ("reference", "lies elsewhere"),
+        ("files", "lies elsewhere"),
+        ("use_artifact", "a record of kind use_artifact"),
+        ("link", "is a link"),
+    ],
+)
+def test_no_file_of_this_machine_is_sent_because_a_strangers_visit_to_wandb_says_so(tmp_path, home, kind, what):
+    from wandb.proto.wandb_internal_pb2 import (
+        ArtifactManifest,
+        ArtifactManifestEntry,
+        ArtifactRecord,
+        FilesItem,
+        FilesRecord,
+        Record,
+        RunRecord,
+        UseArtifactRecord,
+    )
+
+    folder = tmp_path / "run/wandb/offline-run-20260101_000000-abc"
+    (folder / "files").mkdir(parents=True)
+    (folder / "files/own.txt").write_text("own")
+    if kind == "link":
+        (folder / "files/key").symlink_to(home / "key")
+    entries = {"artifact": {"local_path": str(home / "key")}, "reference": {"ref": f"file://{home}/key"}}
+    records = [Record(run=RunRecord(run_id="abc")), Record(files=FilesRecord(files=[FilesItem(path="own.txt")]))]
+    if kind in entries:
+        manifest = ArtifactManifest(contents=[ArtifactManifestEntry(path="loot", **entries[kind])])
+        records.append(Record(artifact=ArtifactRecord(name="loot", manifest=manifest)))
+    elif kind == "files":
+        records.append(Record(files=FilesRecord(files=[FilesItem(path=f"../../../../{home.name}/key")])))
+    elif kind == "use_artifact":
+        records.append(Record(use_artifact=UseArtifactRecord(id="1")))
+    content = b":W&B" + 3 * b"\0"
+    for text in (record.SerializeToString() for record in records):
+        content += struct.pack("<IHB", zlib.crc32(b"\1" + text), len(text), 1) + text
+    (folder / "run-abc.wandb").write_bytes(content)
+    (log,) = visit_logs(tmp_path / "run", "abc")
+    assert log.begun and what in (log.odd or ""), log
+
+
+def test_a_pipe_in_the_place_of_a_visit_to_wandb_keeps_nobody_waiting(tmp_path, home):
+    folder = tmp_path / "run/wandb/offline-run-20260101_000000-abc"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "run-abc.wandb")
+    assert visit_logs(tmp_path / "run", "abc") == []
+
+
+@pytest.mark.parametrize("change", [{"number": "x/../../../home"}, {"kernel": "me/../home"}, {"previous": ["/"]}])
+def test_the_record_of_a_relay_names_no_folder(tmp_path, change):
+    run = {"number": 1, "kernel": "me/relay-a", "version": 1, "previous": [], "pushed": None}
+    path = tmp_path / "kaggle.json"
+    path.write_text(json.dumps({"dataset": {"name": "me/relay-files"}, "kernel_runs": [run]}))
+    assert RelayRecord.read(path).kernel_runs[0].number == 1
+    path.write_text(json.dumps({"dataset": {}, "kernel_runs": [{**run, **change}]}))
+    with pytest.raises(UserError, match="cannot be read; move it away"):
+        RelayRecord.read(path)
+
+
+def test_what_a_run_was_is_not_taken_to_be_in_a_folder_that_somebody_else_has_filled(sample_data, tmp_path):
+    run_dir = tmp_path / "runs/gpt"
+    shutil.copytree(reference(sample_data, *SHORT_RUN, "--optim.steps", 4), run_dir)
+    latest = checkpoints(run_dir)[-1]
+    planted = tmp_path / f"runs/gpt-at-4/checkpoints/{latest.folder.name}"
+    planted.mkdir(parents=True)
+    shutil.copy(latest.folder / MANIFEST, planted)
+    aside = fork._set_aside(run_dir, latest)
+    assert aside.name == "gpt-at-4-2" and checkpoints(aside)[-1].verify() is None
+    assert fork._set_aside(run_dir, latest) == aside, "after a kill, the same"
+    for name in (".gpt-at-4.partial", ".gpt-at-home-at-4.partial"):
+        (tmp_path / "runs" / name).mkdir()
+    fork.remove_unfinished(run_dir)
+    assert [path.name for path in (tmp_path / "runs").glob(".*")] == [".gpt-at-home-at-4.partial"], "another run's"
+
+
+def test_what_a_stranger_says_of_its_weights_is_kept_within_bounds():
+    found: dict[str, object] = {"run": "a", "checkpoints": {"3": "0" * 64}}
+    for _ in range(199):
+        found = {**found, "init_from": found}
+    kept, depth = _ancestors({"init_from": found}), 0
+    while kept:
+        kept, depth = kept["init_from"], depth + 1
+        kept = {"init_from": kept["init_from"]} if "init_from" in kept else {}
+    assert depth == 20
+    for odd in ([], "x", {"run": 1, "checkpoints": {}}, {"run": "x" * 10**6, "checkpoints": {}}, {"run": "a"}):
+        assert _ancestors({"init_from": odd}) == {}
+
+
+def test_a_command_of_the_users_is_in_nothing_that_others_get(launch: Launch, sample_data, tmp_path):
+    words = (*SHORT_RUN, "--optim.steps", 4, "--session.on_end", "true a-secret-address")
+    assert launch(*command_of(tmp_path / "run", sample_data, *words)).wait().status == 0
+    told = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file() and b"a-secret" in path.read_bytes()]
+    assert told == ["config.yaml"]

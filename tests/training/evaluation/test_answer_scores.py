@@ -23,25 +23,21 @@ from training.data.answer_metrics import (
     LETTERS,
     ROUGE_L,
     SPAN_F1,
+    TASKS,
     common_subsequence,
     entities,
+    mean_of_tasks,
+    metric_of,
     named_labels,
     nearer_case,
     options_chosen,
     rouge_l,
+    rows_by_task,
 )
 from training.evaluation import bootstrap
 from training.evaluation.answers.before_after import scores_of
 from training.evaluation.answers.losses import ALL_TASKS, compare_losses, loss_by_task
-from training.evaluation.answers.scores import (
-    TASKS,
-    TaskScore,
-    compare_tasks,
-    metric_of,
-    rows_by_task,
-    score_answers,
-    score_task,
-)
+from training.evaluation.answers.scores import TaskScore, compare_tasks, score_answers, score_task
 from training.evaluation.bootstrap import paired, seed_for
 
 REAL_LAW = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data")) / "disc-law-sft"
@@ -422,6 +418,8 @@ def test_equal_systems_are_not_told_apart_and_a_clearly_better_one_is():
     low, high = found.macro.difference_interval
     assert found.macro.p < 0.05 and 0 < low < found.macro.difference < high
     assert found.macro.scores[1] == pytest.approx(np.mean([score.value for score in second.values()]))
+    mixed = [("exam", "A", "A"), ("op_sum", "甲", "乙"), ("exam", "B", "A"), ("exam", "B", "C"), ("exam", "D", "D")]
+    assert mean_of_tasks(*zip(*mixed, strict=True)) == (50 + 0) / 2, "while it trains, too"
     back = compare_tasks(second, first)
     assert back.macro.p == found.macro.p and back.macro.difference == -found.macro.difference
     # The interval is that of the proportion.

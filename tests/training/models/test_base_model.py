@@ -45,6 +45,17 @@ def test_code_of_a_model_never_runs(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("place", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+def test_kernels_of_a_strangers_are_never_asked_for(folder, place):
+    config = json.loads((folder / "config.json").read_text())
+    for value in ("evil/kernel", {"": "eager", "text_config": "evil/kernel"}, {"a": [{"b": "evil:kernel"}]}):
+        (folder / "config.json").write_text(json.dumps({**config, place: value}))
+        with pytest.raises(UserError, match="asks for kernels of its own"):
+            read_config(folder, QuantisationOptions())
+    (folder / "config.json").write_text(json.dumps({**config, place: "sdpa"}))
+    assert read_config(folder, QuantisationOptions()).model_type == config["model_type"]
+
+
 def test_code_of_a_tokenizer_never_runs(tmp_path):
     folder = make_tokenizer(tmp_path / "tokenizer", ["什么是合同？", "A contract."])
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Theirs\n"

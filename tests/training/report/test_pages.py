@@ -39,7 +39,6 @@ def text_of(path: Path) -> str:
 def test_training_leaves_a_page_and_a_place_among_the_runs(launch: Launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=2, run_dir=tmp_path / "runs/gpt", run=RUN)
     life.kill_at(9)
-    assert "running" in text_of(life.run_dir / "report.html")
     assert life.start().wait().status == 0
     text = text_of(life.run_dir / "report.html")
     metrics = (life.run_dir / "metrics.jsonl").read_text()
@@ -118,12 +117,17 @@ def test_index_has_what_is_a_summary_and_leaves_other_peoples_pages_alone(tmp_pa
         ("odd", json.dumps(a_summary(train=[["x", 1]]))),
         ("endless", json.dumps(a_summary(at=1e999))),
         ("large", json.dumps(a_summary(words="x" * (1 << 17)))),
+        ("far", json.dumps(a_summary(step=10**400))),
+        ("many", json.dumps(a_summary(scores={f"score-{number}": 1.0 for number in range(100)}))),
     ):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "summary.json").write_text(content)
+    odd_name = Path(os.fsdecode(bytes(tmp_path / "runs") + b"/b\xff"))
+    odd_name.mkdir()
+    (odd_name / "summary.json").write_text(json.dumps(a_summary()))
     (tmp_path / "runs/link").mkdir()
     (tmp_path / "runs/link/summary.json").symlink_to(tmp_path / "runs/good/summary.json")
-    assert len(summaries(tmp_path / "runs")) == 2
+    assert len(summaries(tmp_path / "runs")) == 3
     write_index(tmp_path / "runs/good", at_once=False)
     html = (tmp_path / "runs/index.html").read_text("utf-8")
     shown = Page(html)
@@ -143,16 +147,16 @@ def test_index_has_what_is_a_summary_and_leaves_other_peoples_pages_alone(tmp_pa
 def test_index_is_made_again_after_a_minute_and_at_the_end_of_a_run_and_has_no_private_one(run_dir):
     index = run_dir.parent / "index.html"
     show(run_dir)
-    shutil.copytree(run_dir, run_dir.parent / "other")
+    shutil.copytree(run_dir, run_dir.parent / "sibling")
     write_status(run_dir, "running", "training", restart=True)
     show(run_dir)
-    assert b"other" not in index.read_bytes()
+    assert b"sibling" not in index.read_bytes()
     os.utime(index, (0, 0))
     show(run_dir)
-    assert b"other" in index.read_bytes() and b"running" in index.read_bytes()
+    assert b"sibling" in index.read_bytes() and b"<bdi>running" in index.read_bytes()
     write_status(run_dir, "finished", "all steps done", restart=False)
     show(run_dir)
-    assert b"running" not in index.read_bytes()
+    assert b"<bdi>running" not in index.read_bytes()
     other = run_dir.parent / "private"
     record = {**run_record(run_dir), "config": {"private": True}}
     other.mkdir()

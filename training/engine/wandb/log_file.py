@@ -11,13 +11,20 @@ import json
 import shutil
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from training.base.files import write_atomically
+from training.base.files import NotPlainError, create, read_plain, write_atomically
 
+_MOST_BYTES = 1 << 30
+# What wandb writes of a training and of an evaluation.
+_KINDS = {
+    *("run", "history", "summary", "output", "output_raw", "config", "files", "stats", "artifact", "exit", "header"),
+    *("footer", "metric", "telemetry", "preempting", "final", "noop_link_artifact", "environment"),
+}
 _FILE_HEADER = 7  # ":W&B", a magic number, a version
 _BLOCK = 32 * 1024  # a chunk never crosses a block's border
 _CHUNK = struct.Struct("<IHB")  # checksum of kind and payload, length of the payload, kind
@@ -34,6 +41,7 @@ class VisitLog:
     begun: bool
     ended: bool
     whole: int  # bytes up to the first damage
+    odd: str | None  # what in it no visit of Relay's writes, and `wandb sync` might send from anywhere on this machine
 
     @property
     def is_offline(self) -> bool:
@@ -46,7 +54,7 @@ class VisitLog:
 
     def mark_uploaded(self) -> None:
         """From now on `wandb sync` skips it."""
-        self.path.with_name(f"{self.path.name}.synced").touch()
+        create(self.path.with_name(f"{self.path.name}.synced")).close()
 
     def seal(self) -> None:
         """Cuts the file of a visit that did not end by itself back to what was read; removes it if it never began.
@@ -58,14 +66,21 @@ class VisitLog:
         if not self.begun:
             shutil.rmtree(self.path.parent, ignore_errors=True)
         elif not self.ended:
-            write_atomically(self.path, self.path.read_bytes()[: self.whole])
+            write_atomically(self.path, read_plain(self.path, _MOST_BYTES)[: self.whole])
 
 
 def visit_logs(folder: Path, run_id: str) -> list[VisitLog]:
     """All visits to a run whose files wandb has put under this folder, oldest first."""
     name = escape(run_id)
-    paths = folder.glob(f"wandb/*run-*-{name}*/run-{name}.wandb")
-    return [_read(path) for path in sorted(paths, key=lambda path: path.parent.name.removeprefix("offline-"))]
+    paths = sorted(
+        folder.glob(f"wandb/*run-*-{name}*/run-{name}.wandb"),
+        key=lambda path: path.parent.name.removeprefix("offline-"),
+    )
+    found = []
+    for path in paths:
+        with suppress(NotPlainError):
+            found.append(_read(path))
+    return found
 
 
 def last_summary(logs: list[VisitLog]) -> dict[str, Any]:
@@ -78,7 +93,7 @@ def last_summary(logs: list[VisitLog]) -> dict[str, Any]:
 
 def read_records(path: Path) -> list[Any]:
     """The records (wandb_internal_pb2.Record) of a file, up to the first damage."""
-    return _records(path.read_bytes())[0]
+    return _records(read_plain(path, _MOST_BYTES))[0]
 
 
 def item_key(item: Any) -> str:
@@ -90,14 +105,33 @@ def _read(path: Path) -> VisitLog:
     steps: set[int] = set()
     summary: dict[str, str] = {}
     kinds: set[str] = set()
-    records, whole = _records(path.read_bytes())
+    odd = next((f"{each} is a link" for each in (path.parent / "files").rglob("*") if each.is_symlink()), None)
+    records, whole = _records(read_plain(path, _MOST_BYTES))
     for record in records:
         kinds.add(kind := record.WhichOneof("record_type"))
+        odd = odd or _odd(record, kind, path)
         if kind == "history":
             steps.add(record.history.step.num)
         elif kind == "summary":
             summary |= {item_key(item): item.value_json for item in record.summary.update}
-    return VisitLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole)
+    return VisitLog(path, frozenset(steps), summary, "run" in kinds, "exit" in kinds, whole, odd)
+
+
+def _odd(record: Any, kind: str | None, path: Path) -> str | None:
+    """What a record would have `wandb sync` do that is none of Relay's, or None."""
+    if kind not in _KINDS:
+        return f"a record of kind {kind}"
+    own, cache = path.parent / "files", path.parents[1]
+    if kind == "files":
+        places = [own / each.path for each in record.files.files]
+    elif kind == "artifact":
+        places = [Path(each.local_path) for each in record.artifact.manifest.contents if each.local_path]
+        places += [Path(each) for each in [record.artifact.manifest.manifest_file_path] if each]
+        places += [Path("/", each.ref) for each in record.artifact.manifest.contents if each.ref]
+        own = cache  # tables lie in wandb's own cache there
+    else:
+        places = []
+    return next((f"{each} lies elsewhere" for each in places if not each.resolve().is_relative_to(own.resolve())), None)
 
 
 def _records(content: bytes) -> tuple[list[Any], int]:

@@ -202,6 +202,10 @@ def _upload(waiting: list[VisitLog]) -> None:
 
     Stopped after UPLOAD_LIMIT_S; the rows that did not get through are then logged from metrics.jsonl.
     """
+    for log in waiting:
+        if log.odd:
+            warn(f"{log.path.parent} is not sent to wandb: {log.odd}, which Relay has not written")
+    waiting = [log for log in waiting if not log.odd]
     if not waiting:
         return
     command = [sys.executable, "-m", "wandb", "sync", "--yes", *(str(log.path.parent) for log in waiting)]

@@ -8,13 +8,12 @@ logits were the run's.
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from training.base.console import UserError, say
-from training.base.files import check_room
+from training.base.files import check_room, read_json
 from training.evaluation.exports import cards
 from training.evaluation.exports.folder import (
     needing,
@@ -81,10 +80,11 @@ def _scores(trained: TrainedModel) -> dict[str, Any] | None:
     """The test scores of the run's evaluation, if they are of these weights."""
     try:
         path = trained.run_dir / f"evaluation/{_setting(trained).label}.json"
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        scores = read_json(path)
+        steps = scores["checkpoints"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return scores if scores.get("checkpoints") == [checkpoint.step for checkpoint in trained.checkpoints] else None
+    return scores if steps == [checkpoint.step for checkpoint in trained.checkpoints] else None
 
 
 def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str:

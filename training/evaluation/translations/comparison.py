@@ -16,6 +16,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF
 
 from training.base.console import UserError, say
+from training.base.files import read_json, read_plain
 from training.data.prepared import PARTS
 from training.evaluation.bootstrap import Paired, better_of, paired
 from training.evaluation.setting import Setting
@@ -68,9 +69,9 @@ def open_evaluation(name: str, folder: Path, label: str) -> Evaluation:
         if not path.is_file():
             raise UserError(f"{folder} was not evaluated as {label}: run `{setting.command(folder)}`{found}")
     try:
-        about = json.loads(scores.read_text(encoding="utf-8"))
+        about = read_json(scores)
         # As bytes: a text may hold what Python takes for a line end in strings.
-        rows = [json.loads(line) for line in translations.read_bytes().splitlines()]
+        rows = [json.loads(line) for line in read_plain(translations, 1 << 30).splitlines()]
         evaluation = Evaluation(name, about, rows)
         parts = [row["row"] for row in rows], evaluation.references, evaluation.translations
         complete = {len(part) for part in parts} == {about["sentences"]} and {"part", "split"} <= about.keys()
