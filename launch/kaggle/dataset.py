@@ -46,7 +46,7 @@ _FOLDERS = ("launch", "data_prep", "training", "configs")
 _FILES = ("LICENSE", "requirements.txt")
 
 # What the code in them consists of, where there is no git to ask. YAML is not among it: it may hold keys.
-_SUFFIXES = (".py", ".html", ".css", ".md")
+_SUFFIXES = (".py", ".html", ".css", ".js", ".md")
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -491,9 +491,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"{run_dir} is not a run folder: there is no folder checkpoints in it")
     if arguments.keep is not None:
-        keep_for_good(run_dir, arguments.keep)
         kept = Checkpoint(checkpoint_folder(run_dir, arguments.keep))
         problem = kept.verify() if kept.folder.is_dir() else "there is none"
+        if problem is None:
+            keep_for_good(run_dir, kept.step)
+            problem = None if kept.folder.is_dir() else "the training has just removed it"
         if problem is not None:
             there = ", ".join(str(each.step) for each in checkpoints(run_dir)) or "none"
             raise UserError(
