@@ -513,7 +513,7 @@ def test_name_of_a_run_is_read_from_what_is_on_record(
 
 
 def test_record_survives_being_written_and_read(tmp_path: Path) -> None:
-    record = RelayRecord(tmp_path / "kaggle.json", {"name": "me/n-files"}, [kernel_run(1)])
+    record = RelayRecord(tmp_path / "kaggle.json", {"name": "me/n-files"}, [kernel_run(1, "me/n-a")])
     record.write()
     assert RelayRecord.read(record.path) == record
     record.path.write_text("{")

@@ -52,7 +52,7 @@ def test_kernels_of_a_strangers_are_never_asked_for(folder, place):
         (folder / "config.json").write_text(json.dumps({**config, place: value}))
         with pytest.raises(UserError, match="asks for kernels of its own"):
             read_config(folder, QuantisationOptions())
-    (folder / "config.json").write_text(json.dumps({**config, place: "sdpa"}))
+    (folder / "config.json").write_text(json.dumps({**config, place: "eager"}))
     assert read_config(folder, QuantisationOptions()).model_type == config["model_type"]
 
 
