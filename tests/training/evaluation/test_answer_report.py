@@ -235,7 +235,8 @@ def test_hostile_text_stays_text_in_every_field(report):
         *("sessions.started", "sessions.seen", "sessions.ended", "data.questions", "versions.torch, training"),
         *("law_eval.after.exams.exam", "law_eval.after.exams.kind", "law_eval.page"),
     }
-    assert [value for name, value in page.attributes if name == "href" and HOSTILE.replace("\0", "\ufffd") in value]
+    name_alone = HOSTILE.replace("\0", "\ufffd").replace("/", "")  # which leads to no other folder
+    assert [value for name, value in page.attributes if name == "href" and name_alone in value]
 
 
 def test_a_script_in_an_answer_is_shown_as_it_was_written(report):
