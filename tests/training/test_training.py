@@ -88,8 +88,10 @@ def test_a_finished_run_is_complete(uninterrupted):
         "data.json",
         "lock",
         "metrics.jsonl",
+        "report.html",
         "sessions.json",
         "status.json",
+        "summary.json",
         "tokenizer",
     }
     status = status_of(run_dir)
