@@ -14,8 +14,8 @@ from tests.support.runs import reference
 from training.base.console import UserError
 from training.data.prepared import open_prepared
 from training.evaluation import translate
-from training.evaluation.translations import decoding
 from training.evaluation.translations.trained import TrainedModel, open_trained
+from training.models import decoding
 
 CPU = torch.device("cpu")
 SHAPES = {
