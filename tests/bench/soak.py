@@ -56,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         training = (*map(str, TRAINING), "--data", str(data.folder))
         whole = Training(training, Path(folder, "whole"), STEPS, 2)
         whole.finish()
+        undisturbed = in_words(where_hours_went(read_sessions(whole.run_dir)))
         while time.monotonic() < end if end else len(events) < wanted:
             runs += 1
             broken = Training(training, Path(folder, f"run-{runs}"), STEPS, 2)
@@ -68,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
             problems = "; ".join([*different, *(event.lost for event in new if event.lost)])
             since = format_duration(time.monotonic() - began)
             say(f"run {runs}: {len(new)} kills, {problems or 'bit-equal'} ({len(events)} kills, {lost} lost, {since})")
-    say(f"undisturbed: {in_words(where_hours_went(read_sessions(whole.run_dir)))}")
+    say(f"undisturbed: {undisturbed}")
     say(f"interrupted: {in_words(hours)}")
     named = sorted({event.accident for event in events})
     report(

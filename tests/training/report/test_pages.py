@@ -39,7 +39,8 @@ def text_of(path: Path) -> str:
 def test_training_leaves_a_page_and_a_place_among_the_runs(launch: Launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=2, run_dir=tmp_path / "runs/gpt", run=RUN)
     life.kill_at(9)
-    assert life.start().wait().status == 0
+    result = life.start().wait()
+    assert result.status == 0 and "warning" not in result.err, result
     text = text_of(life.run_dir / "report.html")
     metrics = (life.run_dir / "metrics.jsonl").read_text()
     answer = json.loads(metrics.splitlines()[-1])["examples"][0]["answer"]
@@ -60,6 +61,15 @@ def test_page_of_a_run_that_goes_on_tells_when_it_was_heard_of(run_dir):
     write_status(run_dir, "finished", "all steps done", restart=False)
     show(run_dir)
     assert "<script" not in (run_dir / "report.html").read_text("utf-8"), "there is nothing to come"
+
+
+def test_run_has_a_page_before_its_first_checkpoint(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    write_status(run_dir, "running", "training", restart=True)
+    for name in ("metrics.jsonl", "sessions.json", "config.yaml"):
+        show(run_dir)
+        assert "running; step" in text_of(run_dir / "report.html")
+        (run_dir / name).unlink()
 
 
 def test_run_goes_on_without_a_page_that_cannot_be_made(launch: Launch, sample_data, tmp_path):
