@@ -199,7 +199,7 @@ class Answering(Task):
             )
             return [tokenizer.decode(each.ids) for each in found]
 
-        answers = answers_of(rows, part.prompt_lengths[rows], answer, 8, self.cluster, own_part)
+        answers = answers_of(rows, part.prompt_lengths[rows], answer, self.cluster, own_part, most=8)
         turns = [json.loads(part.messages[row]) for row in rows.tolist()]
         sources, references = map(question_of, turns), [messages[-1]["content"] for messages in turns]
         score = mean_of_tasks([part.tasks[row] for row in rows.tolist()], answers, references)

@@ -200,7 +200,7 @@ class Translating(Task):
             found = translate(self.decoder, [part.source[row].tolist() for row in batch])
             return [self.tokenizer.decode(each.ids) for each in found]
 
-        answers = answers_of(rows, part.source.lengths[rows], answer, 25, self.cluster, own_part)
+        answers = answers_of(rows, part.source.lengths[rows], answer, self.cluster, own_part, most=25)
         sources, references = (
             [texts[row] for row in rows.tolist()] for texts in (part.source_texts, part.target_texts)
         )

@@ -51,7 +51,7 @@ from training.base.files import (
     writing_to,
 )
 from training.base.options import CommandLine
-from training.engine.status import KEPT, Best, checkpoint_folder, read_record, saved_steps
+from training.engine.status import KEPT, Best, badness, checkpoint_folder, read_record, saved_steps
 
 MANIFEST = "manifest.json"
 MODEL, EMA = "model.safetensors", "ema.safetensors"
@@ -318,11 +318,14 @@ def best(run_dir: str | Path, count: int, by: str | None = None) -> list[Checkpo
     by: the score that says which is better; None for the one that the run's newest checkpoint goes by.
     """
     found = checkpoints(run_dir)
+    return _best(found, count, by or _best_by(found))
+
+
+def _best_by(found: Sequence[Checkpoint]) -> str:
     for checkpoint in reversed(found):
-        if by is None:
-            with suppress(OSError, ValueError):
-                by = checkpoint.state().get("best_by")
-    return _best(found, count, by or "accuracy")
+        with suppress(OSError, ValueError, KeyError):
+            return checkpoint.state()["best_by"]
+    return "accuracy"
 
 
 def _best(found: Sequence[Checkpoint], count: int, by: str) -> list[Checkpoint]:
@@ -331,7 +334,7 @@ def _best(found: Sequence[Checkpoint], count: int, by: str) -> list[Checkpoint]:
         with suppress(OSError, ValueError):  # damaged: it is no candidate
             score = checkpoint.state().get("scores", {}).get(by)
             if score is not None and checkpoint.is_due:
-                scored.append((score if by == "loss" else -score, checkpoint.step, checkpoint))
+                scored.append((badness(score, by), checkpoint.step, checkpoint))
     return [checkpoint for _, _, checkpoint in sorted(scored, key=lambda each: each[:2])[:count]]
 
 
@@ -370,12 +373,11 @@ def publish(
     about: Mapping[str, Any],
     keep: int,
     keep_best: int = 1,
-    best_by: str = "accuracy",
 ) -> Checkpoint:
     """Publishes a checkpoint of `step` and then removes those beyond the `keep` newest and the `keep_best` best.
 
     tensors: what goes into which file, in host memory. state: a `RunState`; its "scores" decide which checkpoints are
-    best by `best_by`, and by its "due" an interrupted run ends with the checkpoints of an uninterrupted one. about:
+    best by its "best_by", and by its "due" an interrupted run ends with the checkpoints of an uninterrupted one. about:
     goes into the manifest. An older checkpoint is removed only after the new one was read back from the disk and found
     valid. Raises UserError when the disk is full or not writable, OSError when it fails otherwise; the older
     checkpoints then stand untouched.
@@ -393,7 +395,7 @@ def publish(
         write_atomically(folder / MANIFEST, _manifest_text(written))
         publish_folder(folder, final, replace=True)
     checkpoint = Checkpoint(final)
-    retire(run_dir, checkpoint, keep, keep_best, best_by)
+    retire(run_dir, checkpoint, keep, keep_best, state.get("best_by", "accuracy"))
     return checkpoint
 
 
@@ -447,7 +449,9 @@ def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int, b
     found = checkpoints(run_dir)
     kept = to_keep(found) + to_keep([each for each in found if each.step <= newest.fork])
     for_good = kept_for_good(run_dir)
-    surplus = [each for each in found if each not in kept and for_good is not None and each.step not in for_good]
+    if for_good is None:
+        kept = found
+    surplus = [each for each in found if each not in kept and each.step not in (for_good or ())]
     if surplus:
         # What the disk holds counts, not what the system still has in memory.
         for path in newest.folder.iterdir():

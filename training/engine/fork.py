@@ -14,7 +14,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from contextlib import suppress
 from glob import escape
 from itertools import chain, count
@@ -25,6 +24,7 @@ from training.base.console import UserError, say
 from training.base.files import (
     copy_plain,
     copy_tree,
+    is_own_folder,
     publish_folder,
     read_plain,
     remove,
@@ -108,8 +108,7 @@ def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
             break
         with suppress(OSError):  # not the same: another run's folder, or an earlier one's
             there = Checkpoint(aside / "checkpoints" / latest.folder.name)
-            is_own = os.lstat(aside).st_uid == os.getuid() and stat.S_ISDIR(os.lstat(aside).st_mode)
-            if is_own and read_plain(there.folder / MANIFEST) == manifest and there.verify() is None:
+            if is_own_folder(aside) and read_plain(there.folder / MANIFEST) == manifest and there.verify() is None:
                 return aside
     with writing_to(aside, option="--run_dir"), temporary_folder(aside) as folder:
         for each in place.iterdir():

@@ -45,9 +45,10 @@ def answers_of(
     samples: np.ndarray,
     lengths: np.ndarray,
     answer: Callable[[list[int]], list[str]],
-    most: int,
     cluster: Cluster,
     own_part: OwnPart,
+    *,
+    most: int,
 ) -> list[str]:
     """The answers to `samples` [n], in order, on every rank; each rank gives its part.
 

@@ -43,8 +43,8 @@ from training.engine.status import (
     EXIT_RESUMABLE,
     Best,
     Status,
+    badness,
     checkpoint_folder,
-    is_better,
     read_sessions,
     write_status,
 )
@@ -557,7 +557,7 @@ class _Run:
         # By default accuracy picks the best checkpoint: late in training over-confidence raises the loss while
         # translations still improve.
         so_far, by = self.best["best_score"], self.best["best_by"]
-        is_best = by in self.scores and (so_far is None or is_better(self.scores[by], so_far, by))
+        is_best = by in self.scores and (so_far is None or badness(self.scores[by], by) < badness(so_far, by))
         if self.ended is None:
             self.waited = 0 if is_best else self.waited + 1
         if is_best:

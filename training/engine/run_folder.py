@@ -306,9 +306,8 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
     with writing_to(run_dir, option="--run_dir"):
         for name in (CONFIG, METRICS, SESSIONS, WANDB_FILE, *data.kept, "wandb"):
             copy_tree(source / name, run_dir / name)
-        for each in checkpoints(source):
-            if each.step in (kept_for_good(source) or ()):
-                keep_for_good(run_dir, each.step)
+        for step in (kept_for_good(source) or set()) & {each.step for each in checkpoints(source)}:
+            keep_for_good(run_dir, step)
         (run_dir / METRICS).touch()
         if record := read_record(run_dir, WANDB_FILE):  # other visits' files stay where they are
             write_atomically(run_dir / WANDB_FILE, json.dumps({**record, "folder": None}, indent=2) + "\n")

@@ -250,16 +250,8 @@ class Saver:
     def _try_to_publish(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         for pause_s in (*_PAUSES_S, None):
             try:
-                publish(
-                    self._run_dir,
-                    step,
-                    tensors,
-                    state=state,
-                    about=self._about,
-                    keep=self._options.keep,
-                    keep_best=self._options.keep_best,
-                    best_by=self._options.best_by,
-                )
+                keep, keep_best = self._options.keep, self._options.keep_best
+                publish(self._run_dir, step, tensors, state=state, about=self._about, keep=keep, keep_best=keep_best)
                 return
             except OSError as error:
                 if error.errno not in _MAY_PASS or pause_s is None:

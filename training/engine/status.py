@@ -137,9 +137,9 @@ class Best(TypedDict):
     best_by: str
 
 
-def is_better(score: float, than: float, by: str) -> bool:
-    """Whether one score is better than another of that name: a lower loss, more of any other."""
-    return score < than if by == "loss" else score > than
+def badness(score: float, by: str) -> float:
+    """What is lower for the better of two scores of that name: a lower loss, more of any other."""
+    return score if by == "loss" else -score
 
 
 def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, **more: Any) -> None:
@@ -190,10 +190,14 @@ def metrics_line(text: bytes) -> dict[str, Any] | None:
     return None
 
 
+def measured_in(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """The values of such a line by name, without where and when it was written, and without `examples`."""
+    return {key: value for key, value in line.items() if key not in ("kind", "step", "time", "examples")}
+
+
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The values of such a line as kind/name, for example `train/loss`; what is null is left out."""
-    values = {key: value for key, value in line.items() if key not in ("kind", "step", "time", "examples")}
-    return {f"{line['kind']}/{key}": value for key, value in values.items() if value is not None}
+    return {f"{line['kind']}/{key}": value for key, value in measured_in(line).items() if value is not None}
 
 
 def checkpoint_folder(run_dir: str | Path, step: int) -> Path:

@@ -122,15 +122,15 @@ def fingerprint_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _implementations(config: object, key: str = "") -> Iterator[str]:
-    """What a config.json, at any depth, has transformers compute its layers with."""
+def _implementations(config: object, named: bool = False) -> Iterator[str]:
+    """What a config.json, at any depth, has transformers compute its layers with. named: if a key above says that."""
     if isinstance(config, dict):
         for name, value in config.items():
-            yield from _implementations(value, name if name.endswith("_implementation") or not key else key)
+            yield from _implementations(value, named or name.endswith("_implementation"))
     elif isinstance(config, list):
         for value in config:
-            yield from _implementations(value, key)
-    elif key.endswith("_implementation") and isinstance(config, str):
+            yield from _implementations(value, named)
+    elif named and isinstance(config, str):
         yield config
 
 

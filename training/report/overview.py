@@ -20,6 +20,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from training.base.console import UserError, run_main, say
 from training.base.files import read_plain, write_atomically, writing_to
 from training.base.options import CommandLine
+from training.engine.status import Moment, Seconds, Steps
 from training.report.curves import Point, sparkline, thinned
 from training.report.templates import page
 from training.report.training_history import scores_in
@@ -33,11 +34,9 @@ _MOST_COLUMNS, _MOST_RUNS = 24, 2000
 
 
 Text = Annotated[str, Field(max_length=2000)]
-Steps = Annotated[int, Field(ge=0, lt=1 << 53)]
-Points = Annotated[
-    list[tuple[Annotated[float, Field(ge=0, lt=1 << 53)], Annotated[float, Field(ge=-1e100, le=1e100)]]],
-    Field(max_length=200),
-]
+Loss = Annotated[float, Field(ge=-1e100, le=1e100)]
+Place = Annotated[float, Field(ge=0, lt=1 << 53)]  # a step
+Points = Annotated[list[tuple[Place, Loss]], Field(max_length=200)]
 
 
 @with_config(ConfigDict(allow_inf_nan=False))
@@ -52,8 +51,8 @@ class Summary(TypedDict):
     best: Text
     scores: Annotated[dict[Annotated[str, Field(max_length=40)], float], Field(max_length=21)]  # of the last validation
     goodput: float | None
-    at: Annotated[float, Field(ge=0, le=1e11)]
-    silent_s: Annotated[float, Field(ge=0, le=1e11)]
+    at: Moment
+    silent_s: Seconds
     train: Points  # losses
     validation: Points
 
@@ -61,15 +60,16 @@ class Summary(TypedDict):
 _SUMMARY = TypeAdapter(Summary)
 
 
-def write_summary(run_dir: Path, record: Mapping[str, Any], standing: Mapping[str, Any]) -> None:
-    """Writes summary.json, from a `run_record` and how the run stands. Raises OSError where it cannot be written."""
-    status, metrics = record["status"], record["metrics"]
+def write_summary(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Writes summary.json, from a `run_record`. Raises OSError where it cannot be written."""
+    status, metrics, standing = record["status"], record["metrics"], record["standing"]
     if "steps" not in status or record["config"].get("private"):
         return
-    losses: dict[str, list[Point]] = {}
-    for kind in ("train", "validation"):
+
+    def losses(kind: str) -> list[Point]:
         points = [(line["step"], line["loss"]) for line in metrics if line["kind"] == kind and line["loss"] is not None]
-        losses[kind] = thinned(points, _POINTS / 2 / max(1, status["steps"]), few=_POINTS)
+        return thinned(points, _POINTS / 2 / max(1, status["steps"]), few=_POINTS)
+
     last: dict[str, Any] = next((line for line in reversed(metrics) if line["kind"] == "validation"), {})
     summary: Summary = {
         "task": record["checkpoint"].get("task", ""),
@@ -78,8 +78,8 @@ def write_summary(run_dir: Path, record: Mapping[str, Any], standing: Mapping[st
         "steps": status["steps"],
         "scores": {name: last[name] for name in ("loss", *scores_in(metrics)) if last.get(name) is not None},
         "goodput": status.get("goodput"),
-        "train": losses["train"],
-        "validation": losses["validation"],
+        "train": losses("train"),
+        "validation": losses("validation"),
     }
     write_atomically(run_dir / SUMMARY, _SUMMARY.dump_json(summary).decode() + "\n")
 
@@ -125,30 +125,35 @@ def render(title: str, runs: Mapping[str, Summary]) -> str:
     """The page of these runs, the one that was heard of last first. Curves of one task have the same axes."""
     order = sorted(runs, key=lambda name: (-runs[name]["at"], name))
     names = list(dict.fromkeys(name for each in runs.values() for name in each["scores"]))[:_MOST_COLUMNS]
+    axes = {
+        task: _axes([each for each in runs.values() if each["task"] == task])
+        for task in {each["task"] for each in runs.values()}
+    }
     rows = [
         {
             **runs[name],
             "name": name,
             "href": f"{quote(os.fsencode(name))}/report.html",
             "progress": runs[name]["step"] / max(1, runs[name]["steps"]),
-            "curve": _curve(runs[name], [each for each in runs.values() if each["task"] == runs[name]["task"]]),
+            "curve": _curve(runs[name], axes[runs[name]["task"]]),
         }
         for name in order
     ]
-    return (
-        _MARK.decode()
-        + "\n"
-        + page("overview.html", {"title": title, "rows": rows, "names": names, "script": "overview.js"})
-    )
+    html = page("overview.html", {"title": title, "rows": rows, "names": names, "script": "overview.js"})
+    return f"{_MARK.decode()}\n{html}"
 
 
-def _curve(run: Summary, alike: Sequence[Summary]) -> str:
+def _axes(alike: Sequence[Summary]) -> tuple[int, float, float] | None:
+    """The last step, the lowest and the highest loss that curves of these runs show; None where there is no loss."""
     # A loss begins high, and soon all runs are in the lower part: the highest validation is the top.
     values = [value for each in alike for _, value in (each["validation"] or each["train"])]
-    if not values:
+    return (max(each["steps"] for each in alike), min(values), max(values)) if values else None
+
+
+def _curve(run: Summary, axes: tuple[int, float, float] | None) -> str:
+    if axes is None:
         return ""
-    steps = max(each["steps"] for each in alike)
-    return sparkline([run["train"], run["validation"]], steps, min(values), max(values), about="losses over steps")
+    return sparkline([run["train"], run["validation"]], *axes, about="losses over steps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,10 +49,9 @@ def show(run_dir: Path) -> None:
     Raises OSError where the report cannot be written; of the index nobody has to care.
     """
     record = write_page(run_dir)
-    how = standing(record)
     with suppress(OSError, ValueError):
-        write_summary(run_dir, record, how)
-        write_index(run_dir, at_once=not how["running"])
+        write_summary(run_dir, record)
+        write_index(run_dir, at_once=not record["standing"]["running"])
 
 
 def run_record(run_dir: Path) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def run_record(run_dir: Path) -> dict[str, Any]:
 
     name: the folder's. checkpoint: the manifest of the newest checkpoint; {} before there is one. config: the run's.
     save_every: see `checkpoint.every_steps`; None where it is not known. metrics: lines of metrics.jsonl. sessions,
-    status: as their files have them. versions: with which it is trained.
+    status: as their files have them. versions: with which it is trained. standing: how it stands.
     """
     manifest: dict[str, Any] = {}
     save_every = None
@@ -70,7 +69,7 @@ def run_record(run_dir: Path) -> dict[str, Any]:
             every = manifest["config"]["checkpoint"]["every_steps"]
             save_every = every if every != "auto" else measured["steps"] if measured else None
             break
-    return {
+    record = {
         "name": run_dir.resolve().name,
         "checkpoint": manifest,
         "config": manifest.get("config") or _config(run_dir),
@@ -80,6 +79,7 @@ def run_record(run_dir: Path) -> dict[str, Any]:
         "status": read_status(run_dir) or {},
         "versions": {f"{name}, training": found for name, found in manifest.get("versions", {}).items()},
     }
+    return {**record, "standing": standing(record)}
 
 
 def _config(run_dir: Path) -> dict[str, Any]:

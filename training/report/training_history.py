@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 from training.base.durations import format_duration
 from training.engine.goodput import in_words
 from training.engine.saver import best_interval, price_of_a_kill
-from training.engine.status import Session, pace_s, was_cut_short, where_hours_went
+from training.engine.status import Session, badness, measured_in, pace_s, was_cut_short, where_hours_went
 from training.engine.surroundings import changes
 from training.engine.weights import Ancestor, ancestor
 from training.report.curves import Line, curve
@@ -30,7 +30,7 @@ _EXAMPLES_SHOWN = 6  # answers of a sample, of as many validations
 def history(record: Mapping[str, Any]) -> dict[str, Any]:
     """What history.html shows of a `run_record`, see `training.report.page`.
 
-    standing: how the run stands. training: figures and curves, None where no step is on record. generated: samples with
+    training: figures and curves, None where no step is on record. generated: samples with
     their answers. sessions: each with its `start` in words, whether it was `cut_short`, and what `changed`. total_time,
     goodput: in words, "" without sessions. saves: what checkpoints cost, None where none is known. script: of a page
     that is made anew while it is looked at, else None.
@@ -42,10 +42,8 @@ def history(record: Mapping[str, Any]) -> dict[str, Any]:
         changes(earlier.get("surroundings", {}), session.get("surroundings", {})) if earlier else []
         for session, earlier in zip(sessions, before, strict=False)
     ]
-    how = standing(record)
     return {
-        "standing": how,
-        "script": "live.js" if how["running"] else None,
+        "script": "live.js" if record["standing"]["running"] else None,
         "training": _training(record["metrics"], sessions),
         "generated": _generated(record["metrics"]),
         "sessions": [
@@ -72,7 +70,7 @@ class Standing(TypedDict):
 
 
 def standing(record: Mapping[str, Any]) -> Standing:
-    """How the run of a `run_record` stands."""
+    """How the run of a `run_record` stands, of which this is a part."""
     status, sessions, metrics, config = (record[key] for key in ("status", "sessions", "metrics", "config"))
     state, steps = status.get("status", "not begun"), status.get("steps")
     running = state == "running"
@@ -103,7 +101,7 @@ def _best(metrics: Sequence[dict[str, Any]], by: str) -> str:
     found = [(line[by], line["step"]) for line in metrics if line["kind"] == "validation" and line.get(by) is not None]
     if not found:
         return ""
-    score, step = min(found, key=lambda each: each[0] if by == "loss" else -each[0])
+    score, step = min(found, key=lambda each: badness(each[0], by))
     return f"{_NAMES.get(by, by)} {score:.4g} at step {step:,}"
 
 
@@ -128,8 +126,8 @@ def _generated(metrics: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], 
 
 def scores_in(metrics: Sequence[dict[str, Any]]) -> list[str]:
     """The names of the scores that validations have on record, beside the loss."""
-    names = dict.fromkeys(key for line in metrics if line["kind"] == "validation" for key in line)
-    return [name for name in names if name not in ("kind", "step", "time", "loss", "examples")][:_MOST_SCORES]
+    names = dict.fromkeys(key for line in metrics if line["kind"] == "validation" for key in measured_in(line))
+    return [name for name in names if name != "loss"][:_MOST_SCORES]
 
 
 def _training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -384,7 +384,7 @@ def test_the_score_that_is_named_says_which_is_best(tmp_path, best_by, kept):
     found = {10: (0.5, 2.0, 30.0), 20: (0.7, 1.0, 20.0), 30: (0.9, 1.5, 10.0), 40: (0.1, 9.0, 0.0)}
     for step, (accuracy, loss, bleu) in found.items():
         state = {"scores": {"accuracy": accuracy, "loss": loss, "bleu": bleu}, "best_by": best_by}
-        publish(tmp_path, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=1, best_by=best_by)
+        publish(tmp_path, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=1)
     assert steps_in(tmp_path) == kept
     assert choose(tmp_path, "best")[0].step == kept[0]
 

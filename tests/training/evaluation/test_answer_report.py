@@ -20,10 +20,11 @@ from training.evaluation.answers.report import (
 )
 from training.evaluation.answers.scores import compare_tasks, score_answers
 from training.report.page import render
+from training.report.training_history import standing
 
 
 def rendered(report: dict[str, Any]) -> str:
-    return render("answers", content_of(report)["content"])
+    return render("answers", {**content_of(report)["content"], "standing": standing(report)})
 
 
 def shown(report: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from training.evaluation.translations.scores import (
 from training.report.curves import HEIGHT, WIDTH, Line, curve
 from training.report.examples import EXAMPLES, example_rows
 from training.report.page import render
+from training.report.training_history import standing
 
 SOURCES = ["他是医生。", "他是医生。", "我喜欢读书。", "猫坐在垫子上。", "今天天气很好。", "你好。"] * 5
 REFERENCES = ["He is a doctor.", "He's a doctor.", "I like reading.", "The cat sat.", "It is fine today.", "Hello."] * 5
@@ -128,7 +129,7 @@ def make_report() -> dict[str, Any]:
 
 
 def rendered(report: dict[str, Any]) -> str:
-    return render("translations", content_of(report)["content"])
+    return render("translations", {**content_of(report)["content"], "standing": standing(report)})
 
 
 @pytest.fixture(scope="module")

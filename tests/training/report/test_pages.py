@@ -20,7 +20,6 @@ from training.engine.status import read_sessions, write_status
 from training.report import overview, page
 from training.report.overview import Summary, render, summaries, write_index
 from training.report.page import run_record, show, write_page
-from training.report.training_history import standing
 
 RUN = (*SHORT_RUN, "--optim.steps", 12, "--log.validate_every_steps", 4, "--checkpoint.every_steps", 4)
 
@@ -170,7 +169,7 @@ def test_index_is_made_again_after_a_minute_and_at_the_end_of_a_run_and_has_no_p
     other = run_dir.parent / "private"
     record = {**run_record(run_dir), "config": {"private": True}}
     other.mkdir()
-    overview.write_summary(other, record, standing(record))
+    overview.write_summary(other, record)
     assert not list(other.iterdir())
 
 
