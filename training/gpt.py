@@ -12,20 +12,19 @@ import sys
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from training.base.console import UserError, run_main
 from training.base.environment import staged
 from training.base.options import parse
-from training.data.prepared import Part, open_prepared
-from training.data.tokenizers import EOS, PAD, SEP, SOS
+from training.data.prepared import Part, Prepared, open_prepared
+from training.data.tokenizers import EOS, PAD
 from training.engine.loop import train
 from training.engine.task import RunOptions
 from training.engine.watchdog import watched_ranks
 from training.models.decoders import GPTDecoder
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPT, GPTOptions, Vocabularies
 from training.translation import Pairs, Translating, TranslationLoss
 
 
@@ -41,18 +40,36 @@ class GPTConfig(RunOptions):
     model: GPTOptions = Field(default_factory=GPTOptions)
     loss: LossOptions = Field(default_factory=LossOptions)
 
+    @model_validator(mode="after")
+    def _source_is_predicted(self) -> GPTConfig:
+        if self.loss.source_weight and self.model.source == "both":
+            raise ValueError(
+                "loss.source_weight needs model.source causal: a token that is seen from both sides is not predicted"
+            )
+        return self
+
 
 class Sequences(Pairs[LossOptions]):
     """`<sos> source <sep> target` of every pair that fits the context; `<eos>` is predicted but never an input.
 
-    lengths [n]: input tokens. The last prediction that counts as the source's is `<sep>`.
+    lengths [n]: input tokens; where the source is read both ways [n, 2], prompt and target, which are padded apart. The
+    last prediction that counts as the source's is `<sep>`.
     """
 
-    def __init__(self, part: Part, context: int):
-        lengths = part.source.lengths + part.target.lengths + 2
-        super().__init__(part, lengths <= context)
-        self.lengths = lengths[self.rows]
-        self.source_tokens = part.source.lengths[self.rows] + 1
+    def __init__(self, part: Part, model: GPTOptions, vocabularies: Vocabularies):
+        prompt, target = part.source.lengths + 2, part.target.lengths
+        super().__init__(part, prompt + target <= model.context)
+        self.apart = model.source == "both"
+        self.vocabularies = vocabularies
+        lengths = np.stack([prompt, target], axis=1)[self.rows]
+        self.lengths = lengths if self.apart else lengths.sum(axis=1)
+        self.prompts = lengths[:, 0]
+        self.source_tokens = self.prompts - 1
+
+    @classmethod
+    def of(cls, data: Prepared, part: str, model: GPTOptions) -> Sequences:
+        """Those of a part of prepared data."""
+        return cls(data.part(part), model, Vocabularies.of(data.source_tokenizer, data.target_tokenizer))
 
     def weights(self, options: LossOptions) -> np.ndarray:
         return self.target_tokens + options.source_weight * self.source_tokens
@@ -65,44 +82,50 @@ class Sequences(Pairs[LossOptions]):
         batch = self.batch(samples, with_source=source_weight > 0)
         inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
         weights = torch.where(is_target, 1.0, source_weight) if source_weight else None
-        return model(inputs, scored), labels, weights
+        return model(inputs, scored, torch.from_numpy(self.prompts[samples])), labels, weights
 
     def batch(self, samples: np.ndarray, *, with_source: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs [B, T], padded on the right, and the N positions that are scored.
+        """Inputs [B, T], laid out as `GPT.forward` reads them, and the N positions that are scored.
 
         Returns inputs, scored [N] (indices into the B*T positions), labels [N], and is_target [N]: whether the label
         belongs to the target side. Without `with_source`, only those that do are scored.
         """
-        source, target, rows = self.part.source, self.part.target, self.rows[samples]
-        whole = [torch.from_numpy(np.concatenate(([SOS], source[row], [SEP], target[row], [EOS]))) for row in rows]
-        inputs, labels = (
-            pad_sequence(each, batch_first=True, padding_value=PAD)
-            for each in ([row[:-1] for row in whole], [row[1:] for row in whole])
-        )
-        position = torch.arange(inputs.shape[1])
-        separator = torch.from_numpy(self.source_tokens[samples])[:, None]
-        inside = position < torch.from_numpy(self.lengths[samples])[:, None]
-        is_target = inside & (position >= separator)
-        scored = inside if with_source else is_target
-        return inputs, scored.flatten().nonzero().squeeze(1), labels[scored], is_target[scored]
+        prompts = self.prompts[samples]
+        begins = np.full_like(prompts, prompts.max()) if self.apart else prompts  # the target's column
+        ends = begins + self.target_tokens[samples] - 1
+        inputs, labels = np.full((2, len(samples), ends.max()), PAD)
+        is_target = np.zeros(inputs.shape, bool)
+        for place, row in enumerate(self.rows[samples]):
+            target, prompt, begin, end = self.part.target[row], prompts[place], begins[place], ends[place]
+            inputs[place, :prompt] = self.vocabularies.prompt(self.part.source[row])
+            inputs[place, begin:end] = target
+            labels[place, : prompt - 1] = inputs[place, 1:prompt]
+            predicted = np.r_[prompt - 1, begin:end]
+            labels[place, predicted] = *target, EOS
+            is_target[place, predicted] = True
+        scored = labels != PAD if with_source else is_target
+        found = (inputs, np.flatnonzero(scored), labels[scored], is_target[scored])
+        return tuple(map(torch.from_numpy, found))
 
 
 def main() -> int:
     config, dry_run = parse(GPTConfig, sys.argv[1:], prog="python -m training.gpt", about=__doc__)
     data = open_prepared(staged(config.data))
-    if not data.joint_vocabulary:
+    if config.loss.source_weight and not data.joint_vocabulary:
         raise UserError(
-            f"{config.data} has two vocabularies, but a GPT reads and writes one: prepare with --vocabularies joint"
+            f"{config.data} has two vocabularies, of which a GPT writes the target's only, so loss.source_weight must "
+            "be 0: or prepare with --vocabularies joint"
         )
-    pairs, held_out = (Sequences(data.part(name), config.model.context) for name in ("train", "validation"))
+    pairs, held_out = (Sequences.of(data, name, config.model) for name in ("train", "validation"))
     for each in (pairs, held_out):
         each.check(f"model.context ({config.model.context})")
 
     with watched_ranks(config) as cluster:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        model = GPT(config.model, data.source_tokenizer.vocabulary_size)
-        scored = pairs.target_tokens.sum() + (pairs.source_tokens.sum() if config.loss.source_weight else 0)
-        flops = model.flops_per_token(float(pairs.lengths.mean()), float(scored / pairs.lengths.sum()))
+        model = GPT(config.model, pairs.vocabularies)
+        prompt, written = float(pairs.prompts.mean()), float(pairs.target_tokens.mean())
+        scored = written + (prompt - 1 if config.loss.source_weight else 0)
+        flops = model.flops_per_token(prompt, written - 1, scored)
         decoder, tokenizer = GPTDecoder(model), data.target_tokenizer
         task = Translating("gpt", config, decoder, pairs, held_out, tokenizer, cluster, flops)
         return train(config, task, data, cluster, dry_run=dry_run)

@@ -89,9 +89,10 @@ def translate_plainly(
     """
     limit = 2 * len(source) + 10
     if isinstance(model, GPT):
-        prompt = [SOS, *source, SEP]
+        prompt = model.vocabularies.prompt(source).tolist()
+        prompts = torch.tensor([len(prompt)])
         return _token_by_token(
-            lambda produced: model(torch.tensor([[*prompt, *produced]]))[0, -1],
+            lambda produced: model(torch.tensor([[*prompt, *produced]]), prompts=prompts)[0, -1],
             min(limit, model.options.context - len(prompt)),
             length,
             steps,
@@ -168,8 +169,7 @@ class Sentences:
         torch.manual_seed(1234)
         kind = TRANSLATORS["seq2seq" if name == "seq2seq" else "gpt"]
         config = kind.config(run_dir="unused", data=folder, model=MODELS[name])
-        sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
-        self.model = kind.build(config, *sizes).eval()
+        self.model = kind.build(config, data.source_tokenizer, data.target_tokenizer).eval()
         decoder = kind(self.model)
         self.sources: list[list[int]] = []
         # A source may stand several times with several references: the first one's length is that of all.

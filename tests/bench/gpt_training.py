@@ -61,7 +61,7 @@ from training.base.console import run_main, say
 from training.data.prepared import Part, Prepared, open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.gpt import GPTConfig, Sequences
-from training.models.gpt import GPT
+from training.models.gpt import GPT, Vocabularies
 from training.translation import plan_of, summed_loss
 
 CONTEXT = 128
@@ -73,7 +73,7 @@ SEED = ROOT / "configs/gpt/seed.yaml"
 def new_model(config: GPTConfig, data: Prepared) -> GPT:
     """The model with the initial weights that `training.gpt` gives it."""
     torch.manual_seed(config.seed)
-    return GPT(config.model, data.source_tokenizer.vocabulary_size)
+    return GPT(config.model, Vocabularies.of(data.source_tokenizer, data.target_tokenizer))
 
 
 def notebook_tensors(part: Part) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def loss_difference(data: Prepared) -> float:
     """How far the two losses of the same 32 sentences lie apart, dropout off. Raises UserError above 1e-5."""
     config = config_of("gpt", [SEED], data)
     model = new_model(config, data).eval()
-    pairs = Sequences(data.part("train"), CONTEXT)
+    pairs = Sequences.of(data, "train", config.model)
     samples = np.random.default_rng(0).choice(len(pairs.lengths), SENTENCES_PER_STEP, replace=False)
     inputs, labels = notebook_tensors(data.part("train"))
     device = torch.device("cpu")
@@ -183,7 +183,8 @@ def main(words: Sequence[str] | None = None) -> int:
         tokens, gflops = median(speeds["base tokens"]), median(speeds["base flops"]) / 1e9
         base_model = new_model(config_of("gpt", [BASE], as_pieces), as_pieces)
         parameters = sum(parameter.numel() for parameter in base_model.parameters())
-        plan = plan_of(config_of("gpt", [SEED], as_words), Sequences(as_words.part("train"), CONTEXT))
+        seed = config_of("gpt", [SEED], as_words)
+        plan = plan_of(seed, Sequences.of(as_words, "train", seed.model))
         report(
             "gpt_training",
             arguments,

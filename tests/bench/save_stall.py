@@ -23,7 +23,7 @@ from training.base.console import run_main, say
 from training.base.environment import keep_freed_memory
 from training.engine.checkpoint import tensors_of
 from training.engine.saver import CheckpointOptions, Saver
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPT, GPTOptions, Vocabularies
 
 MODEL = GPTOptions(layers=14, heads=12, width=768, context=64)
 QUICK_MODEL = GPTOptions(layers=5, heads=8, width=512, context=64)
@@ -39,7 +39,7 @@ class Training:
 
     def __init__(self, options: GPTOptions):
         torch.manual_seed(0)
-        self.model = GPT(options, VOCABULARY)
+        self.model = GPT(options, Vocabularies(VOCABULARY))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.step()
 

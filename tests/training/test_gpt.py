@@ -9,23 +9,28 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from training.data.prepared import Part, Ragged
-from training.data.tokenizers import EOS, PAD, SEP, SOS
+from training.data.tokenizers import EOS, PAD, SEP, SOS, UNK
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.gpt import LossOptions, Sequences
-from training.models.gpt import GPT, GPTOptions, causal_attention
+from training.models.gpt import GPT, GPTOptions, Vocabularies, attend
 from training.translation import summed_loss
 
 VOCABULARY = 50
+JOINT, APART = Vocabularies(VOCABULARY), Vocabularies(VOCABULARY, 40)
 KINDS = [pytest.param(*kind, id="-".join(kind)) for kind in product(("learned", "rotary"), ("layer", "rms"))]
 
 
-def model_of(positions: str = "rotary", norm: str = "layer", **options: object) -> GPT:
+def model_of(
+    positions: str = "rotary", norm: str = "layer", vocabularies: Vocabularies = JOINT, **options: object
+) -> GPT:
     """A small model in evaluation mode, with weights large enough for every part to matter."""
     torch.manual_seed(0)
     values = {"layers": 2, "heads": 2, "width": 32, "context": 24, "dropout": 0.2, **options}
-    model = GPT(GPTOptions(positions=positions, norm=norm, **values), VOCABULARY).eval()
+    model = GPT(GPTOptions(positions=positions, norm=norm, **values), vocabularies).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -99,7 +104,7 @@ def test_selected_rows_of_the_cache_go_on_as_they_were():
 @torch.no_grad()
 def test_attention_maps_sum_to_one_and_see_no_future(positions, norm):
     model, tokens = model_of(positions, norm, layers=3), tokens_of(11)
-    maps = model.attention_maps(tokens)
+    maps = model.attention_maps(tokens, prompt=4)
     assert [layer.shape for layer in maps] == [(2, 11, 11)] * 3
     for layer in maps:
         torch.testing.assert_close(layer.sum(-1), torch.ones(2, 11))
@@ -113,11 +118,102 @@ def test_attention_maps_are_what_the_model_attends_with(positions, norm):
     """With the maps put in the place of the fused kernel, the first layer's attention gives the same output."""
     model, tokens = model_of(positions, norm), tokens_of(11)
     block = model.blocks[0]
-    x, rotation = model._embed(tokens[None], torch.arange(11))
+    x, rotation = model._embed(tokens[None], torch.arange(11), 0)
     normed = block.attention_norm(x)
     _, _, value = block.attention.project(normed, rotation)
-    weighted = block.attention.merge(model.attention_maps(tokens)[0] @ value)
-    torch.testing.assert_close(weighted, block.attention(normed, rotation), rtol=1e-5, atol=1e-5)
+    weighted = block.attention.merge(model.attention_maps(tokens, prompt=4)[0] @ value)
+    torch.testing.assert_close(weighted, block.attention(normed, rotation, None), rtol=1e-5, atol=1e-5)
+
+
+# Prompts of different lengths, and what follows each: the source is read both ways.
+PROMPTS, TARGET = torch.tensor([3, 9, 1, 6]), 7
+
+
+def read_both_ways(positions: str) -> tuple[GPT, list[Tensor], Tensor]:
+    """A model, four sequences as they are, and the same in a batch: prompts and targets each padded by themselves."""
+    model = model_of(positions, source="both", layers=3)
+    alone = [tokens_of(4, 9 + TARGET)[row, : prompt + TARGET] for row, prompt in enumerate(PROMPTS)]
+    batch = torch.full((4, 9 + TARGET), PAD)
+    for row, (sequence, prompt) in enumerate(zip(alone, PROMPTS, strict=True)):
+        batch[row, :prompt], batch[row, 9:] = sequence[:prompt], sequence[prompt:]
+    return model, alone, batch
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.no_grad()
+def test_a_source_read_both_ways_sees_all_of_itself_and_nothing_of_the_target(positions):
+    model, alone, _ = read_both_ways(positions)
+    tokens, prompt = alone[1][None], PROMPTS[1:2]
+    logits = model(tokens, prompts=prompt)
+    for place in range(tokens.shape[1]):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 7) % VOCABULARY
+        moved = (model(changed, prompts=prompt) - logits).abs().amax(dim=(0, 2)) > 1e-4
+        expected = torch.arange(len(moved)) >= (0 if place < prompt else place)
+        assert moved.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.no_grad()
+def test_prompts_padded_apart_from_their_targets_change_nothing(positions):
+    model, alone, batch = read_both_ways(positions)
+    logits = model(batch, prompts=PROMPTS)
+    for row, (sequence, prompt) in enumerate(zip(alone, PROMPTS, strict=True)):
+        expected = model(sequence[None], prompts=PROMPTS[row : row + 1])[0]
+        torch.testing.assert_close(logits[row, :prompt], expected[:prompt], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[row, 9:], expected[prompt:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.no_grad()
+def test_decoding_a_source_read_both_ways_with_the_cache_equals_the_whole_forward_pass(positions):
+    model, _, batch = read_both_ways(positions)
+    whole, rows = model(batch, prompts=PROMPTS), torch.arange(4)
+    logits, cache = model.prefill(batch[:, :9], PROMPTS, capacity=9 + TARGET)
+    torch.testing.assert_close(logits, whole[rows, PROMPTS - 1], rtol=1e-5, atol=1e-5)
+    order = torch.tensor([2, 0, 3, 1])  # as a beam reorders it
+    cache, whole, batch = cache.select(order), whole[order], batch[order]
+    for column in range(9, 9 + TARGET):
+        logits = model.extend(batch[:, column], cache)
+        torch.testing.assert_close(logits, whole[:, column], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_maps_show_what_a_source_read_both_ways_sees():
+    model, alone, _ = read_both_ways("rotary")
+    tokens, prompt = alone[1], int(PROMPTS[1])
+    seen = torch.ones(len(tokens), len(tokens)).tril().bool()
+    seen[:prompt, :prompt] = True
+    maps = model.attention_maps(tokens, prompt)
+    for layer in maps:
+        assert torch.equal(layer > 0, seen.expand_as(layer))
+    block = model.blocks[0]
+    x, rotation = model._embed(tokens[None], torch.arange(len(tokens)), prompt)
+    normed = block.attention_norm(x)
+    weighted = block.attention.merge(maps[0] @ block.attention.project(normed, rotation)[2])
+    torch.testing.assert_close(weighted, block.attention(normed, rotation, seen[None, None]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "seen"), [("causal", 28 * 29 / 2), ("both", 12 * 12 + 16 * 12 + 16 * 17 / 2)])
+def test_operations_are_counted(source, seen):
+    """Against torch's own counter, which knows the weights' products alone, and the attention pair by pair."""
+    model = model_of(source=source, vocabularies=APART, context=32)
+    tokens, scored = tokens_of(1, 28), torch.arange(11, 28)
+    per_token = model.flops_per_token(12, 16, len(scored))
+    weights = 2 * 12 * 32**2 * 28 + VOCABULARY * 32 * len(scored)
+    assert per_token * 28 == pytest.approx(6 * weights + 3 * 2 * 4 * 32 * seen, rel=0.03)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, scored, torch.tensor([12])).sum().backward()
+    pairs = 28 * 28  # the counter takes attention for what a plain implementation computes
+    assert counter.get_total_flops() == 6 * weights + 3 * 2 * 4 * 32 * pairs
+
+
+def test_a_source_vocabulary_follows_behind_the_target_and_special_tokens_are_there_once():
+    assert (JOINT.total, APART.total) == (50, 85)
+    ids = [UNK, 5, 39]
+    assert JOINT.prompt(ids).tolist() == [SOS, UNK, 5, 39, SEP]
+    assert APART.prompt(ids).tolist() == [SOS, UNK, 50, 84, SEP]
+    assert model_of(vocabularies=APART)(tokens_of(1, 4)).shape == (1, 4, 50), "the target's ids alone are written"
 
 
 def test_bf16_gives_the_gradients_of_fp32_up_to_its_precision():
@@ -136,8 +232,8 @@ def test_bf16_gives_the_gradients_of_fp32_up_to_its_precision():
 def test_attention_in_bf16_is_computed_in_fp32_on_a_cpu():
     inputs = torch.randn(3, 2, 2, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        attended = causal_attention(*inputs)
-    assert torch.equal(attended, causal_attention(*inputs.float()))
+        attended = attend(*inputs, None)
+    assert torch.equal(attended, attend(*inputs.float(), None))
 
 
 @torch.no_grad()
@@ -145,7 +241,7 @@ def test_rotary_attention_depends_on_distance_alone():
     """Su et al. 2021, eq. 16: the score of two equal tokens is a function of how far apart they stand."""
     model = model_of("rotary", layers=1, heads=1)
     block = model.blocks[0]
-    x, rotation = model._embed(torch.full((1, 20), 7), torch.arange(20))
+    x, rotation = model._embed(torch.full((1, 20), 7), torch.arange(20), 0)
     query, key, _ = block.attention.project(block.attention_norm(x), rotation)
     scores = (query @ key.transpose(-2, -1))[0, 0]
     for distance in range(-19, 20):
@@ -170,6 +266,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
         ({"dropout": 1.0}, "dropout"),
         ({"context": 3}, "context"),
         ({"positions": "sinus"}, "positions"),
+        ({"source": "backwards"}, "source"),
         ({"norm": "batch"}, "norm"),
         ({"depth": 3}, "depth"),
     ],
@@ -196,21 +293,39 @@ def ragged(rows: list[list[int]]) -> Ragged:
     return Ragged(np.concatenate(rows).astype(np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 
-@pytest.fixture
-def sequences() -> Sequences:
-    part = Part("train", ragged(SOURCES), ragged(TARGETS), [""] * 12, [""] * 12, np.arange(12))  # type: ignore[arg-type]
-    return Sequences(part, CONTEXT)
+LAYOUTS = {
+    "one after the other": ("causal", JOINT),
+    "two vocabularies": ("causal", APART),
+    "source read both ways": ("both", JOINT),
+    "both": ("both", APART),
+}
 
 
-def whole_sequence(row: int) -> list[int]:
-    return [SOS, *SOURCES[row], SEP, *TARGETS[row], EOS]
+def sequences_of(source: str, vocabularies: Vocabularies) -> Sequences:
+    sources = [[id if vocabularies.source is None else 5 + id % 35 for id in row] for row in SOURCES]
+    part = Part("train", ragged(sources), ragged(TARGETS), [""] * 12, [""] * 12, np.arange(12))  # type: ignore[arg-type]
+    return Sequences(part, GPTOptions(context=CONTEXT, source=source), vocabularies)
+
+
+@pytest.fixture(params=LAYOUTS)
+def sequences(request: pytest.FixtureRequest) -> Sequences:
+    return sequences_of(*LAYOUTS[request.param])
+
+
+def prompt_of(sequences: Sequences, row: int) -> list[int]:
+    return sequences.vocabularies.prompt(sequences.part.source[row]).tolist()
+
+
+def whole_sequence(sequences: Sequences, row: int) -> list[int]:
+    return [*prompt_of(sequences, row), *TARGETS[row], EOS]
 
 
 def test_pairs_longer_than_the_context_are_left_out_and_counted(sequences):
     assert len(FITTING) == 11
     assert sequences.left_out == 1
-    assert sequences.lengths.tolist() == [len(whole_sequence(row)) - 1 for row in FITTING]
-    assert sequences.lengths.max() == CONTEXT
+    lengths = sequences.lengths.sum(axis=1) if sequences.apart else sequences.lengths
+    assert lengths.tolist() == [len(whole_sequence(sequences, row)) - 1 for row in FITTING]
+    assert lengths.max() == CONTEXT
     assert sequences.target_tokens.tolist() == [len(TARGETS[row]) + 1 for row in FITTING]
     assert sequences.source_tokens.tolist() == [len(SOURCES[row]) + 1 for row in FITTING]
 
@@ -219,16 +334,18 @@ def test_pairs_longer_than_the_context_are_left_out_and_counted(sequences):
 @pytest.mark.parametrize("samples", [list(range(11)), [3], [10, 0, 4, 1]], ids=["all", "one", "some"])
 def test_batch_holds_source_separator_target_and_labels_one_further(sequences, samples, with_source):
     expected_inputs, expected_scored, expected_labels, expected_is_target = [], [], [], []
-    width = max(len(whole_sequence(FITTING[sample])) - 1 for sample in samples)
-    for place, sample in enumerate(samples):
-        row = FITTING[sample]
-        sequence = whole_sequence(row)
-        inputs, labels = sequence[:-1], sequence[1:]
+    rows = [FITTING[sample] for sample in samples]
+    longest = max(len(SOURCES[row]) + 2 for row in rows)
+    gaps = [longest - len(SOURCES[row]) - 2 if sequences.apart else 0 for row in rows]
+    width = max(gap + len(whole_sequence(sequences, row)) - 1 for gap, row in zip(gaps, rows, strict=True))
+    for place, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+        prompt, labels = prompt_of(sequences, row), whole_sequence(sequences, row)[1:]
+        inputs = [*prompt, *[PAD] * gap, *TARGETS[row]]
         expected_inputs.append(inputs + [PAD] * (width - len(inputs)))
         for position, label in enumerate(labels):
-            is_target = position > len(SOURCES[row])  # what is predicted behind <sep> is the target's
+            is_target = position >= len(prompt) - 1  # what is predicted behind <sep> is the target's
             if with_source or is_target:
-                expected_scored.append(place * width + position)
+                expected_scored.append(place * width + position + (gap if position >= len(prompt) else 0))
                 expected_labels.append(label)
                 expected_is_target.append(is_target)
     inputs, scored, labels, is_target = sequences.batch(np.array(samples), with_source=with_source)
@@ -238,14 +355,17 @@ def test_batch_holds_source_separator_target_and_labels_one_further(sequences, s
     assert is_target.tolist() == expected_is_target
 
 
-def plain_mean_loss(model: GPT, rows: list[int], options: LossOptions) -> float:
+def plain_mean_loss(model: GPT, sequences: Sequences, rows: list[int], options: LossOptions) -> float:
     """Token by token and sequence by sequence, unpadded, as the textbook has it; the mean over all tokens at once."""
     total = weights = 0.0
     for row in rows:
-        sequence = whole_sequence(row)
-        log_probabilities = model(torch.tensor([sequence[:-1]]))[0].double().log_softmax(-1)
+        sequence, prompt = whole_sequence(sequences, row), len(SOURCES[row]) + 2
+        logits = model(torch.tensor([sequence[:-1]]), prompts=torch.tensor([prompt]))
+        log_probabilities = logits[0].double().log_softmax(-1)
         for position, label in enumerate(sequence[1:]):
-            weight = 1.0 if position > len(SOURCES[row]) else options.source_weight
+            weight = 1.0 if position >= prompt - 1 else options.source_weight
+            if not weight:
+                continue
             smooth = options.label_smoothing
             loss = -(1 - smooth) * log_probabilities[position, label] - smooth * log_probabilities[position].mean()
             total += weight * float(loss)
@@ -253,13 +373,20 @@ def plain_mean_loss(model: GPT, rows: list[int], options: LossOptions) -> float:
     return total / weights
 
 
-@pytest.mark.parametrize("source_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("layout", "source_weight"),
+    [*((layout, 0.0) for layout in LAYOUTS), *(("one after the other", w) for w in (0.3, 1.0))],
+)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("r_drop", [0.0, 5.0])  # without dropout both passes say the same
 @torch.no_grad()
-def test_loss_of_a_step_is_the_mean_over_all_its_tokens(sequences, source_weight, label_smoothing, r_drop):
+def test_loss_of_a_step_is_the_mean_over_all_its_tokens(layout, source_weight, label_smoothing, r_drop):
     """Never a mean of means: the micro-batches of a step differ much in how many tokens they score."""
-    model = model_of(context=CONTEXT)
+    source, vocabularies = LAYOUTS[layout]
+    sequences, model = (
+        sequences_of(source, vocabularies),
+        model_of(context=CONTEXT, source=source, vocabularies=vocabularies),
+    )
     options = LossOptions(source_weight=source_weight, label_smoothing=label_smoothing, r_drop=r_drop)
     batches = BatchOptions(tokens_per_micro_batch=40, micro_batches_per_step=3)
     plan = BatchPlan(sequences.lengths, sequences.weights(options), batches, seed=1, epochs=2)
@@ -267,11 +394,14 @@ def test_loss_of_a_step_is_the_mean_over_all_its_tokens(sequences, source_weight
     for step in range(plan.steps):
         parts = [summed_loss(model, sequences, batch.samples, options, cpu) for batch in plan.step(step)]
         rows = [FITTING[sample] for batch in plan.step(step) for sample in batch.samples]
-        assert float(sum(parts)) / plan.weight(step) == pytest.approx(plain_mean_loss(model, rows, options), rel=1e-5)
+        expected = plain_mean_loss(model, sequences, rows, options)
+        assert float(sum(parts)) / plan.weight(step) == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradient_reaches_every_parameter(sequences):
-    for positions in ("learned", "rotary"):
-        model = model_of(positions, context=CONTEXT)
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_gradient_reaches_every_parameter(positions):
+    for source, vocabularies in LAYOUTS.values():
+        sequences = sequences_of(source, vocabularies)
+        model = model_of(positions, context=CONTEXT, source=source, vocabularies=vocabularies)
         summed_loss(model, sequences, np.arange(11), LossOptions(), torch.device("cpu")).backward()
         assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []

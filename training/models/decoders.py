@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from training.data.tokenizers import EOS, PAD, SEP, SOS
+from training.data.tokenizers import EOS, PAD, SOS
 from training.models.attention_gru import AttentionGRU, State
 from training.models.gpt import GPT, Cache
 
@@ -32,11 +32,10 @@ class GPTDecoder:
         return self.model.options.context - source_length - 2
 
     def begin(self, sources: list[Sequence[int]], limit: int) -> tuple[Tensor, Cache]:
-        lengths = torch.tensor([len(source) + 2 for source in sources])
-        width = int(lengths.max())
-        prompts = torch.full((len(sources), width), PAD)
-        for row, source in zip(prompts, sources, strict=True):
-            row[: len(source) + 2] = torch.tensor([SOS, *source, SEP])
+        rows = [torch.from_numpy(self.model.vocabularies.prompt(source)) for source in sources]
+        lengths = torch.tensor([len(row) for row in rows])
+        prompts = pad_sequence(rows, batch_first=True, padding_value=PAD)
+        width = prompts.shape[1]
         capacity = min(width + limit, self.model.options.context)
         return self.model.prefill(prompts.to(self.device), lengths.to(self.device), capacity)
 

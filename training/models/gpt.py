@@ -1,23 +1,30 @@
 """A decoder-only transformer (GPT) that is trained from scratch.
 
 Pre-norm blocks, exact GELU, tied input and output embeddings; learned or rotary positions, LayerNorm or RMSNorm.
-Sequences are padded on the right only. Attention is causal, so no real position ever sees padding and training needs
-no mask; decoding writes new tokens over the padding (see `Cache`).
+
+A sequence is a prompt, `<sos> source <sep>`, and a target. With `model.source causal` every token sees those before it;
+sequences are padded on the right only, so no real position ever sees padding and training needs no mask. With `both`
+the prompt sees itself in both directions, as an encoder does, and the target sees all of it (a prefix language model:
+Liu et al. 2018, section 4.2.3; Raffel et al. 2020, section 3.2.1); a batch pads prompts and targets each by themselves,
+and positions count from 0 again in the target, which an embedding of the side tells from the prompt. Decoding writes
+new tokens over a prompt's padding (see `Cache`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from training.base.options import Options
+from training.data.tokenizers import SEP, SOS, SPECIALS, Tokenizer
 from training.models.dropout import Dropout
 
 
@@ -29,6 +36,9 @@ class GPTOptions(Options):
     width: int = Field(128, ge=1, description="width of the residual stream")
     context: int = Field(
         128, ge=4, description="longest sequence in tokens; longer training pairs are left out, counted"
+    )
+    source: Literal["causal", "both"] = Field(
+        "causal", description="what a source token sees of the source: those before it, or both sides"
     )
     positions: Literal["learned", "rotary"] = Field("rotary", description="how positions enter the model")
     norm: Literal["layer", "rms"] = Field("layer", description="LayerNorm or RMSNorm")
@@ -43,6 +53,33 @@ class GPTOptions(Options):
         return self
 
 
+@dataclass(frozen=True)
+class Vocabularies:
+    """The ids that a GPT reads: the target's keep their numbers, and a source vocabulary of its own follows behind.
+
+    Special tokens are there once. Only the target's are written.
+    """
+
+    target: int  # how many
+    source: int | None = None  # None: the source has the target's
+
+    @classmethod
+    def of(cls, source: Tokenizer, target: Tokenizer) -> Vocabularies:
+        """Those of a prepared data set or a run."""
+        joint = source.sha256 == target.sha256
+        return cls(target.vocabulary_size, None if joint else source.vocabulary_size)
+
+    @property
+    def total(self) -> int:
+        """Rows of the embedding."""
+        return self.target if self.source is None else self.target + self.source - len(SPECIALS)
+
+    def prompt(self, source: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`<sos> source <sep>` of the ids of a source [S], as the model reads it: [S + 2]."""
+        ids = np.array([SOS, *source, SEP])
+        return ids if self.source is None else ids + (self.target - len(SPECIALS)) * (ids >= len(SPECIALS))
+
+
 @dataclass
 class Cache:
     """Keys and values of the positions seen so far, for decoding token by token.
@@ -53,27 +90,30 @@ class Cache:
 
     keys: list[Tensor]  # of each layer: [B, heads, capacity, width / heads]
     values: list[Tensor]  # the same
+    prompts: Tensor  # of these, how many are the prompt's, [B]
     lengths: Tensor  # real positions of each row, [B]
 
     def select(self, rows: Tensor) -> Cache:
         """The cache of `rows` (indices [B'] or mask [B]): to drop finished sentences, or to reorder beams."""
-        return Cache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.lengths[rows])
+        keys, values = ([each[rows] for each in layers] for layers in (self.keys, self.values))
+        return Cache(keys, values, self.prompts[rows], self.lengths[rows])
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention to no later position, each [B, heads, T, D], through PyTorch's fused kernel.
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax attention, each [B, heads, T, D], through PyTorch's fused kernel; `visible`: see `GPT.visible`.
 
     bf16 on a CPU is computed in fp32: the kernel's backward pass takes seven times as long in bf16 there, a third of a
     whole step.
     """
+    causal = visible is None
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return F.scaled_dot_product_attention(query, key, value, visible, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), visible, is_causal=causal)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2)."""
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, options: GPTOptions):
         super().__init__()
@@ -93,9 +133,9 @@ class SelfAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return query, key, value
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
         query, key, value = self.project(x, rotation)
-        return self.merge(causal_attention(query, key, value))
+        return self.merge(attend(query, key, value, visible))
 
     def merge(self, per_head: Tensor) -> Tensor:
         """[B, heads, T, width / heads] -> [B, T, width], mixed by the output projection."""
@@ -115,8 +155,8 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * options.width, options.width)
         self.dropout = Dropout(options.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, visible))
         return x + self.dropout(self.feed_forward(x))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -128,11 +168,12 @@ class GPT(nn.Module):
 
     rotations: Tensor  # with rotary positions only: see `rotary_table`
 
-    def __init__(self, options: GPTOptions, vocabulary_size: int):
+    def __init__(self, options: GPTOptions, vocabularies: Vocabularies):
         super().__init__()
         self.options = options
-        self.vocabulary_size = vocabulary_size
-        self.embedding = nn.Embedding(vocabulary_size, options.width)
+        self.vocabularies = vocabularies
+        self.embedding = nn.Embedding(vocabularies.total, options.width)
+        self.side_embedding = nn.Embedding(2, options.width) if options.source == "both" else None
         learned = options.positions == "learned"
         self.position_embedding = nn.Embedding(options.context, options.width) if learned else None
         self.dropout = Dropout(options.dropout)
@@ -156,30 +197,56 @@ class GPT(nn.Module):
             for layer in (block.attention.output, block.contract):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.options.layers))
 
-    def forward(self, tokens: Tensor, scored: Tensor | None = None) -> Tensor:
-        """tokens [B, T], padded on the right -> logits [B, T, vocabulary].
+    def forward(self, tokens: Tensor, scored: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
+        """tokens [B, T] -> logits [B, T, target vocabulary].
 
-        With `scored` [N], indices into the B*T positions, only those logits are computed: [N, vocabulary]. The output
-        layer is the widest of the model, so positions without a loss are left out of it.
+        With `scored` [N], indices into the B*T positions, only those logits are computed: [N, target vocabulary]. The
+        output layer is the widest of the model, so positions without a loss are left out of it. prompts [B], on the
+        CPU: how long each row's is (None: all is target). It only matters where the source is read both ways; there,
+        the targets begin in one column, behind the longest prompt.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x, rotation = self._embed(tokens, positions)
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        visible = self.visible(columns, prompts)
+        x, rotation = self._embed(tokens, columns, 0 if prompts is None else int(prompts.max()))
         for block in self.blocks:
-            x = block(x, rotation)
+            x = block(x, rotation, visible)
         if scored is not None:
             x = x.flatten(0, 1)[scored]
         return self._logits(x)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """tokens [B, T], positions [T] or [B, T] -> embeddings [B, T, width] and the rotation of these positions."""
-        x = self.embedding(tokens)
+    def visible(self, columns: Tensor, prompts: Tensor | None) -> Tensor | None:
+        """What each of the `columns` [T] sees behind prompts of so many tokens [B]: [B, 1, T, T].
+
+        The first dimension is 1 where all rows see the same. None: each column sees itself and those before it.
+        """
+        if self.options.source == "causal" or prompts is None:
+            return None
+        longest = int(prompts.max())
+        if int(prompts.min()) == longest:
+            prompts = prompts[:1]
+        in_prompt = columns < prompts.to(columns.device, non_blocking=True)[:, None]
+        before = (columns >= longest) & (columns <= columns[:, None])
+        return (in_prompt[:, None] | before)[:, None]
+
+    def _embed(
+        self, tokens: Tensor, columns: Tensor, begins: int | Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Embeddings [B, T, width] of the tokens [B, T], and the rotation of their positions.
+
+        columns: where they stand, [T] or [B, T]. begins: the column in which the target begins, one or [B, 1].
+        """
+        x, positions = self.embedding(tokens), columns
+        if self.side_embedding is not None:
+            in_target = columns >= begins
+            positions = columns - begins * in_target
+            x = x + self.side_embedding(in_target.long())
         if self.position_embedding is not None:
             return self.dropout(x + self.position_embedding(positions)), None
         cosine, sine = self.rotations[:, positions]
         return self.dropout(x), (cosine, sine)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.final_norm(x), self.embedding.weight)
+        return F.linear(self.final_norm(x), self.embedding.weight[: self.vocabularies.target])
 
     def prefill(self, prompts: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Cache]:
         """Reads prompts [B, S], padded on the right, of `lengths` [B] real tokens.
@@ -188,23 +255,24 @@ class GPT(nn.Module):
         positions per row (at most the model's context).
         """
         batch, width = prompts.shape
-        x, rotation = self._embed(prompts, torch.arange(width, device=prompts.device))
+        columns = torch.arange(width, device=prompts.device)
+        visible = self.visible(columns, lengths)
+        x, rotation = self._embed(prompts, columns, width)
         keys, values = [], []
         for block in self.blocks:
             query, key, value = block.attention.project(block.attention_norm(x), rotation)
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            x = x + block.attention.merge(attended)
+            x = x + block.attention.merge(attend(query, key, value, visible))
             x = x + block.feed_forward(x)
             keys.append(_with_room(key, capacity))
             values.append(_with_room(value, capacity))
         last = x[torch.arange(batch, device=x.device), lengths - 1]
-        return self._logits(last), Cache(keys, values, lengths.clone())
+        return self._logits(last), Cache(keys, values, lengths, lengths.clone())
 
     def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Appends one token per row, tokens [B], to the cache in place; returns the logits behind it [B, vocab]."""
         slots = cache.lengths
         rows = torch.arange(len(tokens), device=tokens.device)
-        x, rotation = self._embed(tokens[:, None], slots[:, None])
+        x, rotation = self._embed(tokens[:, None], slots[:, None], cache.prompts[:, None])
         shortest, longest = (int(length) for length in slots.aminmax())
         filled = longest + 1
         visible = None  # rows of one length see every slot: attention without a mask is quicker
@@ -222,31 +290,39 @@ class GPT(nn.Module):
         cache.lengths = slots + 1
         return self._logits(x[:, 0])
 
-    def attention_maps(self, tokens: Tensor) -> list[Tensor]:
-        """Attention weights of one sequence, tokens [T]: [heads, T, T] per layer; row t sums to 1 over <= t."""
-        x, rotation = self._embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
-        future = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device).triu(1)
+    def attention_maps(self, tokens: Tensor, prompt: int) -> list[Tensor]:
+        """Attention weights of one sequence, tokens [T], of which `prompt` are its prompt's: [heads, T, T] per layer.
+
+        Row t sums to 1 over what it sees.
+        """
+        columns = torch.arange(len(tokens), device=tokens.device)
+        x, rotation = self._embed(tokens[None], columns, prompt)
+        visible = self.visible(columns, torch.tensor([prompt]))
+        hidden = columns > columns[:, None] if visible is None else ~visible
         maps = []
         for block in self.blocks:
             query, key, value = block.attention.project(block.attention_norm(x), rotation)
             scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-            weights = scores.masked_fill(future, -math.inf).softmax(-1)
+            weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
             maps.append(weights[0])
             x = x + block.attention.merge(weights @ value)
             x = x + block.feed_forward(x)
         return maps
 
-    def flops_per_token(self, length: float, scored_share: float) -> float:
+    def flops_per_token(self, prompt: float, target: float, scored: float) -> float:
         """Floating-point operations of a forward and backward pass per real token, padding not counted.
 
-        6 per weight of the blocks, 6 per weight of the output layer on the share of positions that are scored, and the
-        two products of causal attention over half of `length` positions. Embedding look-ups cost none.
+        prompt, target: tokens of a sequence, of which so many are `scored`. 6 per weight of the blocks, 6 per weight of
+        the output layer on the share of positions that are scored, and the two products of attention over what is seen:
+        half of the positions, and with the source read both ways the prompt's other half. Look-ups cost none.
         """
         options = self.options
+        length = prompt + target
         blocks = 12 * options.layers * options.width**2
-        output = self.vocabulary_size * options.width * scored_share
-        attention = options.layers * options.width * length  # 2 products x 2 / 2 for the causal half, before the 6 / 2
-        return 6 * (blocks + output) + 6 * attention
+        output = self.vocabularies.target * options.width * scored / length
+        seen = length / 2 + (prompt**2 / (2 * length) if options.source == "both" else 0)
+        attention = 4 * options.layers * options.width * seen  # a product takes 2, backward twice as many as forward
+        return 6 * (blocks + output) + 3 * attention
 
 
 def rotary_table(context: int, width: int) -> Tensor:

@@ -35,7 +35,7 @@ from training.engine.checkpoint import (
 )
 from training.engine.saver import CheckpointOptions
 from training.engine.status import end_killed_saves
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPT, GPTOptions, Vocabularies
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 ABOUT = {
@@ -54,7 +54,7 @@ FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
 def trained(steps: int, width: int = 16) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A small GPT after `steps` optimizer steps; the same in every process."""
     torch.manual_seed(0)
-    model = GPT(GPTOptions(layers=1, heads=2, width=width, context=8, dropout=0), 12)
+    model = GPT(GPTOptions(layers=1, heads=2, width=width, context=8, dropout=0), Vocabularies(12))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     for step in range(steps):
         train_step(model, optimizer, step)

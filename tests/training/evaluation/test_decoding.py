@@ -15,16 +15,17 @@ from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.evaluation.translations.translators import AttentionGRUTranslator, GPTTranslator
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.models.decoding import Decoder, Translation, beam_search, greedy_search, translate
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPT, GPTOptions, Vocabularies
 
 VOCABULARY = 40
+JOINT, APART = Vocabularies(VOCABULARY), Vocabularies(VOCABULARY, VOCABULARY + 3)
 
 Logits = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
 
 
-def tiny_gpt(**options: object) -> GPT:
+def tiny_gpt(vocabularies: Vocabularies = JOINT, **options: object) -> GPT:
     torch.manual_seed(1)
-    model = GPT(GPTOptions(**{"layers": 2, "heads": 2, "width": 16, "context": 48, **options}), VOCABULARY)
+    model = GPT(GPTOptions(**{"layers": 2, "heads": 2, "width": 16, "context": 48, **options}), vocabularies)
     # Far from the initial near-uniform output, so that rounding decides no token, and each model says different things.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,7 +52,12 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
     def of_gpt(model: GPT) -> tuple[Decoder, Logits]:
         with torch.no_grad():
             model.embedding.weight[EOS] *= 1.5  # more of the beam searches come to an end than are cut off
-        return GPTTranslator(model), lambda source, ids: model(torch.tensor([[SOS, *source, SEP, *ids]]))[0, -1]
+
+        def logits(source: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+            prompt = model.vocabularies.prompt(source)
+            return model(torch.tensor([[*prompt, *ids]]), prompts=torch.tensor([len(prompt)]))[0, -1]
+
+        return GPTTranslator(model), logits
 
     def of_gru(model: AttentionGRU) -> tuple[Decoder, Logits]:
         def logits(source: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
@@ -64,13 +70,17 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
         "gpt": of_gpt(tiny_gpt()),
         "gpt, learned positions": of_gpt(tiny_gpt(positions="learned")),
         "gpt, RMSNorm": of_gpt(tiny_gpt(norm="rms", heads=4, layers=3)),
+        "gpt, source read both ways": of_gpt(tiny_gpt(APART, source="both")),
         "seq2seq": of_gru(tiny_gru()),
         "seq2seq, two layers": of_gru(tiny_gru(layers=2, bidirectional=False)),
         "seq2seq, no attention": of_gru(tiny_gru(attention="none", tied_output=False)),
     }
 
 
-KINDS = ["gpt", "gpt, learned positions", "gpt, RMSNorm", "seq2seq", "seq2seq, two layers", "seq2seq, no attention"]
+KINDS = [
+    *("gpt", "gpt, learned positions", "gpt, RMSNorm", "gpt, source read both ways"),
+    *("seq2seq", "seq2seq, two layers", "seq2seq, no attention"),
+]
 
 
 @cache

@@ -90,7 +90,7 @@ def with_another_model(trained: TrainedModel, **options: object) -> TrainedModel
     """As if a model of this shape had been trained: it has learned nothing, but says something else to each source."""
     shape = GPTOptions(**{**SHAPE, **options})
     torch.manual_seed(2)
-    model = GPT(shape, trained.target_tokenizer.vocabulary_size).eval()
+    model = GPT(shape, trained.model.vocabularies).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -234,7 +234,7 @@ def test_what_the_run_never_produces_is_not_generated_either(exported):
     inputs = tokenizer(sentences(trained, 1), return_tensors="pt")
     before = model.generate(**inputs)
     # Now these three are by far the most probable, wherever the model is.
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(trained.model.vocabulary_size))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(trained.model.vocabularies.target))
     model.lm_head.bias.data[[PAD, SOS, SEP]] = 1e4
     assert torch.equal(model.generate(**inputs), before)
 

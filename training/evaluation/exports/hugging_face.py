@@ -84,7 +84,7 @@ def _shared(gpt: GPT) -> dict[str, Any]:
     """What all configs call by the same name; GPT2Config knows the sizes by these names too."""
     options = gpt.options
     return {
-        "vocab_size": gpt.vocabulary_size,
+        "vocab_size": gpt.vocabularies.total,
         "hidden_size": options.width,
         "num_hidden_layers": options.layers,
         "num_attention_heads": options.heads,
@@ -211,7 +211,7 @@ def check_same(folder: Path, gpt: GPT) -> float:
         folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     wrong = sorted({str(key) for keys in info.values() for key in keys})
-    tokens = torch.randint(gpt.vocabulary_size, (1, gpt.options.context), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(gpt.vocabularies.total, (1, gpt.options.context), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours, theirs = gpt(tokens), loaded.eval()(tokens).logits
     difference = (ours - theirs).abs().max().item()

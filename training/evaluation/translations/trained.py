@@ -58,7 +58,7 @@ def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.de
     manifest = run.checkpoint.manifest
     decoder = TRANSLATORS[manifest["task"]]
     source, target = (_tokenizer(run.run_dir, side, manifest) for side in ("source", "target"))
-    model = decoder.build(run.config, source.vocabulary_size, target.vocabulary_size)
+    model = decoder.build(run.config, source, target)
     model.load_state_dict(state)
     model.to(device).eval()
     return TrainedModel(

@@ -18,7 +18,7 @@ from training.data.tokenizers import EOS, SEP, SOS, Tokenizer
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.models.attention_gru import AttentionGRU
 from training.models.decoders import AttentionGRUDecoder, GPTDecoder
-from training.models.gpt import GPT
+from training.models.gpt import GPT, Vocabularies
 from training.report.sheets import Sheet
 
 
@@ -28,11 +28,11 @@ class GPTTranslator(GPTDecoder):
     config = gpt.GPTConfig
 
     @staticmethod
-    def build(config: gpt.GPTConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> GPT:
-        return GPT(config.model, target_vocabulary_size)
+    def build(config: gpt.GPTConfig, source: Tokenizer, target: Tokenizer) -> GPT:
+        return GPT(config.model, Vocabularies.of(source, target))
 
     def pairs(self, part: Part) -> gpt.Sequences:
-        return gpt.Sequences(part, self.model.options.context)
+        return gpt.Sequences(part, self.model.options, self.model.vocabularies)
 
     @torch.inference_mode()
     def attention(
@@ -46,8 +46,8 @@ class GPTTranslator(GPTDecoder):
         if len(begin) + len(end) > self.model.options.context:
             return None
         labels = [*source_tokenizer.token_texts(begin), *target_tokenizer.token_texts(end)]
-        maps = self.model.attention_maps(torch.tensor([*begin, *end], device=self.device))
-        return attention_sheet(maps, labels, separator=len(source) + 1)
+        tokens = torch.tensor([*self.model.vocabularies.prompt(source), *end], device=self.device)
+        return attention_sheet(self.model.attention_maps(tokens, len(begin)), labels, separator=len(source) + 1)
 
 
 class AttentionGRUTranslator(AttentionGRUDecoder):
@@ -56,8 +56,8 @@ class AttentionGRUTranslator(AttentionGRUDecoder):
     config = seq2seq.Seq2SeqConfig
 
     @staticmethod
-    def build(config: seq2seq.Seq2SeqConfig, source_vocabulary_size: int, target_vocabulary_size: int) -> AttentionGRU:
-        return AttentionGRU(config.model, source_vocabulary_size, target_vocabulary_size)
+    def build(config: seq2seq.Seq2SeqConfig, source: Tokenizer, target: Tokenizer) -> AttentionGRU:
+        return AttentionGRU(config.model, source.vocabulary_size, target.vocabulary_size)
 
     def pairs(self, part: Part) -> seq2seq.TwoSides:
         return seq2seq.TwoSides(part, self.model.options.max_length)
