@@ -57,7 +57,7 @@ class TatoebaOptions(Options):
         "word", description="word: English words and Han characters; sentencepiece: byte-pair pieces"
     )
     vocabularies: Literal["joint", "separate"] = Field(
-        "joint", description="joint: Chinese and English share their ids, as a GPT needs it; separate: two vocabularies"
+        "joint", description="joint: Chinese and English share their ids; separate: each side has its own"
     )
     vocabulary_size: int = Field(
         8000, ge=64, description="pieces of each sentencepiece vocabulary, at most (the sample wants about 600)"

@@ -104,8 +104,8 @@ class Sequences(Pairs[LossOptions]):
             labels[place, predicted] = *target, EOS
             is_target[place, predicted] = True
         scored = labels != PAD if with_source else is_target
-        found = (inputs, np.flatnonzero(scored), labels[scored], is_target[scored])
-        return tuple(map(torch.from_numpy, found))
+        places, learned = torch.from_numpy(np.flatnonzero(scored)), torch.from_numpy(labels[scored])
+        return torch.from_numpy(inputs), places, learned, torch.from_numpy(is_target[scored])
 
 
 def main() -> int:

@@ -242,6 +242,22 @@ def test_fp16_keeps_its_scaler_and_resumes_to_the_same_weights(launch: Launch, s
     assert_same_model(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.whole)])
+def test_muon_and_a_source_read_both_ways_resume_to_the_same_weights(ranks, launch, two_vocabularies, tmp_path):
+    options = (*SHORT_RUN, "--model.source", "both", "--optim.kind", "muon", "--optim.epochs", 0.4)
+    options = (*options, "--checkpoint.every_steps", 5, "--batch.micro_batches_per_step", 4)
+    whole = reference(two_vocabularies, *options, ranks=ranks)
+    life = Life(launch, tmp_path, two_vocabularies, ranks, run=options)
+    first = life.start({"at": "forward", "step": 12, "rank": 1, "do": "SIGKILL"})
+    assert first.wait().status != 0
+    second = life.start({"at": "forward", "step": 17, "rank": 0, "do": "SIGKILL"})
+    assert second.wait().status != 0
+    assert resumed_at(second) >= 5
+    assert "resuming at step" in life.finish(whole).out
+    other_ranks = reference(two_vocabularies, *options)
+    assert losses(life.run_dir) == pytest.approx(losses(other_ranks), rel=1e-3)
+
+
 def test_gradients_that_stay_not_finite_end_the_run_on_all_ranks_with_a_valid_checkpoint(
     launch: Launch, sample_data, tmp_path
 ):
@@ -342,7 +358,7 @@ def test_ranks_that_cannot_share_a_step_are_told_what_fits(launch: Launch, sampl
 def test_run_that_cannot_start_is_one_clear_line(launch: Launch, sample_data, two_vocabularies, tmp_path):
     run_dir = tmp_path / "run"
     missing = launch(*command_of(run_dir, tmp_path / "nowhere", *SHORT_RUN))
-    separate = launch(*command_of(run_dir, two_vocabularies, *SHORT_RUN))
+    separate = launch(*command_of(run_dir, two_vocabularies, *SHORT_RUN, "--loss.source_weight", 0.1))
     late = launch(*command_of(run_dir, sample_data, *SHORT_RUN, "--optim.epochs", 0.1, "--optim.warmup_steps", 500))
     for started, parts in (
         (missing, (f"there is no prepared data set {tmp_path / 'nowhere'}", "python -m data_prep.tatoeba")),

@@ -280,6 +280,18 @@ class Cluster:
             results += [parts[place % self.world_size][place // self.world_size] for place in range(len(block))]
         return results
 
+    def computed_apart(self, inputs: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """`work` of every tensor on this rank's device, in order, on every rank; it keeps their shapes and types.
+
+        Each is computed by one rank, before the first comes, and sent to the others when it is asked for.
+        """
+        own = {place: work(inputs[place]) for place in range(self.rank, len(inputs), self.world_size)}
+        for place, tensor in enumerate(inputs):
+            result = own.pop(place) if place in own else torch.empty_like(tensor)
+            if self.world_size > 1:
+                dist.broadcast(result, place % self.world_size)
+            yield result
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks of a tensor on this rank's device."""
         if self.world_size > 1:

@@ -34,6 +34,7 @@ from training.engine.generating import GeneratedScores
 from training.engine.goodput import Clock
 from training.engine.logbook import FirstRanksLogbook, Logbook, shown_config
 from training.engine.metrics import Window, memory_mb, read_metrics
+from training.engine.muon import stacked_matrices
 from training.engine.optim import Course, build_optimizer, learning_rate
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
@@ -107,7 +108,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
 def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Precision) -> Parallel:
     """The model on this rank's device, with its optimizer, under the strategy that the config names."""
     model = task.model.to(cluster.device)
-    optimizer = build_optimizer(model, config.optim, task.plan.steps)
+    optimizer = build_optimizer(model, config.optim, task.plan.steps, cluster)
     clip_norm, ema_decay = config.optim.clip_norm, config.optim.ema_decay
     if config.parallel == "deepspeed":
         if task.calls_vary and config.zero.stage == 3:
@@ -155,7 +156,9 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
     plan = task.plan
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
     each = state_bytes(config.zero, cluster.world_size) if config.parallel == "deepspeed" else 16
-    memory = task.memory or f"{each * parameters / 1e6:,.0f} MB a rank for weights, gradients and AdamW in fp32"
+    by_muon = sum(weights.numel() for weights in stacked_matrices(task.model)) if config.optim.kind == "muon" else 0
+    needed = (each * parameters - 4 * by_muon) / 1e6  # it keeps one moment, and AdamW two
+    memory = task.memory or f"{needed:,.0f} MB a rank for weights, gradients and optimizer in fp32"
     per_rank = plan.micro_batches_per_step // cluster.world_size
     tokens = int(plan.lengths.sum(dtype=np.int64))
     return (

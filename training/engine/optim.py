@@ -1,4 +1,4 @@
-"""AdamW, how long a run trains, and the learning rate, which is a function of the step and therefore needs no state.
+"""The optimizer, how long a run trains, and the learning rate, a function of the step that therefore needs no state.
 
 With `wsd` or `constant` the rate does not depend on the run's length until its last steps: up to there a longer run is
 the same, so a run can be made longer at any time.
@@ -7,6 +7,7 @@ the same, so a run can be made longer at any time.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,14 +17,17 @@ from torch import nn
 
 from training.base.console import UserError
 from training.base.options import Options
+from training.engine.cluster import Cluster
+from training.engine.muon import Muon, stacked_matrices
 
 
 class OptimOptions(Options):
-    """AdamW (Loshchilov and Hutter 2019); weight decay 0 makes it Adam."""
+    """AdamW (Loshchilov and Hutter 2019); weight decay 0 makes it Adam. Or Muon, and AdamW for what is no matrix."""
 
-    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon"] = Field(
         "adamw",
-        description="state in fp32, or 8 bits (bitsandbytes); a paged one leaves a full GPU, in a run's first session",
+        description="state in fp32, or 8 bits (bitsandbytes); a paged one leaves a full GPU, in a run's first session; "
+        "muon: orthogonal steps of matrices",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean gradient")
@@ -103,9 +107,12 @@ def learning_rate(step: int, course: Course, options: OptimOptions) -> float:
     return options.lr * (options.final_lr_share + (1 - options.final_lr_share) * falling)
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torch.optim.Optimizer:
-    """AdamW over all parameters that are trained; matrices decay, vectors (biases, norms) do not.
+def build_optimizer(
+    model: nn.Module, options: OptimOptions, steps: int, cluster: Cluster | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters that are trained; matrices decay, vectors (biases, norms) do not.
 
+    cluster: whose ranks share what they can of its work; None: this process is alone.
     Raises UserError if the run has no room for its warm-up and its decay.
     """
     if options.decay_steps is not None and options.warmup_steps + options.decay_steps >= steps:
@@ -120,17 +127,22 @@ def build_optimizer(model: nn.Module, options: OptimOptions, steps: int) -> torc
             f"shorten the warm-up or train longer (--optim.warmup_steps {steps // 10} fits, or raise optim.epochs, "
             "optim.steps)"
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [each for each in trained if each.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [each for each in trained if each.dim() < 2], "weight_decay": 0.0},
+    stacked = stacked_matrices(model) if options.kind == "muon" else {}
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)  # by whether it decays, and `stacked`
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.dim() >= 2, stacked.get(parameter, 0)].append(parameter)
+    how = [
+        {"params": groups[decays, count], "weight_decay": options.weight_decay if decays else 0.0, "stacked": count}
+        for decays, count in sorted(groups, reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     betas = (options.beta1, options.beta2)
+    if options.kind == "muon":
+        return Muon(how, cluster, lr=options.lr, betas=betas)
     if options.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
+        return torch.optim.AdamW(how, lr=options.lr, betas=betas, fused=True)
     import bitsandbytes  # slow to import, and only these need it
 
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    optimizer: torch.optim.Optimizer = kinds[options.kind](groups, lr=options.lr, betas=betas)
+    optimizer: torch.optim.Optimizer = kinds[options.kind](how, lr=options.lr, betas=betas)
     return optimizer

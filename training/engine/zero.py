@@ -114,6 +114,11 @@ def conflict(options: ZeroOptions, optim: OptimOptions) -> str | None:
             "optim.ema_decay would keep a second, whole copy of the weights on every rank, which zero.stage 3 is there "
             "to avoid: leave it out, or take --zero.stage 2"
         )
+    if optim.kind == "muon":
+        return (
+            "optim.kind muon needs the whole gradient of a matrix, and ZeRO gives a rank a part that ends anywhere in "
+            "it: take --optim.kind adamw, or --parallel ddp"
+        )
     if optim.kind != "adamw":
         return (
             f"optim.kind {optim.kind} scales its state in blocks, which under ZeRO would run across the bounds of "

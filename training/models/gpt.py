@@ -112,13 +112,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) ->
         return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), visible, is_causal=causal)
 
 
+class StackedLinear(nn.Linear):
+    """Several linear layers of one input, their weights above each other, computed as one."""
+
+    def __init__(self, inputs: int, outputs: int, stacked: int, bias: bool = True):
+        super().__init__(inputs, stacked * outputs, bias)
+        self.stacked = stacked
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, options: GPTOptions):
         super().__init__()
         self.heads = options.heads
-        self.query_key_value = nn.Linear(options.width, 3 * options.width)
+        self.query_key_value = StackedLinear(options.width, options.width, 3)
         self.output = nn.Linear(options.width, options.width)
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from training.base.console import UserError, say, warn
 from training.base.options import Options
 from training.engine.batch_plan import BatchOptions, BatchPlan, sorted_by_length
 from training.engine.cluster import Cluster
+from training.engine.muon import stacked_matrices
 from training.engine.optim import OptimOptions
 from training.engine.zero import ZeroOptions, deepspeed_config
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters
@@ -249,7 +250,7 @@ def estimate(
             weights=whole,
             adapters=4 * trained,
             gradients=4 * trained * (2 if ranks > 1 else 1),  # DDP's buckets, and what is added up before them
-            optimizer=sum(_state_bytes(size, in_8_bits=optimizer != "adamw") for size in sizes),
+            optimizer=_optimizer_bytes(model, optimizer),
             activations=unpacked + _activations(model, shape, compute_type),
             trained=trained,
         )
@@ -314,11 +315,19 @@ class _Stored:
         return 0 if on_host else part
 
 
-def _state_bytes(numbers: int, in_8_bits: bool) -> int:
-    """AdamW's two moments of a parameter of so many numbers, in fp32 or in 8 bits with a scale per 256."""
-    if not in_8_bits or numbers < _SMALLEST_IN_8_BITS:
-        return 8 * numbers
-    return 2 * (numbers + 4 * -(-numbers // 256))
+def _optimizer_bytes(model: nn.Module, kind: str) -> int:
+    """The moments of all that is trained: Muon has one, AdamW two, in fp32 or in 8 bits with a scale per 256."""
+    matrices = stacked_matrices(model) if kind == "muon" else {}
+    total = 0
+    for parameter in model.parameters():
+        numbers = parameter.numel() if parameter.requires_grad else 0
+        if parameter in matrices:
+            total += 4 * numbers
+        elif kind.endswith("8bit") and numbers >= _SMALLEST_IN_8_BITS:
+            total += 2 * (numbers + 4 * -(-numbers // 256))
+        else:
+            total += 8 * numbers
+    return total
 
 
 def _bytes_of_scales(weight: Tensor, double: bool) -> int:

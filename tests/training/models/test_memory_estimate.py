@@ -47,6 +47,7 @@ CASES = {
     "weights, not in 4 bits": (WIDE, Shape(1, 32, 20), {"kind": "none"}),
     "weights, untied, single quantisation": ({**WIDE, "tie_word_embeddings": False}, FEW, {"double": False}),
     "adapters": (SMALL, FEW, {"rank": 64}),
+    "adapters, muon": (SMALL, FEW, {"rank": 64, "optimizer": "muon"}),
     "adapters, adamw8bit": (SMALL, FEW, {"rank": 64, "optimizer": "adamw8bit"}),
     "small adapters, adamw8bit, dropout": (SMALL, FEW, {"dropout": 0.1, "optimizer": "adamw8bit"}),
 }
