@@ -53,16 +53,38 @@ FAULTS = (
     Fault(
         "GPT sees the future",
         "training/models/gpt.py",
-        "return F.scaled_dot_product_attention(query, key, value, is_causal=True)",
-        "return F.scaled_dot_product_attention(query, key, value)",
+        "return F.scaled_dot_product_attention(query, key, value, visible, is_causal=causal)",
+        "return F.scaled_dot_product_attention(query, key, value, visible)",
         "tests/training/test_gpt.py::test_later_tokens_change_nothing_earlier[rotary-layer]",
     ),
     Fault(
         "GPT does not learn to end",
         "training/gpt.py",
-        "inside = position < torch.from_numpy(self.lengths[samples])[:, None]",
-        "inside = position < torch.from_numpy(self.lengths[samples] - 1)[:, None]",
-        "tests/training/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further[all-False]",
+        "ends = begins + self.target_tokens[samples] - 1",
+        "ends = begins + self.target_tokens[samples] - 2",
+        "tests/training/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further"
+        "[all-False-one after the other]",
+    ),
+    Fault(
+        "a source that is read both ways sees its target",
+        "training/models/gpt.py",
+        "in_prompt = columns < prompts.to(columns.device, non_blocking=True)[:, None]",
+        "in_prompt = columns <= prompts.to(columns.device, non_blocking=True)[:, None]",
+        "tests/training/test_gpt.py::test_a_source_read_both_ways_sees_all_of_itself_and_nothing_of_the_target[rotary]",
+    ),
+    Fault(
+        "Muon takes query, key and value for one matrix",
+        "training/engine/muon.py",
+        'getattr(module, "stacked", 1)',
+        "1",
+        "tests/training/engine/test_muon.py::test_block_matrices_are_muons_query_key_and_value_apart_and_all_else_is_adamws",
+    ),
+    Fault(
+        "ranks keep what another has computed to themselves",
+        "training/engine/cluster.py",
+        "dist.broadcast(result, place % self.world_size)",
+        "pass",
+        "tests/training/engine/test_muon.py::test_three_ranks_share_the_work_and_no_bit_depends_on_who_did_it",
     ),
     Fault(
         "seq2seq attends to padding",

@@ -126,6 +126,7 @@ def test_run_handed_from_launcher_to_launcher_is_the_one_of_torchrun_alone(launc
     assert_same_record(run_dir, whole)
 
 
+@pytest.mark.whole
 def test_deepspeeds_ranks_do_not_outlive_its_launcher_nor_the_command_that_started_that(
     deepspeed, sample_data, tmp_path
 ):

@@ -6,7 +6,8 @@
 at: plan (the ranks have met, and nothing else has begun; step 0), forward (before a forward pass of the step), batch
 (behind each batch of the validation after the step), validated (behind that validation), or write (when the weights of
 the step's checkpoint are being written).
-step, rank: where; without, at each. do: what, see `happen`. always: at every such place, not only at the first.
+step, rank: where; without, at each. do: what, see `happen`. always: at every such place, not only at the first. saved:
+hold once the checkpoint that is being written is published.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,10 @@ def happen(about: dict[str, Any], name: str) -> None:
     """The accident itself: hold, pause, sleep, lock, raise, mend, clock, a signal to itself, or a disk's error."""
     what = about["do"]
     if what == "hold":
+        if about.get("saved"):
+            for thread in threading.enumerate():
+                if thread.name == "saving":
+                    thread.join()
         hold(name)
     elif what == "pause":
         time.sleep(about["seconds"])

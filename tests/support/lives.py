@@ -95,8 +95,11 @@ class Life:
         wait_until(started, lambda: (self.places / f"at-{place}-{rank}").exists(), f"at {place}")
 
     def kill_at(self, step: int, **how: Any) -> Started:
-        """A session that is killed from outside, all of it at once, while the first rank is held before the step."""
-        session = self.start({"at": "forward", "step": step, "rank": 0, "do": "hold"}, **how)
+        """A session that is killed from outside, all of it at once, while the first rank is held before the step.
+
+        What it was saving is published by then: a busy machine would else decide where the next session begins.
+        """
+        session = self.start({"at": "forward", "step": step, "rank": 0, "do": "hold", "saved": True}, **how)
         self.wait_at(session, f"forward-{step}")
         session.kill_all()
         return session

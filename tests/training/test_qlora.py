@@ -75,7 +75,8 @@ def small_config(data: Path, base: Path, **more: object) -> QLoRAConfig:
 # --- the engine's promises ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_curve_does_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
     alone, together = losses(uninterrupted(1)), losses(uninterrupted(ranks))
     assert len(alone) == STEPS and np.mean(alone[-5:]) < np.mean(alone[:5])

@@ -135,6 +135,7 @@ QWEN_14B = {
 }
 
 
+@pytest.mark.whole
 def test_fourteen_billion_parameters_train_on_two_cards_of_fifteen_gb() -> None:
     memory = estimate(
         transformers.Qwen2Config(**QWEN_14B),

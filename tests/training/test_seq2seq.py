@@ -49,7 +49,8 @@ def uninterrupted(data: Path) -> Callable[[int], Path]:
     return lambda ranks: reference(data, *RUN, module="training.seq2seq", ranks=ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_curve_does_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
     alone, together = losses(uninterrupted(1)), losses(uninterrupted(ranks))
     assert len(alone) == STEPS and alone[-1] < 0.8 * alone[0]

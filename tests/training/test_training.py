@@ -72,7 +72,7 @@ def other_data() -> Path:
 # The order of sums is all that the number of ranks changes.
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.whole)])
 def test_loss_curve_does_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
     alone, shared = losses(uninterrupted(1)), losses(uninterrupted(ranks))
     assert len(alone) == STEPS
@@ -301,6 +301,7 @@ def test_padding_is_not_counted_as_tokens(launch: Launch, sample_data, tmp_path)
     assert counted == pytest.approx(sum(real[1:]), rel=0.05)
 
 
+@pytest.mark.whole
 def test_memory_beyond_model_and_optimizer_stays_below_a_gigabyte_on_real_data(launch: Launch, real_data, tmp_path):
     options = ("--optim.steps", 3, "--optim.warmup_steps", 0, "--log.every_steps", 1)
     command = command_of(tmp_path / "run", real_data, *options, "--log.validate_every_steps", 2)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.support.commands import ROOT, Launch
 from tests.support.runs import assert_same_model, assert_same_record, losses
 
 
+@pytest.mark.whole
 def test_example_is_short_and_resumes_bit_for_bit(launch: Launch, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/your_own_training.md").read_text("utf-8"), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 80
     (tmp_path / "characters.py").write_text(code, encoding="utf-8")
     words = (
         *("--data", ROOT / "README.md", "--batch.tokens_per_micro_batch", 512),
-        *("--optim.steps", 120, "--optim.warmup_steps", 4, "--optim.lr", 0.01, "--checkpoint.every_steps", 5),
+        *("--optim.steps", 60, "--optim.warmup_steps", 4, "--optim.lr", 0.01, "--checkpoint.every_steps", 5),
         *("--log.every_steps", 1, "--log.validate_every_steps", 15),
     )
 

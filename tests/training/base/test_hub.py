@@ -120,6 +120,7 @@ def start(
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.whole
 def test_three_processes_fetch_every_file_once_need_no_network_then_and_complete_what_is_missing(
     hub: Hub, tmp_path: Path
 ):

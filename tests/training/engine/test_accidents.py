@@ -141,6 +141,7 @@ def test_ranks_whose_launcher_is_killed_save_and_go_away_by_themselves(uninterru
 # Signals.
 
 
+@pytest.mark.whole
 def test_signal_to_one_of_four_ranks_or_to_all_stops_all_at_the_same_step(uninterrupted, launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=4)
     # The signal comes during step 7: all stop behind that one.
@@ -731,6 +732,7 @@ def test_run_goes_on_in_another_folder_from_a_read_only_one(uninterrupted, launc
     shutil.rmtree(life.run_dir)
 
 
+@pytest.mark.whole
 def test_number_of_ranks_may_change_between_sessions_and_the_account_shows_it(
     uninterrupted, launch, sample_data, tmp_path
 ):

@@ -157,7 +157,10 @@ def save_and_die(run_dir: Path, step: int, best: int | None, moment: int) -> Non
     save_trained(run_dir, step, model, optimizer, keep=1, best=best)
 
 
-@pytest.mark.parametrize(("best", "old_stays"), [(None, False), (1, True)], ids=["retired", "best"])
+@pytest.mark.parametrize(
+    ("best", "old_stays"),
+    [pytest.param(None, False, id="retired"), pytest.param(1, True, id="best", marks=pytest.mark.whole)],
+)
 def test_kill_at_any_moment_of_a_save_keeps_the_previous_checkpoint(tmp_path, capsys, best, old_stays):
     """Before each single file operation of a save in turn, of the retirement of older checkpoints too."""
     for moment in count():

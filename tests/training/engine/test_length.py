@@ -55,7 +55,9 @@ def test_rate_of_wsd_is_that_of_a_longer_run_until_it_falls_with_the_square_root
     assert rates[8:] == pytest.approx([0.5 * (1 - math.sqrt(quarters / 4)) for quarters in (1, 2, 3, 4)])
 
 
-@pytest.mark.parametrize("strategy", [(), ZERO], ids=["ddp", "zero2"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param((), id="ddp"), pytest.param(ZERO, id="zero2", marks=pytest.mark.whole)]
+)
 def test_finished_run_made_longer_and_killed_three_times_is_the_longer_one_from_the_start(
     launch: Launch, sample_data, tmp_path, strategy
 ):
@@ -99,6 +101,7 @@ def test_run_killed_in_its_decay_before_a_save_is_another_one_in_wandb_when_it_i
     assert logged == sorted({line["step"] for line in read_metrics(life.run_dir)})
 
 
+@pytest.mark.whole
 def test_patience_that_ends_where_the_decay_began_counts_in_a_longer_run(launch: Launch, sample_data, tmp_path):
     """Validated at the fork and without a gain since the step before: the longer run begins its decay there, too."""
     run = (*COMMON, *WSD, "--optim.lr", 0.05, "--optim.patience", 1, "--log.validate_every_steps", 2)
@@ -118,6 +121,7 @@ def test_what_stood_where_the_decay_began_stays_until_the_end(sample_data):
     assert not found.pop(FORK) and all(found.values())
 
 
+@pytest.mark.whole
 def test_run_within_its_decay_goes_back_and_its_end_is_still_to_be_had(launch: Launch, sample_data, tmp_path):
     short, longer = (reference(sample_data, *RUN, "--optim.steps", steps, ranks=2) for steps in (SHORT, LONG))
     life = Life(launch, tmp_path, sample_data, ranks=2, run=(*RUN, "--optim.steps", SHORT))

@@ -235,6 +235,7 @@ def test_file_counts_up_to_its_first_damage(runner: Runner) -> None:
             assert path.read_bytes() == content[: log.whole]
 
 
+@pytest.mark.whole
 def test_what_a_dying_wandb_still_writes_is_not_counted_twice(runner: Runner) -> None:
     killed = runner.start(last=20, end="hang", limits={"FLUSH_EVERY_S": 0.3})
     wait_for(lambda: any(log.steps for log in runner.logs()), "rows in a file")

@@ -39,7 +39,7 @@ from training.evaluation.exports import hugging_face, translator
 from training.evaluation.translations.trained import TrainedModel, open_trained
 from training.evaluation.translations.translators import GPTTranslator
 from training.models.decoding import translate
-from training.models.gpt import GPT, GPTOptions
+from training.models.gpt import GPT, GPTOptions, Vocabularies
 
 CPU = torch.device("cpu")
 CLASSES = {
@@ -90,7 +90,7 @@ def with_another_model(trained: TrainedModel, **options: object) -> TrainedModel
     """As if a model of this shape had been trained: it has learned nothing, but says something else to each source."""
     shape = GPTOptions(**{**SHAPE, **options})
     torch.manual_seed(2)
-    model = GPT(shape, trained.model.vocabularies).eval()
+    model = GPT(shape, Vocabularies(trained.target_tokenizer.vocabulary_size)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
