@@ -60,16 +60,15 @@ FAULTS = (
     Fault(
         "GPT does not learn to end",
         "training/gpt.py",
-        "ends = begins + self.target_tokens[samples] - 1",
-        "ends = begins + self.target_tokens[samples] - 2",
-        "tests/training/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further"
-        "[all-False-one after the other]",
+        "inside = position < torch.from_numpy(self.lengths[samples])[:, None]",
+        "inside = position < torch.from_numpy(self.lengths[samples] - 1)[:, None]",
+        "tests/training/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further[all-False-joint]",
     ),
     Fault(
         "a source that is read both ways sees its target",
         "training/models/gpt.py",
-        "in_prompt = columns < prompts.to(columns.device, non_blocking=True)[:, None]",
-        "in_prompt = columns <= prompts.to(columns.device, non_blocking=True)[:, None]",
+        "(columns < prompts[:, None, None])",
+        "(columns <= prompts[:, None, None])",
         "tests/training/test_gpt.py::test_a_source_read_both_ways_sees_all_of_itself_and_nothing_of_the_target[rotary]",
     ),
     Fault(

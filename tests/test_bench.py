@@ -208,7 +208,11 @@ def test_sentences_are_counted_once_whether_their_sides_are_read_together_or_apa
     data = open_prepared(sample_data)
     options = config_of(bench, [config], data)
     part = data.part("train")
-    rows = Sequences.of(data, "train", options.model) if bench == "gpt" else TwoSides(part, options.model.max_length)
+    rows = (
+        Sequences.of(data, "train", options.model.context)
+        if bench == "gpt"
+        else TwoSides(part, options.model.max_length)
+    )
     plan = plan_of(options, rows)
     tokens = sum(plan.tokens(step)[0] for step in range(plan.steps))
     assert tokens / (tokens_a_sentence(plan) * len(part)) == pytest.approx(plan.epoch(plan.steps), rel=0.01)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from training.base.console import UserError, run_main
 from training.base.environment import staged
@@ -52,24 +53,21 @@ class GPTConfig(RunOptions):
 class Sequences(Pairs[LossOptions]):
     """`<sos> source <sep> target` of every pair that fits the context; `<eos>` is predicted but never an input.
 
-    lengths [n]: input tokens; where the source is read both ways [n, 2], prompt and target, which are padded apart. The
-    last prediction that counts as the source's is `<sep>`.
+    lengths [n]: input tokens. The last prediction that counts as the source's is `<sep>`.
     """
 
-    def __init__(self, part: Part, model: GPTOptions, vocabularies: Vocabularies):
-        prompt, target = part.source.lengths + 2, part.target.lengths
-        super().__init__(part, prompt + target <= model.context)
-        self.apart = model.source == "both"
+    def __init__(self, part: Part, context: int, vocabularies: Vocabularies):
+        lengths = part.source.lengths + part.target.lengths + 2
+        super().__init__(part, lengths <= context)
         self.vocabularies = vocabularies
-        lengths = np.stack([prompt, target], axis=1)[self.rows]
-        self.lengths = lengths if self.apart else lengths.sum(axis=1)
-        self.prompts = lengths[:, 0]
+        self.lengths = lengths[self.rows]
+        self.prompts = part.source.lengths[self.rows] + 2
         self.source_tokens = self.prompts - 1
 
     @classmethod
-    def of(cls, data: Prepared, part: str, model: GPTOptions) -> Sequences:
+    def of(cls, data: Prepared, part: str, context: int) -> Sequences:
         """Those of a part of prepared data."""
-        return cls(data.part(part), model, Vocabularies.of(data.source_tokenizer, data.target_tokenizer))
+        return cls(data.part(part), context, Vocabularies.of(data.source_tokenizer, data.target_tokenizer))
 
     def weights(self, options: LossOptions) -> np.ndarray:
         return self.target_tokens + options.source_weight * self.source_tokens
@@ -79,33 +77,31 @@ class Sequences(Pairs[LossOptions]):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Pairs`."""
         source_weight = options.source_weight if options else 0.0
-        batch = self.batch(samples, with_source=source_weight > 0)
-        inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
+        batch = *self.batch(samples, with_source=source_weight > 0), torch.from_numpy(self.prompts[samples])
+        inputs, scored, labels, is_target, prompts = (tensor.to(device, non_blocking=True) for tensor in batch)
         weights = torch.where(is_target, 1.0, source_weight) if source_weight else None
-        return model(inputs, scored, torch.from_numpy(self.prompts[samples])), labels, weights
+        return model(inputs, scored, prompts), labels, weights
 
     def batch(self, samples: np.ndarray, *, with_source: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs [B, T], laid out as `GPT.forward` reads them, and the N positions that are scored.
+        """Inputs [B, T], padded on the right, and the N positions that are scored.
 
         Returns inputs, scored [N] (indices into the B*T positions), labels [N], and is_target [N]: whether the label
         belongs to the target side. Without `with_source`, only those that do are scored.
         """
-        prompts = self.prompts[samples]
-        begins = np.full_like(prompts, prompts.max()) if self.apart else prompts  # the target's column
-        ends = begins + self.target_tokens[samples] - 1
-        inputs, labels = np.full((2, len(samples), ends.max()), PAD)
-        is_target = np.zeros(inputs.shape, bool)
-        for place, row in enumerate(self.rows[samples]):
-            target, prompt, begin, end = self.part.target[row], prompts[place], begins[place], ends[place]
-            inputs[place, :prompt] = self.vocabularies.prompt(self.part.source[row])
-            inputs[place, begin:end] = target
-            labels[place, : prompt - 1] = inputs[place, 1:prompt]
-            predicted = np.r_[prompt - 1, begin:end]
-            labels[place, predicted] = *target, EOS
-            is_target[place, predicted] = True
-        scored = labels != PAD if with_source else is_target
-        places, learned = torch.from_numpy(np.flatnonzero(scored)), torch.from_numpy(labels[scored])
-        return torch.from_numpy(inputs), places, learned, torch.from_numpy(is_target[scored])
+        source, target, rows = self.part.source, self.part.target, self.rows[samples]
+        prompts = (self.vocabularies.prompt(source[row]) for row in rows)
+        pairs = zip(prompts, (target[row] for row in rows), strict=True)
+        whole = [torch.from_numpy(np.concatenate((prompt, said, [EOS]))) for prompt, said in pairs]
+        inputs, labels = (
+            pad_sequence(each, batch_first=True, padding_value=PAD)
+            for each in ([row[:-1] for row in whole], [row[1:] for row in whole])
+        )
+        position = torch.arange(inputs.shape[1])
+        separator = torch.from_numpy(self.source_tokens[samples])[:, None]
+        inside = position < torch.from_numpy(self.lengths[samples])[:, None]
+        is_target = inside & (position >= separator)
+        scored = inside if with_source else is_target
+        return inputs, scored.flatten().nonzero().squeeze(1), labels[scored], is_target[scored]
 
 
 def main() -> int:
@@ -116,7 +112,7 @@ def main() -> int:
             f"{config.data} has two vocabularies, of which a GPT writes the target's only, so loss.source_weight must "
             "be 0: or prepare with --vocabularies joint"
         )
-    pairs, held_out = (Sequences.of(data, name, config.model) for name in ("train", "validation"))
+    pairs, held_out = (Sequences.of(data, name, config.model.context) for name in ("train", "validation"))
     for each in (pairs, held_out):
         each.check(f"model.context ({config.model.context})")
 

@@ -118,7 +118,7 @@ def loss_difference(data: Prepared) -> float:
     """How far the two losses of the same 32 sentences lie apart, dropout off. Raises UserError above 1e-5."""
     config = config_of("gpt", [SEED], data)
     model = new_model(config, data).eval()
-    pairs = Sequences.of(data, "train", config.model)
+    pairs = Sequences.of(data, "train", CONTEXT)
     samples = np.random.default_rng(0).choice(len(pairs.lengths), SENTENCES_PER_STEP, replace=False)
     inputs, labels = notebook_tensors(data.part("train"))
     device = torch.device("cpu")
@@ -184,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> int:
         base_model = new_model(config_of("gpt", [BASE], as_pieces), as_pieces)
         parameters = sum(parameter.numel() for parameter in base_model.parameters())
         seed = config_of("gpt", [SEED], as_words)
-        plan = plan_of(seed, Sequences.of(as_words, "train", seed.model))
+        plan = plan_of(seed, Sequences.of(as_words, "train", CONTEXT))
         report(
             "gpt_training",
             arguments,

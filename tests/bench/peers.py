@@ -103,7 +103,7 @@ class Pairs(torch.utils.data.Dataset):
 
 def sequences_of(data: Prepared) -> tuple[GPTConfig, Sequences]:
     config = config_of("gpt", AS_GPT2, data)
-    return config, Sequences.of(data, "train", config.model)
+    return config, Sequences.of(data, "train", config.model.context)
 
 
 def sentences_a_step(plan: BatchPlan) -> int:

@@ -36,7 +36,7 @@ def config_of(command: tuple[object, ...]) -> GPTConfig:
 def plan_of(command: tuple[object, ...]) -> BatchPlan:
     """The plan that the run itself has."""
     config = config_of(command)
-    return plan_of_pairs(config, Sequences.of(open_prepared(config.data), "train", config.model))
+    return plan_of_pairs(config, Sequences.of(open_prepared(config.data), "train", config.model.context))
 
 
 def train_lines(run_dir: Path) -> list[dict[str, Any]]:

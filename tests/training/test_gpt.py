@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.data.prepared import Part, Ragged
@@ -118,25 +119,22 @@ def test_attention_maps_are_what_the_model_attends_with(positions, norm):
     """With the maps put in the place of the fused kernel, the first layer's attention gives the same output."""
     model, tokens = model_of(positions, norm), tokens_of(11)
     block = model.blocks[0]
-    x, rotation = model._embed(tokens[None], torch.arange(11), 0)
+    x, rotation = model._embed(tokens[None], torch.arange(11), None)
     normed = block.attention_norm(x)
     _, _, value = block.attention.project(normed, rotation)
     weighted = block.attention.merge(model.attention_maps(tokens, prompt=4)[0] @ value)
     torch.testing.assert_close(weighted, block.attention(normed, rotation, None), rtol=1e-5, atol=1e-5)
 
 
-# Prompts of different lengths, and what follows each: the source is read both ways.
+# Prompts of different lengths, each with a target behind it: the source is read both ways.
 PROMPTS, TARGET = torch.tensor([3, 9, 1, 6]), 7
 
 
 def read_both_ways(positions: str) -> tuple[GPT, list[Tensor], Tensor]:
-    """A model, four sequences as they are, and the same in a batch: prompts and targets each padded by themselves."""
+    """A model, four sequences as they are, and the same in a batch, padded on the right."""
     model = model_of(positions, source="both", layers=3)
     alone = [tokens_of(4, 9 + TARGET)[row, : prompt + TARGET] for row, prompt in enumerate(PROMPTS)]
-    batch = torch.full((4, 9 + TARGET), PAD)
-    for row, (sequence, prompt) in enumerate(zip(alone, PROMPTS, strict=True)):
-        batch[row, :prompt], batch[row, 9:] = sequence[:prompt], sequence[prompt:]
-    return model, alone, batch
+    return model, alone, pad_sequence(alone, batch_first=True, padding_value=PAD)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
@@ -155,13 +153,12 @@ def test_a_source_read_both_ways_sees_all_of_itself_and_nothing_of_the_target(po
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @torch.no_grad()
-def test_prompts_padded_apart_from_their_targets_change_nothing(positions):
+def test_sources_read_both_ways_are_the_same_alone_and_beside_longer_ones(positions):
     model, alone, batch = read_both_ways(positions)
     logits = model(batch, prompts=PROMPTS)
-    for row, (sequence, prompt) in enumerate(zip(alone, PROMPTS, strict=True)):
+    for row, sequence in enumerate(alone):
         expected = model(sequence[None], prompts=PROMPTS[row : row + 1])[0]
-        torch.testing.assert_close(logits[row, :prompt], expected[:prompt], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(logits[row, 9:], expected[prompt:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[row, : len(sequence)], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
@@ -169,13 +166,15 @@ def test_prompts_padded_apart_from_their_targets_change_nothing(positions):
 def test_decoding_a_source_read_both_ways_with_the_cache_equals_the_whole_forward_pass(positions):
     model, _, batch = read_both_ways(positions)
     whole, rows = model(batch, prompts=PROMPTS), torch.arange(4)
-    logits, cache = model.prefill(batch[:, :9], PROMPTS, capacity=9 + TARGET)
+    prompts = batch[:, :9].masked_fill(torch.arange(9) >= PROMPTS[:, None], PAD)
+    logits, cache = model.prefill(prompts, PROMPTS, capacity=9 + TARGET)
     torch.testing.assert_close(logits, whole[rows, PROMPTS - 1], rtol=1e-5, atol=1e-5)
     order = torch.tensor([2, 0, 3, 1])  # as a beam reorders it
     cache, whole, batch = cache.select(order), whole[order], batch[order]
-    for column in range(9, 9 + TARGET):
-        logits = model.extend(batch[:, column], cache)
-        torch.testing.assert_close(logits, whole[:, column], rtol=1e-5, atol=1e-5)
+    for place in range(TARGET):
+        at = PROMPTS[order] + place
+        logits = model.extend(batch[rows, at], cache)
+        torch.testing.assert_close(logits, whole[rows, at], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -188,7 +187,7 @@ def test_attention_maps_show_what_a_source_read_both_ways_sees():
     for layer in maps:
         assert torch.equal(layer > 0, seen.expand_as(layer))
     block = model.blocks[0]
-    x, rotation = model._embed(tokens[None], torch.arange(len(tokens)), prompt)
+    x, rotation = model._embed(tokens[None], torch.arange(len(tokens)), PROMPTS[1:2])
     normed = block.attention_norm(x)
     weighted = block.attention.merge(maps[0] @ block.attention.project(normed, rotation)[2])
     torch.testing.assert_close(weighted, block.attention(normed, rotation, seen[None, None]), rtol=1e-5, atol=1e-5)
@@ -241,7 +240,7 @@ def test_rotary_attention_depends_on_distance_alone():
     """Su et al. 2021, eq. 16: the score of two equal tokens is a function of how far apart they stand."""
     model = model_of("rotary", layers=1, heads=1)
     block = model.blocks[0]
-    x, rotation = model._embed(torch.full((1, 20), 7), torch.arange(20), 0)
+    x, rotation = model._embed(torch.full((1, 20), 7), torch.arange(20), None)
     query, key, _ = block.attention.project(block.attention_norm(x), rotation)
     scores = (query @ key.transpose(-2, -1))[0, 0]
     for distance in range(-19, 20):
@@ -293,39 +292,26 @@ def ragged(rows: list[list[int]]) -> Ragged:
     return Ragged(np.concatenate(rows).astype(np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 
-LAYOUTS = {
-    "one after the other": ("causal", JOINT),
-    "two vocabularies": ("causal", APART),
-    "source read both ways": ("both", JOINT),
-    "both": ("both", APART),
-}
-
-
-def sequences_of(source: str, vocabularies: Vocabularies) -> Sequences:
-    sources = [[id if vocabularies.source is None else 5 + id % 35 for id in row] for row in SOURCES]
+def sequences_of(vocabularies: Vocabularies) -> Sequences:
+    sources = [[token if vocabularies.source is None else 5 + token % 35 for token in row] for row in SOURCES]
     part = Part("train", ragged(sources), ragged(TARGETS), [""] * 12, [""] * 12, np.arange(12))  # type: ignore[arg-type]
-    return Sequences(part, GPTOptions(context=CONTEXT, source=source), vocabularies)
+    return Sequences(part, CONTEXT, vocabularies)
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[JOINT, APART], ids=["joint", "apart"])
 def sequences(request: pytest.FixtureRequest) -> Sequences:
-    return sequences_of(*LAYOUTS[request.param])
-
-
-def prompt_of(sequences: Sequences, row: int) -> list[int]:
-    return sequences.vocabularies.prompt(sequences.part.source[row]).tolist()
+    return sequences_of(request.param)
 
 
 def whole_sequence(sequences: Sequences, row: int) -> list[int]:
-    return [*prompt_of(sequences, row), *TARGETS[row], EOS]
+    return [*sequences.vocabularies.prompt(sequences.part.source[row]).tolist(), *TARGETS[row], EOS]
 
 
 def test_pairs_longer_than_the_context_are_left_out_and_counted(sequences):
     assert len(FITTING) == 11
     assert sequences.left_out == 1
-    lengths = sequences.lengths.sum(axis=1) if sequences.apart else sequences.lengths
-    assert lengths.tolist() == [len(whole_sequence(sequences, row)) - 1 for row in FITTING]
-    assert lengths.max() == CONTEXT
+    assert sequences.lengths.tolist() == [len(whole_sequence(sequences, row)) - 1 for row in FITTING]
+    assert sequences.lengths.max() == CONTEXT
     assert sequences.target_tokens.tolist() == [len(TARGETS[row]) + 1 for row in FITTING]
     assert sequences.source_tokens.tolist() == [len(SOURCES[row]) + 1 for row in FITTING]
 
@@ -334,18 +320,16 @@ def test_pairs_longer_than_the_context_are_left_out_and_counted(sequences):
 @pytest.mark.parametrize("samples", [list(range(11)), [3], [10, 0, 4, 1]], ids=["all", "one", "some"])
 def test_batch_holds_source_separator_target_and_labels_one_further(sequences, samples, with_source):
     expected_inputs, expected_scored, expected_labels, expected_is_target = [], [], [], []
-    rows = [FITTING[sample] for sample in samples]
-    longest = max(len(SOURCES[row]) + 2 for row in rows)
-    gaps = [longest - len(SOURCES[row]) - 2 if sequences.apart else 0 for row in rows]
-    width = max(gap + len(whole_sequence(sequences, row)) - 1 for gap, row in zip(gaps, rows, strict=True))
-    for place, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
-        prompt, labels = prompt_of(sequences, row), whole_sequence(sequences, row)[1:]
-        inputs = [*prompt, *[PAD] * gap, *TARGETS[row]]
+    width = max(len(whole_sequence(sequences, FITTING[sample])) - 1 for sample in samples)
+    for place, sample in enumerate(samples):
+        row = FITTING[sample]
+        sequence = whole_sequence(sequences, row)
+        inputs, labels = sequence[:-1], sequence[1:]
         expected_inputs.append(inputs + [PAD] * (width - len(inputs)))
         for position, label in enumerate(labels):
-            is_target = position >= len(prompt) - 1  # what is predicted behind <sep> is the target's
+            is_target = position > len(SOURCES[row])  # what is predicted behind <sep> is the target's
             if with_source or is_target:
-                expected_scored.append(place * width + position + (gap if position >= len(prompt) else 0))
+                expected_scored.append(place * width + position)
                 expected_labels.append(label)
                 expected_is_target.append(is_target)
     inputs, scored, labels, is_target = sequences.batch(np.array(samples), with_source=with_source)
@@ -373,20 +357,25 @@ def plain_mean_loss(model: GPT, sequences: Sequences, rows: list[int], options: 
     return total / weights
 
 
+KINDS_OF_MODEL = {
+    "causal": ("causal", JOINT),
+    "two vocabularies": ("causal", APART),
+    "both ways": ("both", JOINT),
+    "both ways, two vocabularies": ("both", APART),
+}
+
+
 @pytest.mark.parametrize(
-    ("layout", "source_weight"),
-    [*((layout, 0.0) for layout in LAYOUTS), *(("one after the other", w) for w in (0.3, 1.0))],
+    ("kind", "source_weight"), [*((kind, 0.0) for kind in KINDS_OF_MODEL), ("causal", 0.3), ("causal", 1.0)]
 )
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("r_drop", [0.0, 5.0])  # without dropout both passes say the same
 @torch.no_grad()
-def test_loss_of_a_step_is_the_mean_over_all_its_tokens(layout, source_weight, label_smoothing, r_drop):
+def test_loss_of_a_step_is_the_mean_over_all_its_tokens(kind, source_weight, label_smoothing, r_drop):
     """Never a mean of means: the micro-batches of a step differ much in how many tokens they score."""
-    source, vocabularies = LAYOUTS[layout]
-    sequences, model = (
-        sequences_of(source, vocabularies),
-        model_of(context=CONTEXT, source=source, vocabularies=vocabularies),
-    )
+    source, vocabularies = KINDS_OF_MODEL[kind]
+    sequences = sequences_of(vocabularies)
+    model = model_of(context=CONTEXT, source=source, vocabularies=vocabularies)
     options = LossOptions(source_weight=source_weight, label_smoothing=label_smoothing, r_drop=r_drop)
     batches = BatchOptions(tokens_per_micro_batch=40, micro_batches_per_step=3)
     plan = BatchPlan(sequences.lengths, sequences.weights(options), batches, seed=1, epochs=2)
@@ -400,8 +389,8 @@ def test_loss_of_a_step_is_the_mean_over_all_its_tokens(layout, source_weight, l
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_gradient_reaches_every_parameter(positions):
-    for source, vocabularies in LAYOUTS.values():
-        sequences = sequences_of(source, vocabularies)
+    for source, vocabularies in KINDS_OF_MODEL.values():
         model = model_of(positions, context=CONTEXT, source=source, vocabularies=vocabularies)
+        sequences = sequences_of(vocabularies)
         summed_loss(model, sequences, np.arange(11), LossOptions(), torch.device("cpu")).backward()
         assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []

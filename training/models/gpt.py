@@ -2,12 +2,11 @@
 
 Pre-norm blocks, exact GELU, tied input and output embeddings; learned or rotary positions, LayerNorm or RMSNorm.
 
-A sequence is a prompt, `<sos> source <sep>`, and a target. With `model.source causal` every token sees those before it;
-sequences are padded on the right only, so no real position ever sees padding and training needs no mask. With `both`
-the prompt sees itself in both directions, as an encoder does, and the target sees all of it (a prefix language model:
-Liu et al. 2018, section 4.2.3; Raffel et al. 2020, section 3.2.1); a batch pads prompts and targets each by themselves,
-and positions count from 0 again in the target, which an embedding of the side tells from the prompt. Decoding writes
-new tokens over a prompt's padding (see `Cache`).
+A sequence is a prompt, `<sos> source <sep>`, and a target, padded on the right only. With `model.source causal` every
+token sees those before it, so no real position ever sees padding and training needs no mask. With `both` the prompt
+also sees what is behind, as an encoder does (a prefix language model: Liu et al. 2018, section 4.2.3; Raffel et al.
+2020, section 3.2.1), and positions count from 0 again in the target, which an embedding of the side tells from the
+prompt. Decoding writes new tokens over a prompt's padding (see `Cache`).
 """
 
 from __future__ import annotations
@@ -209,13 +208,12 @@ class GPT(nn.Module):
         """tokens [B, T] -> logits [B, T, target vocabulary].
 
         With `scored` [N], indices into the B*T positions, only those logits are computed: [N, target vocabulary]. The
-        output layer is the widest of the model, so positions without a loss are left out of it. prompts [B], on the
-        CPU: how long each row's is (None: all is target). It only matters where the source is read both ways; there,
-        the targets begin in one column, behind the longest prompt.
+        output layer is the widest of the model, so positions without a loss are left out of it. prompts [B]: how long
+        each row's is, which has to be known where the source is read both ways.
         """
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         visible = self.visible(columns, prompts)
-        x, rotation = self._embed(tokens, columns, 0 if prompts is None else int(prompts.max()))
+        x, rotation = self._embed(tokens, columns, prompts)
         for block in self.blocks:
             x = block(x, rotation, visible)
         if scored is not None:
@@ -223,30 +221,27 @@ class GPT(nn.Module):
         return self._logits(x)
 
     def visible(self, columns: Tensor, prompts: Tensor | None) -> Tensor | None:
-        """What each of the `columns` [T] sees behind prompts of so many tokens [B]: [B, 1, T, T].
+        """What each of the `columns` [T] sees in rows whose prompts have so many tokens [B]: [B, 1, T, T].
 
-        The first dimension is 1 where all rows see the same. None: each column sees itself and those before it.
+        None: itself and those before it.
         """
-        if self.options.source == "causal" or prompts is None:
+        if self.options.source == "causal":
             return None
-        longest = int(prompts.max())
-        if int(prompts.min()) == longest:
-            prompts = prompts[:1]
-        in_prompt = columns < prompts.to(columns.device, non_blocking=True)[:, None]
-        before = (columns >= longest) & (columns <= columns[:, None])
-        return (in_prompt[:, None] | before)[:, None]
+        assert prompts is not None, "where the source is read both ways, prompts have to be told from targets"
+        return ((columns < prompts[:, None, None]) | (columns <= columns[:, None]))[:, None]
 
     def _embed(
-        self, tokens: Tensor, columns: Tensor, begins: int | Tensor
+        self, tokens: Tensor, columns: Tensor, prompts: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Embeddings [B, T, width] of the tokens [B, T], and the rotation of their positions.
 
-        columns: where they stand, [T] or [B, T]. begins: the column in which the target begins, one or [B, 1].
+        columns: where they stand, [T] or [B, T].
         """
         x, positions = self.embedding(tokens), columns
         if self.side_embedding is not None:
-            in_target = columns >= begins
-            positions = columns - begins * in_target
+            assert prompts is not None
+            in_target = columns >= prompts[:, None]
+            positions = columns - prompts[:, None] * in_target
             x = x + self.side_embedding(in_target.long())
         if self.position_embedding is not None:
             return self.dropout(x + self.position_embedding(positions)), None
@@ -265,7 +260,7 @@ class GPT(nn.Module):
         batch, width = prompts.shape
         columns = torch.arange(width, device=prompts.device)
         visible = self.visible(columns, lengths)
-        x, rotation = self._embed(prompts, columns, width)
+        x, rotation = self._embed(prompts, columns, lengths)
         keys, values = [], []
         for block in self.blocks:
             query, key, value = block.attention.project(block.attention_norm(x), rotation)
@@ -280,7 +275,7 @@ class GPT(nn.Module):
         """Appends one token per row, tokens [B], to the cache in place; returns the logits behind it [B, vocab]."""
         slots = cache.lengths
         rows = torch.arange(len(tokens), device=tokens.device)
-        x, rotation = self._embed(tokens[:, None], slots[:, None], cache.prompts[:, None])
+        x, rotation = self._embed(tokens[:, None], slots[:, None], cache.prompts)
         shortest, longest = (int(length) for length in slots.aminmax())
         filled = longest + 1
         visible = None  # rows of one length see every slot: attention without a mask is quicker
@@ -304,8 +299,9 @@ class GPT(nn.Module):
         Row t sums to 1 over what it sees.
         """
         columns = torch.arange(len(tokens), device=tokens.device)
-        x, rotation = self._embed(tokens[None], columns, prompt)
-        visible = self.visible(columns, torch.tensor([prompt]))
+        prompts = torch.tensor([prompt], device=tokens.device)
+        x, rotation = self._embed(tokens[None], columns, prompts)
+        visible = self.visible(columns, prompts)
         hidden = columns > columns[:, None] if visible is None else ~visible
         maps = []
         for block in self.blocks:

@@ -13,7 +13,6 @@ from training.base.console import UserError
 from training.data.prepared import open_prepared
 from training.engine.batch_plan import BatchOptions, BatchPlan, MicroBatch
 from training.gpt import Sequences
-from training.models.gpt import GPTOptions
 
 LENGTHS = np.random.default_rng(5).integers(3, 40, 997)
 WEIGHTS = np.random.default_rng(6).integers(1, 20, 997)
@@ -159,7 +158,7 @@ def test_padding_share_is_what_the_micro_batches_have():
 
 
 def test_padding_is_below_three_per_cent_on_real_sentences(real_data):
-    pairs = Sequences.of(open_prepared(real_data), "train", GPTOptions(context=128))
+    pairs = Sequences.of(open_prepared(real_data), "train", 128)
     for tokens in (512, 2048, 4096):
         plan = plan_of(pairs.lengths, pairs.target_tokens, tokens=tokens)
         assert plan.padding_share() < 0.03

@@ -32,7 +32,7 @@ class GPTTranslator(GPTDecoder):
         return GPT(config.model, Vocabularies.of(source, target))
 
     def pairs(self, part: Part) -> gpt.Sequences:
-        return gpt.Sequences(part, self.model.options, self.model.vocabularies)
+        return gpt.Sequences(part, self.model.options.context, self.model.vocabularies)
 
     @torch.inference_mode()
     def attention(
