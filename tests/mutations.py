@@ -65,6 +65,13 @@ FAULTS = (
         "tests/training/test_gpt.py::test_batch_holds_source_separator_target_and_labels_one_further[all-False-joint]",
     ),
     Fault(
+        "a step takes micro-batches of any length",
+        "training/engine/batch_plan.py",
+        "np.array_split(np.arange(count), in_step)",
+        "np.array_split(random.permutation(count), in_step)",
+        "tests/training/engine/test_batch_plan.py::test_every_step_takes_a_micro_batch_of_each_class_of_length[4]",
+    ),
+    Fault(
         "a source that is read both ways sees its target",
         "training/models/gpt.py",
         "(columns < prompts[:, None, None])",

@@ -1,9 +1,12 @@
 """Which samples make up step s: a pure function of (lengths, seed, step), the same on every rank.
 
 Nothing is consumed, so nothing is saved: step 40,000 is as cheap to find as step 0. An epoch is one random order of all
-samples, sorted by length (ties stay random) and cut into micro-batches of near-equal length, which are then shuffled.
-Where the cuts fall depends on the sorted lengths alone, so every epoch has the same number of micro-batches. A sample
-may have several lengths, one for each sequence that a model pads by itself; the first one is sorted by first.
+samples, sorted by length (ties stay random) and cut into micro-batches of near-equal length. Where the cuts fall
+depends on the sorted lengths alone, so every epoch has the same number of micro-batches. A sample may have several
+lengths, one for each sequence that a model pads by itself; the first one is sorted by first.
+
+Short samples are not like long ones, and a step of one kind alone would point astray. So the micro-batches are shuffled
+within as many classes of length as a step has micro-batches, and a step takes one of each (stratified sampling).
 
 Epochs follow each other in one stream, and step s takes the next `micro_batches_per_step` of it; a step may span two
 epochs. So every sample is seen exactly once an epoch and every step has the same number of micro-batches, which world
@@ -141,7 +144,21 @@ class BatchPlan:
         keys |= np.arange(len(samples), dtype=np.uint32)
         keys.sort()
         places = keys.view(np.uint32)[::2]  # the low halves: every machine that torch runs on is little-endian
-        return samples[places], random.permutation(self.micro_batches_per_epoch)
+        return samples[places], self._stratified(epoch, random)
+
+    def _stratified(self, epoch: int, random: np.random.Generator) -> np.ndarray:
+        """The order in which an epoch's micro-batches run, [micro-batches]: one of each class of length in every step.
+
+        A step that two epochs share takes what is left over. Within a step the order is random, so that no rank has the
+        long ones alone.
+        """
+        count, in_step = self.micro_batches_per_epoch, self.micro_batches_per_step
+        begun = -epoch * count % in_step  # micro-batches that the last step of the epoch before takes of this one
+        steps = max(0, count - begun) // in_step
+        classes = [random.permutation(each) for each in np.array_split(np.arange(count), in_step)]
+        whole = random.permuted(np.stack([each[:steps] for each in classes], axis=1), axis=1)
+        rest = random.permutation(np.concatenate([each[steps:] for each in classes]))
+        return np.concatenate([rest[:begun], whole.ravel(), rest[begun:]])
 
 
 def sorted_by_length(lengths: np.ndarray) -> np.ndarray:

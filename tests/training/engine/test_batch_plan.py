@@ -101,6 +101,30 @@ def test_epoch_boundary_inside_a_step_loses_and_repeats_nothing():
     assert sorted(chain(*second_epoch[: plan.micro_batches_per_epoch])) == list(range(len(LENGTHS)))
 
 
+@pytest.mark.parametrize("per_step", [2, 4, 6])
+def test_every_step_takes_a_micro_batch_of_each_class_of_length(per_step):
+    plan = plan_of(tokens=60, per_step=per_step)
+    in_order = np.sort(LENGTHS)
+    micro_batches = [in_order[start:end] for start, end in zip(plan.cuts, plan.cuts[1:], strict=False)]
+    classes = [
+        np.concatenate(micro_batches[each[0] : each[-1] + 1])
+        for each in np.array_split(np.arange(len(micro_batches)), per_step)
+    ]
+    whole, shared = 0, 0
+    orders = set()
+    for step in range(plan.steps):
+        if int(plan.epoch(step)) != int(plan.epoch(step + 1) - 1e-9):
+            shared += 1
+            continue
+        whole += 1
+        lengths = [LENGTHS[batch.samples] for batch in plan.step(step)]
+        orders.add(tuple(np.argsort([each.mean() for each in lengths], kind="stable").tolist()))
+        for expected, each in zip(classes, sorted(lengths, key=np.mean), strict=True):
+            assert expected.min() <= each.min() and each.max() <= expected.max()
+    assert whole > 10 and shared >= 1
+    assert len(orders) > 1, "no rank has the long ones alone"
+
+
 def test_steps_asked_in_any_order_or_of_a_fresh_plan_are_the_same():
     plan = plan_of()
     last = 3 * plan.micro_batches_per_epoch // 4
