@@ -182,8 +182,8 @@ FAULTS = (
     Fault(
         "the plan remembers",
         "training/engine/batch_plan.py",
-        "random.permutation(self.micro_batches_per_epoch)",
-        "random.permutation(self.micro_batches_per_epoch)[:: 1 - 2 * len(self._epochs)]",
+        "self._stratified(epoch, random)",
+        "self._stratified(epoch, random)[:: 1 - 2 * len(self._epochs)]",
         "tests/training/engine/test_batch_plan.py::test_steps_asked_in_any_order_or_of_a_fresh_plan_are_the_same",
     ),
     Fault(
