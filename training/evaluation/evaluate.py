@@ -40,7 +40,7 @@ from training.evaluation.setting import (
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = CommandLine("python -m training.evaluation.evaluate", __doc__.split("\n")[0])
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     parser.add_argument("--data", type=Path, help="prepared data to score on (default: what the run was trained on)")
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")
     of_translations, of_answers = OptionsOf(TRANSLATION, parser), OptionsOf(QLORA, parser)
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _translations(arguments: Namespace) -> None:
     from training.data.prepared import open_prepared
     from training.evaluation.translations.evaluation import evaluate
-    from training.evaluation.translations.trained import open_trained
+    from training.evaluation.translations.trained import open_translator
 
     search = search_of(arguments)
     with Cluster() as cluster:
-        trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
+        trained = open_translator(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         data = open_prepared(trained.data_folder(arguments.data))
         trained.check_fits(data)
         evaluate(trained, data, arguments.part, search, cluster)

@@ -24,7 +24,8 @@ LENGTH_PENALTY = 1.0
 ANSWERS_PER_TASK, NEW_TOKENS = 100, 512
 
 _LABEL = re.compile(
-    rf"({'|'.join(PARTS)})(?:-(ema|last\d*|best\d+|step-\d+))?(?:-beam(\d+))?(?:-penalty([\d.e+-]+?))?(?:-on-(.+))?"
+    rf"({'|'.join(PARTS)})(?:-(ema|last\d*|best\d+|step-\d+))?(?:-beam(\d+))?(?:-penalty([\d.e+-]+?))?"
+    r"(?:-with-(.+?))?(?:-on-(.+))?"
 )
 
 
@@ -80,6 +81,7 @@ class Setting:
     weights: str = "best"  # as --checkpoint takes them
     search: Search = Search()
     data: str | None = None  # the folder name of another data set than the run's
+    others: tuple[str, ...] = ()  # the folder names of the runs that translate together with this one
 
     def _unusual(self) -> Iterator[tuple[str, str]]:
         """For whatever is not the usual, except the part: its word in the label, and the option that asks for it."""
@@ -90,6 +92,8 @@ class Setting:
             if self.search.length_penalty != LENGTH_PENALTY:
                 penalty = f"{self.search.length_penalty:g}"
                 yield f"penalty{penalty}", f"--length_penalty {penalty}"
+        if self.others:
+            yield f"with-{','.join(self.others)}", ""
         if self.data is not None:
             yield f"on-{self.data}", f"--data {shlex.quote(f'prepared/{self.data}')}"
 
@@ -99,10 +103,12 @@ class Setting:
         return "-".join([self.part, *(word for word, _ in self._unusual())])
 
     @classmethod
-    def of(cls, run: TrainedRun, data: PreparedFolder, part: str, search: Search = Search()) -> Setting:
+    def of(
+        cls, run: TrainedRun, data: PreparedFolder, part: str, search: Search = Search(), others: tuple[str, ...] = ()
+    ) -> Setting:
         """The setting in which these weights of a run meet one part of `data`."""
         other = None if run.is_trained_on(data) else data.folder.resolve().name
-        return cls(part, str(run.weights), search, other)
+        return cls(part, str(run.weights), search, other, others)
 
     @classmethod
     def of_label(cls, label: str) -> Setting | None:
@@ -110,24 +116,27 @@ class Setting:
         found = _LABEL.fullmatch(label)
         if found is None:
             return None
-        part, weights, beam_size, length_penalty, data = found.groups()
+        part, weights, beam_size, length_penalty, others, data = found.groups()
         weights = re.sub(r"(?<=t)(?=\d)", ":", weights or "best")
         try:
-            setting = cls(part, weights, Search(int(beam_size or 1), float(length_penalty or LENGTH_PENALTY)), data)
+            search = Search(int(beam_size or 1), float(length_penalty or LENGTH_PENALTY))
+            setting = cls(part, weights, search, data, tuple(others.split(",")) if others else ())
         except (UserError, ValueError):
             return None
         return setting if setting.label == label else None
 
     def command(self, run_dir: Path) -> str:
         """What to type to evaluate `run_dir` so."""
+        runs = ",".join(map(str, [run_dir, *(run_dir.parent / other for other in self.others)]))
         part = [] if self.part == "test" else [f"--part {self.part}"]
-        options = [option for _, option in self._unusual()]
-        return " ".join([f"python -m training.evaluation.evaluate {shlex.quote(str(run_dir))}", *part, *options])
+        options = [option for _, option in self._unusual() if option]
+        return " ".join([f"python -m training.evaluation.evaluate {shlex.quote(runs)}", *part, *options])
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model is used: those of every command on a run."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, for example runs/gpt-sample")
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The options that say which model is used: those of every command on a run, or on several translators."""
+    more = "; of translators also several, between commas: an ensemble" if several else ""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help=f"run folder, for example runs/gpt-sample{more}")
     parser.add_argument(
         "--checkpoint",
         default="best",

@@ -28,7 +28,7 @@ from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
 from training.evaluation.runs import QLORA, kind_of
 from training.evaluation.setting import Search, add_model_options, add_search_options, search_of
-from training.evaluation.translations.trained import TrainedModel, open_trained
+from training.evaluation.translations.trained import TrainedModel, open_translator
 from training.models.decoding import translate
 
 # Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
@@ -40,7 +40,7 @@ _HAN = re.compile(f"[{HAN}]")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = CommandLine("python -m training.evaluation.translate", __doc__.split("\n")[0])
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     add_search_options(parser)
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="Chinese sentences (default: standard input)")
     parser.add_argument("--input", type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = split_lines(files.enter_context(_opened(arguments.input)))
         else:
             lines = split_lines(sys.stdin.buffer)
-        trained = open_trained(arguments.run_dir, arguments.checkpoint, device=cluster.device)
+        trained = open_translator(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         # Whoever types at a terminal wants an answer to every line.
         typed = not (arguments.sentences or arguments.input) and sys.stdin.isatty()
         translations = translate_lines(trained, lines, search, lines_per_block=1 if typed else LINES_PER_BLOCK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from training.data.tokenizers import EOS, PAD, SOS
 from training.models.attention_gru import AttentionGRU, State
+from training.models.decoding import Decoder
 from training.models.gpt import GPT, Cache
 
 
@@ -69,6 +71,44 @@ class AttentionGRUDecoder:
 
     def extend(self, tokens: Tensor, state: SourceState) -> Tensor:
         return self.model.extend(tokens, state.state)
+
+
+class Ensemble:
+    """Several decoders as one: a token's probability is the mean of theirs. They speak the same two vocabularies."""
+
+    def __init__(self, members: Sequence[Decoder]):
+        self.members = members
+
+    @property
+    def longest_source(self) -> int:
+        return min(member.longest_source for member in self.members)
+
+    def room(self, source_length: int) -> int:
+        return min(member.room(source_length) for member in self.members)
+
+    def begin(self, sources: list[Sequence[int]], limit: int) -> tuple[Tensor, MemberStates]:
+        begun = [member.begin(sources, limit) for member in self.members]
+        return _mean_probability([logits for logits, _ in begun]), MemberStates([state for _, state in begun])
+
+    def extend(self, tokens: Tensor, state: MemberStates) -> Tensor:
+        extended = [member.extend(tokens, own) for member, own in zip(self.members, state.states, strict=True)]
+        return _mean_probability(extended)
+
+
+def _mean_probability(logits: list[Tensor]) -> Tensor:
+    """Logits of the mean of several distributions, each [B, vocabulary]."""
+    return torch.stack([each.float().log_softmax(-1) for each in logits]).logsumexp(0)
+
+
+@dataclass
+class MemberStates:
+    """The states of an ensemble's members."""
+
+    states: list[Any]
+
+    def select(self, rows: Tensor) -> MemberStates:
+        """Those of `rows`, indices [B']."""
+        return MemberStates([state.select(rows) for state in self.states])
 
 
 @dataclass

@@ -149,8 +149,11 @@ def test_what_was_not_scored_on_the_same_rows_is_refused_with_what_differs(tmp_p
 
 def test_a_missing_evaluation_names_the_command_that_makes_it(tmp_path: Path):
     run = evaluated(tmp_path / "a:b", GOOD, REFERENCES)  # a colon in the folder's name is no label
-    label = "validation-last3-beam5-penalty0.6"
-    command = f"evaluate {run} --part validation --checkpoint last:3 --beam_size 5 --length_penalty 0.6`; there is test"
+    label = "validation-last3-beam5-penalty0.6-with-b-1,c"
+    runs = f"{run},{tmp_path / 'b-1'},{tmp_path / 'c'}"
+    command = (
+        f"evaluate {runs} --part validation --checkpoint last:3 --beam_size 5 --length_penalty 0.6`; there is test"
+    )
     said = refused(run, f"{run}:{label}")
     assert f"{run} was not evaluated as {label}: run `python -m training.evaluation.{command}" in said
     (tmp_path / "new").mkdir()

@@ -14,6 +14,7 @@ from training.base.console import UserError
 from training.data.tokenizers import EOS, PAD, SEP, SOS
 from training.evaluation.translations.translators import AttentionGRUTranslator, GPTTranslator
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
+from training.models.decoders import Ensemble
 from training.models.decoding import Decoder, Translation, beam_search, greedy_search, translate
 from training.models.gpt import GPT, GPTOptions, Vocabularies
 
@@ -66,7 +67,14 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
 
         return AttentionGRUTranslator(model), logits
 
+    def together(*members: tuple[Decoder, Logits]) -> tuple[Decoder, Logits]:
+        def logits(source: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+            return torch.stack([of(source, ids).softmax(-1) for _, of in members]).mean(0).log()
+
+        return Ensemble([decoder for decoder, _ in members]), logits
+
     return {
+        "ensemble": together(of_gpt(tiny_gpt(APART, source="both")), of_gru(tiny_gru())),
         "gpt": of_gpt(tiny_gpt()),
         "gpt, learned positions": of_gpt(tiny_gpt(positions="learned")),
         "gpt, RMSNorm": of_gpt(tiny_gpt(norm="rms", heads=4, layers=3)),
@@ -79,7 +87,7 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
 
 KINDS = [
     *("gpt", "gpt, learned positions", "gpt, RMSNorm", "gpt, source read both ways"),
-    *("seq2seq", "seq2seq, two layers", "seq2seq, no attention"),
+    *("seq2seq", "seq2seq, two layers", "seq2seq, no attention", "ensemble"),
 ]
 
 

@@ -31,6 +31,7 @@ from training.evaluation.translations.evaluation import SHEETS
 from training.evaluation.translations.report import SYNTHETIC
 from training.evaluation.translations.scores import score_texts
 from training.evaluation.translations.trained import open_trained
+from training.models.decoding import translate as translate_ids
 from training.report.examples import EXAMPLES
 
 CPU = torch.device("cpu")
@@ -254,6 +255,42 @@ def test_a_reader_sees_a_real_report_on_a_phone_and_a_desk(evaluated):
         for width in (360, 1200):
             seen = reader.open(evaluated / "report.html", width=width)
             assert seen.complaints == seen.fetched == seen.outside == [] and seen.page_width <= width
+
+
+def test_two_runs_translate_together_and_are_scored_as_such(run_copy, seq2seq_run, capsys):
+    together = f"{run_copy},{seq2seq_run}"
+    assert evaluate.main([together]) == 0
+    said = capsys.readouterr().out
+    assert "together with seq2seq (step " in said and "tokens       loss" not in said
+    (label,) = (path.stem for path in (run_copy / "evaluation").glob("*.json"))
+    assert label == "test-with-seq2seq"
+    text = Page((run_copy / "report.html").read_text("utf-8")).text
+    assert "together with" in text and "seq2seq, step" in text
+    scores = json.loads((run_copy / f"evaluation/{label}.json").read_text())
+    assert "loss" not in scores and scores["bleu"] > 0
+    rows = [
+        json.loads(line)
+        for line in (run_copy / f"evaluation/{label}-translations.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert translate.main([together, *(row["source"] for row in rows[:20])]) == 0
+    assert capsys.readouterr().out.splitlines() == [row["translation"] for row in rows[:20]]
+    alone = [open_trained(path, device=CPU) for path in (run_copy, seq2seq_run)]
+    sources = [row["source"] for row in rows]
+    by_each = [
+        [
+            each.target_tokenizer.decode(found.ids)
+            for found in translate_ids(each.decoder, [each.encode(source) for source in sources])
+        ]
+        for each in alone
+    ]
+    assert [row["translation"] for row in rows] not in by_each
+
+
+def test_runs_on_different_data_do_not_translate_together(run_copy, data, tmp_path):
+    other = shutil.copytree(run_copy, tmp_path / "other")
+    tell_otherwise(other, data.fingerprint, "of other data")
+    with pytest.raises(UserError, match="was trained on other data than"):
+        translate.main([f"{run_copy},{other}", "你好。"])
 
 
 def test_attention_maps_come_as_svg(either_run, data, tmp_path):

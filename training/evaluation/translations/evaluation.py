@@ -29,6 +29,7 @@ from training.evaluation.translations.scores import (
 )
 from training.evaluation.translations.seen import seen_rows, training_part
 from training.evaluation.translations.trained import TrainedModel
+from training.evaluation.translations.translators import EnsembleTranslator
 from training.models.decoding import Translation, translate
 from training.report.examples import example_rows
 from training.report.page import REPORT, Evaluated, write_evaluated, write_page
@@ -53,10 +54,12 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     path = trained.run_dir / REPORT
     if not cluster.is_first:
         return path
-    label = Setting.of(trained, data, part_name, search).label
+    others = tuple(other.run_dir.name for other in trained.others)
+    label = Setting.of(trained, data, part_name, search, others).label
     translations = [trained.target_tokenizer.decode(result.ids) for result in results]
     scores = {
         **trained.about(data, part_name, label),
+        "others": {other.run_dir.name: other.step for other in trained.others},
         "split": data.meta["options"]["split"],
         "search": str(search),
         **_text_scores(part, translations, seen),
@@ -119,7 +122,12 @@ def _translated(trained: TrainedModel, part: Part, search: Search, cluster: Clus
 
 
 def _token_scores(trained: TrainedModel, part: Part, cluster: Cluster) -> dict[str, Any]:
-    """Loss and accuracy as validation computes them in training; `unscored_pairs` are too long for the model."""
+    """Loss and accuracy as validation computes them in training; `unscored_pairs` are too long for the model.
+
+    Nothing for an ensemble, whose members lay sentences out in ways of their own.
+    """
+    if isinstance(trained.decoder, EnsembleTranslator):
+        return {}
     pairs = trained.decoder.pairs(part)
     validation = held_out_scores(trained.model, pairs, cluster)
     trained.model.eval()  # validation hands the model back for training
@@ -164,7 +172,9 @@ def _shown(
         "scores": scores,
         "data": data.meta,
         "training_data": trained.data,
-        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "parameters": sum(
+            parameter.numel() for each in (trained, *trained.others) for parameter in each.model.parameters()
+        ),
         "examples": [example(row) for row in rows],
         "ranked": [
             (kind, [example(row, f"chrF {chrf:.1f}") for row, chrf in picked]) for kind, picked in ranked.items()
@@ -209,13 +219,19 @@ def _attention(
     return list(sheets.items())
 
 
+def _together(scores: dict[str, Any]) -> str:
+    """Of an ensemble, the other members in words."""
+    names = [f"{name} (step {step:,})" for name, step in scores["others"].items()]
+    return f", together with {', '.join(names)}" if names else ""
+
+
 def _print(scores: dict[str, Any], examples: Sequence[Example]) -> None:
     for example in examples[:10]:
         note = f"  ({example.note})" if example.note else ""
         say(f"\n  {example.source}\n  = {example.reference}\n  > {example.translation}{note}")
     say(
         f"\n{scores['part']} part, {scores['split']} split, {scores['sentences']:,} sentences, "
-        f"step {scores['step']:,} ({scores['weights']}), {scores['search']}"
+        f"step {scores['step']:,} ({scores['weights']}), {scores['search']}{_together(scores)}"
     )
     if scores["synthetic"]:
         say(f"  note         {SYNTHETIC}")
@@ -228,7 +244,8 @@ def _print(scores: dict[str, Any], examples: Sequence[Example]) -> None:
         f"{both['sentences']:,} distinct sources with {both['references']:,} references"
     )
     say(f"  exact        {scores['exact_matches']:,}, normalised {scores['exact_matches_normalised']:,}")
-    say(f"  tokens       loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}")
+    if not scores["others"]:
+        say(f"  tokens       loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}")
     if scores["empty"] or scores["cut_off"] or scores["not_translated"]:
         say(
             f"  incomplete   {scores['empty']:,} empty, {scores['cut_off']:,} cut off, "

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, with_config
 from sacrebleu.metrics import CHRF
@@ -34,7 +34,7 @@ class Beside(TypedDict):
     synthetic: bool
     sentences: int
     step: int
-    loss: float
+    loss: NotRequired[float]  # an ensemble has none
     data_fingerprint: str
     bleu: float
     bleu_interval: tuple[float, float]

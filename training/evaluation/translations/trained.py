@@ -6,7 +6,7 @@ ones that the model was trained with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ from training.data.prepared import Prepared
 from training.data.text import clean, simplify
 from training.data.tokenizers import Tokenizer, load_tokenizer
 from training.evaluation.runs import TrainedRun, open_run
-from training.evaluation.translations.translators import TRANSLATORS, AttentionGRUTranslator, GPTTranslator
+from training.evaluation.translations.translators import (
+    TRANSLATORS,
+    AttentionGRUTranslator,
+    EnsembleTranslator,
+    GPTTranslator,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class TrainedModel(TrainedRun):
     source_tokenizer: Tokenizer
     target_tokenizer: Tokenizer
     model: nn.Module
-    decoder: GPTTranslator | AttentionGRUTranslator
+    decoder: GPTTranslator | AttentionGRUTranslator | EnsembleTranslator
+    others: tuple[TrainedModel, ...] = ()  # of an ensemble, whose first member all else is of
 
     def encode(self, text: str) -> list[int]:
         """Ids of a source sentence, its characters treated as those of the training data; none for a blank one."""
@@ -64,6 +70,25 @@ def open_trained(run_dir: str | Path, weights: str = "best", *, device: torch.de
     return TrainedModel(
         **vars(run), source_tokenizer=source, target_tokenizer=target, model=model, decoder=decoder(model)
     )
+
+
+def open_translator(runs: str | Path, weights: str = "best", *, device: torch.device) -> TrainedModel:
+    """What `open_trained` opens, or, of several run folders between commas, their ensemble.
+
+    Raises UserError also when these were not trained on the same data.
+    """
+    names = [str(runs)] if Path(runs).exists() else str(runs).split(",")
+    first, *others = [open_trained(name, weights, device=device) for name in names]
+    for other in others:
+        if other.checkpoint.manifest["data"] != first.checkpoint.manifest["data"]:
+            raise UserError(
+                f"{other.run_dir} was trained on other data than {first.run_dir}: only runs on the same prepared data "
+                "translate together"
+            )
+    if not others:
+        return first
+    decoder = EnsembleTranslator([each.decoder for each in (first, *others)])
+    return replace(first, decoder=decoder, others=tuple(others))
 
 
 def _tokenizer(run_dir: Path, side: str, manifest: dict[str, Any]) -> Tokenizer:

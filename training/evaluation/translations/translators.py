@@ -17,7 +17,7 @@ from training.data.prepared import Part
 from training.data.tokenizers import EOS, SEP, SOS, Tokenizer
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.models.attention_gru import AttentionGRU
-from training.models.decoders import AttentionGRUDecoder, GPTDecoder
+from training.models.decoders import AttentionGRUDecoder, Ensemble, GPTDecoder
 from training.models.gpt import GPT, Vocabularies
 from training.report.sheets import Sheet
 
@@ -76,6 +76,13 @@ class AttentionGRUTranslator(AttentionGRUDecoder):
         inputs = (torch.tensor(ids, device=self.device) for ids in (read, [SOS, *target]))
         weights = self.model.attention_map(*inputs)
         return alignment_map(weights, source_tokenizer.token_texts(read), target_tokenizer.token_texts(said))
+
+
+class EnsembleTranslator(Ensemble):
+    """Of several runs; what its members look at are as many maps, of which none is the ensemble's."""
+
+    def attention(self, *_: object) -> None:
+        return None
 
 
 TRANSLATORS: dict[str, Any] = {"gpt": GPTTranslator, "seq2seq": AttentionGRUTranslator}  # by the name of the training
