@@ -34,7 +34,7 @@ def stacked_matrices(model: nn.Module) -> dict[Tensor, int]:
     found: dict[Tensor, int] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            found[module.weight] = getattr(module, "stacked", 1)
+            found[module.weight] = getattr(module, "stacked", 1)  # of a `StackedLinear`
         elif isinstance(module, nn.RNNBase):
             weights = (each for each in module.parameters() if each.dim() == 2)
             found |= {each: len(each) // module.hidden_size for each in weights}

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from training.base.options import Options
 from training.models.dropout import Dropout
+from training.models.stacked_linear import StackedLinear
 
 
 class AttentionGRUOptions(Options):
@@ -134,9 +135,9 @@ class ContextGRU(nn.Module):
 
     def __init__(self, word_width: int, context_width: int, hidden_width: int):
         super().__init__()
-        self.from_word = nn.Linear(word_width, 3 * hidden_width)
-        self.from_context = nn.Linear(context_width, 3 * hidden_width, bias=False)
-        self.from_state = nn.Linear(hidden_width, 3 * hidden_width)
+        self.from_word = StackedLinear(word_width, hidden_width, 3)
+        self.from_context = StackedLinear(context_width, hidden_width, 3, bias=False)
+        self.from_state = StackedLinear(hidden_width, hidden_width, 3)
 
     def forward(self, word_gates: Tensor, context_gates: Tensor, state: Tensor) -> Tensor:
         """word_gates, context_gates [B, 3H]: `from_word` and `from_context` of the input; state [B, H] -> [B, H]."""

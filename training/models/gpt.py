@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from training.base.options import Options
 from training.data.tokenizers import SEP, SOS, SPECIALS, Tokenizer
 from training.models.dropout import Dropout
+from training.models.stacked_linear import StackedLinear
 
 
 class GPTOptions(Options):
@@ -109,14 +110,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) ->
         return F.scaled_dot_product_attention(query, key, value, visible, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), visible, is_causal=causal)
-
-
-class StackedLinear(nn.Linear):
-    """Several linear layers of one input, their weights above each other, computed as one."""
-
-    def __init__(self, inputs: int, outputs: int, stacked: int, bias: bool = True):
-        super().__init__(inputs, stacked * outputs, bias)
-        self.stacked = stacked
 
 
 class SelfAttention(nn.Module):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from training.engine.cluster import Cluster
 from training.engine.muon import MOMENTUM, Muon, orthogonal
 from training.engine.optim import OptimOptions, build_optimizer
+from training.engine.precision import GPU
+from training.models.attention_gru import ContextGRU
 from training.models.gpt import GPT, GPTOptions, Vocabularies
 
 OPTIONS = OptimOptions(kind="muon", lr=0.02, beta2=0.9, weight_decay=0.3, warmup_steps=0)
@@ -32,6 +34,15 @@ def test_a_matrix_keeps_its_singular_vectors_and_gets_singular_values_near_1(sha
     assert len(near) > 0.8 * len(values)
     assert 0.65 < near.min() <= near.max() < 1.15
     assert orthogonal(matrix).is_contiguous()
+
+
+def test_in_bf16_the_singular_values_are_near_1_too(monkeypatch):
+    """As on a GPU that has it, computed here by the CPU."""
+    monkeypatch.setattr("training.engine.muon.gpu_of", lambda device: GPU("a card", (8, 0)))
+    found = orthogonal(torch.randn(48, 96, generator=torch.Generator().manual_seed(0)))
+    assert found.dtype == torch.float32 and torch.equal(found, found.bfloat16().float())
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < values.min() <= values.max() < 1.2
 
 
 def test_nothing_has_no_direction():
@@ -92,12 +103,12 @@ def test_block_matrices_are_muons_query_key_and_value_apart_and_all_else_is_adam
         torch.testing.assert_close(found[place], expected, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_the_gates_of_a_recurrent_layer_are_taken_apart():
-    model = nn.GRU(6, 5, bidirectional=True)
+@pytest.mark.parametrize("model", [nn.GRU(6, 5, bidirectional=True), ContextGRU(6, 7, 5)], ids=["encoder", "decoder"])
+def test_the_gates_of_a_recurrent_layer_are_taken_apart(model):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     found = train(model, build_optimizer(model, OPTIONS, 10))
     for place, (name, _) in enumerate(model.named_parameters()):
-        if name.startswith("weight"):
+        if "weight" in name:
             history = [gradients(model, step)[place] for step in range(3)]
             torch.testing.assert_close(found[place], plainly(before[place], 3, history), atol=1e-5, rtol=1e-5)
 
