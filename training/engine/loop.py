@@ -34,8 +34,7 @@ from training.engine.generating import GeneratedScores
 from training.engine.goodput import Clock
 from training.engine.logbook import FirstRanksLogbook, Logbook, shown_config
 from training.engine.metrics import Window, memory_mb, read_metrics
-from training.engine.muon import stacked_matrices
-from training.engine.optim import Course, build_optimizer, learning_rate
+from training.engine.optim import Course, build_optimizer, learning_rate, optimizer_bytes
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
@@ -155,10 +154,11 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
     """The arithmetic of the run: parameters, memory, steps, and what a step consists of."""
     plan = task.plan
     parameters = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
-    each = state_bytes(config.zero, cluster.world_size) if config.parallel == "deepspeed" else 16
-    by_muon = sum(weights.numel() for weights in stacked_matrices(task.model)) if config.optim.kind == "muon" else 0
-    needed = (each * parameters - 4 * by_muon) / 1e6  # it keeps one moment, and AdamW two
-    memory = task.memory or f"{needed:,.0f} MB a rank for weights, gradients and optimizer in fp32"
+    if config.parallel == "deepspeed":
+        needed = state_bytes(config.zero, cluster.world_size) * parameters
+    else:
+        needed = 8 * parameters + optimizer_bytes(task.model, config.optim.kind)
+    memory = task.memory or f"{needed / 1e6:,.0f} MB a rank for weights, gradients and optimizer"
     per_rank = plan.micro_batches_per_step // cluster.world_size
     tokens = int(plan.lengths.sum(dtype=np.int64))
     return (

@@ -107,6 +107,28 @@ def learning_rate(step: int, course: Course, options: OptimOptions) -> float:
     return options.lr * (options.final_lr_share + (1 - options.final_lr_share) * falling)
 
 
+# The 8-bit optimizers of bitsandbytes keep the state of smaller parameters in fp32.
+_SMALLEST_IN_8_BITS = 4096
+
+
+def optimizer_bytes(model: nn.Module, kind: str) -> int:
+    """What the optimizer of that kind keeps of all that is trained.
+
+    Muon keeps one moment, AdamW two, in fp32 or in 8 bits with a scale per 256.
+    """
+    matrices = stacked_matrices(model) if kind == "muon" else {}
+    total = 0
+    for parameter in model.parameters():
+        numbers = parameter.numel() if parameter.requires_grad else 0
+        if parameter in matrices:
+            total += 4 * numbers
+        elif kind.endswith("8bit") and numbers >= _SMALLEST_IN_8_BITS:
+            total += 2 * (numbers + 4 * -(-numbers // 256))
+        else:
+            total += 8 * numbers
+    return total
+
+
 def build_optimizer(
     model: nn.Module, options: OptimOptions, steps: int, cluster: Cluster | None = None
 ) -> torch.optim.Optimizer:
@@ -128,21 +150,21 @@ def build_optimizer(
             "optim.steps)"
         )
     stacked = stacked_matrices(model) if options.kind == "muon" else {}
-    groups: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)  # by whether it decays, and `stacked`
+    alike: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)  # by whether they decay, and `stacked`
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups[parameter.dim() >= 2, stacked.get(parameter, 0)].append(parameter)
-    how = [
-        {"params": groups[decays, count], "weight_decay": options.weight_decay if decays else 0.0, "stacked": count}
-        for decays, count in sorted(groups, reverse=True)
+            alike[parameter.dim() >= 2, stacked.get(parameter, 0)].append(parameter)
+    groups = [
+        {"params": alike[decays, count], "weight_decay": options.weight_decay if decays else 0.0, "stacked": count}
+        for decays, count in sorted(alike, reverse=True)
     ]
     betas = (options.beta1, options.beta2)
     if options.kind == "muon":
-        return Muon(how, cluster, lr=options.lr, betas=betas)
+        return Muon(groups, cluster, lr=options.lr, betas=betas)
     if options.kind == "adamw":
-        return torch.optim.AdamW(how, lr=options.lr, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
     import bitsandbytes  # slow to import, and only these need it
 
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    optimizer: torch.optim.Optimizer = kinds[options.kind](how, lr=options.lr, betas=betas)
+    optimizer: torch.optim.Optimizer = kinds[options.kind](groups, lr=options.lr, betas=betas)
     return optimizer

@@ -25,8 +25,7 @@ from training.base.console import UserError, say, warn
 from training.base.options import Options
 from training.engine.batch_plan import BatchOptions, BatchPlan, sorted_by_length
 from training.engine.cluster import Cluster
-from training.engine.muon import stacked_matrices
-from training.engine.optim import OptimOptions
+from training.engine.optim import OptimOptions, optimizer_bytes
 from training.engine.zero import ZeroOptions, deepspeed_config
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters
 from training.models.base_model import QuantisationOptions, freeze, linear_layers, on_meta
@@ -40,9 +39,6 @@ OVERHEAD = 900_000_000
 
 # Of bitsandbytes: weights that share a scale, and scales that share one in turn where they are quantised too.
 _BLOCK, _SCALES_BLOCK = 64, 256
-
-# Its 8-bit optimizers keep the state of smaller parameters in fp32.
-_SMALLEST_IN_8_BITS = 4096
 
 # Operations that make a copy of their input for themselves, on a CPU as on a GPU.
 _COPYING = {torch.ops.aten.logsumexp.default}
@@ -250,7 +246,7 @@ def estimate(
             weights=whole,
             adapters=4 * trained,
             gradients=4 * trained * (2 if ranks > 1 else 1),  # DDP's buckets, and what is added up before them
-            optimizer=_optimizer_bytes(model, optimizer),
+            optimizer=optimizer_bytes(model, optimizer),
             activations=unpacked + _activations(model, shape, compute_type),
             trained=trained,
         )
@@ -313,21 +309,6 @@ class _Stored:
         if self.numbers <= small:
             return self.bytes + part
         return 0 if on_host else part
-
-
-def _optimizer_bytes(model: nn.Module, kind: str) -> int:
-    """The moments of all that is trained: Muon has one, AdamW two, in fp32 or in 8 bits with a scale per 256."""
-    matrices = stacked_matrices(model) if kind == "muon" else {}
-    total = 0
-    for parameter in model.parameters():
-        numbers = parameter.numel() if parameter.requires_grad else 0
-        if parameter in matrices:
-            total += 4 * numbers
-        elif kind.endswith("8bit") and numbers >= _SMALLEST_IN_8_BITS:
-            total += 2 * (numbers + 4 * -(-numbers // 256))
-        else:
-            total += 8 * numbers
-    return total
 
 
 def _bytes_of_scales(weight: Tensor, double: bool) -> int:
