@@ -89,9 +89,8 @@ class Sequences(Pairs[LossOptions]):
         belongs to the target side. Without `with_source`, only those that do are scored.
         """
         source, target, rows = self.part.source, self.part.target, self.rows[samples]
-        prompts = (self.vocabularies.prompt(source[row]) for row in rows)
-        pairs = zip(prompts, (target[row] for row in rows), strict=True)
-        whole = [torch.from_numpy(np.concatenate((prompt, said, [EOS]))) for prompt, said in pairs]
+        prompt = self.vocabularies.prompt
+        whole = [torch.from_numpy(np.concatenate((prompt(source[row]), target[row], [EOS]))) for row in rows]
         inputs, labels = (
             pad_sequence(each, batch_first=True, padding_value=PAD)
             for each in ([row[:-1] for row in whole], [row[1:] for row in whole])
