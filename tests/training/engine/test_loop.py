@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from launch.doctor.run import disk
 from tests.support.disks import not_as_root
+from tests.support.ranks import on_ranks
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, status_of
 from training.base.console import TryLaterError, UserError
 from training.base.files import nearest_folder
@@ -195,10 +195,8 @@ def test_steps_that_the_scaler_skips_in_search_of_its_range_are_not_counted():
     assert int(engine.skipped_in_a_row) == 1, "there is no range left to search"
 
 
-def run_rank(rank: int, ranks: int, folder: Path) -> None:
+def gradients_of_steps(rank: int, ranks: int) -> list[torch.Tensor]:
     """The gradients of three steps over the same data with the same weights, as every rank has them."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     # Large enough for the sums to differ in their last bits if they are added up in another order.
     model = model_of(width=120)
     engine = engine_of(model, cluster=SimpleNamespace(rank=rank, world_size=ranks, device=CPU))
@@ -207,22 +205,15 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
         forward_backward(engine, 3, rank, ranks)
         gradients.append(gradient_of(model).clone())
         engine.step(0.0)
-    torch.save(gradients, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return gradients
 
 
 def test_four_ranks_add_gradients_up_in_the_same_order_in_a_processs_first_step_as_later(tmp_path):
     """The first step of a resumed session is a later one of the uninterrupted run."""
-    processes = [FORKS.Process(target=run_rank, args=(rank, 4, tmp_path)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    shared = on_ranks(4, tmp_path, gradients_of_steps)
     alone = model_of(width=120)
     forward_backward(engine_of(alone), 3)
-    for rank in range(4):
-        first, *later = torch.load(tmp_path / f"{rank}.pt")
+    for first, *later in shared:
         torch.testing.assert_close(first, gradient_of(alone))
         assert all(torch.equal(first, each) for each in later)
 

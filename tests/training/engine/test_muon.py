@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.support.ranks import on_ranks
 from training.engine.cluster import Cluster
 from training.engine.muon import MOMENTUM, Muon, orthogonal
 from training.engine.optim import OptimOptions, build_optimizer
@@ -117,22 +115,13 @@ def of_rank(rank: int, ranks: int) -> Any:
     return SimpleNamespace(computed_apart=partial(Cluster.computed_apart, SimpleNamespace(rank=rank, world_size=ranks)))
 
 
-def run_rank(rank: int, ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
+def train_on_rank(rank: int, ranks: int) -> list[Tensor]:
     model = gpt()
-    torch.save(train(model, build_optimizer(model, OPTIONS, 10, of_rank(rank, ranks))), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return train(model, build_optimizer(model, OPTIONS, 10, of_rank(rank, ranks)))
 
 
 def test_three_ranks_share_the_work_and_no_bit_depends_on_who_did_it(tmp_path):
-    forks = multiprocessing.get_context("fork")
-    processes = [forks.Process(target=run_rank, args=(rank, 3, tmp_path)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    shared = on_ranks(3, tmp_path, train_on_rank)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -140,8 +129,8 @@ def test_three_ranks_share_the_work_and_no_bit_depends_on_who_did_it(tmp_path):
         alone = train(model, build_optimizer(model, OPTIONS, 10))
     finally:
         torch.set_num_threads(threads)
-    for rank in range(3):
-        assert all(map(torch.equal, torch.load(tmp_path / f"{rank}.pt"), alone))
+    for found in shared:
+        assert all(map(torch.equal, found, alone))
 
 
 def test_what_is_frozen_or_has_no_gradient_stays():
