@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from launch.scripts import peek, read_options, run_and_data, script_of
-from tests.support.commands import ROOT
+from tests.support.commands import PATIENCE_S, ROOT
 from training.base.console import UserError
 
 
@@ -63,3 +63,13 @@ def test_lock_has_every_requirement_with_the_sha256_of_its_files():
     locked = {re.sub(r"^typing-", "typing_", block.split()[0]): block for block in blocks if "==" in block.split()[0]}
     assert wanted - locked.keys() == {line for line in wanted if line.startswith("torch==")}
     assert all("--hash=sha256:" in block for block in locked.values())
+
+
+@pytest.mark.whole
+def test_quickstart_looks_at_the_run_that_its_options_name(tmp_path):
+    short = ("--optim.steps", "4", "--optim.warmup_steps", "1", "--log.generate_samples", "0", "--model.layers", "1")
+    command = ["bash", "launch/quickstart.sh", "--run_dir", str(tmp_path / "run"), *short]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done
+    assert "finished: 4 steps" in done.stdout and "is not finished" not in done.stderr
+    assert (tmp_path / "run/evaluation/test.json").is_file()
