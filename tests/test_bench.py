@@ -117,7 +117,8 @@ def check(name: str, printed: str, promised: list[str]) -> None:
     assert figures["bench"] == name
     for each in promised:
         assert math.isfinite(figures[each]), each
-        assert figures[each] > 0, each
+        if not each.startswith("added") and not each.endswith("difference"):  # of two measurements: may be nothing
+            assert figures[each] > 0, each
         assert any(each in line for line in table), f"{each} is missing from the table"
     peer = {"gpt_training": "notebook", "seq2seq_training": "tutorial", "qlora": "trainer"}.get(name)
     if peer:
