@@ -1,4 +1,4 @@
-"""The command `python -m data_prep.tatoeba`, run as people run it: bad inputs, bad disks, kills, second runs."""
+"""The command `python -m data_prep.pairs`, run as people run it: bad inputs, bad disks, kills, second runs."""
 
 import gzip
 import io
@@ -15,21 +15,22 @@ from threading import Thread
 
 import pytest
 
-from data_prep import sources, tatoeba
+from data_prep import pairs, sources, tables
 from data_prep.sources import sample_lines
 from tests.support.commands import ROOT, Result, run
 from tests.support.disks import mounted
 from training.base.console import UserError
 from training.base.files import temporary_folder
 from training.data.prepared import open_prepared
+from training.data.text import clean
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "data_prep.tatoeba", *map(str, words)]
+    return [sys.executable, "-m", "data_prep.pairs", *map(str, words)]
 
 
 def prepare(*words: object, **environment: str) -> Result:
-    return run(*words, module="data_prep.tatoeba", environment=environment)
+    return run(*words, module="data_prep.pairs", environment=environment)
 
 
 def assert_refused(result: Result, *expected: str) -> None:
@@ -43,7 +44,7 @@ def assert_refused(result: Result, *expected: str) -> None:
 
 def prepare_here(*words: object) -> None:
     """The same in this process, where only its result matters: starting Python takes longer than preparing."""
-    assert tatoeba.main([str(word) for word in words]) == 0
+    assert pairs.main([str(word) for word in words]) == 0
 
 
 def small_corpus(path: Path, count: int = 400) -> Path:
@@ -69,19 +70,23 @@ BAD_SOURCES = {
     "utf16": (CORPUS.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 3)"),
     "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "is it another language's file?"),
-    "swapped": ("嗨。\tHi.\n跑。\tRun.\n".encode(), "swap the columns: `awk"),
-    "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "put English first on these lines"),
-    "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas (CSV), save it with tabs"),
-    "compressed": (gzip.compress(CORPUS.encode()), "unpack it with `gunzip -k"),
-    "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as text separated by tabs"),
-    "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "put a tab between the languages; `paste "),
-    "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: write English, a tab"),
+    "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "in the order of the others"),
+    "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas or semicolons (CSV), call the file .csv"),
+    "cut_gzip": (gzip.compress(CORPUS.encode())[:-20], "is a damaged gzip file"),
+    "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as CSV or as text separated by tabs"),
+    "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "separated by commas or semicolons (CSV), call the file .csv"),
+    "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: call the file .jsonl"),
     "latin1": (b"caf\xe9\tna\xefve\n", "not UTF-8 text (line 1); save it as UTF-8 (`iconv -f"),
     "cut_short": (CORPUS.encode() + "\nHi.\t嗨".encode()[:-1], "(line 201); it ends in the middle of a character"),
-    "numbered": (b"1\tHi.\t\xe5\x97\xa8\n2\tRun.\t\xe8\xb7\x91\n", "`cut -f 2,3` takes those two"),
-    "chinese_twice": ("嗨。\t嗨。\n跑。\t跑。\n".encode(), "in the first column, too, where English is expected"),
+    "chinese_twice": (
+        "嗨。\t嗨。\n跑。\t跑。\n".encode(),
+        "no English in any column of their own (1: Ch",
+    ),
     "damaged_zip": (b"PK\x05\x06" + bytes(18) + b"PK", "one text file of sentence pairs, found 0"),
-    "four_columns": (b"1\tHi.\t2\t\xe5\x97\xa8\n", "4 columns"),
+    "two_of_each": (
+        "Hi.\tHello.\t嗨。\t你好。\n".encode(),
+        "several columns hold Chinese or English. Pass",
+    ),
     "too_few": ("Hi.\t嗨。\nRun.\t跑。\n".encode(), "too few for this split"),
 }
 
@@ -95,23 +100,24 @@ def test_a_zip_file_is_read_only_as_far_as_a_text_of_sentences_can_go(tmp_path):
             with pytest.raises(
                 UserError, match="unpacks to more than 67,108,864, which no text of sentence pairs does"
             ):
-                sources.open_source(str(path), tmp_path)
+                tables.open_text(path)
         else:
-            assert len(sources.open_source(str(path), tmp_path).content) == unpacked
+            assert tables.open_text(path).bytes == unpacked
     noise = random.Random(1).randbytes(1 << 20)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("cmn.txt", noise + bytes(70 << 20))
-    assert len(sources.open_source(str(path), tmp_path).content) == len(noise) + (70 << 20), "100 times its size it may"
+    with pytest.raises(UserError, match=r"is not UTF-8 text \(line 1\)"):  # 100 times its size it may
+        tables.open_text(path)
 
 
 def test_commands_that_are_named_quote_the_name_of_the_file(tmp_path):
     path = tmp_path / "my $(touch x).txt"
-    path.write_bytes(gzip.compress(b""))
-    with pytest.raises(UserError, match=r"gunzip -k '[^']*my \$\(touch x\).txt'`"):
-        sources.open_source(str(path), tmp_path)
     path.write_bytes(CORPUS.encode("utf-16"))
     with pytest.raises(UserError, match=r"-t UTF-8 '[^']*my \$\(touch x\).txt' >"):
-        sources.read_pairs(sources.open_source(str(path), tmp_path), 0.01)
+        tables.open_text(path)
+    (tmp_path / "$(touch x).json").write_text('[{"en": "Hi."}]')
+    with pytest.raises(UserError, match=r"jq -c '\.\[\]' '[^']*\$\(touch x\).json' > '\$\(touch x\)-lines.jsonl'"):
+        tables.open_text(tmp_path / "$(touch x).json")
 
 
 @pytest.mark.parametrize("name", BAD_SOURCES)
@@ -127,7 +133,8 @@ def test_bad_source_is_one_clear_line_and_leaves_nothing_behind(name, tmp_path):
 def test_missing_source_and_folder_as_source_say_what_to_pass(tmp_path):
     missing = prepare("--source", tmp_path / "nothing.txt", "--output", tmp_path / "x")
     assert_refused(missing, "there is no file", "--source download", "--source sample")
-    assert_refused(prepare("--source", tmp_path, "--output", tmp_path / "x"), "is a folder", "cmn.txt")
+    folder = prepare("--source", tmp_path, "--output", tmp_path / "x")
+    assert_refused(folder, "cannot be read as a data set", "doesn't contain any data files")
 
 
 def test_more_malformed_lines_than_the_threshold_are_refused_fewer_are_listed(tmp_path):
@@ -148,22 +155,26 @@ def test_bom_crlf_and_odd_blanks_are_cleaned_and_two_columns_are_enough(tmp_path
     lines = [f"Line {number}.\t\u200b第\u3000{number}\u3000行。\u200b" for number in range(100)]
     source = tmp_path / "cmn.txt"
     source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert tatoeba.main(["--source", str(source), "--output", str(tmp_path / "x")]) == 0
+    assert pairs.main(["--source", str(source), "--output", str(tmp_path / "x")]) == 0
     part = open_prepared(tmp_path / "x").part("train")
     assert part.target_texts[0] == f"Line {part.rows[0]}."
     assert part.source_texts[0] == f"第 {part.rows[0]} 行。"
 
 
-def test_lines_end_at_lf_crlf_and_cr_and_nowhere_within_a_sentence():
+@pytest.mark.parametrize("bytes_per_part", [7, 1 << 20])
+def test_lines_end_at_lf_crlf_and_cr_and_nowhere_within_a_sentence(bytes_per_part: int, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tables, "BYTES_PER_PART", bytes_per_part)
     lines = [f"Line\u2028{number}.\t第\x0c{number}\u2029行\x85。" for number in range(60)]
     mixed = "".join(line + end for line, end in zip(lines, ("\n", "\r\n", "\r") * 20, strict=True))
     for text in (mixed, mixed + "\r", *(end.join(lines) for end in ("\n", "\r\n", "\r"))):
-        pairs = sources.read_pairs(sources.Source("file", "cmn.txt", b"\xef\xbb\xbf" + text.encode()), 0)
-        assert pairs.english == [f"Line {number}." for number in range(60)]
-        assert pairs.chinese == [f"第 {number} 行 。" for number in range(60)]
-    broken = f"{lines[0]}\r{lines[1]}\r\n{lines[2]}\n".encode() + b"\xff\n"
+        (tmp_path / "cmn.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        rows = [[clean(cell) for cell in cells] for _, cells in tables.open_text(tmp_path / "cmn.txt").rows()]
+        assert [cells for cells in rows if any(cells)] == [
+            [f"Line {number}.", f"第 {number} 行 。"] for number in range(60)
+        ]
+    (tmp_path / "cmn.txt").write_bytes(f"{lines[0]}\r{lines[1]}\r\n{lines[2]}\n".encode() + b"\xff\n")
     with pytest.raises(UserError, match=r"is not UTF-8 text \(line 4\)"):
-        sources.read_pairs(sources.Source("file", "cmn.txt", broken), 0)
+        tables.open_text(tmp_path / "cmn.txt")
 
 
 def test_half_a_sentence_before_a_tab_is_no_pair_and_the_line_is_named(tmp_path: Path, capsys):
@@ -208,7 +219,7 @@ def test_a_heading_is_no_pair(heading: str, tmp_path: Path):
 
 
 DOUBTFUL = {
-    "heading": ("en_text\tzh_text\n" + CORPUS, "only the first pair has no Chinese ('en_text', 'zh_text')"),
+    "heading": ("left\tright\n" + CORPUS, "only the first pair has no Chinese ('right', 'left')"),
     "quotes": ("\n".join('"{}"\t"{}"'.format(*line.split("\t")[:2]) for line in CORPUS.split("\n")), "are in quotes"),
     "duplicates": ("\n".join([CORPUS] * 2), "200 of 400 pairs repeat an earlier one"),
     "few": (CORPUS, "200 pairs are few: with less than about 3,000"),
@@ -254,7 +265,7 @@ def test_output_that_is_a_file_or_holds_other_things_is_never_touched(tmp_path):
         assert_refused(result, expected)
     for output in (".", ".."):
         with pytest.raises(UserError, match="not the name of a folder"):
-            tatoeba.main(["--source", "sample", "--output", output])
+            pairs.main(["--source", "sample", "--output", output])
     under_file = prepare("--source", "sample", "--output", tmp_path / "notes/thesis.tex/x")
     assert_refused(under_file, "a part of this path is a file")
     assert (tmp_path / "notes/thesis.tex").read_text() == "years of work"
@@ -270,7 +281,7 @@ def test_killed_preparation_leaves_no_output_and_is_redone(moment, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not output.exists()
-    assert tatoeba.main(["--source", "sample", "--output", str(output)]) == 0
+    assert pairs.main(["--source", "sample", "--output", str(output)]) == 0
     open_prepared(output).verify()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -378,24 +389,24 @@ def test_download_is_kept_and_prepared_like_the_file_in_it(tmp_path, monkeypatch
     Site.body = (tmp_path / "cmn-eng.zip").read_bytes()
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(sources, "DOWNLOAD_URL", f"http://127.0.0.1:{server.server_port}/cmn-eng.zip")
+        monkeypatch.setattr(sources, "DOWNLOAD_PAGE", f"http://127.0.0.1:{server.server_port}/")
         words = ["--source", "download", "--output", str(tmp_path / "prepared/x")]
         Site.cut = 100
         with pytest.raises(UserError, match="could not be fetched"):
-            tatoeba.main(words)
+            pairs.main(words)
         assert list((tmp_path / "prepared").rglob("*.*")) == []
         Site.cut = 0
-        assert tatoeba.main(words) == 0
+        assert pairs.main(words) == 0
         downloaded = open_prepared(tmp_path / "prepared/x")
         said = capsys.readouterr().out
         assert f"{len(Site.body):,} bytes" in said and downloaded.meta["source"]["archive"]["sha256"] in said
         asked = Site.asked
-        assert tatoeba.main([*words[:3], str(tmp_path / "prepared/y"), "--split", "grouped"]) == 0
+        assert pairs.main([*words[:3], str(tmp_path / "prepared/y"), "--split", "grouped"]) == 0
         (tmp_path / "prepared/downloads/cmn-eng.zip").unlink()
-        assert tatoeba.main(words) == 0
+        assert pairs.main(words) == 0
         assert Site.asked == asked, "asked the network for what was there"
         server.shutdown()
-    assert tatoeba.main(["--source", str(text), "--output", str(tmp_path / "from_file")]) == 0
-    assert tatoeba.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
+    assert pairs.main(["--source", str(text), "--output", str(tmp_path / "from_file")]) == 0
+    assert pairs.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
     same = {open_prepared(tmp_path / name).fingerprint for name in ("from_file", "from_zip", "prepared/x")}
     assert len(same) == 1
