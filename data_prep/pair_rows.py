@@ -115,7 +115,7 @@ class Reader:
         jobs = _batched(iter(rows), columns.heading)
         with (
             Workers(workers, partial(_set_reading, reading)) as pool,
-            Progress("reading", table.bytes, "bytes") as progress,
+            Progress("reading", table.content_bytes, "bytes") as progress,
         ):
             for lines, size, found in pool.map(_read_rows, jobs):
                 for text, column in self._columns.items():
@@ -204,7 +204,7 @@ def _read_rows(job: tuple[list[Row], bool]) -> tuple[int, int, Found]:
         if isinstance(raw, Unreadable):
             refuse(line, raw.reason, raw.text)
             continue
-        size += sum(map(len, raw)) + len(raw)
+        size += len("\t".join(raw).encode()) + 1
         cells = [clean(cell) for cell in raw]
         if not any(cells):
             counts["blank"] += 1

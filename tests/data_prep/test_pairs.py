@@ -4,25 +4,29 @@ import gzip
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from data_prep import pairs, sources, tables
+from data_prep import pair_rows, pairs, sources, tables
 from data_prep.sources import sample_lines
 from tests.support.commands import ROOT, Result, run
 from tests.support.disks import mounted
 from training.base.console import UserError
 from training.base.files import temporary_folder
-from training.data.prepared import open_prepared
+from training.data.languages import Language
+from training.data.prepared import PARTS, Prepared, open_prepared
 from training.data.text import clean
+from training.data.tokenizers import WordTokenizer
 
 
 def command(*words: object) -> list[str]:
@@ -410,3 +414,160 @@ def test_download_is_kept_and_prepared_like_the_file_in_it(tmp_path, monkeypatch
     assert pairs.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
     same = {open_prepared(tmp_path / name).fingerprint for name in ("from_file", "from_zip", "prepared/x")}
     assert len(same) == 1
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> str:
+    path.write_text("".join(f"{english}\t{chinese}\n" for english, chinese in pairs), encoding="utf-8")
+    return str(path)
+
+
+def pairs_of(data: Prepared, part: str) -> list[tuple[str, str]]:
+    opened = data.part(part)
+    return list(zip(opened.target_texts, opened.source_texts, strict=True))
+
+
+LINES = [(english, chinese) for english, chinese, _ in (line.split("\t") for line in sample_lines()[:300])]
+GIVEN = {"train": LINES[:220], "validation": LINES[220:250], "test": LINES[250:]}
+
+
+def test_a_split_that_is_given_is_kept_row_for_row(tmp_path: Path):
+    words = [word for part in GIVEN for word in (f"--{part}", write_pairs(tmp_path / f"{part}.tsv", GIVEN[part]))]
+    prepare_here(*words, "--output", tmp_path / "x")
+    data = open_prepared(tmp_path / "x")
+    assert sorted(pairs_of(data, "train")) == sorted(GIVEN["train"]) and pairs_of(data, "train") != GIVEN["train"]
+    for part in ("validation", "test"):
+        assert pairs_of(data, part) == GIVEN[part], "in the order of the file"
+        assert data.part(part).rows.tolist() == list(range(len(GIVEN[part])))
+    assert [GIVEN["train"][row] for row in data.part("train").rows] == pairs_of(data, "train")
+    assert data.meta["options"]["split"] == "given" and data.meta["rows"] == {k: len(v) for k, v in GIVEN.items()}
+    assert [about["place"] for about in data.meta["source"]["parts"].values()] == words[1::2]
+    assert prepare(*words, "--output", tmp_path / "x").out.count("nothing to do") == 1
+    write_pairs(tmp_path / "test.tsv", GIVEN["test"][:-1])
+    assert_refused(prepare(*words, "--output", tmp_path / "x"), "the source's content")
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+def test_validation_is_taken_from_train_where_it_is_not_given(split: str, tmp_path: Path):
+    words = [word for part in ("train", "test") for word in (f"--{part}", write_pairs(tmp_path / part, GIVEN[part]))]
+    prepare_here(*words, "--split", split, "--validation_share", 0.2, "--output", tmp_path / "x")
+    data = open_prepared(tmp_path / "x")
+    assert pairs_of(data, "test") == GIVEN["test"] and data.meta["rows"] == {"train": 176, "validation": 44, "test": 50}
+    assert sorted(pairs_of(data, "train") + pairs_of(data, "validation")) == sorted(GIVEN["train"])
+    assert data.meta["options"]["validation_from"] == f"train, {split}"
+
+
+def test_leakage_of_a_given_split_is_said_and_dropped_on_request(tmp_path: Path, capsys):
+    english, chinese = GIVEN["test"][0]
+    leaking = [
+        GIVEN["test"][3],
+        (english.upper(), "别的。"),
+        ("Something else.", f"{chinese}！"),
+        GIVEN["validation"][5],
+    ]
+    words = [word for part in GIVEN for word in (f"--{part}", write_pairs(tmp_path / part, GIVEN[part]))]
+    write_pairs(tmp_path / "train", GIVEN["train"] + leaking)
+    prepare_here(*words, "--output", tmp_path / "kept")
+    kept = open_prepared(tmp_path / "kept")
+    leak = kept.meta["leakage"]["test"]
+    assert (leak["exact"]["either"], leak["normalised"]["either"]) == (1, 2) and kept.meta["rows"]["train"] == 224
+    said = capsys.readouterr().out
+    assert leak["words"] in said and "--drop_leaked leaves out" in said
+    prepare_here(*words, "--drop_leaked", "--output", tmp_path / "dropped")
+    dropped = open_prepared(tmp_path / "dropped")
+    assert sorted(pairs_of(dropped, "train")) == sorted(GIVEN["train"])
+    assert [dropped.meta["leakage"][part]["normalised"]["either"] for part in ("test", "validation")] == [0, 0]
+    assert dropped.meta["counts"]["dropped_leaked"] == 4
+    assert "dropped   4 training pairs with a sentence that stands in another part" in capsys.readouterr().out
+
+
+WRONG = {
+    "no source": ((), "source is required; of a split that is given, train and test are"),
+    "train alone": (("--train", "a"), "source is required; of a split that is given, train and test are"),
+    "both": (("--source", "sample", "--test", "b"), "source is split here, and train, validation and test are given"),
+    "drop": (("--source", "sample", "--drop_leaked"), "drop_leaked is for a given split"),
+    "share": (("--train", "a", "--test", "b", "--test_share", "0.2"), "test_share has no effect"),
+    "split": (
+        ("--train", "a", "--validation", "b", "--test", "c", "--split", "random"),
+        "have no effect where validat",
+    ),
+    "one language": (
+        ("--source", "sample", "--source_language", "eng"),
+        "source_language and target_language are both en",
+    ),
+    "no language": (("--source", "sample", "--source_language", "klingonish"), "ISO 639, of two or three letters"),
+    "simplify": (("--source", "a", "--source_language", "fr", "--simplify"), "neither language is Chinese"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_that_do_not_fit_together_are_refused_with_the_reason(name: str, tmp_path: Path):
+    words, expected = WRONG[name]
+    with pytest.raises(UserError, match=re.escape(expected)):
+        prepare_here(*words, "--output", tmp_path / "x")
+
+
+def test_test_share_is_the_tests_share(tmp_path: Path):
+    prepare_here("--source", "sample", "--output", tmp_path / "x", "--test_share", 0.25)
+    assert open_prepared(tmp_path / "x").meta["rows"] == {"train": 4275, "validation": 225, "test": 1500}
+    assert_refused(prepare("--source", "sample", "--output", tmp_path / "x"), "test_share: 0.25 -> 0.1")
+
+
+def test_the_other_direction_has_the_same_rows_with_source_and_target_exchanged(tmp_path: Path):
+    for name, words in (("there", ()), ("back", ("--source_language", "en", "--target_language", "zh"))):
+        prepare_here("--source", "sample", "--split", "grouped", "--output", tmp_path / name, *words)
+    there, back = open_prepared(tmp_path / "there"), open_prepared(tmp_path / "back")
+    assert there.fingerprint != back.fingerprint
+    assert there.meta["languages"]["source"] == back.meta["languages"]["target"]
+    for part in PARTS:
+        first, second = there.part(part), back.part(part)
+        assert first.rows.tolist() == second.rows.tolist()
+        assert list(first.source_texts) == list(second.target_texts)
+    assert (back.source_tokenizer.language.code, back.target_tokenizer.language.code) == ("en", "zh")
+    again = prepare("--source", "sample", "--split", "grouped", "--output", tmp_path / "back")
+    assert_refused(again, "source_language: en -> zh", "target_language: zh -> en")
+    taken = ("--tokenizers", tmp_path / "there", "--source_language", "en", "--target_language", "zh")
+    assert_refused(
+        prepare("--source", "sample", *taken, "--output", tmp_path / "z"), "are for zh to en, not for en to zh"
+    )
+
+
+def test_downloads_and_the_sample_are_of_their_languages(tmp_path: Path):
+    for words, expected in (
+        (("--source", "download", "--source_language", "fr"), "or --source download:fra-eng"),
+        (("--source", "download:fra-eng"), "--source_language fr --target_language en (or the other way round)"),
+        (("--source", "sample", "--source_language", "ja"), "the sample corpus is Chinese and English"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            prepare_here(*words, "--output", tmp_path / "x")
+    words = ("--source", "download:jpn-eng", "--source_language", "ja", "--output", tmp_path / "x", "--dry-run")
+    assert "would download https://www.manythings.org/anki/jpn-eng.zip" in prepare(*words).out
+
+
+def test_workers_change_nothing_about_what_is_prepared(tmp_path: Path, monkeypatch):
+    for name, workers in (("one", 1), ("three", 3)):
+        monkeypatch.setattr(pair_rows, "HEAD_ROWS", 500)
+        monkeypatch.setattr(pair_rows, "ROWS_PER_JOB", 70 * workers)
+        words = ("--tokenizer", "sentencepiece", "--vocabulary_size", 600, "--simplify", "--workers", workers)
+        prepare_here("--source", "sample", "--output", tmp_path / name, *words)
+    one, three = open_prepared(tmp_path / "one"), open_prepared(tmp_path / "three")
+    assert one.meta["files"] == three.meta["files"] and one.fingerprint == three.fingerprint
+
+
+def test_a_vocabulary_is_made_from_a_seeded_sample_of_many_lines(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "VOCABULARY_LINES", 1000)
+    lines: list[tuple[str, Language]] = []
+    train = WordTokenizer.train
+    monkeypatch.setattr(WordTokenizer, "train", lambda texts, least: train(kept(texts, lines), least))
+    for name, words in (("joint", ()), ("separate", ("--vocabularies", "separate")), ("again", ())):
+        lines.clear()
+        prepare_here("--source", "sample", "--output", tmp_path / name, *words)
+        assert len(lines) == (1000 if name != "separate" else 2000)
+        most = "1,000" if name == "separate" else "500"
+        assert f"a vocabulary is made from {most} of 5,130 training pairs, drawn by the seed" in capsys.readouterr().out
+    assert open_prepared(tmp_path / "joint").fingerprint == open_prepared(tmp_path / "again").fingerprint
+
+
+def kept(texts: Iterator[tuple[str, Language]], lines: list[tuple[str, Language]]) -> list[tuple[str, Language]]:
+    found = list(texts)
+    lines += found
+    return found
