@@ -130,7 +130,7 @@ class Reader:
 
     def pairs(self) -> Pairs:
         """All that has been read."""
-        found = self._found
+        found, self._found = self._found, []
         columns = {name: column.finish()[0] for name, column in self._columns.items()}
 
         def joined(arrays: Iterator[np.ndarray]) -> np.ndarray:

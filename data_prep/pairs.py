@@ -14,8 +14,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from data_prep.columns import EXTRA_TAB, HEADING, NO_TAB, SWAPPED, Languages, has_script
-from data_prep.pair_rows import SIDES, Pairs, Reader, TableCounts, texts_of, write_parts
+from data_prep.pair_rows import HEAD_ROWS, SIDES, Pairs, Reader, TableCounts, texts_of, write_parts
 from data_prep.preparing import (
     LISTED_MALFORMED,
     claim_output,
@@ -34,7 +35,7 @@ from data_prep.preparing import (
     versions,
     write_meta,
 )
-from data_prep.shards import cores
+from data_prep.shards import cores, in_own_process
 from data_prep.sources import Source, address_of, download_of, open_source
 from data_prep.splits import (
     TEST_SHARE,
@@ -468,31 +469,29 @@ def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> dict[s
     """
     kind = KINDS[options.tokenizer]
     languages = dict(zip(SIDES, options.languages, strict=True))
-
-    def texts(side: str, most: int) -> Iterator[tuple[str, Language]]:
-        return ((text, languages[side]) for text in texts_of(pairs, side, split.train[:most]))
-
-    if options.vocabularies == "joint":
-        most = VOCABULARY_LINES // 2
-        both = _train(options, (pair for side in SIDES for pair in texts(side, most)))
-        contents = dict.fromkeys(SIDES, both)
-    else:
-        most = VOCABULARY_LINES
-        contents = {side: _train(options, texts(side, most)) for side in SIDES}
+    together = [SIDES] if options.vocabularies == "joint" else [(side,) for side in SIDES]
+    most = VOCABULARY_LINES // len(together[0])
     if len(split.train) > most:
         say(f"  sample    a vocabulary is made from {most:,} of {len(split.train):,} training pairs, drawn by the seed")
-    return {side: kind(contents[side], languages[side]) for side in SIDES}
+    contents: dict[str, bytes] = {}
+    for sides in together:
+        say(f"  making a vocabulary of {options.tokenizer} tokens")
+        train = partial(_train, options, pairs, {side: languages[side] for side in sides}, split.train[:most])
+        content = in_own_process(train) if len(split.train) > HEAD_ROWS else train()
+        contents |= dict.fromkeys(sides, content)
+    tokenizers = {side: kind(contents[side], languages[side]) for side in SIDES}
+    size = min(tokenizer.vocabulary_size for tokenizer in tokenizers.values())
+    if options.tokenizer == "sentencepiece" and size < options.vocabulary_size:
+        warn(f"the training text has only {size:,} pieces, so a vocabulary is below --vocabulary_size")
+    return tokenizers
 
 
-def _train(options: PairOptions, texts: Iterator[tuple[str, Language]]) -> bytes:
-    say(f"  making a vocabulary of {options.tokenizer} tokens")
+def _train(options: PairOptions, pairs: Pairs, languages: Mapping[str, Language], rows: np.ndarray) -> bytes:
+    """The vocabulary of the texts at `rows`, of the sides that have a language here."""
+    texts = ((text, language) for side, language in languages.items() for text in texts_of(pairs, side, rows))
     if options.tokenizer == "word":
         return WordTokenizer.train(texts, options.min_frequency)
-    content = SentencePieceTokenizer.train(texts, options.vocabulary_size)
-    size = SentencePieceTokenizer(content, options.languages[0]).vocabulary_size
-    if size < options.vocabulary_size:
-        warn(f"the training text has only {size:,} pieces, so a vocabulary is below --vocabulary_size")
-    return content
+    return SentencePieceTokenizer.train(texts, options.vocabulary_size)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

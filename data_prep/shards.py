@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -93,6 +94,32 @@ class Workers:
                 "a worker process was killed, probably because memory ran out: pass fewer --workers; what is finished "
                 "and kept is not done again"
             ) from None
+
+
+def in_own_process(function: Callable[[], Done]) -> Done:
+    """What `function` returns, from a process of its own: its memory goes back to the system, which that of libraries
+    does not always within a process. Raises UserError when it was killed.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    remember = partial(_remember, function)
+    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(remember,)) as pool:
+        try:
+            done: Done = pool.submit(_call_remembered).result()
+        except BrokenProcessPool:
+            raise UserError("a process was killed, probably because memory ran out") from None
+        return done
+
+
+_remembered: Callable[[], Any]
+
+
+def _remember(function: Callable[[], Any]) -> None:
+    global _remembered
+    _remembered = function
+
+
+def _call_remembered() -> Any:
+    return _remembered()
 
 
 def _begin(prepare: Callable[[], None]) -> None:

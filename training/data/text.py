@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Inside [...] of a regular expression: what nobody sees in a sentence and no word needs. Blanks without width, marks of
 # byte order and of direction, soft hyphens, control characters; not the joiners that Persian, Hindi and emoji need.
-INVISIBLE = r"\x00-\x08\x0e-\x1b\x7f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
+INVISIBLE = "\x00-\x08\x0e-\x1b\x7f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
 
 _INVISIBLE = re.compile(f"[{INVISIBLE}]")
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")

@@ -292,6 +292,14 @@ def test_texts_become_the_words_that_the_run_makes_of_them(sample_data, tmp_path
     assert_same_tokenizer(sample_data, strange_texts(sample_data), tmp_path)
 
 
+@pytest.mark.parametrize("words", [("sentencepiece", "--vocabulary_size", "600"), ("word",)], ids=lambda each: each[0])
+def test_texts_of_the_other_direction_become_what_the_run_makes_of_them(words, tmp_path):
+    back = ("--source_language", "en", "--target_language", "zh")
+    data = prepare(tmp_path / "data", "sample", *words, *back)
+    texts = ["L’été d'1’an, d''x 'y'", "हिन्दी می\u200cخواهم القِطّة", "I\u00ad’m\u200e here", *strange_texts(data)]
+    assert_same_tokenizer(data, texts, tmp_path / "tokenizer")
+
+
 @pytest.mark.skipif(not REAL_TATOEBA.is_file(), reason=f"the real Tatoeba file is not at {REAL_TATOEBA}")
 @pytest.mark.parametrize("kind", ["sentencepiece", "word"])
 @pytest.mark.whole
