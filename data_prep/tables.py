@@ -395,7 +395,8 @@ def open_dataset(name: str, subset: str | None, revision: str | None, split: str
         else:
             where = hub if name != hub else str(Path(name).resolve())
             builder = datasets.load_dataset_builder(where, subset, revision=revision)
-            commit = next(iter(re.findall("@([0-9a-f]{40})", str(builder.base_path))), None)
+            # Of the hub, where it comes from has the commit in it, and what is in the cache already has it as its hash.
+            commit = next(iter(re.findall(r"\b[0-9a-f]{40}\b", f"{builder.base_path} {builder.hash}")), None)
             builder.download_and_prepare()
             splits = {each: builder.as_dataset(each) for each in builder.info.splits if each == split} or dict.fromkeys(
                 builder.info.splits

@@ -173,6 +173,20 @@ FAULTS = (
         "tests/data_prep/test_splits.py::test_random_split_of_any_size_is_scikit_learns[1234-100-0.1]",
     ),
     Fault(
+        "training pairs that stand in test are counted and kept",
+        "data_prep/pairs.py",
+        "rows = rows[~stands_in(",
+        "rows, _ = rows, rows[~stands_in(",
+        "tests/data_prep/test_pairs.py::test_leakage_of_a_given_split_is_said_and_dropped_on_request",
+    ),
+    Fault(
+        "every language is scored as English",
+        "training/data/translation_metrics.py",
+        "return BLEU(tokenize=language.bleu)",
+        "return BLEU()",
+        "tests/training/evaluation/test_languages.py::test_scores_are_of_the_target_language_and_the_report_calls_both_by_name",
+    ),
+    Fault(
         "every epoch in the same order",
         "training/engine/batch_plan.py",
         "np.random.SeedSequence([self.seed, epoch])",

@@ -173,6 +173,26 @@ def test_a_data_set_of_the_hub_that_cannot_be_had_is_one_line_with_what_to_do(tm
     assert "hf download nobody/nothing-at-all --repo-type dataset --local-dir FOLDER" in said and "\n" not in said
 
 
+def test_of_a_data_set_of_the_hub_the_commit_is_recorded(tmp_path: Path, monkeypatch: Any):
+    save_folder(tmp_path / "set")
+    load, asked = datasets.load_dataset_builder, []
+
+    def from_the_hub(name: str, subset: str | None, *, revision: str | None) -> Any:
+        """As the library has it of the hub, but for the files."""
+        asked.append((name, subset, revision))
+        builder = load(str(tmp_path / "set"))
+        builder.base_path = f"hf://datasets/{name}@{'5' * 40}/{subset}"
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_the_hub)
+    words = ("--subset", "en-zh", "--revision", "main")
+    data = prepared(tmp_path, "hub:owner/set", *words)
+    assert asked == [("owner/set", "en-zh", "main")] and texts(data) == set(PAIRS)
+    source = data.meta["source"]
+    assert (source["kind"], source["place"]) == ("hub", "hub:owner/set")
+    assert source["archive"] == {"split": "train", "subset": "en-zh", "revision": "5" * 40}
+
+
 def test_columns_are_taken_by_name_or_number_where_that_is_asked_for(tmp_path: Path):
     rows = [{"left": zh, "mid": en[::-1], "right": en, "by": "me"} for en, zh in PAIRS]
     (tmp_path / "a.jsonl").write_bytes(as_lines(rows))

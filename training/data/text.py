@@ -133,6 +133,17 @@ def _marks_in_order(text: str) -> str:
     return "".join("".join(sorted(run, key=unicodedata.combining)) for run in runs)
 
 
+class _Compared(dict[int, int | None]):
+    """Characters that are compared, by their codes; None for the others. Each is looked up in Unicode's tables once."""
+
+    def __missing__(self, code: int) -> int | None:
+        compared = unicodedata.category(chr(code))[0] not in _NOT_COMPARED
+        return self.setdefault(code, code if compared else None)
+
+
+_compared = _Compared()
+
+
 def normalise(text: str, language: Language) -> str:
     """`text` as it is compared for sameness: NFKC, case folded, without punctuation and blanks; Chinese simplified.
 
@@ -140,4 +151,4 @@ def normalise(text: str, language: Language) -> str:
     """
     # Folding can undo NFKC (and the other way round), so it is applied on both sides, as Unicode advises.
     folded = nfkc(nfkc(simplify(text) if language.variants else text).casefold())
-    return "".join(char for char in folded if unicodedata.category(char)[0] not in _NOT_COMPARED) or text
+    return folded.translate(_compared) or text
