@@ -46,13 +46,16 @@ def sentences(code: str) -> Iterator[str]:
 
 
 def write(folder: Path, source: str, target: str) -> list[str]:
-    """Two parallel files; the words of a command that reads them."""
+    """Two parallel files for training, and two for the test; the words of a command that reads them."""
     rows = list(zip(sentences(source), sentences(target), strict=True))
     random.Random(1).shuffle(rows)
-    paths = [folder / f"train.{code}" for code in (source, target)]
-    for place, path in enumerate(paths):
-        path.write_text("".join(f"{row[place]}\n" for row in rows), encoding="utf-8")
-    return ["--source", ",".join(map(str, paths)), "--source_language", source, "--target_language", target]
+    words = ["--source_language", source, "--target_language", target]
+    for part, own in (("train", rows[:-80]), ("test", rows[-80:])):
+        paths = [folder / f"{part}.{code}" for code in (source, target)]
+        for place, path in enumerate(paths):
+            path.write_text("".join(f"{row[place]}\n" for row in own), encoding="utf-8")
+        words += [f"--{part}", ",".join(map(str, paths))]
+    return words
 
 
 SHAPES = {
@@ -91,6 +94,8 @@ def test_scores_are_of_the_target_language_and_the_report_calls_both_by_name(eva
     languages = language_of(source), language_of(target)
     scores = json.loads((run_dir / "evaluation/test.json").read_text())
     assert scores["languages"] == {"source": source, "target": target}
+    assert scores["split"] == ("grouped" if "zh" in (source, target) else "given")
+    assert scores["sentences"] == (600 if "zh" in (source, target) else 80)
     tokenizer = {"fr": "13a", "th": "char", "zh": "zh"}[target]
     assert f"tok:{tokenizer}|" in scores["bleu_signature"] and 0 < scores["chrf"] <= 100
     text = (run_dir / "report.html").read_text(encoding="utf-8")
