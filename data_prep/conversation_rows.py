@@ -25,9 +25,11 @@ from data_prep.splits import StratifiedSplit
 from training.base.console import warn
 from training.base.progress import Progress
 from training.data.chat import ChatTokenizer, Message, assistant
+from training.data.languages import language_of
 from training.data.prepared import Ragged, id_column, write_table
 from training.data.text import normalise
 
+_CHINESE = language_of("zh")
 BYTES_PER_PIECE = 4 << 20  # of a source file, read at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -165,7 +167,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
             except Malformed as error:
                 piece.malformed.append((line, str(error), text[:80].decode("utf-8", "replace")))
             else:
-                group = _hash(normalise(record.group))
+                group = _hash(normalise(record.group, _CHINESE))
                 pair = _hash(*(turn["content"] for turn in record.turns), record.answer)
                 short = corpus.is_short(record)
                 for key in record.unread:

@@ -16,10 +16,12 @@ import os
 import shutil
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -34,6 +36,8 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 _KEY = "key.json"
+
+JOBS_WAITING = 4  # for each process, done or not
 
 
 def cores() -> int:
@@ -70,17 +74,52 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[Job], Done], jobs: Iterable[Job]) -> Iterator[Done]:
-        """What `function` makes of each job, in the order of the jobs. Raises UserError when a process was killed."""
+        """What `function` makes of each job, in the order of the jobs. Raises UserError when a process was killed.
+
+        Jobs are taken as they can be done, so that few of them are in memory.
+        """
         if self._pool is None:
             yield from map(function, jobs)
             return
+        waiting: deque[Future[Done]] = deque()
         try:
-            yield from self._pool.map(function, jobs)
+            for job in jobs:
+                waiting.append(self._pool.submit(function, job))
+                if len(waiting) > JOBS_WAITING * self._count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, probably because memory ran out; pass fewer --workers: the finished part "
-                "of the work is kept, and the same command goes on from there"
+                "a worker process was killed, probably because memory ran out: pass fewer --workers; what is finished "
+                "and kept is not done again"
             ) from None
+
+
+def in_own_process(function: Callable[[], Done]) -> Done:
+    """What `function` returns, from a process of its own: its memory goes back to the system, which that of libraries
+    does not always within a process. Raises UserError when it was killed.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    remember = partial(_remember, function)
+    with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(remember,)) as pool:
+        try:
+            done: Done = pool.submit(_call_remembered).result()
+        except BrokenProcessPool:
+            raise UserError("a process was killed, probably because memory ran out") from None
+        return done
+
+
+_remembered: Callable[[], Any]
+
+
+def _remember(function: Callable[[], Any]) -> None:
+    global _remembered
+    _remembered = function
+
+
+def _call_remembered() -> Any:
+    return _remembered()
 
 
 def _begin(prepare: Callable[[], None]) -> None:

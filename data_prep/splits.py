@@ -1,5 +1,7 @@
 """Which row goes to training, validation or test, and how much the parts leak into each other.
 
+Sentences are compared by 64-bit digests of them, equal where the sentences are.
+
 `random` is the usual split and leaks: many sentences have several translations, so the same sentence stands in training
 and test. `grouped` keeps all pairs together that share a sentence on either side, directly or through others, so that
 no test sentence was ever trained on.
@@ -9,22 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from training.base.console import UserError
-from training.base.progress import Progress
+from training.data.languages import Language
 from training.data.prepared import PARTS
-from training.data.text import normalise
 
 TEST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the three parts, int64, each in a seeded random order, so that a prefix is a fair sample."""
+    """Row numbers of the three parts, int64, each in a seeded random order, so that a prefix is a fair sample.
+
+    Validation and test rows of files of their own are in the order of those.
+    """
 
     train: np.ndarray
     validation: np.ndarray
@@ -36,135 +40,123 @@ class Split:
         """Row numbers of the part called train, validation or test."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[part]
 
+    def checked(self) -> Split:
+        """Itself. Raises UserError where a part is empty."""
+        empty = [part for part in PARTS if len(self.rows(part)) == 0]
+        if empty:
+            rows = sum(len(self.rows(part)) for part in PARTS)
+            grouped = "" if self.groups is None else f" (they are in {self.groups:,} groups that share sentences)"
+            mend = "pass a larger file or `--source sample`" + ("" if self.groups is None else ", or --split random")
+            raise UserError(
+                f"{rows:,} sentence pairs are too few for this split{grouped}: nothing is left for "
+                f"{' and '.join(empty)}; {mend}"
+            )
+        return self
 
-def random_split(count: int, validation_share: float, seed: int) -> Split:
-    """Rows drawn one by one; test is exactly that of scikit-learn's `train_test_split(rows, test_size=0.1,
+
+def random_split(count: int, validation_share: float, seed: int, test_share: float = TEST_SHARE) -> Split:
+    """Rows drawn one by one; test is exactly that of scikit-learn's `train_test_split(rows, test_size=test_share,
     shuffle=True, random_state=seed)`, in its order.
 
     Validation is the first `validation_share` of scikit-learn's training rows, which are in random order already.
     """
     # The legacy generator: NumPy has frozen its stream for ever, and it is the one that scikit-learn draws from.
     order = np.random.RandomState(seed).permutation(count).astype(np.int64)
-    test = math.ceil(TEST_SHARE * count)
+    test = math.ceil(test_share * count)
     validation = math.ceil(validation_share * (count - test))
-    return _checked(Split(order[test + validation :], order[test : test + validation], order[:test]))
+    return Split(order[test + validation :], order[test : test + validation], order[:test])
 
 
-def grouped_split(english: Sequence[str], chinese: Sequence[str], validation_share: float, seed: int) -> Split:
-    """Whole groups drawn in random order until a part is full. The arguments are normalised texts of equal number."""
-    labels = connected_groups(english, chinese)
+def grouped_split(labels: np.ndarray, validation_share: float, seed: int, test_share: float = TEST_SHARE) -> Split:
+    """Whole groups drawn in random order until a part is full. labels: of `connected_groups`."""
     sizes = np.bincount(labels)
-    test_room = math.ceil(TEST_SHARE * len(labels))
+    test_room = math.ceil(test_share * len(labels))
     validation_room = math.ceil(validation_share * (len(labels) - test_room))
     part_of_group = np.zeros(len(sizes), dtype=np.int8)
     random = np.random.RandomState(seed)
-    for group in random.permutation(len(sizes)):
+    for group in random.permutation(len(sizes)).tolist():
         if sizes[group] <= test_room:
             part_of_group[group] = 2
             test_room -= sizes[group]
         elif sizes[group] <= validation_room:
             part_of_group[group] = 1
             validation_room -= sizes[group]
+        elif not test_room and not validation_room:
+            break
     order = random.permutation(len(labels)).astype(np.int64)
     part_of_row = part_of_group[labels[order]]
     train, validation, test = (order[part_of_row == part] for part in range(3))
-    return _checked(
-        Split(
-            train,
-            validation,
-            test,
-            groups=len(sizes),
-            largest_group=int(sizes.max(initial=0)),
-        )
-    )
+    return Split(train, validation, test, groups=len(sizes), largest_group=int(sizes.max(initial=0)))
 
 
-def connected_groups(english: Sequence[str], chinese: Sequence[str]) -> np.ndarray:
-    """Group number of each row, int64 [rows]: rows that share a text on either side are in one group, transitively."""
-    parent = list(range(len(english)))
+def connected_groups(*sides: np.ndarray) -> np.ndarray:
+    """Group number of each row, int64 [rows]: rows that share a text on a side are in one group, transitively.
 
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    for side in (english, chinese):
-        first_row: dict[str, int] = {}
-        for row, text in enumerate(side):
-            a, b = root(first_row.setdefault(text, row)), root(row)
-            parent[max(a, b)] = min(a, b)
-    return np.unique([root(row) for row in range(len(parent))], return_inverse=True)[1].astype(np.int64)
-
-
-def _checked(split: Split) -> Split:
-    empty = [part for part in PARTS if len(split.rows(part)) == 0]
-    if empty:
-        rows = sum(len(split.rows(part)) for part in PARTS)
-        grouped = "" if split.groups is None else f" (they are in {split.groups:,} groups that share sentences)"
-        mend = "pass a larger file or `--source sample`" + ("" if split.groups is None else ", or --split random")
-        raise UserError(
-            f"{rows:,} sentence pairs are too few for this split{grouped}: nothing is left for {' and '.join(empty)}; "
-            f"{mend}"
-        )
-    return split
-
-
-def _share(numbers: dict[str, float], rows: np.ndarray) -> str:
-    return f"{numbers['either']:,} ({numbers['either'] / len(rows):.1%})"
+    sides: digests [rows] of each side's texts. Groups are numbered by their first row.
+    """
+    same = [np.unique(side, return_inverse=True)[1] for side in sides]
+    first = np.arange(len(sides[0]))  # of each row, the smallest row known to be in its group
+    while True:
+        before = first
+        for texts in same:
+            smallest = np.full(texts.max(initial=-1) + 1, len(first))
+            np.minimum.at(smallest, texts, first)
+            first = smallest[texts]
+        first = first[first]  # who is known to belong to another row belongs to that one's group
+        if np.array_equal(first, before):
+            return np.unique(first, return_inverse=True)[1].astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One language of all rows: the texts as stored, and as compared."""
+    """One language of all rows: digests of the texts, uint64 [rows], as stored and as compared."""
 
-    texts: Sequence[str]
-    normalised: Sequence[str]
+    language: Language
+    same: np.ndarray
+    alike: np.ndarray
 
 
-def leakage(split: Split, chinese: Side, english: Side) -> dict[str, dict[str, object]]:
+def leakage(split: Split, source: Side, target: Side) -> dict[str, dict[str, object]]:
     """For test and validation: how many of their rows have a sentence that was seen before, in numbers and in words."""
     seen = np.concatenate([split.train, split.validation])
     return {
-        "test": _overlap("test", split.test, "train and validation", seen, chinese, english),
-        "validation": _overlap("validation", split.validation, "train", split.train, chinese, english),
+        "test": _overlap("test", split.test, "train and validation", seen, source, target),
+        "validation": _overlap("validation", split.validation, "train", split.train, source, target),
     }
 
 
 def _overlap(
-    part: str, rows: np.ndarray, against: str, seen_rows: np.ndarray, chinese: Side, english: Side
+    part: str, rows: np.ndarray, against: str, seen_rows: np.ndarray, source: Side, target: Side
 ) -> dict[str, object]:
-    def numbers(chinese_texts: Sequence[str], english_texts: Sequence[str]) -> dict[str, float]:
-        was_seen = []
-        for texts in (chinese_texts, english_texts):
-            seen = {texts[row] for row in seen_rows}
-            was_seen.append(np.array([texts[row] in seen for row in rows]))
+    def numbers(of_source: np.ndarray, of_target: np.ndarray) -> dict[str, float]:
+        was_seen = [np.isin(digests[rows], digests[seen_rows]) for digests in (of_source, of_target)]
         either = was_seen[0] | was_seen[1]
         return {
-            "chinese": int(was_seen[0].sum()),
-            "english": int(was_seen[1].sum()),
+            "source": int(was_seen[0].sum()),
+            "target": int(was_seen[1].sum()),
             "either": int(either.sum()),
             "either_share": round(float(either.mean()), 6),
         }
 
-    exact = numbers(chinese.texts, english.texts)
-    same = numbers(chinese.normalised, english.normalised)
+    exact, alike = numbers(source.same, target.same), numbers(source.alike, target.alike)
+    ignored = ["case", "punctuation"]
+    if source.language.variants or target.language.variants:
+        ignored = ["case, punctuation", "simplified or traditional form"]
     words = (
         f"of {len(rows):,} {part} rows, {_share(exact, rows)} have a sentence that stands "
-        f"word for word in {against} (Chinese {exact['chinese']:,}, English {exact['english']:,}); ignoring case, "
-        f"punctuation and simplified or traditional form {_share(same, rows)}"
+        f"word for word in {against} ({source.language} {exact['source']:,}, {target.language} {exact['target']:,}); "
+        f"ignoring {' and '.join(ignored)} {_share(alike, rows)}"
     )
-    return {"rows": len(rows), "against": against, "exact": exact, "normalised": same, "words": words}
+    return {"rows": len(rows), "against": against, "exact": exact, "normalised": alike, "words": words}
 
 
-def side_of(texts: Sequence[str], label: str) -> Side:
-    """`texts`, and what they are compared by; `label` names them in the progress line."""
-    normalised = []
-    with Progress(f"comparing {label}", len(texts), "rows") as progress:
-        for text in texts:
-            normalised.append(normalise(text))
-            progress.advance()
-    return Side(texts, normalised)
+def _share(numbers: Mapping[str, float], rows: np.ndarray) -> str:
+    return f"{numbers['either']:,} ({numbers['either'] / len(rows):.1%})"
+
+
+def stands_in(source: Side, target: Side, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of `rows` share a sentence, as compared, with one of `others`: bool [rows]."""
+    return np.isin(source.alike[rows], source.alike[others]) | np.isin(target.alike[rows], target.alike[others])
 
 
 @dataclass(frozen=True)

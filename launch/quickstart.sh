@@ -16,7 +16,7 @@ threads=$(( $(getconf _NPROCESSORS_ONLN) / processes ))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}
 
 echo "== 1/3 preparing the sample corpus (made up by grammar templates, not real data)"
-python -m data_prep.tatoeba --source sample --tokenizer sentencepiece --vocabulary_size 600 --output prepared/sample
+python -m data_prep.pairs --source sample --tokenizer sentencepiece --vocabulary_size 600 --output prepared/sample
 echo "== 2/3 training a small GPT with $processes process(es)"
 run_dir=$(python -m launch.slurm.job run configs/gpt/sample.yaml "$@" | sed -n 2p)
 torchrun --standalone --nproc-per-node="$processes" -m training.gpt configs/gpt/sample.yaml "$@" || true

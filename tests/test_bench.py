@@ -96,6 +96,7 @@ PROMISED = {
         "loss_difference",
     ],
     "quality": ["minutes"],  # after as few steps the scores may be 0
+    "preparing": ["pairs_per_s", "minutes", "core_minutes", "peak_gb", "peak_own_gb"],
     "verify_speed": ["verify_gb_per_s", "from_disk_gb_per_s", "plain_gb_per_s", "verify_ratio"],
 }
 

@@ -1,4 +1,4 @@
-"""Trains a GPT to translate Chinese to English, as one sequence `<sos> Chinese <sep> English <eos>`.
+"""Trains a GPT to translate, as one sequence `<sos> source <sep> target <eos>`.
 
     torchrun --nproc-per-node=2 -m training.gpt configs/gpt/sample.yaml
     python -m training.gpt configs/gpt/base.yaml --optim.lr 5e-4 --dry-run

@@ -1,4 +1,4 @@
-"""Trains a GRU encoder-decoder with attention to translate Chinese to English.
+"""Trains a GRU encoder-decoder with attention to translate.
 
     torchrun --nproc-per-node=2 -m training.seq2seq configs/seq2seq/sample.yaml
     python -m training.seq2seq configs/seq2seq/base.yaml --optim.lr 5e-4 --dry-run

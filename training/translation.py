@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from training.base.console import UserError, say
+from training.base.console import UserError, say, warn
 from training.base.options import Options
 from training.data.prepared import Part
 from training.data.tokenizers import Tokenizer
+from training.data.translation_metrics import bleu_obstacle, bleu_of
 from training.engine.batch_plan import BatchOptions, BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
@@ -174,9 +175,17 @@ class Translating(Task):
         self.pairs, self.held_out, self.options, self.cluster = pairs, held_out, config.loss, cluster
         self.decoder, self.tokenizer = decoder, tokenizer
         self.samples = config.samples_to_generate(200)
-        self.generated = ("bleu", "chrf") if self.samples and len(held_out.part) else ()
+        self.generated = self._generated() if self.samples and len(held_out.part) else ()
         self.plan = plan_of(config, pairs)
         self.flops_per_token = config.loss.readings * flops_per_token
+
+    def _generated(self) -> tuple[str, ...]:
+        obstacle = bleu_obstacle(self.tokenizer.language)
+        if obstacle is None:
+            return ("bleu", "chrf")
+        if self.cluster.is_first:
+            warn(f"validations have no BLEU, chrF alone: {obstacle}")
+        return ("chrf",)
 
     def loss(self, model: nn.Module, samples: np.ndarray) -> Tensor:
         return summed_loss(model, self.pairs, samples, self.options, self.cluster.device)
@@ -190,8 +199,8 @@ class Translating(Task):
         show(run_dir)
 
     def generate(self, own_part: OwnPart) -> GeneratedScores:
-        """BLEU and chrF (sacrebleu's) of greedy translations."""
-        from sacrebleu.metrics import BLEU, CHRF  # half a second, which no start has to wait for
+        """BLEU, where there is one, and chrF (sacrebleu's) of greedy translations."""
+        from sacrebleu.metrics import CHRF  # half a second, which no start has to wait for
 
         part = self.held_out.part
         rows = drawn(self.samples, len(part))
@@ -204,6 +213,8 @@ class Translating(Task):
         sources, references = (
             [texts[row] for row in rows.tolist()] for texts in (part.source_texts, part.target_texts)
         )
-        metrics = {"bleu": BLEU(), "chrf": CHRF()}
-        scores = {name: metric.corpus_score(answers, [references]).score for name, metric in metrics.items()}
+        scores = {}
+        for name in self.generated:
+            metric = bleu_of(self.tokenizer.language) if name == "bleu" else CHRF()
+            scores[name] = metric.corpus_score(answers, [references]).score
         return GeneratedScores.of(scores, sources, references, answers)

@@ -135,7 +135,7 @@ def read_arguments(
 def prepare(arguments: Arguments, folder: Path, *options: str) -> Prepared:
     """Prepares the raw data into `folder` by the command that users run. Validation, which no bench needs, is small."""
     words = ["--source", arguments.data, "--output", folder, "--validation_share", 0.01]
-    run_module("data_prep.tatoeba", *words, *options, here=arguments.quick)
+    run_module("data_prep.pairs", *words, *options, here=arguments.quick)
     return open_prepared(folder)
 
 

@@ -114,7 +114,7 @@ def measure(arguments: Arguments, folder: Path) -> None:
     say(f"preparing {arguments.about_data}")
     split = arguments.more.split
     words = ("--source", arguments.data, "--output", folder / "data", "--split", split)
-    run_module("data_prep.tatoeba", *words, *SEQ2SEQ_DATA)
+    run_module("data_prep.pairs", *words, *SEQ2SEQ_DATA)
     data = open_prepared(folder / "data")
     ours, seconds = relay(data, folder / "run", *(QUICK if arguments.quick else ()))
     say(f"Relay trained for {seconds / 60:.1f} minutes")

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import conversation_rows, disc_law, disc_law_records, export, prepare_conversations, tatoeba
+from data_prep import conversation_rows, disc_law, disc_law_records, export, prepare_conversations
 from data_prep.disc_law_records import CUT_MARK, FILES, MIN_KEPT, TASK_NAMES, TASKS, shortened
+from data_prep.pairs import main as prepare_pairs
 from data_prep.splits import stratified_split
 from tests.support import commands
 from tests.support.base_models import CHATML
@@ -44,9 +45,11 @@ from training.base.console import UserError
 from training.base.files import temporary_folder
 from training.data.chat import load_chat_tokenizer
 from training.data.conversations import Conversations, open_conversations
+from training.data.languages import language_of
 from training.data.prepared import PARTS, open_prepared
 from training.data.text import normalise
 
+CHINESE = language_of("zh")
 DATA = REAL_TATOEBA.parents[1]
 REAL_RECORDS = DATA / "disc-law-sft"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -400,7 +403,7 @@ def test_equal_questions_are_in_one_part_whatever_their_punctuation(tmp_path, ma
     part_of = {}
     for part in PARTS:
         for uid, (_, messages) in rows_of(law, part).items():
-            key = normalise(messages[0]["content"])
+            key = normalise(messages[0]["content"], CHINESE)
             assert part_of.setdefault(key, part) == part, f"{uid} is in {part}, its like in {part_of[key]}"
     assert len(part_of) == 12 * 30 < len(rows_of(law))
 
@@ -426,8 +429,11 @@ def test_questions_about_one_case_are_in_one_part_and_a_question_is_with_and_wit
             text = messages[0]["content"]
             key = {
                 "jud_read_compre": ("case", text.partition("文本为：")[2].partition("问题为：")[0]),
-                "legal_question_answering_reference": ("question", normalise(text.rpartition("<问题>：")[2])),
-                "legal_question_answering": ("question", normalise(text)),
+                "legal_question_answering_reference": (
+                    "question",
+                    normalise(text.rpartition("<问题>：")[2], CHINESE),
+                ),
+                "legal_question_answering": ("question", normalise(text, CHINESE)),
             }.get(task)
             if key is not None:
                 assert found[key[0]].setdefault(key[1], part) == part, f"{uid} is in {part}, its like is not"
@@ -867,7 +873,7 @@ def test_damaged_missing_or_other_sets_are_refused_with_the_command_that_makes_o
     data.write_bytes(content[:-8])
     with pytest.raises(UserError, match=r"has .* bytes instead of .*data_prep.disc_law"):
         open_conversations(copy)
-    assert tatoeba.main(["--source", "sample", "--output", str(tmp_path / "pairs")]) == 0
+    assert prepare_pairs(["--source", "sample", "--output", str(tmp_path / "pairs")]) == 0
     with pytest.raises(UserError, match=r"holds sentence pairs .*conversations .*are expected"):
         open_conversations(tmp_path / "pairs")
     with pytest.raises(UserError, match=r"holds conversations .*sentence pairs .*are expected"):

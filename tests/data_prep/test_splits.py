@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
 
-from data_prep import tatoeba
+from data_prep import pairs
 from data_prep.splits import connected_groups, grouped_split, random_split
 from tests.support.commands import REAL_TATOEBA
+from training.data.languages import language_of
 from training.data.prepared import PARTS, Prepared, open_prepared
 from training.data.text import normalise
 
+ZH, EN = language_of("zh"), language_of("en")
+
 
 def prepared(folder: Path, *words: str) -> Prepared:
-    assert tatoeba.main(["--source", str(REAL_TATOEBA), "--output", str(folder), *words]) == 0
+    assert pairs.main(["--source", str(REAL_TATOEBA), "--output", str(folder), *words]) == 0
     return open_prepared(folder)
 
 
@@ -47,11 +50,12 @@ def test_random_split_of_the_real_file_is_scikit_learns_to_the_row(random):
         assert list(part.target_texts) == [lines[row].split("\t")[0] for row in part.rows]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25])
 @pytest.mark.parametrize("count", [10, 11, 100, 28_447, 32_028])
 @pytest.mark.parametrize("seed", [0, 1234])
-def test_random_split_of_any_size_is_scikit_learns(count, seed):
-    train, test = train_test_split(np.arange(count), test_size=0.1, shuffle=True, random_state=seed)
-    split = random_split(count, 0.05, seed)
+def test_random_split_of_any_size_is_scikit_learns(count, seed, share):
+    train, test = train_test_split(np.arange(count), test_size=share, shuffle=True, random_state=seed)
+    split = random_split(count, 0.05, seed, share)
     np.testing.assert_array_equal(split.test, test)
     np.testing.assert_array_equal(np.concatenate([split.validation, split.train]), train)
 
@@ -63,8 +67,8 @@ def test_validation_share_does_not_move_a_test_row():
 def test_random_splits_leak_is_stated_in_numbers_and_words(random):
     leak = random.meta["leakage"]["test"]
     assert leak["exact"] == {
-        "chinese": 501,
-        "english": 247,
+        "source": 501,
+        "target": 247,
         "either": 670,
         "either_share": pytest.approx(0.2355, abs=1e-4),
     }
@@ -72,8 +76,10 @@ def test_random_splits_leak_is_stated_in_numbers_and_words(random):
     seen_zh, seen_en = map(set, sentences(random, "train", "validation"))
     chinese, english = sentences(random, "test")
     assert sum(zh in seen_zh or en in seen_en for zh, en in zip(chinese, english, strict=True)) == 670
-    seen_zh, seen_en = {normalise(text) for text in seen_zh}, {normalise(text) for text in seen_en}
-    same = sum(normalise(zh) in seen_zh or normalise(en) in seen_en for zh, en in zip(chinese, english, strict=True))
+    seen_zh, seen_en = {normalise(text, ZH) for text in seen_zh}, {normalise(text, EN) for text in seen_en}
+    same = sum(
+        normalise(zh, ZH) in seen_zh or normalise(en, EN) in seen_en for zh, en in zip(chinese, english, strict=True)
+    )
     assert same == leak["normalised"]["either"] >= 670
 
 
@@ -82,7 +88,7 @@ def test_grouped_split_of_the_real_file_has_no_sentence_on_two_sides(grouped):
         seen: dict[str, str] = {}
         for name in PARTS:
             for text in sentences(grouped, name)[side]:
-                assert seen.setdefault(normalise(text), name) == name, text
+                assert seen.setdefault(normalise(text, (ZH, EN)[side]), name) == name, text
     for part in ("test", "validation"):
         assert grouped.meta["leakage"][part]["normalised"]["either"] == 0
         assert grouped.meta["leakage"][part]["exact"]["either"] == 0
@@ -107,21 +113,25 @@ def test_simplify_leaves_no_traditional_character(random, grouped):
 
 
 def test_groups_join_rows_through_other_rows():
-    english = ["a", "a", "b", "c", "d"]
-    chinese = ["1", "2", "2", "3", "4"]
+    english = np.array([5, 5, 1, 7, 2], dtype=np.uint64)
+    chinese = np.array([9, 3, 3, 8, 4], dtype=np.uint64)
     assert connected_groups(english, chinese).tolist() == [0, 0, 0, 1, 2]
+    # A chain through all rows, which nobody sees from one of its ends.
+    chain = np.random.RandomState(1).permutation(1000).astype(np.uint64)
+    assert connected_groups(chain // np.uint64(2), (chain + np.uint64(1)) // np.uint64(2)).tolist() == [0] * 1000
 
 
 def test_same_sentence_is_recognised_in_any_dress():
-    assert normalise("他們 去了，北京！") == normalise("他们去了北京。")
-    assert normalise("ＡＢＣ　Café's") == normalise("abc cafés")
-    assert normalise("他们") != normalise("她们")
-    assert normalise("?!") == "?!" != normalise("...")
+    assert normalise("他們 去了，北京！", ZH) == normalise("他们去了北京。", ZH)
+    assert normalise("ＡＢＣ　Café's", EN) == normalise("abc cafés", EN)
+    assert normalise("他们", ZH) != normalise("她们", ZH)
+    assert normalise("?!", EN) == "?!" != normalise("...", EN)
+    assert normalise("經驗。", language_of("ja")) == "經驗", "variants of characters are one in Chinese alone"
 
 
 def test_grouped_split_depends_on_the_seed_only():
-    texts = [str(number // 2) for number in range(300)]
-    first, again, other = (grouped_split(texts, texts, 0.1, seed) for seed in (1, 1, 2))
+    labels = np.arange(300) // 2
+    first, again, other = (grouped_split(labels, 0.1, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first.test, again.test)
     assert set(first.test) != set(other.test)
     assert first.groups == 150 and first.largest_group == 2

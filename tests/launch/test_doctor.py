@@ -115,7 +115,7 @@ def test_all_faults_are_told_at_once_and_the_status_is_1(launch: Launch, tmp_pat
         result = launch(CONFIG, *words, module=DOCTOR, ranks=2, environment=environment).wait()
     assert result.status == 1, result
     assert_said(result, "error", "config", "optim.lrr", "nearest: optim.lr")
-    assert_said(result, "error", "data", f"no prepared data set {tmp_path / 'none'}", "data_prep.tatoeba")
+    assert_said(result, "error", "data", f"no prepared data set {tmp_path / 'none'}", "data_prep.pairs")
     assert_said(result, "error", "disk", f"{tmp_path / 'file'} is a file", "--run_dir")
     assert_said(result, "warning", "wandb", f"{url} does not answer", "offline")
     assert_said(result, "ok", "versions")

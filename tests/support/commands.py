@@ -169,6 +169,6 @@ def prepare(folder: Path, *words: object) -> Path:
     """A data set prepared by the real command."""
     with launching(folder) as launch:
         output = folder / "data"
-        result = launch("--tokenizer", "word", "--output", output, *words, module="data_prep.tatoeba").wait()
+        result = launch("--tokenizer", "word", "--output", output, *words, module="data_prep.pairs").wait()
         assert result.status == 0, result
         return output

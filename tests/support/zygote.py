@@ -46,7 +46,7 @@ ENVIRONMENT = {**{key: value for key, value in os.environ.items() if not key.sta
 KINDS = {
     "plain": [
         *("training", "torch", "torch.distributed", "torch._dynamo", "training.gpt", "training.seq2seq"),
-        *("training.evaluation.evaluate", "data_prep.tatoeba"),
+        *("training.evaluation.evaluate", "data_prep.pairs"),
         *("datasets", "sacrebleu", "sklearn.model_selection", "sentencepiece", "opencc"),
     ],
     "chat": ["transformers", "peft", "bitsandbytes", "training.qlora", "data_prep.disc_law"],

@@ -362,7 +362,7 @@ def test_run_that_cannot_start_is_one_clear_line(launch: Launch, sample_data, tw
     separate = launch(*command_of(run_dir, two_vocabularies, *SHORT_RUN, "--loss.source_weight", 0.1))
     late = launch(*command_of(run_dir, sample_data, *SHORT_RUN, "--optim.epochs", 0.1, "--optim.warmup_steps", 500))
     for started, parts in (
-        (missing, (f"there is no prepared data set {tmp_path / 'nowhere'}", "python -m data_prep.tatoeba")),
+        (missing, (f"there is no prepared data set {tmp_path / 'nowhere'}", "python -m data_prep.pairs")),
         (separate, ("has two vocabularies", "--vocabularies joint")),
         (late, ("optim.warmup_steps is 500", "shorten the warm-up or train longer (--optim.warmup_steps ")),
     ):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -39,7 +39,7 @@ KINDS = {
     FORMAT: "sentence pairs (for training.gpt and training.seq2seq)",
     "relay-conversations-1": "conversations (for training.qlora)",
 }
-MAKE = "python -m data_prep.tatoeba --source sample|download|PATH --output {folder}"
+MAKE = "python -m data_prep.pairs --source sample|download|PATH --output {folder}"
 
 
 class FileIdentity(TypedDict):
@@ -122,7 +122,7 @@ class Texts(Sequence[str]):
 
 @dataclass(frozen=True)
 class Part:
-    """One of train, validation and test: ids and texts of the same rows, Chinese as source, English as target."""
+    """One of train, validation and test: ids and texts of the same rows."""
 
     name: str
     source: Ragged
@@ -321,17 +321,17 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
     return meta
 
 
-def write_part(folder: Path, rows: np.ndarray, texts: dict[str, list[str]], source: Ragged, target: Ragged) -> str:
-    """Writes a part of sentence pairs to `folder`: the row numbers in the raw file, the text columns, the ids.
+def write_part(folder: Path, rows: np.ndarray, texts: Mapping[str, pa.Array], source: Ragged, target: Ragged) -> str:
+    """Writes a part of sentence pairs to `folder`: the row numbers in the raw file, columns of large strings, the ids.
 
     Returns the SHA-256 of rows and ids, which depends on no file format and no library's version.
     """
-    columns: dict[str, pa.Array] = {name: pa.array(column, pa.large_string()) for name, column in texts.items()}
-    columns["row"] = pa.array(rows)
+    columns = {**texts, "row": pa.array(rows)}
     digest = hashlib.sha256(rows.tobytes())
     for name, ids in (("source_ids", source), ("target_ids", target)):
         columns[name] = id_column(ids)
-        digest.update(ids.offsets.tobytes() + ids.values.tobytes())
+        digest.update(ids.offsets.data)
+        digest.update(ids.values.data)
     write_table(folder, columns, digest.hexdigest())
     return digest.hexdigest()
 

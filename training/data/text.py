@@ -1,19 +1,33 @@
-"""What is done to the characters of a sentence: cleaning, conversion to simplified, and what counts as the same."""
+"""What is done to the characters of a sentence: cleaning, conversions on request, and what counts as the same."""
 
 from __future__ import annotations
 
+import codecs
+import html
 import re
+import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from training.data.languages import Language
 
 if TYPE_CHECKING:
     import opencc
 
-# Inside [...] of a regular expression: Han characters, with 々 and 〇.
-HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+# Inside [...] of a regular expression: what nobody sees in a sentence and no word needs. Blanks without width, marks of
+# byte order and of direction, soft hyphens, control characters; not the joiners that Persian, Hindi and emoji need.
+INVISIBLE = "\x00-\x08\x0e-\x1b\x7f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
+
+_INVISIBLE = re.compile(f"[{INVISIBLE}]")
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+_FULL_WIDTH = {
+    code: code - 0xFEE0 for start, end in ("０９", "ＡＺ", "ａｚ") for code in range(ord(start), ord(end) + 1)
+}
+_IS_FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ]")
 
 _NOT_COMPARED = ("P", "S", "Z", "C")  # Unicode categories: punctuation, symbols, blanks, control characters
 
@@ -27,9 +41,60 @@ def split_lines(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield from part.splitlines()  # of bytes: at these three only
 
 
+def encoding_advice(content: bytes, path: str) -> str:
+    """What to do about the file at `path`, which holds `content` and is not UTF-8."""
+    place = shlex.quote(path)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {place} > utf8.txt`"
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(content)  # the content may end within a character
+    except UnicodeDecodeError:
+        return (
+            "save it as UTF-8 (`iconv -f ITS-ENCODING -t UTF-8` converts a text; `iconv -l` lists encodings), or "
+            "fetch it again"
+        )
+    return (
+        f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {place} > utf8.txt`, with `-f BIG5` if that "
+        "gives other characters"
+    )
+
+
 def clean(text: str) -> str:
-    """`text` without zero-width blanks and byte-order marks, every other run of blanks as one space, trimmed."""
-    return " ".join(text.replace("\u200b", "").replace("\ufeff", "").split())
+    """`text` without what is `INVISIBLE`, every run of blanks as one space, trimmed."""
+    return " ".join(_INVISIBLE.sub("", text).split())
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """What is done to clean sentences on request; a model's input is treated as its training data was."""
+
+    simplify: bool = False
+    unescape: bool = False
+    narrow: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Conversions:
+        """Those that the options of a prepared data set name."""
+        return cls(**{name: bool(options.get(name)) for name in ("simplify", "unescape", "narrow")})
+
+    def apply(self, text: str, language: Language) -> str:
+        """The sentence, cleaned and converted."""
+        if self.unescape:
+            text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
+        text = clean(text)
+        if self.narrow:
+            text = text.translate(_FULL_WIDTH)
+        return simplify(text) if self.simplify and language.variants else text
+
+
+def has_entity(text: str) -> bool:
+    """Whether a character of the text is written as HTML writes it, as in `&quot;`."""
+    return any(html.unescape(found) != found for found in _ENTITY.findall(text))
+
+
+def has_full_width(text: str) -> bool:
+    """Whether the text has full-width Latin letters or digits."""
+    return _IS_FULL_WIDTH.search(text) is not None
 
 
 @cache
@@ -68,11 +133,22 @@ def _marks_in_order(text: str) -> str:
     return "".join("".join(sorted(run, key=unicodedata.combining)) for run in runs)
 
 
-def normalise(text: str) -> str:
-    """`text` as it is compared for sameness: simplified, NFKC, case folded, without punctuation and blanks.
+class _Compared(dict[int, int | None]):
+    """Characters that are compared, by their codes; None for the others. Each is looked up in Unicode's tables once."""
+
+    def __missing__(self, code: int) -> int | None:
+        compared = unicodedata.category(chr(code))[0] not in _NOT_COMPARED
+        return self.setdefault(code, code if compared else None)
+
+
+_compared = _Compared()
+
+
+def normalise(text: str, language: Language) -> str:
+    """`text` as it is compared for sameness: NFKC, case folded, without punctuation and blanks; Chinese simplified.
 
     A text of nothing but punctuation is compared as it stands; otherwise all of those would be one sentence.
     """
     # Folding can undo NFKC (and the other way round), so it is applied on both sides, as Unicode advises.
-    folded = nfkc(nfkc(simplify(text)).casefold())
-    return "".join(char for char in folded if unicodedata.category(char)[0] not in _NOT_COMPARED) or text
+    folded = nfkc(nfkc(simplify(text) if language.variants else text).casefold())
+    return folded.translate(_compared) or text

@@ -1,6 +1,6 @@
-"""Text to ids and back: words and Han characters, or sentencepiece.
+"""Text to ids and back: words, or characters where no blanks part words; or sentencepiece.
 
-A tokenizer belongs to one side, Chinese or English, since the two are cut and joined differently; with a joint
+A tokenizer belongs to one side and its language, since languages are cut and joined differently; with a joint
 vocabulary the two sides share their ids, and their `sha256`. Ids 0-4 are the special tokens on every vocabulary, and no
 text can produce `<pad>`, `<sos>`, `<eos>` or `<sep>`.
 """
@@ -11,18 +11,20 @@ import hashlib
 import io
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import sentencepiece
 
 from training.base.console import UserError
 from training.base.files import read_json, read_plain, write_atomically
-from training.data.text import HAN, nfkc
+from training.data.languages import Language, language_of
+from training.data.text import nfkc
 
 PAD, SOS, EOS, SEP, UNK = range(5)
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<sep>", "<unk>")
@@ -31,15 +33,15 @@ SPECIALS = ("<pad>", "<sos>", "<eos>", "<sep>", "<unk>")
 # to do with characters that it first meets in a test.
 CHARACTER_COVERAGE = 0.9999
 
-Language = Literal["zh", "en"]
+# sentencepiece leaves a line out of the vocabulary that is longer than this, in bytes, or has this character in it.
+LONGEST_LINE, RESERVED = 4192, "\u2585"
 
-_WORD_ENGLISH = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-_WORD_CHINESE = re.compile(rf"[{HAN}]|[^\W_{HAN}]+")
-_IS_HAN = re.compile(rf"[{HAN}]")
+# Marks that choose between forms of a character, and so are no part of a word.
+_SELECTORS = range(0xFE00, 0xFE10)
 
 
 class Tokenizer(ABC):
-    """What every tokenizer does for one language, `language`; `kind` says how it cuts."""
+    """What every tokenizer does for its `language`; `kind` says how it cuts."""
 
     kind: str
     file_name: str  # of the vocabulary in the saved folder
@@ -74,7 +76,7 @@ class Tokenizer(ABC):
         """Writes the tokenizer to `folder`, which `load_tokenizer` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / self.file_name, self._content)
-        about = {"kind": self.kind, "language": self.language, "sha256": self.sha256}
+        about = {"kind": self.kind, "language": self.language.code, "sha256": self.sha256}
         write_atomically(folder / "tokenizer.json", json.dumps(about, indent=2) + "\n")
 
     @classmethod
@@ -84,7 +86,7 @@ class Tokenizer(ABC):
 
 
 class WordTokenizer(Tokenizer):
-    """English in lower-case words without punctuation, Chinese in Han characters and lower-case Latin runs."""
+    """Lower-case words without punctuation; of a language without blanks, characters of its script and other words."""
 
     kind = "word"
     file_name = "vocabulary.txt"  # one token per line, the line number is the id
@@ -95,7 +97,7 @@ class WordTokenizer(Tokenizer):
         self._ids = {token: number for number, token in enumerate(self._tokens)}
 
     @classmethod
-    def train(cls, texts: Sequence[tuple[str, Language]], min_frequency: int) -> bytes:
+    def train(cls, texts: Iterable[tuple[str, Language]], min_frequency: int) -> bytes:
         """The vocabulary of `texts`: tokens that occur at least `min_frequency` times, the most frequent first."""
         counts = Counter(chain.from_iterable(cut(text, language) for text, language in texts))
         kept = sorted(
@@ -113,12 +115,13 @@ class WordTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         words = [self._tokens[number] for number in ids if number >= UNK]
-        if self.language == "en":
+        if self.language.blanks:
             return " ".join(words)
+        own = re.compile(f"[{self.language.script}]")
         text = ""
         for word in words:
-            # Two Latin words in a row need a blank between them, Han characters never do.
-            apart = text and not _IS_HAN.match(text[-1]) and not _IS_HAN.match(word)
+            # Two Latin words in a row need a blank between them, characters of the language's script never do.
+            apart = text and not own.match(text[-1]) and not own.match(word)
             text += f" {word}" if apart else word
         return text
 
@@ -127,10 +130,26 @@ class WordTokenizer(Tokenizer):
 
 
 def cut(text: str, language: Language) -> list[str]:
-    """The words of an English text, or the characters and Latin runs of a Chinese one; punctuation is dropped."""
+    """The words of a text, those without blanks in characters of their script; punctuation is dropped."""
     # NFKC makes full-width letters and digits ordinary ones; the typographic apostrophe is not its business.
-    folded = nfkc(text).replace("’", "'").lower()
-    return (_WORD_ENGLISH if language == "en" else _WORD_CHINESE).findall(folded)
+    return _words(language).findall(nfkc(text).replace("’", "'").lower())
+
+
+@cache
+def _words(language: Language) -> re.Pattern[str]:
+    if not language.blanks:
+        return re.compile(rf"[{language.script}]|[^\W_{language.script}]+")
+    # Marks that stand for vowels are no letters to Python, nor are the joiners within Persian and Indic words. Runs are
+    # taken whole, so that a word is looked at once.
+    word = rf"(?:[^\W_]++[{word_marks()}]*+)++"
+    return re.compile(f"{word}(?:'{word})*+")
+
+
+@cache
+def word_marks() -> str:
+    """The characters within a word that are neither letters nor digits, as inside [...] of a regular expression."""
+    marks = (chr(code) for code in range(0x300, 0x1F000) if code not in _SELECTORS)
+    return "\u200c\u200d" + "".join(mark for mark in marks if unicodedata.category(mark) in ("Mn", "Mc"))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -144,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
 
     @classmethod
-    def train(cls, texts: Sequence[tuple[str, Language]], vocabulary_size: int) -> bytes:
+    def train(cls, texts: Iterable[tuple[str, Language]], vocabulary_size: int) -> bytes:
         """A model of at most `vocabulary_size` pieces. Raises UserError when that is below the number of characters.
 
         BPE rather than unigram: its statistics are whole numbers, so the model is the same on every machine, while
@@ -153,14 +172,14 @@ class SentencePieceTokenizer(Tokenizer):
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(_spaced(text, language) for text, language in texts),
+                sentence_iterator=chain.from_iterable(_lines(_spaced(text, language)) for text, language in texts),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocabulary_size,
                 hard_vocab_limit=False,
                 character_coverage=CHARACTER_COVERAGE,
                 # Identity, because NFKC would turn full-width Chinese punctuation into ASCII, and blanks are ours
-                # (`_spaced`): a dummy prefix on every sentence would split Chinese words into two forms.
+                # (`_spaced`): a dummy prefix on every sentence would split words without blanks into two forms.
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
@@ -203,9 +222,22 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _spaced(text: str, language: Language) -> str:
-    """`text` with single blanks, and one in front of an English one, so that a word is one piece wherever it stands."""
+    """`text` with single blanks, and one in front where they part words, so that a word is one piece anywhere."""
     single = " ".join(text.split())
-    return f" {single}" if language == "en" and single else single
+    return f" {single}" if language.blanks and single else single
+
+
+def _lines(text: str) -> Iterator[str]:
+    """A text in pieces of which sentencepiece takes each for its vocabulary."""
+    text = text.replace(RESERVED, " ")
+    while len(text.encode()) > LONGEST_LINE:
+        # A character has four bytes at most; a blank begins the next piece, as it begins a word.
+        most = LONGEST_LINE // 4
+        end = text.rfind(" ", 1, most)
+        end = end if end > 0 else most
+        yield text[:end]
+        text = text[end:]
+    yield text
 
 
 KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (WordTokenizer, SentencePieceTokenizer)}
@@ -215,7 +247,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in `folder`. Raises UserError if there is none, or not the one that was saved."""
     try:
         about = read_json(folder / "tokenizer.json")
-        tokenizer = KINDS[about["kind"]].load(folder, about["language"])
+        tokenizer = KINDS[about["kind"]].load(folder, language_of(about["language"]))
         identity = about["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} holds no tokenizer that can be read ({error}); prepare the data again") from None

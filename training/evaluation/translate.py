@@ -2,12 +2,13 @@
 
     python -m training.evaluation.translate runs/NAME "你好。"
     python -m training.evaluation.translate runs/NAME --checkpoint last "你好。" "谢谢。"
-    python -m training.evaluation.translate runs/NAME --input zh.txt --output en.txt --beam_size 5
-    cat zh.txt | python -m training.evaluation.translate runs/NAME > en.txt
+    python -m training.evaluation.translate runs/NAME --input source.txt --output target.txt --beam_size 5
+    cat source.txt | python -m training.evaluation.translate runs/NAME > target.txt
 
 Promises: line N of the output belongs to line N of the input, whatever becomes of it; what cannot be translated is
 named on standard error with its line number and leaves an empty line; what the model does not know is `<unk>` in the
-text, and counted; a file larger than memory is no problem.
+text, and counted; a file larger than memory is no problem. A file that is not UTF-8 is refused before any of it is
+translated, with the command that converts it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
 from training.base.console import UserError, run_main, say, warn
 from training.base.files import open_atomically, writing_to
 from training.base.options import CommandLine
-from training.data.text import HAN, split_lines
+from training.data.text import encoding_advice, split_lines
 from training.data.tokenizers import UNK
 from training.engine.cluster import Cluster
 from training.evaluation.runs import QLORA, kind_of
@@ -34,15 +35,13 @@ from training.models.decoding import translate
 # Sentences are sorted by length within a block, so a block holds many batches; in memory it is nothing.
 LINES_PER_BLOCK = 4096
 
-_HAN = re.compile(f"[{HAN}]")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
     parser = CommandLine("python -m training.evaluation.translate", __doc__.split("\n")[0])
     add_model_options(parser, several=True)
     add_search_options(parser)
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="Chinese sentences (default: standard input)")
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="sentences (default: standard input)")
     parser.add_argument("--input", type=Path, metavar="FILE", help="UTF-8 text, a sentence a line")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default standard output; appears when complete")
     arguments = parser.parse_intermixed_args(argv)  # sentences may stand behind options, too
@@ -66,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = open_translator(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         # Whoever types at a terminal wants an answer to every line.
         typed = not (arguments.sentences or arguments.input) and sys.stdin.isatty()
+        if not typed:
+            lines = _checked(lines, arguments.input)
         translations = translate_lines(trained, lines, search, lines_per_block=1 if typed else LINES_PER_BLOCK)
         if arguments.output is None:
             for translation in translations:
@@ -85,6 +86,8 @@ def translate_lines(
 ) -> Iterator[str]:
     """One translation per line (UTF-8, with or without its line end), in order; what went wrong is warned about."""
     lines = iter(lines)
+    language = trained.source_tokenizer.language
+    script = re.compile(f"[{language.script}]") if language.script else None
     first = 1
     unknown_sources = unknown_translations = foreign = 0
     while block := [line.decode("utf-8", "replace") for line in islice(lines, lines_per_block)]:
@@ -98,7 +101,8 @@ def translate_lines(
             label=label,
         )
         unknown_sources += sum(UNK in source for source in sources)
-        foreign += sum(bool(line.strip()) and not _HAN.search(line) for line in block)
+        if script is not None:
+            foreign += sum(bool(line.strip()) and not script.search(line) for line in block)
         unknown_translations += sum(UNK in result.ids for result in results)
         for number, (line, result) in enumerate(zip(block, results, strict=True), first):
             if "\ufffd" in line:
@@ -110,12 +114,35 @@ def translate_lines(
             yield trained.target_tokenizer.decode(result.ids)
         first += len(block)
     if foreign:
-        warn(f"{foreign:,} of {first - 1:,} sentences hold no Chinese, which this model translates from")
+        warn(f"{foreign:,} of {first - 1:,} sentences hold no {language}, which this model translates from")
     if unknown_sources or unknown_translations:
         warn(
             f"{unknown_sources:,} of {first - 1:,} sentences hold characters that the model does not know (<unk>); "
             f"{unknown_translations:,} translations hold <unk>"
         )
+
+
+def _checked(lines: Iterable[bytes], path: Path | None) -> Iterator[bytes]:
+    """The same lines. Raises UserError where most of the first that are not plain ASCII are no UTF-8.
+
+    path: where they come from; None: standard input.
+    """
+    lines = iter(lines)
+    first = list(islice(lines, LINES_PER_BLOCK))
+    telling = [line for line in first if not line.isascii()]
+    wrong = [line for line in telling if not _is_utf8(line)]
+    if 2 * len(wrong) > len(telling) and len(wrong) > 1:
+        advice = encoding_advice(b"".join(first), str(path or "-"))
+        raise UserError(f"{path or 'the input'} is not UTF-8 text; {advice}")
+    return chain(first, lines)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -27,14 +27,14 @@ def wait_for(started: Started, happened: Callable[[], object]) -> None:
 def test_preparation_told_to_stop_leaves_nothing_and_the_same_command_does_it_all(launch: Launch, tmp_path):
     output = tmp_path / "prepared" / "data"
     words = ("--source", "sample", "--tokenizer", "sentencepiece", "--vocabulary_size", 600, "--output", output)
-    first = launch(*words, module="data_prep.tatoeba")
+    first = launch(*words, module="data_prep.pairs")
     wait_for(first, lambda: output.parent.is_dir() and list(output.parent.iterdir()))
     first.process.terminate()
     result = first.wait()
     assert result.status == 75, result
     assert "stopped by signal SIGTERM" in result.err and "Traceback" not in result.err
     assert list(output.parent.iterdir()) == []
-    assert launch(*words, module="data_prep.tatoeba").wait().status == 0
+    assert launch(*words, module="data_prep.pairs").wait().status == 0
     assert [path.name for path in output.parent.iterdir()] == ["data"]
 
 

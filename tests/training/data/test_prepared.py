@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep import tatoeba
+from data_prep import pairs
 from data_prep.sources import sample_lines
 from tests.support.commands import ROOT
 from training.base import known_files
@@ -28,7 +28,7 @@ from training.data.prepared import PARTS, Prepared, Ragged, list_files, open_pre
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Prepared:
     output = tmp_path_factory.mktemp("prepared") / "sample"
-    assert tatoeba.main(["--source", "sample", "--output", str(output)]) == 0
+    assert pairs.main(["--source", "sample", "--output", str(output)]) == 0
     return open_prepared(output)
 
 
@@ -86,14 +86,14 @@ def test_datasets_library_reads_the_parts_and_what_it_saves_again_is_read_too(sa
 
 def test_same_preparation_elsewhere_has_the_same_files(sample, tmp_path):
     words = ["--source", "sample", "--output", str(tmp_path / "other name")]
-    subprocess.run([sys.executable, "-m", "data_prep.tatoeba", *words], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "data_prep.pairs", *words], cwd=ROOT, check=True, capture_output=True)
     other = open_prepared(tmp_path / "other name")
     assert other.fingerprint == sample.fingerprint
     assert other.meta["files"] == sample.meta["files"]
 
 
 def test_missing_folder_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"there is no prepared .*python -m data_prep.tatoeba .*--output"):
+    with pytest.raises(UserError, match=r"there is no prepared .*python -m data_prep.pairs .*--output"):
         open_prepared(tmp_path / "nothing")
 
 
@@ -121,7 +121,7 @@ def test_data_of_another_kind_are_called_what_they_are(copy):
     (copy / "meta.json").write_text('{"format": "relay-sentence-pairs-1"}')
     with pytest.raises(UserError, match=r"holds sentence pairs \(.*, and conversations .* are expected"):
         open_conversations(copy)
-    with pytest.raises(UserError, match=r"meta.json is a file, .*: make that with `python -m data_prep.tatoeba"):
+    with pytest.raises(UserError, match=r"meta.json is a file, .*: make that with `python -m data_prep.pairs"):
         open_prepared(copy / "meta.json")
 
 

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
-from data_prep import tatoeba
+from data_prep import pairs
 from data_prep.sources import SAMPLE_ATTRIBUTION, sample_lines
 from tests.support.commands import ROOT
 from training.base.console import UserError
+from training.data.languages import language_of
 from training.data.prepared import PARTS, Prepared, open_prepared
 from training.data.tokenizers import (
     EOS,
@@ -23,6 +24,7 @@ from training.data.tokenizers import (
     load_tokenizer,
 )
 
+CHINESE, ENGLISH = language_of("zh"), language_of("en")
 ZH = ["我們喜歡Tom 的貓，你呢？", "“谢谢你的帮助。” “不用谢。”", "他用了１００美元（大約）……", "你有 3 本书吗?"]
 EN = ["I don't like Tom's cat; do you?", '"Thanks!" he said.', "It costs $1,000 (about).", "A  hyphen-ated word."]
 
@@ -36,14 +38,14 @@ def sets(tmp_path_factory) -> dict[str, Prepared]:
             output = folder / f"{kind}-{vocabularies}"
             words = ["--source", "sample", "--output", str(output), "--tokenizer", kind]
             words += ["--vocabulary_size", "600"] if kind == "sentencepiece" else []
-            assert tatoeba.main([*words, "--vocabularies", vocabularies]) == 0
+            assert pairs.main([*words, "--vocabularies", vocabularies]) == 0
     return {path.name: open_prepared(path) for path in folder.iterdir()}
 
 
 def pieces(content: bytes | None = None) -> dict[str, SentencePieceTokenizer]:
-    texts = [(text, "zh") for text in ZH * 3] + [(text, "en") for text in EN * 3]
+    texts = [(text, CHINESE) for text in ZH * 3] + [(text, ENGLISH) for text in EN * 3]
     content = content or SentencePieceTokenizer.train(texts, 300)
-    return {language: SentencePieceTokenizer(content, language) for language in ("zh", "en")}
+    return {language: SentencePieceTokenizer(content, language) for language in (CHINESE, ENGLISH)}
 
 
 def test_special_tokens_have_their_fixed_ids_in_every_vocabulary(sets):
@@ -87,24 +89,24 @@ def test_sentencepiece_gives_back_every_sample_sentence_as_it_was(sets):
 
 def test_sentencepiece_keeps_full_width_punctuation_case_and_single_blanks():
     by_language = pieces()
-    for language, texts in (("zh", ZH), ("en", EN)):
+    for language, texts in ((CHINESE, ZH), (ENGLISH, EN)):
         for text in texts:
             ids = by_language[language].encode(text)
             assert by_language[language].decode(ids) == " ".join(text.split())
 
 
 def test_sentencepiece_word_is_one_piece_wherever_it_stands_and_chinese_has_no_blank_in_front():
-    texts = [("Tom likes Tom.", "en"), ("汤姆喜欢汤姆。", "zh")] * 50
+    texts = [("Tom likes Tom.", ENGLISH), ("汤姆喜欢汤姆。", CHINESE)] * 50
     by_language = pieces(SentencePieceTokenizer.train(texts, 100))
-    first, _, last, *_ = by_language["en"].encode("Tom likes Tom.")
+    first, _, last, *_ = by_language[ENGLISH].encode("Tom likes Tom.")
     assert first == last
-    assert by_language["zh"].token_texts(by_language["zh"].encode("汤姆"))[0].startswith("汤")
+    assert by_language[CHINESE].token_texts(by_language[CHINESE].encode("汤姆"))[0].startswith("汤")
 
 
 def test_unknown_stays_visible_and_specials_do_not(sets):
     for data in sets.values():
         for tokenizer in (data.source_tokenizer, data.target_tokenizer):
-            ids = tokenizer.encode("apple" if tokenizer.language == "en" else "苹果")
+            ids = tokenizer.encode("apple" if tokenizer.language == ENGLISH else "苹果")
             assert "<unk>" in tokenizer.decode([SOS, *ids, UNK, EOS, PAD])
             assert tokenizer.decode([SOS, *ids, SEP, EOS, PAD]) == tokenizer.decode(ids)
             assert len(tokenizer.token_texts([SOS, *ids])) == 1 + len(ids)
@@ -112,27 +114,27 @@ def test_unknown_stays_visible_and_specials_do_not(sets):
 
 
 def test_words_are_lower_case_without_punctuation_but_with_inner_apostrophes():
-    assert cut("I don’t KNOW, o'clock: 'quoted' dogs'!", "en") == ["i", "don't", "know", "o'clock", "quoted", "dogs"]
-    assert cut("我們喜歡Tom Lee的１２隻貓，OK？", "zh") == [*"我們喜歡", "tom", "lee", "的", "12", *"隻貓", "ok"]
+    assert cut("I don’t KNOW, o'clock: 'quoted' dogs'!", ENGLISH) == ["i", "don't", "know", "o'clock", "quoted", "dogs"]
+    assert cut("我們喜歡Tom Lee的１２隻貓，OK？", CHINESE) == [*"我們喜歡", "tom", "lee", "的", "12", *"隻貓", "ok"]
 
 
 def test_word_decoding_joins_chinese_without_and_latin_with_blanks():
-    content = WordTokenizer.train([("我喜欢Tom Lee的猫。", "zh"), ("I like Tom.", "en")], 1)
-    chinese, english = WordTokenizer(content, "zh"), WordTokenizer(content, "en")
+    content = WordTokenizer.train([("我喜欢Tom Lee的猫。", CHINESE), ("I like Tom.", ENGLISH)], 1)
+    chinese, english = WordTokenizer(content, CHINESE), WordTokenizer(content, ENGLISH)
     assert chinese.decode(chinese.encode("我喜欢Tom Lee的猫。")) == "我喜欢tom lee的猫"
     assert english.decode(english.encode("I like Tom.")) == "i like tom"
     assert chinese.encode("Tom") == english.encode("tom!")
 
 
 def test_text_with_nothing_to_keep_has_one_id_so_that_no_row_is_empty():
-    for language in ("zh", "en"):
-        assert WordTokenizer(WordTokenizer.train([("a", "en")], 1), language).encode("……！?") == [UNK]
+    for language in (CHINESE, ENGLISH):
+        assert WordTokenizer(WordTokenizer.train([("a", ENGLISH)], 1), language).encode("……！?") == [UNK]
         assert pieces()[language].encode("") == [UNK]
 
 
 def test_rare_words_become_unknown():
-    content = WordTokenizer.train([("a a b", "en")], min_frequency=2)
-    assert WordTokenizer(content, "en").encode("a b") == [5, UNK]
+    content = WordTokenizer.train([("a a b", ENGLISH)], min_frequency=2)
+    assert WordTokenizer(content, ENGLISH).encode("a b") == [5, UNK]
 
 
 @pytest.mark.parametrize("kind", ["word", "sentencepiece"])
@@ -143,12 +145,12 @@ def test_vocabulary_never_sees_validation_or_test_rows(kind, vocabularies, tmp_p
     words += ["--vocabulary_size", "400"] if kind == "sentencepiece" else []
     words += ["--output"]
     (tmp_path / "cmn.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert tatoeba.main([*words, str(tmp_path / "plain")]) == 0
+    assert pairs.main([*words, str(tmp_path / "plain")]) == 0
     plain = open_prepared(tmp_path / "plain")
     for row in (*plain.part("validation").rows, *plain.part("test").rows):
         lines[row] = f"Zyzzyva qwertz {row}.\t龘靐龘齉 {row}。\t{SAMPLE_ATTRIBUTION}"
     (tmp_path / "cmn.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert tatoeba.main([*words, str(tmp_path / "planted")]) == 0
+    assert pairs.main([*words, str(tmp_path / "planted")]) == 0
     planted = open_prepared(tmp_path / "planted")
     assert planted.source_tokenizer.sha256 == plain.source_tokenizer.sha256
     assert planted.target_tokenizer.sha256 == plain.target_tokenizer.sha256
@@ -159,13 +161,13 @@ def test_vocabulary_never_sees_validation_or_test_rows(kind, vocabularies, tmp_p
 @pytest.mark.parametrize(("kind", "key"), [("word", "vocabulary_size"), ("sentencepiece", "min_frequency")])
 def test_option_of_the_other_tokenizer_is_refused_not_ignored(kind, key, tmp_path):
     with pytest.raises(UserError, match=f"{key} has no effect with tokenizer {kind}"):
-        tatoeba.main(["--source", "sample", "--output", str(tmp_path / "x"), "--tokenizer", kind, f"--{key}", "100"])
+        pairs.main(["--source", "sample", "--output", str(tmp_path / "x"), "--tokenizer", kind, f"--{key}", "100"])
     assert not (tmp_path / "x").exists()
 
 
 def test_vocabulary_size_that_does_not_fit_the_text_is_answered(tmp_path, capsys):
     with pytest.raises(UserError, match=r"--vocabulary_size 64 has no room for the \d+ .* pass at least \d+"):
-        tatoeba.main(
+        pairs.main(
             [
                 "--source",
                 "sample",
@@ -181,7 +183,7 @@ def test_vocabulary_size_that_does_not_fit_the_text_is_answered(tmp_path, capsys
     text = "\n".join(sample_lines()[:100])
     (tmp_path / "cmn.txt").write_text(text, encoding="utf-8")
     words = ["--source", str(tmp_path / "cmn.txt"), "--output", str(tmp_path / "x")]
-    assert tatoeba.main([*words, "--tokenizer", "sentencepiece", "--vocabulary_size", "30000"]) == 0
+    assert pairs.main([*words, "--tokenizer", "sentencepiece", "--vocabulary_size", "30000"]) == 0
     size = open_prepared(tmp_path / "x").source_tokenizer.vocabulary_size
     assert size < 30_000 and f"only {size:,} pieces" in capsys.readouterr().err
 
@@ -189,7 +191,7 @@ def test_vocabulary_size_that_does_not_fit_the_text_is_answered(tmp_path, capsys
 def test_saved_tokenizer_is_the_same_and_a_changed_one_is_refused(sets, tmp_path):
     for name, data in sets.items():
         for tokenizer, text in ((data.source_tokenizer, "我喜欢读书。"), (data.target_tokenizer, "I like books.")):
-            folder = tmp_path / name / tokenizer.language
+            folder = tmp_path / name / tokenizer.language.code
             tokenizer.save(folder)
             loaded = load_tokenizer(folder)
             assert (loaded.kind, loaded.sha256, loaded.encode(text)) == (
@@ -206,9 +208,10 @@ def test_saved_tokenizer_is_the_same_and_a_changed_one_is_refused(sets, tmp_path
 def test_training_is_the_same_in_another_process(sets):
     program = (
         "import sys; from training.data.tokenizers import *; from training.data.prepared import open_prepared\n"
+        "zh, en = language_of('zh'), language_of('en')\n"
         "p = open_prepared(sys.argv[1]).part('train')\n"
-        "t = [(x, 'zh') for x in p.source_texts] + [(x, 'en') for x in p.target_texts]\n"
-        "print(SentencePieceTokenizer(SentencePieceTokenizer.train(t, 600), 'zh').sha256)\n"
+        "t = [(x, zh) for x in p.source_texts] + [(x, en) for x in p.target_texts]\n"
+        "print(SentencePieceTokenizer(SentencePieceTokenizer.train(t, 600), zh).sha256)\n"
     )
     data = sets["sentencepiece-joint"]
     words = [sys.executable, "-c", program, str(data.folder)]

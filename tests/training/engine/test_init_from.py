@@ -86,7 +86,7 @@ def test_seq2seq_begins_on_other_pairs_of_the_same_vocabulary(launch: Launch, sa
     source, other = tmp_path / "source", tmp_path / "other"
     shutil.copytree(reference(sample_data, *SEQ2SEQ, module="training.seq2seq"), source)
     words = ("--source", "sample", "--seed", 9, "--tokenizers", source, "--output", other)
-    assert launch(*words, module="data_prep.tatoeba").wait().status == 0
+    assert launch(*words, module="data_prep.pairs").wait().status == 0
     command = command_of(tmp_path / "run", other, *SEQ2SEQ, "--seed", 3, "--init_from", f"{source}:last")
     assert launch(*command, module="training.seq2seq").wait().status == 0
     words = (source, "--checkpoint", "last", "--part", "validation", "--data", other)

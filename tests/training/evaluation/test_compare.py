@@ -45,7 +45,8 @@ def evaluated(run: Path, translations: list[str], references: list[str], label: 
     """A run folder with an evaluation as `training.evaluation.evaluate` writes it, as far as it is read here."""
     folder = run / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    scores = {"part": "test", "split": "random", "sentences": len(references), **about}
+    languages = {"source": "zh", "target": "en"}
+    scores = {"part": "test", "split": "random", "languages": languages, "sentences": len(references), **about}
     (folder / f"{label}.json").write_text(json.dumps(scores))
     rows = [
         {"row": number, "source": "你好。", "reference": reference, "translation": translation, "note": ""}

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from data_prep import tatoeba
+from data_prep import pairs
 from tests.support.browser import browser
 from tests.support.commands import ROOT, run
 from tests.support.lives import tell_otherwise
@@ -23,6 +24,7 @@ from tests.support.once import once
 from tests.support.pages import Page
 from tests.support.runs import command_of
 from training.base.console import UserError
+from training.data.languages import language_of
 from training.data.prepared import Prepared, Ragged, list_files, open_prepared, write_part
 from training.engine.status import EXIT_RESUMABLE
 from training.evaluation import evaluate, translate
@@ -58,7 +60,8 @@ def with_test_part(data: Prepared, folder: Path, pairs: list[tuple[str, str]]) -
     for side, tokenizer in (("source", data.source_tokenizer), ("target", data.target_tokenizer)):
         rows = [tokenizer.encode(text) for text in texts[side]]
         ids[side] = Ragged(np.array(list(chain(*rows)), np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64))
-    fingerprint = write_part(folder / "test", np.arange(len(pairs)), texts, **ids)
+    columns = {side: pa.array(column, pa.large_string()) for side, column in texts.items()}
+    fingerprint = write_part(folder / "test", np.arange(len(pairs)), columns, **ids)
     meta |= {"files": list_files(folder), "fingerprint": fingerprint}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
@@ -146,7 +149,7 @@ def test_what_is_no_usable_run_is_refused_with_the_reason(run_copy, tmp_path):
 
 def test_another_tokenizer_than_the_trained_one_is_refused(run_copy, tmp_path):
     other = tmp_path / "other"
-    tatoeba.main(["--source", "sample", "--output", str(other), "--seed", "7", "--min_frequency", "3"])
+    pairs.main(["--source", "sample", "--output", str(other), "--seed", "7", "--min_frequency", "3"])
     with pytest.raises(UserError, match=r"another tokenizer than .* was trained with"):
         evaluate.main([str(run_copy), "--data", str(other)])
     shutil.rmtree(run_copy / "tokenizer")
@@ -163,7 +166,7 @@ def test_evaluation_writes_scores_translations_maps_and_report(evaluated, data):
     rows = [json.loads(line) for line in (folder / "test-translations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["source"] for row in rows] == list(test.source_texts)
     assert [row["reference"] for row in rows] == list(test.target_texts)
-    again = score_texts([row["translation"] for row in rows], list(test.target_texts))
+    again = score_texts([row["translation"] for row in rows], list(test.target_texts), language_of("en"))
     assert again == {key: scores[key] for key in again}
     assert len(list(folder.glob("test-attention-*.svg"))) == SHEETS
     assert (evaluated / "report.html").is_file()

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training.evaluation
-from data_prep import tatoeba
+from data_prep import pairs
 from tests.support.commands import REAL_TATOEBA, launching
 from tests.support.exports import assert_older_transformers_loads_the_same, content_of, nobody_asked
 from training.base.console import UserError
@@ -64,7 +64,7 @@ def train(folder: Path, data: Path, *words: object, module: str = "training.gpt"
 
 def prepare(output: Path, source: str | Path, kind: str, *words: str) -> Path:
     options = ["--source", str(source), "--tokenizer", kind, "--output", str(output), *words]
-    assert tatoeba.main(options) == 0
+    assert pairs.main(options) == 0
     return output
 
 
@@ -242,7 +242,8 @@ def test_what_the_run_never_produces_is_not_generated_either(exported):
 def assert_same_tokenizer(data: Path, texts_of: list[str], folder: Path) -> None:
     """Saved and loaded as in an export: every row of `data`, `texts_of`, and random ids."""
     prepared = open_prepared(data)
-    hugging_face.tokenizer_of(data / "tokenizer/source", 128).save_pretrained(folder)
+    languages = prepared.source_tokenizer.language, prepared.target_tokenizer.language
+    hugging_face.tokenizer_of(data / "tokenizer/source", languages[1], 128).save_pretrained(folder)
     theirs = AutoTokenizer.from_pretrained(folder)
     source, target = prepared.source_tokenizer, prepared.target_tokenizer
     rows = 0
@@ -289,6 +290,14 @@ def test_texts_become_the_pieces_that_the_run_makes_of_them(pieces, tmp_path):
 
 def test_texts_become_the_words_that_the_run_makes_of_them(sample_data, tmp_path):
     assert_same_tokenizer(sample_data, strange_texts(sample_data), tmp_path)
+
+
+@pytest.mark.parametrize("words", [("sentencepiece", "--vocabulary_size", "600"), ("word",)], ids=lambda each: each[0])
+def test_texts_of_the_other_direction_become_what_the_run_makes_of_them(words, tmp_path):
+    back = ("--source_language", "en", "--target_language", "zh")
+    data = prepare(tmp_path / "data", "sample", *words, *back)
+    texts = ["L’été d'1’an, d''x 'y'", "हिन्दी می\u200cخواهم القِطّة", "I\u00ad’m\u200e here", *strange_texts(data)]
+    assert_same_tokenizer(data, texts, tmp_path / "tokenizer")
 
 
 @pytest.mark.skipif(not REAL_TATOEBA.is_file(), reason=f"the real Tatoeba file is not at {REAL_TATOEBA}")

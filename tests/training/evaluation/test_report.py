@@ -12,6 +12,7 @@ import torch
 
 from tests.support.browser import browser
 from tests.support.pages import Page, Poison, assert_fenced, brightness, make_session
+from training.data.languages import language_of
 from training.engine.status import Sessions, read_sessions
 from training.evaluation.translations.attention_maps import alignment_map, attention_sheet
 from training.evaluation.translations.report import (
@@ -38,6 +39,8 @@ SOURCES = ["他是医生。", "他是医生。", "我喜欢读书。", "猫坐�
 REFERENCES = ["He is a doctor.", "He's a doctor.", "I like reading.", "The cat sat.", "It is fine today.", "Hello."] * 5
 TRANSLATIONS = ["He is a doctor.", "He is a doctor.", "I like to read.", "The cat is.", "Fine day.", "Hi."] * 5
 
+ENGLISH = language_of("en")
+
 
 def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str, Any]:
     return {
@@ -50,7 +53,7 @@ def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str,
         "step": 600,
         "weights": "best:5",
         "search": "beam 5, length penalty 1",
-        **score_texts(TRANSLATIONS, REFERENCES),
+        **score_texts(TRANSLATIONS, REFERENCES, ENGLISH),
         "loss": 2.1234,
         "accuracy": 0.4567,
         "target_tokens": 6543,
@@ -60,9 +63,9 @@ def make_scores(split: str = "random", fingerprint: str = "f" * 64) -> dict[str,
         "not_translated": 19,
         "sources_with_unknown_words": 23,
         "translations_with_unknown_words": 29,
-        "all_references": score_with_all_references(SOURCES, TRANSLATIONS, REFERENCES),
-        "by_length": score_by_length([4, 4, 6, 7, 16, 2] * 5, TRANSLATIONS, REFERENCES),
-        "by_seen": score_by_seen([True, False] * 15, TRANSLATIONS, REFERENCES),
+        "all_references": score_with_all_references(SOURCES, TRANSLATIONS, REFERENCES, ENGLISH),
+        "by_length": score_by_length([4, 4, 6, 7, 16, 2] * 5, TRANSLATIONS, REFERENCES, ENGLISH),
+        "by_seen": score_by_seen([True, False] * 15, TRANSLATIONS, REFERENCES, ENGLISH),
     }
 
 
@@ -95,6 +98,10 @@ def make_report() -> dict[str, Any]:
     return {
         "name": "gpt-base",
         "scores": scores,
+        "languages": {
+            "source": {"code": "zh", "name": "Chinese", "direction": "ltr"},
+            "target": {"code": "en", "name": "English", "direction": "ltr"},
+        },
         "data": data,
         "training_data": data,
         "checkpoint": {
@@ -228,6 +235,8 @@ def test_hostile_text_stays_text_in_every_field(report):
         *("scores.label", "scores.task", "scores.data_fingerprint", "data.options.split"),
         *("sessions.started", "sessions.seen", "sessions.ended"),  # of the beginning, date and minute are shown
         *("attention", "versions.torch, training", "ranked"),
+        # In attributes, as `lang` and `dir`.
+        *(f"languages.{side}.{value}" for side in ("source", "target") for value in ("code", "direction")),
     }
     config = re.search("<pre>(.*?)</pre>", html, re.DOTALL)[1]
     assert config.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3 and "<" not in config

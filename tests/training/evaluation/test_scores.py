@@ -9,6 +9,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
 from training.base.console import UserError
+from training.data.languages import language_of
 from training.evaluation.setting import Search, Setting, add_search_options, search_of
 from training.evaluation.translations.scores import (
     measure,
@@ -21,6 +22,7 @@ from training.evaluation.translations.scores import (
     with_interval,
 )
 
+ENGLISH = language_of("en")
 REFERENCES = [
     "He isn't a doctor.",
     "The cat sat on the mat, didn't it?",
@@ -41,10 +43,10 @@ def imperfect(count: int) -> tuple[list[str], list[str]]:
 
 
 def test_text_scores_are_sacrebleus_and_say_how_they_were_computed():
-    perfect = score_texts(REFERENCES, REFERENCES)
+    perfect = score_texts(REFERENCES, REFERENCES, ENGLISH)
     assert (perfect["bleu"], perfect["chrf"], perfect["exact_matches"]) == (pytest.approx(100), pytest.approx(100), 3)
     words = ["he isn't a doctor", "the cat sat on the mat didn't it", "i like reading long books in the evening"]
-    as_words = score_texts(words, REFERENCES)
+    as_words = score_texts(words, REFERENCES, ENGLISH)
     assert as_words["bleu"] < 80 and as_words["bleu_normalised"] == pytest.approx(100)
     assert (as_words["exact_matches"], as_words["exact_matches_normalised"]) == (0, 3)
     assert "tok:13a" in as_words["bleu_signature"] and "version:" in as_words["chrf_signature"]
@@ -56,11 +58,11 @@ def test_text_scores_are_sacrebleus_and_say_how_they_were_computed():
 
 def test_a_missing_translation_counts_as_an_empty_one():
     references = ["Tom bought three red apples.", "Mary sold two old cars."]
-    assert score_texts(["Tom bought three red apples.", ""], references)["bleu"] < 70
+    assert score_texts(["Tom bought three red apples.", ""], references, ENGLISH)["bleu"] < 70
     with pytest.raises(ValueError, match="1 translations for the references of 2"):
-        score_texts(["a"], references)
+        score_texts(["a"], references, ENGLISH)
     with pytest.raises(ValueError, match="0 translations"):
-        score_texts([], [])
+        score_texts([], [], ENGLISH)
 
 
 @pytest.mark.parametrize("metric", [BLEU, CHRF])
@@ -83,47 +85,49 @@ def test_intervals_are_those_of_sacrebleus_bootstrap(metric):
 
 
 def test_scores_stand_where_samples_have_nothing_right_at_all():
-    mixed = score_texts(["Tom bought three red apples.", "", ""], ["Tom bought three red apples.", "Yes.", "No."])
+    mixed = score_texts(
+        ["Tom bought three red apples.", "", ""], ["Tom bought three red apples.", "Yes.", "No."], ENGLISH
+    )
     assert mixed["bleu_interval"] == [0, pytest.approx(100)] and 0 < mixed["bleu"] < 100
-    nothing = score_texts(["", ""], ["a b c d", "e f g h"])
+    nothing = score_texts(["", ""], ["a b c d", "e f g h"], ENGLISH)
     assert (nothing["bleu"], nothing["bleu_interval"], nothing["chrf_interval"]) == (0, [0, 0], [0, 0])
 
 
 def test_a_score_is_shown_with_its_interval():
-    assert with_interval(score_texts(REFERENCES, REFERENCES), "chrf") == "100.00 (100.00 to 100.00)"
+    assert with_interval(score_texts(REFERENCES, REFERENCES, ENGLISH), "chrf") == "100.00 (100.00 to 100.00)"
 
 
 def test_rows_that_share_a_source_are_one_sentence_with_all_references():
     sources = ["甲", "乙", "甲", "甲"]
     translations = ["He went home at once.", "I see the old dog.", "He went home at once.", "He went home at once."]
     references = ["He left without a word.", "I see an old dog.", "He went home at once.", "He left without a word."]
-    found = score_with_all_references(sources, translations, references)
+    found = score_with_all_references(sources, translations, references, ENGLISH)
     assert (found["sentences"], found["references"]) == (2, 3)
     lists = [["He left without a word.", "I see an old dog."], ["He went home at once.", None]]
     assert found["bleu"] == round(BLEU().corpus_score(translations[:2], lists).score, 2)
     assert found["chrf"] == round(CHRF().corpus_score(translations[:2], lists).score, 2)
-    assert found["bleu"] > score_texts(translations, references)["bleu"]
+    assert found["bleu"] > score_texts(translations, references, ENGLISH)["bleu"]
     assert "nrefs:var" in found["bleu_signature"]
 
 
 def test_groups_by_length_and_by_seen_share_all_rows_among_them():
     translations, references = imperfect(40)
     lengths = [1, 5, 6, 10, 11, 15, 16, 25, 26, 400] * 4
-    groups = score_by_length(lengths, translations, references)
+    groups = score_by_length(lengths, translations, references, ENGLISH)
     assert [(group["source_tokens"], group["sentences"]) for group in groups] == [
         (name, 8) for name in ("1-5", "6-10", "11-15", "16-25", "26+")
     ]
     rows = [row for row, length in enumerate(lengths) if 6 <= length <= 10]
-    of_rows = score_texts([translations[row] for row in rows], [references[row] for row in rows])
+    of_rows = score_texts([translations[row] for row in rows], [references[row] for row in rows], ENGLISH)
     assert (groups[1]["bleu"], groups[1]["chrf"]) == (of_rows["bleu"], of_rows["chrf"])
-    assert score_by_length([3], ["a"], ["a"])[-1] == {
+    assert score_by_length([3], ["a"], ["a"], ENGLISH)[-1] == {
         "source_tokens": "26+",
         "sentences": 0,
         "bleu": None,
         "chrf": None,
     }
     seen = [translation == reference for translation, reference in zip(translations, references, strict=True)]
-    halves = score_by_seen(seen, translations, references)
+    halves = score_by_seen(seen, translations, references, ENGLISH)
     assert halves["seen"]["sentences"] + halves["unseen"]["sentences"] == 40
     assert halves["seen"]["bleu"] == 100 > halves["unseen"]["bleu"]
 

@@ -16,6 +16,7 @@ from jinja2 import UndefinedError
 from tests.support.browser import browser
 from tests.support.commands import ROOT
 from tests.support.pages import HOSTILE
+from training.data.languages import language_of
 from training.evaluation.disc_law_eval.open_questions import render
 from training.evaluation.exports.cards import render as card
 from training.models.adapted_model import LoraOptions
@@ -33,6 +34,7 @@ CARD = {
         **{"source": {"sha256": "b" * 64, "licence": "*CC* `BY`\n\n<script>"}, "fingerprint": "c" * 64},
     },
     **{"place": "cmn.txt", "scores": None, "difference": 1e-7},
+    **{"languages": (language_of("zh"), language_of("en")), "examples": ['"]<'], "conversions": ["*a*"]},
 }
 
 

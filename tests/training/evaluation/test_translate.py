@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.commands import Launch
+from tests.support.commands import ROOT, Launch
 from tests.support.runs import reference
 from training.base.console import UserError
 from training.data.prepared import open_prepared
+from training.data.text import clean
 from training.evaluation import translate
 from training.evaluation.translations.trained import TrainedModel, open_trained
 from training.models import decoding
 
+CASES = ROOT / "tests/cases/pairs"
 CPU = torch.device("cpu")
 SHAPES = {
     "gpt": ("--model.layers", 1, "--model.heads", 2, "--model.width", 48, "--model.context", 40),
@@ -120,6 +123,31 @@ def test_sentences_without_chinese_are_translated_with_a_warning(run, capsys):
     assert "2 of 3 sentences hold no Chinese, which this model translates from" in capsys.readouterr().err
     assert translate.main([str(run), "你好。", ""]) == 0
     assert "hold no Chinese" not in capsys.readouterr().err
+
+
+def test_a_file_in_another_encoding_is_refused_with_the_command_that_converts_it(run, tmp_path, monkeypatch):
+    gbk = CASES / "t23_gbk_translate_input.txt"
+    said = refused(run, "--input", gbk, "--output", tmp_path / "out.txt")
+    advice = f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {gbk} > utf8.txt`"
+    assert f"{gbk} is not UTF-8 text; {advice}" in said
+    assert list(tmp_path.iterdir()) == []
+    with gbk.open(encoding="gb18030") as file, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read().encode("utf-16"))))
+        assert "the input is not UTF-8 text; it looks like UTF-16: convert it with `iconv -f UTF-16" in refused(run)
+
+
+def test_blank_and_invisible_lines_stay_empty_and_all_others_are_where_they_were(run, trained, capsys):
+    assert translate.main([str(run), "--input", str(CASES / "t24_translate_blank_crlf_bom.txt")]) == 0
+    captured = capsys.readouterr()
+    lines = (CASES / "t24_translate_blank_crlf_bom.txt").read_text(encoding="utf-8-sig").split("\n")[:13]
+    empty = [number for number, line in enumerate(lines, 1) if not clean(line)]
+    assert empty and empty == [int(number) for number in re.findall(r"line (\d+): the sentence is empty", captured.err)]
+    translated = captured.out.splitlines()
+    assert len(translated) == 13 and all(translated[number - 1] == "" for number in empty)
+    assert translated[0] == expected(trained, [lines[0]])[0]
+    assert translate.main([str(run), "--input", str(CASES / "t25_invisible_lines.txt")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "\n" * 4 and captured.err.count("the sentence is empty") == 4
 
 
 @pytest.mark.parametrize("which", ["best", "last", "best:2", "last:2", "ema"])

@@ -156,6 +156,8 @@ def weights_in_words(about: dict[str, Any], weights: Weights) -> str:
 
 def place_of(source: dict[str, Any]) -> str:
     """Where data came from, for others: a path on somebody's machine means nothing elsewhere."""
+    if "parts" in source:  # a split that was given
+        return ", ".join(f"{part} {place_of(each)}" for part, each in source["parts"].items())
     return source["place"] if source["kind"] in ("download", "hub") else Path(source["place"]).name
 
 

@@ -43,8 +43,19 @@ from transformers import (
 
 from training.base.console import UserError
 from training.base.files import write_atomically
-from training.data.text import HAN
-from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS, UNK, SentencePieceTokenizer, load_tokenizer
+from training.data.languages import Language
+from training.data.text import INVISIBLE
+from training.data.tokenizers import (
+    EOS,
+    PAD,
+    SEP,
+    SOS,
+    SPECIALS,
+    UNK,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    word_marks,
+)
 from training.models.decoding import NEVER_PRODUCED
 from training.models.gpt import GPT
 
@@ -233,18 +244,19 @@ def check_same(folder: Path, gpt: GPT) -> float:
     return difference
 
 
-def tokenizer_of(folder: Path, context: int) -> PreTrainedTokenizerFast:
-    """The tokenizer that `Tokenizer.save` wrote to `folder`: `<sos> Chinese <sep>` from a text, English from ids.
+def tokenizer_of(folder: Path, target: Language, context: int) -> PreTrainedTokenizerFast:
+    """The source's tokenizer that `Tokenizer.save` wrote to `folder`: `<sos> source <sep>` from a text.
 
-    A text is cleaned as `training.data.text.clean` does, but not simplified. Batches are padded on the left, as
+    Of ids it makes a text in the language `target`. A text is cleaned as `training.data.text.clean` does, and not
+    converted. Batches are padded on the left, as
     generation wants it; `context` is the longest sequence that the model takes. The word tokenizer's ids can differ
     from the run's where Unicode's tables do: on characters from after Unicode 11, and on a Greek word's last sigma.
     """
     tokenizer = load_tokenizer(folder)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        backend = _pieces(folder / tokenizer.file_name)
+        backend = _pieces(folder / tokenizer.file_name, tokenizer.language)
     else:
-        backend = _words(tokenizer.token_texts(range(tokenizer.vocabulary_size)))
+        backend = _words(tokenizer.token_texts(range(tokenizer.vocabulary_size)), tokenizer.language, target)
     # <unk> is none of them: what the model does not know stays visible when special tokens are left out.
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS[:UNK]])
     backend.post_processor = TemplateProcessing(
@@ -274,14 +286,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 # What `training.data.text.clean` does, up to blanks at the ends. Python counts four more characters as blanks than \s.
 _CLEAN = (
-    normalizers.Replace(Regex("[\u200b\ufeff]"), ""),
+    normalizers.Replace(Regex(f"[{INVISIBLE}]"), ""),
     normalizers.Replace(Regex(r"[\s\x1c-\x1f]+"), " "),
     normalizers.Strip(),
 )
 
 
-def _pieces(model_file: Path) -> Tokenizer:
-    """The sentencepiece model of `SentencePieceTokenizer`, for Chinese texts."""
+def _pieces(model_file: Path, source: Language) -> Tokenizer:
+    """The sentencepiece model of `SentencePieceTokenizer`, for texts in the language `source`."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     pieces = [processor.id_to_piece(number) for number in range(processor.vocab_size())]
     ordinary = dict.fromkeys(pieces[len(SPECIALS) :])
@@ -296,7 +308,8 @@ def _pieces(model_file: Path) -> Tokenizer:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     # A run of unknown characters is one <unk>, as sentencepiece has it.
     backend = Tokenizer(BPE(vocabulary, merges, unk_token=SPECIALS[UNK], fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([*_CLEAN, normalizers.Replace(" ", "▁")])
+    in_front = [normalizers.Prepend(" ")] if source.blanks else []
+    backend.normalizer = normalizers.Sequence([*_CLEAN, *in_front, normalizers.Replace(" ", "▁")])
     # Not decoders.Strip, which fails on a text of nothing else.
     at_the_ends = Regex(r"\A +| +\z")
     backend.decoder = decoders.Sequence(
@@ -305,10 +318,10 @@ def _pieces(model_file: Path) -> Tokenizer:
     return backend
 
 
-def _words(tokens: list[str]) -> Tokenizer:
-    """The vocabulary of `WordTokenizer`, for Chinese texts (`training.data.tokenizers.cut`)."""
+def _words(tokens: list[str], source: Language, target: Language) -> Tokenizer:
+    """The vocabulary of `WordTokenizer`, for texts in `source` and ids of `target` (`training.data.tokenizers.cut`)."""
     backend = Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=SPECIALS[UNK]))
-    kept = rf"{HAN}\p{{L}}\p{{N}}"
+    kept = r"\p{L}\p{N}" + source.script * (not source.blanks)
     backend.normalizer = normalizers.Sequence(
         [
             *_CLEAN,
@@ -319,6 +332,16 @@ def _words(tokens: list[str]) -> Tokenizer:
             normalizers.Replace(Regex(rf"\A[^{kept}]+\z"), "?"),
         ]
     )
-    words = Regex(rf"[{HAN}]|[{kept}&&[^{HAN}]]+|\A\?\z")
+    if source.blanks:
+        word = rf"[{kept}][{kept}{word_marks()}]*"
+        words = Regex(rf"{word}(?:'{word})*|\A\?\z")
+    else:
+        words = Regex(rf"[{source.script}]|[{kept}&&[^{source.script}]]+|\A\?\z")
     backend.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    if not target.blanks:  # otherwise transformers puts one between two words
+        own = f"[{target.script}]"
+        beside_own = Regex(rf"\A +|(?<={own}) | (?={own})")
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(Regex(r"\A"), " "), decoders.Fuse(), decoders.Replace(beside_own, "")]
+        )
     return backend

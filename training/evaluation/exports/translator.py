@@ -14,6 +14,7 @@ from typing import Any
 
 from training.base.console import UserError, say
 from training.base.files import check_room, read_json
+from training.data.text import Conversions
 from training.evaluation.exports import cards
 from training.evaluation.exports.folder import (
     needing,
@@ -27,6 +28,9 @@ from training.evaluation.exports.folder import (
 from training.evaluation.setting import Setting
 from training.evaluation.translations.trained import TrainedModel
 from training.models.gpt import GPT
+
+# What the model card translates, by the source's language.
+EXAMPLES = {"zh": ["你好。", "他喜欢买书。"], "en": ["Hello.", "He likes to buy books."]}
 
 # Config, tokenizer and card; a tokenizer of 100,000 pieces takes about half of it.
 _ROOM_BESIDE_WEIGHTS = 10_000_000
@@ -52,7 +56,8 @@ def export(trained: TrainedModel, output: Path) -> None:
     with unpublished(output) as folder:
         check_room(folder, sum(parameter.nbytes for parameter in model.parameters()) + _ROOM_BESIDE_WEIGHTS)
         save_model(model, folder)
-        tokenizer = hugging_face.tokenizer_of(trained.run_dir / "tokenizer/source", trained.model.options.context)
+        target, context = trained.languages[1], trained.model.options.context
+        tokenizer = hugging_face.tokenizer_of(trained.run_dir / "tokenizer/source", target, context)
         hugging_face.save_tokenizer(tokenizer, folder)
         difference = hugging_face.check_same(folder, trained.model)
         about = {
@@ -64,11 +69,22 @@ def export(trained: TrainedModel, output: Path) -> None:
         publish(folder, output, card(trained, about, difference), about)
     say(f"{output}: step {trained.step:,} ({trained.weights}) of {trained.run_dir} as {about['architecture']}")
     say(f"  checked   loaded by transformers {about['transformers']}; logits differ by {difference:.1e} at most")
-    say(f"  tokenizer {trained.source_tokenizer.kind}: <sos> Chinese <sep> from a text")
-    if trained.data["options"]["simplify"]:
-        say("  note      it does not convert traditional characters to simplified ones, which the model was trained on")
+    say(f"  tokenizer {trained.source_tokenizer.kind}: <sos> {trained.languages[0]} <sep> from a text")
+    for conversion in _conversions(trained):
+        say(f"  note      it does not convert {conversion}, as was done to what the model was trained on")
     if _scores(trained) is None:
         say(f"  scores    none of these weights: `{_setting(trained).command(trained.run_dir)}`, then again")
+
+
+def _conversions(trained: TrainedModel) -> list[str]:
+    """What was done to the sources that it was trained on and is not done by the exported tokenizer, in words."""
+    done = Conversions.of(trained.data["options"])
+    words = {
+        "traditional characters to simplified ones": done.simplify and trained.languages[0].variants,
+        "HTML's entities to characters": done.unescape,
+        "full-width letters and digits to ordinary ones": done.narrow,
+    }
+    return [each for each, was_done in words.items() if was_done]
 
 
 def _setting(trained: TrainedModel) -> Setting:
@@ -91,7 +107,7 @@ def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str
     """The model card. `about`: the content of export.json."""
     source = trained.data["source"]
     header = {
-        "language": ["zh", "en"],
+        "language": [language.code for language in trained.languages],
         "license": "cc-by-2.0" if "CC BY 2.0" in source["licence"] else "unknown",
         "library_name": "transformers",
         "tags": ["translation"],
@@ -104,6 +120,9 @@ def card(trained: TrainedModel, about: dict[str, Any], difference: float) -> str
             "weights": weights_in_words(about, trained.weights),
             "options": trained.model.options,
             "data": trained.data,
+            "languages": trained.languages,
+            "examples": EXAMPLES.get(trained.languages[0].code, ["..."]),
+            "conversions": _conversions(trained),
             "place": place_of(source),
             "scores": _scores(trained),
             "difference": difference,

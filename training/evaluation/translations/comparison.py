@@ -17,7 +17,9 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from training.base.console import UserError, say
 from training.base.files import read_json, read_plain
+from training.data.languages import Language, language_of
 from training.data.prepared import PARTS
+from training.data.translation_metrics import bleu_of
 from training.evaluation.bootstrap import Paired, better_of, paired
 from training.evaluation.setting import Setting
 from training.evaluation.translations.scores import score_of, sentence_counts, signature_of
@@ -30,6 +32,11 @@ class Evaluation:
     name: str
     scores: dict[str, Any]
     rows: list[dict[str, Any]]
+
+    @property
+    def language(self) -> Language:
+        """That of the translations."""
+        return language_of(self.scores["languages"]["target"])
 
     @property
     def translations(self) -> list[str]:
@@ -74,7 +81,11 @@ def open_evaluation(name: str, folder: Path, label: str) -> Evaluation:
         rows = [json.loads(line) for line in read_plain(translations, 1 << 30).splitlines()]
         evaluation = Evaluation(name, about, rows)
         parts = [row["row"] for row in rows], evaluation.references, evaluation.translations
-        complete = {len(part) for part in parts} == {about["sentences"]} and {"part", "split"} <= about.keys()
+        complete = {len(part) for part in parts} == {about["sentences"]} and {
+            "part",
+            "split",
+            "languages",
+        } <= about.keys()
         complete &= all(isinstance(text, str) for texts in parts[1:] for text in texts)
     except (ValueError, KeyError, TypeError):
         complete = False
@@ -88,7 +99,7 @@ def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
     check_comparable(first, second)
     references = [[reference] for reference in first.references]
     verdicts = []
-    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+    for name, metric in _metrics(first).items():
         counts, others = (sentence_counts(metric, one.translations, references) for one in (first, second))
         test = paired(partial(score_of, metric), counts, others)
         verdicts.append(Verdict(**vars(test), metric=name, signature=signature_of(metric)))
@@ -98,11 +109,14 @@ def compare(first: Evaluation, second: Evaluation) -> list[Verdict]:
 def scores_of(one: Evaluation) -> dict[str, float]:
     """BLEU and chrF of an evaluation."""
     references = [[reference] for reference in one.references]
-    metrics: dict[str, BLEU | CHRF] = {"BLEU": BLEU(), "chrF": CHRF()}
     return {
         name: score_of(metric, sentence_counts(metric, one.translations, references).sum(0))
-        for name, metric in metrics.items()
+        for name, metric in _metrics(one).items()
     }
+
+
+def _metrics(one: Evaluation) -> dict[str, BLEU | CHRF]:
+    return {"BLEU": bleu_of(one.language), "chrF": CHRF()}
 
 
 def check_comparable(first: Evaluation, second: Evaluation) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 from training.base.console import UserError, say
 from training.base.files import write_atomically, writing_to
+from training.data.languages import Language, language_of
 from training.data.prepared import Part, Prepared
 from training.data.tokenizers import UNK
+from training.data.translation_metrics import bleu_of
 from training.engine.cluster import Cluster
 from training.engine.wandb.tracker import publish_evaluation
 from training.evaluation.setting import Search, Setting
@@ -43,14 +45,15 @@ SHEET_TOKENS = 32  # longer ones make a sheet that nobody can take in
 def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Search, cluster: Cluster) -> Path:
     """Decodes and scores one part of `data`, writes everything the module names, and returns the report's path.
 
-    Raises UserError when the part has nothing that can be scored.
+    Raises UserError when the part has nothing that can be scored, or the target language has no BLEU here.
     """
     part = data.part(part_name)
     _check_part(trained, data, part)
+    bleu_of(trained.languages[1])  # before anything that takes long
     results = _translated(trained, part, search, cluster)
     token_scores = _token_scores(trained, part, cluster)
     train = training_part(trained, data)
-    seen = None if train is None else seen_rows(part, train, cluster)
+    seen = None if train is None else seen_rows(part, train, trained.languages, cluster)
     path = trained.run_dir / REPORT
     if not cluster.is_first:
         return path
@@ -60,9 +63,10 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     scores = {
         **trained.about(data, part_name, label),
         "others": {other.run_dir.name: other.step for other in trained.others},
+        "languages": {side: each.code for side, each in zip(("source", "target"), trained.languages, strict=True)},
         "split": data.meta["options"]["split"],
         "search": str(search),
-        **_text_scores(part, translations, seen),
+        **_text_scores(part, translations, seen, trained.languages[1]),
         **token_scores,
         "empty": sum(not result.ids and result.problem is None for result in results),
         "cut_off": sum(not result.ended and result.problem is None for result in results),
@@ -139,14 +143,16 @@ def _token_scores(trained: TrainedModel, part: Part, cluster: Cluster) -> dict[s
     }
 
 
-def _text_scores(part: Part, translations: Sequence[str], seen: Sequence[bool] | None) -> dict[str, Any]:
+def _text_scores(
+    part: Part, translations: Sequence[str], seen: Sequence[bool] | None, language: Language
+) -> dict[str, Any]:
     """Scores of the translations against the references, in all and by kind of sentence."""
     references = list(part.target_texts)
     return {
-        **score_texts(translations, references),
-        "all_references": score_with_all_references(list(part.source_texts), translations, references),
-        "by_length": score_by_length(part.source.lengths.tolist(), translations, references),
-        "by_seen": None if seen is None else score_by_seen(seen, translations, references),
+        **score_texts(translations, references, language),
+        "all_references": score_with_all_references(list(part.source_texts), translations, references, language),
+        "by_length": score_by_length(part.source.lengths.tolist(), translations, references, language),
+        "by_seen": None if seen is None else score_by_seen(seen, translations, references, language),
     }
 
 
@@ -170,6 +176,10 @@ def _shown(
         "checkpoint": trained.checkpoint.manifest,
         "versions": trained.versions("torch", "sacrebleu"),
         "scores": scores,
+        "languages": {
+            side: {"code": each.code, "name": each.name, "direction": each.direction}
+            for side, each in zip(("source", "target"), trained.languages, strict=True)
+        },
         "data": data.meta,
         "training_data": trained.data,
         "parameters": sum(
@@ -219,6 +229,11 @@ def _attention(
     return list(sheets.items())
 
 
+def _directed(codes: dict[str, str]) -> str:
+    """Which languages are translated, in words."""
+    return f"{language_of(codes['source'])} to {language_of(codes['target'])}"
+
+
 def _together(scores: dict[str, Any]) -> str:
     """Of an ensemble, the other members in words."""
     names = [f"{name} (step {step:,})" for name, step in scores["others"].items()]
@@ -230,8 +245,9 @@ def _print(scores: dict[str, Any], examples: Sequence[Example]) -> None:
         note = f"  ({example.note})" if example.note else ""
         say(f"\n  {example.source}\n  = {example.reference}\n  > {example.translation}{note}")
     say(
-        f"\n{scores['part']} part, {scores['split']} split, {scores['sentences']:,} sentences, "
-        f"step {scores['step']:,} ({scores['weights']}), {scores['search']}{_together(scores)}"
+        f"\n{_directed(scores['languages'])}: {scores['part']} part, {scores['split']} split, "
+        f"{scores['sentences']:,} sentences, step {scores['step']:,} ({scores['weights']}), "
+        f"{scores['search']}{_together(scores)}"
     )
     if scores["synthetic"]:
         say(f"  note         {SYNTHETIC}")

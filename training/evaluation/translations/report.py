@@ -106,10 +106,11 @@ def runs_beside(run_dir: Path, label: str, task: str) -> list[tuple[str, Beside]
 def content_of(evaluation: Mapping[str, Any]) -> Evaluated:
     """What the page shows of an evaluation, given these, as JSON has them.
 
-    checkpoint: manifest of the first one evaluated. scores: the object that `evaluate` writes to LABEL.json. data:
-    meta.json of the data that was scored; training_data: that of the data trained on. parameters: of the model.
-    versions: with which it was trained and evaluated. examples: of `example_rows`; ranked: pairs of kind and examples,
-    of `ranked_rows`. attention: pairs of caption and `Sheet`. beside: of `runs_beside`.
+    checkpoint: manifest of the first one evaluated. scores: the object that `evaluate` writes to LABEL.json. languages:
+    code, name and direction of writing of source and target. data: meta.json of the data that was scored;
+    training_data: that of the data trained on. parameters: of the model. versions: with which it was trained and
+    evaluated. examples: of `example_rows`; ranked: pairs of kind and examples, of `ranked_rows`. attention: pairs of
+    caption and `Sheet`. beside: of `runs_beside`.
     """
     model = evaluation["checkpoint"]["config"]["model"]
     more = {

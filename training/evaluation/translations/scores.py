@@ -1,9 +1,9 @@
 """How good translations are, in numbers that can be compared with others' because each says how it was computed.
 
 BLEU and chrF are sacrebleu's, on plain text against the references as they stand in the corpus, case and punctuation
-included. A model with word tokens writes neither, so its BLEU is low however well it translates; `bleu_normalised`
-takes both away on both sides, as scores computed on word tokens do. Nothing is left out: a sentence without a
-translation counts as an empty one.
+included; where words end is decided by the target language alone. A model with word tokens writes neither, so its BLEU
+is low however well it translates; `bleu_normalised` takes both away on both sides, as scores computed on word tokens
+do. Nothing is left out: a sentence without a translation counts as an empty one.
 
 An interval is where 95 % of the scores lie that a bootstrap finds (Koehn 2004; see `bootstrap`): it is what
 another choice of test sentences of the same kind would change, and says nothing about another training with another
@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from training.data.languages import Language
 from training.data.tokenizers import cut
+from training.data.translation_metrics import bleu_of
 from training.evaluation import bootstrap
 from training.evaluation.bootstrap import RESAMPLES, SEED, Interval, interval_of, rounded
 
@@ -87,14 +89,16 @@ def measure(metric: BLEU | CHRF, translations: Sequence[str], references: Sequen
     return Measured(score_of(metric, counts.sum(0)), interval_of(resampled), signature_of(metric))
 
 
-def score_texts(translations: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+def score_texts(translations: Sequence[str], references: Sequence[str], language: Language) -> dict[str, Any]:
     """Scores plain texts, one reference per translation, as a JSON object.
 
     bleu (Papineni et al. 2002) and chrf (Popović 2015) go from 0 to 100; bleu_normalised is of both sides in lower case
-    and without punctuation. Raises ValueError when the numbers of texts differ or are zero.
+    and without punctuation. language: of the texts. Raises ValueError when the numbers of texts differ or are zero.
     """
-    normalised, normalised_references = [_normalise(t) for t in translations], [_normalise(r) for r in references]
-    bleu = measure(BLEU(), translations, [[reference] for reference in references])
+    normalised, normalised_references = (
+        [_normalise(text, language) for text in texts] for texts in (translations, references)
+    )
+    bleu = measure(bleu_of(language), translations, [[reference] for reference in references])
     chrf = measure(CHRF(), translations, [[reference] for reference in references])
     # The normalised text is words and blanks already, there is nothing left for sacrebleu to cut.
     words = measure(BLEU(tokenize="none"), normalised, [[reference] for reference in normalised_references])
@@ -110,7 +114,7 @@ def score_texts(translations: Sequence[str], references: Sequence[str]) -> dict[
 
 
 def score_with_all_references(
-    sources: Sequence[str], translations: Sequence[str], references: Sequence[str]
+    sources: Sequence[str], translations: Sequence[str], references: Sequence[str], language: Language
 ) -> dict[str, Any]:
     """Scores each distinct source once, against all references that the corpus has for it.
 
@@ -123,7 +127,7 @@ def score_with_all_references(
         first.setdefault(source, translation)
         known.setdefault(source, {})[reference] = None
     everything = [list(own) for own in known.values()]
-    bleu, chrf = (measure(metric, list(first.values()), everything) for metric in (BLEU(), CHRF()))
+    bleu, chrf = (measure(metric, list(first.values()), everything) for metric in (bleu_of(language), CHRF()))
     return {
         "sentences": len(everything),
         "references": sum(map(len, everything)),
@@ -133,7 +137,7 @@ def score_with_all_references(
 
 
 def score_by_length(
-    lengths: Sequence[int], translations: Sequence[str], references: Sequence[str]
+    lengths: Sequence[int], translations: Sequence[str], references: Sequence[str], language: Language
 ) -> list[dict[str, Any]]:
     """BLEU and chrF of the sentences in each of LENGTH_GROUPS; lengths: of the sources, in tokens, at least 1."""
     groups, shortest = [], 1
@@ -142,15 +146,19 @@ def score_by_length(
             row for row, length in enumerate(lengths) if shortest <= length and (longest is None or length <= longest)
         ]
         name = f"{shortest}+" if longest is None else f"{shortest}-{longest}"
-        groups.append({"source_tokens": name, **_score_rows(rows, translations, references)})
+        groups.append({"source_tokens": name, **_score_rows(rows, translations, references, language)})
         shortest = (longest or 0) + 1
     return groups
 
 
-def score_by_seen(seen: Sequence[bool], translations: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+def score_by_seen(
+    seen: Sequence[bool], translations: Sequence[str], references: Sequence[str], language: Language
+) -> dict[str, Any]:
     """BLEU and chrF of the rows that are `seen`, and of those that are not."""
     return {
-        name: _score_rows([row for row, is_seen in enumerate(seen) if is_seen == wanted], translations, references)
+        name: _score_rows(
+            [row for row, is_seen in enumerate(seen) if is_seen == wanted], translations, references, language
+        )
         for name, wanted in (("seen", True), ("unseen", False))
     }
 
@@ -161,17 +169,20 @@ def with_interval(scores: Mapping[str, Any], key: str) -> str:
     return f"{scores[key]:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _score_rows(rows: Sequence[int], translations: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+def _score_rows(
+    rows: Sequence[int], translations: Sequence[str], references: Sequence[str], language: Language
+) -> dict[str, Any]:
     """Of some rows, without intervals; None for the scores of no row."""
     if not rows:
         return {"sentences": 0, "bleu": None, "chrf": None}
     chosen = [translations[row] for row in rows], [[references[row]] for row in rows]
-    bleu, chrf = (score_of(metric, sentence_counts(metric, *chosen).sum(0)) for metric in (BLEU(), CHRF()))
+    metrics = bleu_of(language), CHRF()
+    bleu, chrf = (score_of(metric, sentence_counts(metric, *chosen).sum(0)) for metric in metrics)
     return {"sentences": len(rows), "bleu": round(bleu, 2), "chrf": round(chrf, 2)}
 
 
-def _normalise(text: str) -> str:
-    return " ".join(cut(text, "en"))
+def _normalise(text: str, language: Language) -> str:
+    return " ".join(cut(text, language))
 
 
 def _matches(translations: Sequence[str], references: Sequence[str]) -> int:

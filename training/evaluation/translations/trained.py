@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from training.base.console import UserError
+from training.data.languages import Language
 from training.data.prepared import Prepared
-from training.data.text import clean, simplify
+from training.data.text import Conversions
 from training.data.tokenizers import Tokenizer, load_tokenizer
 from training.evaluation.runs import TrainedRun, open_run
 from training.evaluation.translations.translators import (
@@ -36,11 +37,14 @@ class TrainedModel(TrainedRun):
     decoder: GPTTranslator | AttentionGRUTranslator | EnsembleTranslator
     others: tuple[TrainedModel, ...] = ()  # of an ensemble, whose first member all else is of
 
+    @property
+    def languages(self) -> tuple[Language, Language]:
+        """Of the source and of the target."""
+        return self.source_tokenizer.language, self.target_tokenizer.language
+
     def encode(self, text: str) -> list[int]:
         """Ids of a source sentence, its characters treated as those of the training data; none for a blank one."""
-        text = clean(text)
-        if self.data["options"]["simplify"]:
-            text = simplify(text)
+        text = Conversions.of(self.data["options"]).apply(text, self.source_tokenizer.language)
         return self.source_tokenizer.encode(text) if text else []
 
     def check_fits(self, data: Prepared) -> None:

@@ -1,35 +1,40 @@
-"""The command `python -m data_prep.tatoeba`, run as people run it: bad inputs, bad disks, kills, second runs."""
+"""The command `python -m data_prep.pairs`, run as people run it: bad inputs, bad disks, kills, second runs."""
 
 import gzip
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from data_prep import sources, tatoeba
+from data_prep import pair_rows, pairs, sources, tables
 from data_prep.sources import sample_lines
 from tests.support.commands import ROOT, Result, run
 from tests.support.disks import mounted
 from training.base.console import UserError
 from training.base.files import temporary_folder
-from training.data.prepared import open_prepared
+from training.data.languages import Language
+from training.data.prepared import PARTS, Prepared, open_prepared
+from training.data.text import clean
+from training.data.tokenizers import WordTokenizer
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "data_prep.tatoeba", *map(str, words)]
+    return [sys.executable, "-m", "data_prep.pairs", *map(str, words)]
 
 
 def prepare(*words: object, **environment: str) -> Result:
-    return run(*words, module="data_prep.tatoeba", environment=environment)
+    return run(*words, module="data_prep.pairs", environment=environment)
 
 
 def assert_refused(result: Result, *expected: str) -> None:
@@ -43,7 +48,7 @@ def assert_refused(result: Result, *expected: str) -> None:
 
 def prepare_here(*words: object) -> None:
     """The same in this process, where only its result matters: starting Python takes longer than preparing."""
-    assert tatoeba.main([str(word) for word in words]) == 0
+    assert pairs.main([str(word) for word in words]) == 0
 
 
 def small_corpus(path: Path, count: int = 400) -> Path:
@@ -69,19 +74,23 @@ BAD_SOURCES = {
     "utf16": (CORPUS.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 3)"),
     "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "is it another language's file?"),
-    "swapped": ("嗨。\tHi.\n跑。\tRun.\n".encode(), "swap the columns: `awk"),
-    "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "put English first on these lines"),
-    "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas (CSV), save it with tabs"),
-    "compressed": (gzip.compress(CORPUS.encode()), "unpack it with `gunzip -k"),
-    "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as text separated by tabs"),
-    "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "put a tab between the languages; `paste "),
-    "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: write English, a tab"),
+    "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "in the order of the others"),
+    "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas or semicolons (CSV), call the file .csv"),
+    "cut_gzip": (gzip.compress(CORPUS.encode())[:-20], "is a damaged gzip file"),
+    "spreadsheet": (spreadsheet(), "is a spreadsheet: save it as CSV or as text separated by tabs"),
+    "semicolons": ("Hi.;嗨。\nRun.;跑。\n".encode(), "separated by commas or semicolons (CSV), call the file .csv"),
+    "json": ('{"en": "Hi.", "zh": "嗨。"}\n'.encode(), "it looks like JSON: call the file .jsonl"),
     "latin1": (b"caf\xe9\tna\xefve\n", "not UTF-8 text (line 1); save it as UTF-8 (`iconv -f"),
     "cut_short": (CORPUS.encode() + "\nHi.\t嗨".encode()[:-1], "(line 201); it ends in the middle of a character"),
-    "numbered": (b"1\tHi.\t\xe5\x97\xa8\n2\tRun.\t\xe8\xb7\x91\n", "`cut -f 2,3` takes those two"),
-    "chinese_twice": ("嗨。\t嗨。\n跑。\t跑。\n".encode(), "in the first column, too, where English is expected"),
+    "chinese_twice": (
+        "嗨。\t嗨。\n跑。\t跑。\n".encode(),
+        "no English in any column of their own (1: Ch",
+    ),
     "damaged_zip": (b"PK\x05\x06" + bytes(18) + b"PK", "one text file of sentence pairs, found 0"),
-    "four_columns": (b"1\tHi.\t2\t\xe5\x97\xa8\n", "4 columns"),
+    "two_of_each": (
+        "Hi.\tHello.\t嗨。\t你好。\n".encode(),
+        "several columns hold Chinese or English. Pass",
+    ),
     "too_few": ("Hi.\t嗨。\nRun.\t跑。\n".encode(), "too few for this split"),
 }
 
@@ -95,23 +104,24 @@ def test_a_zip_file_is_read_only_as_far_as_a_text_of_sentences_can_go(tmp_path):
             with pytest.raises(
                 UserError, match="unpacks to more than 67,108,864, which no text of sentence pairs does"
             ):
-                sources.open_source(str(path), tmp_path)
+                tables.open_text(path)
         else:
-            assert len(sources.open_source(str(path), tmp_path).content) == unpacked
+            assert tables.open_text(path).bytes == unpacked
     noise = random.Random(1).randbytes(1 << 20)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("cmn.txt", noise + bytes(70 << 20))
-    assert len(sources.open_source(str(path), tmp_path).content) == len(noise) + (70 << 20), "100 times its size it may"
+    with pytest.raises(UserError, match=r"is not UTF-8 text \(line 1\)"):  # 100 times its size it may
+        tables.open_text(path)
 
 
 def test_commands_that_are_named_quote_the_name_of_the_file(tmp_path):
     path = tmp_path / "my $(touch x).txt"
-    path.write_bytes(gzip.compress(b""))
-    with pytest.raises(UserError, match=r"gunzip -k '[^']*my \$\(touch x\).txt'`"):
-        sources.open_source(str(path), tmp_path)
     path.write_bytes(CORPUS.encode("utf-16"))
     with pytest.raises(UserError, match=r"-t UTF-8 '[^']*my \$\(touch x\).txt' >"):
-        sources.read_pairs(sources.open_source(str(path), tmp_path), 0.01)
+        tables.open_text(path)
+    (tmp_path / "$(touch x).json").write_text('[{"en": "Hi."}]')
+    with pytest.raises(UserError, match=r"jq -c '\.\[\]' '[^']*\$\(touch x\).json' > '\$\(touch x\)-lines.jsonl'"):
+        tables.open_text(tmp_path / "$(touch x).json")
 
 
 @pytest.mark.parametrize("name", BAD_SOURCES)
@@ -127,7 +137,8 @@ def test_bad_source_is_one_clear_line_and_leaves_nothing_behind(name, tmp_path):
 def test_missing_source_and_folder_as_source_say_what_to_pass(tmp_path):
     missing = prepare("--source", tmp_path / "nothing.txt", "--output", tmp_path / "x")
     assert_refused(missing, "there is no file", "--source download", "--source sample")
-    assert_refused(prepare("--source", tmp_path, "--output", tmp_path / "x"), "is a folder", "cmn.txt")
+    folder = prepare("--source", tmp_path, "--output", tmp_path / "x")
+    assert_refused(folder, "cannot be read as a data set", "doesn't contain any data files")
 
 
 def test_more_malformed_lines_than_the_threshold_are_refused_fewer_are_listed(tmp_path):
@@ -148,22 +159,26 @@ def test_bom_crlf_and_odd_blanks_are_cleaned_and_two_columns_are_enough(tmp_path
     lines = [f"Line {number}.\t\u200b第\u3000{number}\u3000行。\u200b" for number in range(100)]
     source = tmp_path / "cmn.txt"
     source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert tatoeba.main(["--source", str(source), "--output", str(tmp_path / "x")]) == 0
+    assert pairs.main(["--source", str(source), "--output", str(tmp_path / "x")]) == 0
     part = open_prepared(tmp_path / "x").part("train")
     assert part.target_texts[0] == f"Line {part.rows[0]}."
     assert part.source_texts[0] == f"第 {part.rows[0]} 行。"
 
 
-def test_lines_end_at_lf_crlf_and_cr_and_nowhere_within_a_sentence():
+@pytest.mark.parametrize("bytes_per_part", [7, 1 << 20])
+def test_lines_end_at_lf_crlf_and_cr_and_nowhere_within_a_sentence(bytes_per_part: int, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tables, "BYTES_PER_PART", bytes_per_part)
     lines = [f"Line\u2028{number}.\t第\x0c{number}\u2029行\x85。" for number in range(60)]
     mixed = "".join(line + end for line, end in zip(lines, ("\n", "\r\n", "\r") * 20, strict=True))
     for text in (mixed, mixed + "\r", *(end.join(lines) for end in ("\n", "\r\n", "\r"))):
-        pairs = sources.read_pairs(sources.Source("file", "cmn.txt", b"\xef\xbb\xbf" + text.encode()), 0)
-        assert pairs.english == [f"Line {number}." for number in range(60)]
-        assert pairs.chinese == [f"第 {number} 行 。" for number in range(60)]
-    broken = f"{lines[0]}\r{lines[1]}\r\n{lines[2]}\n".encode() + b"\xff\n"
+        (tmp_path / "cmn.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        rows = [[clean(cell) for cell in cells] for _, cells in tables.open_text(tmp_path / "cmn.txt").rows()]
+        assert [cells for cells in rows if any(cells)] == [
+            [f"Line {number}.", f"第 {number} 行 。"] for number in range(60)
+        ]
+    (tmp_path / "cmn.txt").write_bytes(f"{lines[0]}\r{lines[1]}\r\n{lines[2]}\n".encode() + b"\xff\n")
     with pytest.raises(UserError, match=r"is not UTF-8 text \(line 4\)"):
-        sources.read_pairs(sources.Source("file", "cmn.txt", broken), 0)
+        tables.open_text(tmp_path / "cmn.txt")
 
 
 def test_half_a_sentence_before_a_tab_is_no_pair_and_the_line_is_named(tmp_path: Path, capsys):
@@ -208,7 +223,7 @@ def test_a_heading_is_no_pair(heading: str, tmp_path: Path):
 
 
 DOUBTFUL = {
-    "heading": ("en_text\tzh_text\n" + CORPUS, "only the first pair has no Chinese ('en_text', 'zh_text')"),
+    "heading": ("left\tright\n" + CORPUS, "only the first pair has no Chinese ('right', 'left')"),
     "quotes": ("\n".join('"{}"\t"{}"'.format(*line.split("\t")[:2]) for line in CORPUS.split("\n")), "are in quotes"),
     "duplicates": ("\n".join([CORPUS] * 2), "200 of 400 pairs repeat an earlier one"),
     "few": (CORPUS, "200 pairs are few: with less than about 3,000"),
@@ -254,7 +269,7 @@ def test_output_that_is_a_file_or_holds_other_things_is_never_touched(tmp_path):
         assert_refused(result, expected)
     for output in (".", ".."):
         with pytest.raises(UserError, match="not the name of a folder"):
-            tatoeba.main(["--source", "sample", "--output", output])
+            pairs.main(["--source", "sample", "--output", output])
     under_file = prepare("--source", "sample", "--output", tmp_path / "notes/thesis.tex/x")
     assert_refused(under_file, "a part of this path is a file")
     assert (tmp_path / "notes/thesis.tex").read_text() == "years of work"
@@ -270,7 +285,7 @@ def test_killed_preparation_leaves_no_output_and_is_redone(moment, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not output.exists()
-    assert tatoeba.main(["--source", "sample", "--output", str(output)]) == 0
+    assert pairs.main(["--source", "sample", "--output", str(output)]) == 0
     open_prepared(output).verify()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -378,24 +393,182 @@ def test_download_is_kept_and_prepared_like_the_file_in_it(tmp_path, monkeypatch
     Site.body = (tmp_path / "cmn-eng.zip").read_bytes()
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(sources, "DOWNLOAD_URL", f"http://127.0.0.1:{server.server_port}/cmn-eng.zip")
+        monkeypatch.setattr(sources, "DOWNLOAD_PAGE", f"http://127.0.0.1:{server.server_port}/")
         words = ["--source", "download", "--output", str(tmp_path / "prepared/x")]
         Site.cut = 100
         with pytest.raises(UserError, match="could not be fetched"):
-            tatoeba.main(words)
+            pairs.main(words)
         assert list((tmp_path / "prepared").rglob("*.*")) == []
         Site.cut = 0
-        assert tatoeba.main(words) == 0
+        assert pairs.main(words) == 0
         downloaded = open_prepared(tmp_path / "prepared/x")
         said = capsys.readouterr().out
         assert f"{len(Site.body):,} bytes" in said and downloaded.meta["source"]["archive"]["sha256"] in said
         asked = Site.asked
-        assert tatoeba.main([*words[:3], str(tmp_path / "prepared/y"), "--split", "grouped"]) == 0
+        assert pairs.main([*words[:3], str(tmp_path / "prepared/y"), "--split", "grouped"]) == 0
         (tmp_path / "prepared/downloads/cmn-eng.zip").unlink()
-        assert tatoeba.main(words) == 0
+        assert pairs.main(words) == 0
         assert Site.asked == asked, "asked the network for what was there"
         server.shutdown()
-    assert tatoeba.main(["--source", str(text), "--output", str(tmp_path / "from_file")]) == 0
-    assert tatoeba.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
+    assert pairs.main(["--source", str(text), "--output", str(tmp_path / "from_file")]) == 0
+    assert pairs.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
     same = {open_prepared(tmp_path / name).fingerprint for name in ("from_file", "from_zip", "prepared/x")}
     assert len(same) == 1
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> str:
+    path.write_text("".join(f"{english}\t{chinese}\n" for english, chinese in pairs), encoding="utf-8")
+    return str(path)
+
+
+def pairs_of(data: Prepared, part: str) -> list[tuple[str, str]]:
+    opened = data.part(part)
+    return list(zip(opened.target_texts, opened.source_texts, strict=True))
+
+
+LINES = [(english, chinese) for english, chinese, _ in (line.split("\t") for line in sample_lines()[:300])]
+GIVEN = {"train": LINES[:220], "validation": LINES[220:250], "test": LINES[250:]}
+
+
+def test_a_split_that_is_given_is_kept_row_for_row(tmp_path: Path):
+    words = [word for part in GIVEN for word in (f"--{part}", write_pairs(tmp_path / f"{part}.tsv", GIVEN[part]))]
+    prepare_here(*words, "--output", tmp_path / "x")
+    data = open_prepared(tmp_path / "x")
+    assert sorted(pairs_of(data, "train")) == sorted(GIVEN["train"]) and pairs_of(data, "train") != GIVEN["train"]
+    for part in ("validation", "test"):
+        assert pairs_of(data, part) == GIVEN[part], "in the order of the file"
+        assert data.part(part).rows.tolist() == list(range(len(GIVEN[part])))
+    assert [GIVEN["train"][row] for row in data.part("train").rows] == pairs_of(data, "train")
+    assert data.meta["options"]["split"] == "given" and data.meta["rows"] == {k: len(v) for k, v in GIVEN.items()}
+    assert [about["place"] for about in data.meta["source"]["parts"].values()] == words[1::2]
+    assert prepare(*words, "--output", tmp_path / "x").out.count("nothing to do") == 1
+    write_pairs(tmp_path / "test.tsv", GIVEN["test"][:-1])
+    assert_refused(prepare(*words, "--output", tmp_path / "x"), "the source's content")
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+def test_validation_is_taken_from_train_where_it_is_not_given(split: str, tmp_path: Path):
+    words = [word for part in ("train", "test") for word in (f"--{part}", write_pairs(tmp_path / part, GIVEN[part]))]
+    prepare_here(*words, "--split", split, "--validation_share", 0.2, "--output", tmp_path / "x")
+    data = open_prepared(tmp_path / "x")
+    assert pairs_of(data, "test") == GIVEN["test"] and data.meta["rows"] == {"train": 176, "validation": 44, "test": 50}
+    assert sorted(pairs_of(data, "train") + pairs_of(data, "validation")) == sorted(GIVEN["train"])
+    assert data.meta["options"]["validation_from"] == f"train, {split}"
+
+
+def test_leakage_of_a_given_split_is_said_and_dropped_on_request(tmp_path: Path, capsys):
+    english, chinese = GIVEN["test"][0]
+    leaking = [
+        GIVEN["test"][3],
+        (english.upper(), "别的。"),
+        ("Something else.", f"{chinese}！"),
+        GIVEN["validation"][5],
+    ]
+    words = [word for part in GIVEN for word in (f"--{part}", write_pairs(tmp_path / part, GIVEN[part]))]
+    write_pairs(tmp_path / "train", GIVEN["train"] + leaking)
+    prepare_here(*words, "--output", tmp_path / "kept")
+    kept = open_prepared(tmp_path / "kept")
+    leak = kept.meta["leakage"]["test"]
+    assert (leak["exact"]["either"], leak["normalised"]["either"]) == (1, 2) and kept.meta["rows"]["train"] == 224
+    said = capsys.readouterr().out
+    assert leak["words"] in said and "--drop_leaked leaves out" in said
+    prepare_here(*words, "--drop_leaked", "--output", tmp_path / "dropped")
+    dropped = open_prepared(tmp_path / "dropped")
+    assert sorted(pairs_of(dropped, "train")) == sorted(GIVEN["train"])
+    assert [dropped.meta["leakage"][part]["normalised"]["either"] for part in ("test", "validation")] == [0, 0]
+    assert dropped.meta["counts"]["dropped_leaked"] == 4
+    assert "dropped   4 training pairs with a sentence that stands in another part" in capsys.readouterr().out
+
+
+WRONG = {
+    "no source": ((), "source is required; of a split that is given, train and test are"),
+    "train alone": (("--train", "a"), "source is required; of a split that is given, train and test are"),
+    "both": (("--source", "sample", "--test", "b"), "source is split here, and train, validation and test are given"),
+    "drop": (("--source", "sample", "--drop_leaked"), "drop_leaked is for a given split"),
+    "share": (("--train", "a", "--test", "b", "--test_share", "0.2"), "test_share has no effect"),
+    "split": (
+        ("--train", "a", "--validation", "b", "--test", "c", "--split", "random"),
+        "have no effect where validat",
+    ),
+    "one language": (
+        ("--source", "sample", "--source_language", "eng"),
+        "source_language and target_language are both en",
+    ),
+    "no language": (("--source", "sample", "--source_language", "klingonish"), "ISO 639, of two or three letters"),
+    "simplify": (("--source", "a", "--source_language", "fr", "--simplify"), "neither language is Chinese"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_that_do_not_fit_together_are_refused_with_the_reason(name: str, tmp_path: Path):
+    words, expected = WRONG[name]
+    with pytest.raises(UserError, match=re.escape(expected)):
+        prepare_here(*words, "--output", tmp_path / "x")
+
+
+def test_test_share_is_the_tests_share(tmp_path: Path):
+    prepare_here("--source", "sample", "--output", tmp_path / "x", "--test_share", 0.25)
+    assert open_prepared(tmp_path / "x").meta["rows"] == {"train": 4275, "validation": 225, "test": 1500}
+    assert_refused(prepare("--source", "sample", "--output", tmp_path / "x"), "test_share: 0.25 -> 0.1")
+
+
+def test_the_other_direction_has_the_same_rows_with_source_and_target_exchanged(tmp_path: Path):
+    for name, words in (("there", ()), ("back", ("--source_language", "en", "--target_language", "zh"))):
+        prepare_here("--source", "sample", "--split", "grouped", "--output", tmp_path / name, *words)
+    there, back = open_prepared(tmp_path / "there"), open_prepared(tmp_path / "back")
+    assert there.fingerprint != back.fingerprint
+    assert there.meta["languages"]["source"] == back.meta["languages"]["target"]
+    for part in PARTS:
+        first, second = there.part(part), back.part(part)
+        assert first.rows.tolist() == second.rows.tolist()
+        assert list(first.source_texts) == list(second.target_texts)
+    assert (back.source_tokenizer.language.code, back.target_tokenizer.language.code) == ("en", "zh")
+    again = prepare("--source", "sample", "--split", "grouped", "--output", tmp_path / "back")
+    assert_refused(again, "source_language: en -> zh", "target_language: zh -> en")
+    taken = ("--tokenizers", tmp_path / "there", "--source_language", "en", "--target_language", "zh")
+    assert_refused(
+        prepare("--source", "sample", *taken, "--output", tmp_path / "z"), "are for zh to en, not for en to zh"
+    )
+
+
+def test_downloads_and_the_sample_are_of_their_languages(tmp_path: Path):
+    for words, expected in (
+        (("--source", "download", "--source_language", "fr"), "or --source download:fra-eng"),
+        (("--source", "download:fra-eng"), "--source_language fr --target_language en (or the other way round)"),
+        (("--source", "sample", "--source_language", "ja"), "the sample corpus is Chinese and English"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            prepare_here(*words, "--output", tmp_path / "x")
+    words = ("--source", "download:jpn-eng", "--source_language", "ja", "--output", tmp_path / "x", "--dry-run")
+    assert "would download https://www.manythings.org/anki/jpn-eng.zip" in prepare(*words).out
+
+
+def test_workers_change_nothing_about_what_is_prepared(tmp_path: Path, monkeypatch):
+    for name, workers in (("one", 1), ("three", 3)):
+        monkeypatch.setattr(pair_rows, "HEAD_ROWS", 500)
+        monkeypatch.setattr(pairs, "HEAD_ROWS", 500 if workers > 1 else 50_000)  # the vocabulary in its own process
+        monkeypatch.setattr(pair_rows, "ROWS_PER_JOB", 70 * workers)
+        words = ("--tokenizer", "sentencepiece", "--vocabulary_size", 600, "--simplify", "--workers", workers)
+        prepare_here("--source", "sample", "--output", tmp_path / name, *words)
+    one, three = open_prepared(tmp_path / "one"), open_prepared(tmp_path / "three")
+    assert one.meta["files"] == three.meta["files"] and one.fingerprint == three.fingerprint
+
+
+def test_a_vocabulary_is_made_from_a_seeded_sample_of_many_lines(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "VOCABULARY_LINES", 1000)
+    lines: list[tuple[str, Language]] = []
+    train = WordTokenizer.train
+    monkeypatch.setattr(WordTokenizer, "train", lambda texts, least: train(kept(texts, lines), least))
+    for name, words in (("joint", ()), ("separate", ("--vocabularies", "separate")), ("again", ())):
+        lines.clear()
+        prepare_here("--source", "sample", "--output", tmp_path / name, *words)
+        assert len(lines) == (1000 if name != "separate" else 2000)
+        most = "1,000" if name == "separate" else "500"
+        assert f"a vocabulary is made from {most} of 5,130 training pairs, drawn by the seed" in capsys.readouterr().out
+    assert open_prepared(tmp_path / "joint").fingerprint == open_prepared(tmp_path / "again").fingerprint
+
+
+def kept(texts: Iterator[tuple[str, Language]], lines: list[tuple[str, Language]]) -> list[tuple[str, Language]]:
+    found = list(texts)
+    lines += found
+    return found

@@ -1,0 +1,542 @@
+"""Prepares sentence pairs of two languages for training.
+
+    python -m data_prep.pairs --source sample --output prepared/sample
+    python -m data_prep.pairs --source cmn.txt --output prepared/tatoeba --split grouped --tokenizer sentencepiece
+    python -m data_prep.pairs --source download:fra-eng --source_language fr --output prepared/french
+    python -m data_prep.pairs --train train.zh,train.en --test test.zh,test.en --output prepared/mine
+
+The output is complete or absent. The same command again finds its work done; with other options, or after the source
+was edited, it refuses to touch what is there and says what differs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data_prep.columns import EXTRA_TAB, HEADING, NO_TAB, SWAPPED, Languages, has_script
+from data_prep.pair_rows import HEAD_ROWS, SIDES, Pairs, Reader, TableCounts, texts_of, write_parts
+from data_prep.preparing import (
+    LISTED_MALFORMED,
+    claim_output,
+    is_done,
+    resolved,
+    say_malformed,
+    sha256_of_json,
+    versions,
+    write_meta,
+)
+from data_prep.shards import cores, in_own_process
+from data_prep.sources import Source, address_of, download_of, open_source
+from data_prep.splits import (
+    TEST_SHARE,
+    Side,
+    Split,
+    connected_groups,
+    grouped_split,
+    leakage,
+    random_split,
+    stands_in,
+)
+from training.base.console import UserError, run_main, say, warn
+from training.base.durations import format_duration
+from training.base.files import nearest_folder, publish_folder, temporary_folder, writing_to
+from training.base.options import Options, Revision, differing_keys, parse
+from training.data.languages import Language, LanguageCode, language_of
+from training.data.prepared import FORMAT, PARTS, Prepared, list_files, open_prepared
+from training.data.text import Conversions
+from training.data.tokenizers import KINDS, SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+
+PROG = "python -m data_prep.pairs"
+FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
+MANY_DUPLICATES = 0.1  # from this share on, they make scores on the random split misleading
+VOCABULARY_LINES = 500_000  # sentences that a vocabulary is made from, at most
+
+# Options that came later: where they are as here, they change nothing about what is prepared.
+LATER = {
+    "source_language": "zh",
+    "target_language": "en",
+    "test_share": TEST_SHARE,
+    "columns": None,
+    "unescape": False,
+    "narrow": False,
+    "drop_leaked": False,
+    "validation_from": None,
+}
+
+
+class PairOptions(Options):
+    """The keys of `python -m data_prep.pairs`."""
+
+    source: str | None = Field(
+        None,
+        description="what to split here: sample (generated, to try things out), download or download:fra-eng "
+        "(manythings.org), a file (tabs, .csv, .jsonl, .parquet; also .gz .bz2 .xz .zst .zip), two parallel ones with "
+        "a comma between, hub:NAME or a folder (a data set of `datasets`)",
+    )
+    train: str | None = Field(None, description="instead of source: the training part, in any of these forms")
+    validation: str | None = Field(None, description="the validation part; without it, it is taken from train")
+    test: str | None = Field(None, description="the test part")
+    output: Path = Field(description="the folder to make, for example prepared/tatoeba")
+    source_language: LanguageCode = Field("zh", description="the language to translate from, by its ISO 639 code")
+    target_language: LanguageCode = Field("en", description="the language to translate to")
+    columns: str | None = Field(
+        None,
+        description="names or numbers of the columns of source and target, and perhaps of an attribution, as in 2,4 or "
+        "zh,en,author; without it they are found, where names or scripts tell",
+    )
+    subset: str | None = Field(None, description="of a data set of several, as in en-zh")
+    revision: Revision | None = Field(None, description="commit, branch or tag of a data set on the hub")
+    split: Literal["random", "grouped"] = Field(
+        "random", description="random: the usual one, which leaks; grouped: no sentence is in two parts"
+    )
+    tokenizer: Literal["word", "sentencepiece"] = Field(
+        "word",
+        description="word: words, or characters where no blanks part them; sentencepiece: byte-pair pieces",
+    )
+    vocabularies: Literal["joint", "separate"] = Field(
+        "joint", description="joint: source and target share their ids; separate: each side has its own"
+    )
+    vocabulary_size: int = Field(
+        8000, ge=64, description="pieces of each sentencepiece vocabulary, at most (the sample wants about 600)"
+    )
+    min_frequency: int = Field(
+        1,
+        ge=1,
+        description="rarer words of the training part become <unk>; with 1 a model never meets <unk> in training",
+    )
+    tokenizers: Path | None = Field(
+        None, description="a prepared data set or a run whose tokenizers are taken, so that its model can read these"
+    )
+    simplify: bool = Field(False, description="convert the Chinese to simplified characters")
+    unescape: bool = Field(False, description="convert HTML's entities, as &quot;, to their characters")
+    narrow: bool = Field(False, description="convert full-width Latin letters and digits to ordinary ones")
+    drop_leaked: bool = Field(
+        False, description="of a given split: drop training pairs with a sentence that stands in test or validation"
+    )
+    test_share: float = Field(TEST_SHARE, gt=0, lt=0.5, description="test's share of the pairs that are split here")
+    validation_share: float = Field(0.05, gt=0, lt=0.5, description="validation's share of what is not test")
+    max_malformed_share: float = Field(
+        0.01, ge=0, le=1, description="refuse a source with more lines that are no pair than this share"
+    )
+    seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
+    workers: int = Field(cores(), ge=1, description="processes that read and tokenise; by default one per core")
+    overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> PairOptions:
+        given = self.model_fields_set
+        of_new_ones = {"tokenizer", "vocabularies", "vocabulary_size", "min_frequency"} & given
+        if self.tokenizers is not None and of_new_ones:
+            raise ValueError(f"{min(of_new_ones)} has no effect where tokenizers are taken: leave it out")
+        other = "vocabulary_size" if self.tokenizer == "word" else "min_frequency"
+        if other in of_new_ones:
+            raise ValueError(f"{other} has no effect with tokenizer {self.tokenizer}: leave it out")
+        if self.source is None and (self.train is None or self.test is None):
+            raise ValueError("source is required; of a split that is given, train and test are")
+        if self.source is not None and {"train", "validation", "test"} & given:
+            raise ValueError(
+                "source is split here, and train, validation and test are given: leave out one or the other"
+            )
+        if self.source is not None and self.drop_leaked:
+            raise ValueError("drop_leaked is for a given split; of a source, split grouped leaks nothing")
+        if self.source is None and "test_share" in given:
+            raise ValueError("test_share has no effect where test is given: leave it out")
+        if self.validation is not None and {"validation_share", "split"} & given:
+            raise ValueError("validation_share and split have no effect where validation is given: leave them out")
+        if self.source_language == self.target_language:
+            raise ValueError(f"source_language and target_language are both {self.source_language}")
+        if self.simplify and not any(language.variants for language in self.languages):
+            raise ValueError("simplify has no effect, since neither language is Chinese: leave it out")
+        return self
+
+    @property
+    def languages(self) -> Languages:
+        """Of source and target."""
+        return language_of(self.source_language), language_of(self.target_language)
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """What is to be read, by part; of a source that is split here, as train."""
+        if self.source is not None:
+            return {"train": self.source}
+        return {part: name for part in PARTS if (name := getattr(self, part)) is not None}
+
+    def defining(self) -> dict[str, object]:
+        """The options that the prepared content depends on."""
+        keys = ["simplify", "validation_share", "seed"]
+        if self.tokenizers is None:
+            keys += ["tokenizer", "vocabularies", "min_frequency" if self.tokenizer == "word" else "vocabulary_size"]
+        found = {key: getattr(self, key) for key in sorted(keys)}
+        found["split"] = self.split if self.source is not None else "given"
+        if self.tokenizers is not None:
+            found["tokenizers"] = {side: each.sha256 for side, each in take_tokenizers(self.tokenizers).items()}
+        if self.source is None and self.validation is None:
+            found["validation_from"] = f"train, {self.split}"
+        later = {key: getattr(self, key) for key in LATER if key in type(self).model_fields}
+        return found | {key: value for key, value in later.items() if value != LATER[key]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; raises UserError for everything the user can mend."""
+    options, dry_run = parse(
+        PairOptions,
+        sys.argv[1:] if argv is None else argv,
+        prog=PROG,
+        about="Prepares sentence pairs of two languages for training: cleans, splits, tokenises.",
+    )
+    began = time.monotonic()
+    output, existing = claim_output(options.output, dry_run, options.overwrite, open_prepared, example="tatoeba")
+    downloads = output.parent / "downloads"
+    missing = [
+        download
+        for name in options.tables.values()
+        if (download := download_of(name, downloads)) is not None and not download[1].exists()
+    ]
+    if missing:
+        if existing and existing.meta["source"]["kind"] == "download" and not options.overwrite:
+            differences = _differences(existing, options, existing.meta["source"]["sha256"])
+            if is_done(existing, differences, overwrite=False):  # although the zip file is gone
+                return 0
+        if dry_run:
+            addresses = ", ".join(address_of(pair) for pair, _ in missing)
+            say(f"would download {addresses} to {downloads} and prepare {output} with:\n{resolved(options)}")
+            return 0
+    sources = {
+        part: open_source(name, options.languages, downloads, part, options.subset, options.revision)
+        for part, name in options.tables.items()
+    }
+    if existing and is_done(existing, _differences(existing, options, _sha256(sources)), options.overwrite):
+        return 0
+    if dry_run:
+        for source in sources.values():
+            say(f"{source.table.place}: {source.table.bytes:,} bytes")
+        say(f"would prepare {output} with:\n{resolved(options)}")
+        return 0
+    with writing_to(output), temporary_folder(output) as temporary:
+        meta = build(temporary, options, sources)
+        publish_folder(temporary, output, replace=output.exists())
+    _report(output, meta, time.monotonic() - began)
+    return 0
+
+
+def _sha256(sources: Mapping[str, Source]) -> str:
+    """Identity of what is read: of a source that is split here that of its content, however it is packed."""
+    found = {part: source.table.sha256 for part, source in sources.items()}
+    return found["train"] if len(found) == 1 else sha256_of_json(found)
+
+
+def _differences(existing: Prepared, options: PairOptions, sha256: str) -> list[str]:
+    """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
+    lines = differing_keys({**LATER, **existing.meta["options"]}, {**LATER, **options.defining()})
+    before = existing.meta["source"]
+    if before["sha256"] != sha256:
+        place = ", ".join(options.tables.values())
+        lines.append(f"the source's content: {before['place']} {before['sha256'][:12]} -> {place} {sha256[:12]}")
+    return lines
+
+
+def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Fills the empty `folder` with the prepared data set and returns its meta.json, which is written last."""
+    conversions = Conversions(options.simplify, options.unescape, options.narrow)
+    reader = Reader(folder / ".texts", options.languages, conversions, options.columns, options.workers)
+    found = {part: _read(reader, part, source, options) for part, source in sources.items()}
+    pairs = reader.pairs()
+    sides = {
+        side: Side(language, pairs.same[side], pairs.alike[side])
+        for side, language in zip(SIDES, options.languages, strict=True)
+    }
+    split, dropped = split_of(options, pairs, sides)
+
+    if options.tokenizers is None:
+        tokenizers = train_tokenizers(options, pairs, split)
+    else:
+        tokenizers = take_tokenizers(options.tokenizers)
+        _check_languages(tokenizers, options)
+    for side, tokenizer in tokenizers.items():
+        tokenizer.save(folder / "tokenizer" / side)
+    rows = {part: split.rows(part) for part in PARTS}
+    made = write_parts(folder, pairs, rows, tokenizers, options.workers)
+    duplicates = len(pairs) - len(np.unique(pairs.pair))
+    leaks = leakage(split, sides["source"], sides["target"])
+    del pairs, reader
+    shutil.rmtree(folder / ".texts")
+
+    identity = {
+        "options": options.defining(),
+        "source": _sha256(sources),
+        "tokenizers": {side: tokenizer.sha256 for side, tokenizer in tokenizers.items()},
+        "parts": {part: each.sha256 for part, each in made.items()},
+    }
+    meta = {
+        "format": FORMAT,
+        "fingerprint": sha256_of_json(identity),
+        "synthetic": any(source.synthetic for source in sources.values()),
+        "languages": dict(zip(SIDES, map(_about_language, options.languages), strict=True)),
+        "options": options.defining(),
+        "source": _about_source(sources, found),
+        "counts": _counts(found, duplicates, dropped),
+        "rows": {part: len(own) for part, own in rows.items()},
+        "groups": {"count": split.groups, "largest": split.largest_group} if split.groups else None,
+        "leakage": leaks,
+        "tokenizer": {
+            "kind": tokenizers["source"].kind,
+            "vocabularies": "joint" if len({each.sha256 for each in tokenizers.values()}) == 1 else "separate",
+            **{
+                side: {"vocabulary_size": tokenizer.vocabulary_size, "sha256": tokenizer.sha256}
+                for side, tokenizer in tokenizers.items()
+            },
+            "unknown_share": {
+                part: {side: round(share, 6) for side, share in each.unknown.items()} for part, each in made.items()
+            },
+        },
+        "lengths": {
+            part: {side: _statistics(lengths) for side, lengths in each.lengths.items()} for part, each in made.items()
+        },
+        "files": list_files(folder),
+        "versions": versions("datasets", "pyarrow", "numpy", "sentencepiece", "OpenCC"),
+    }
+    write_meta(folder, meta)
+    return meta
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(reader: Reader, part: str, source: Source, options: PairOptions) -> TableCounts:
+    """Adds the pairs of a source, and says what was found. Raises UserError where it is not what it should be."""
+    found = reader.read(part, source.table)
+    place, columns = source.table.place, found.columns
+    _check_malformed(place, found, options.max_malformed_share)
+    say(
+        f"{place}: {found.pairs:,} pairs, {found.counts['blank']:,} blank and {found.counts['malformed']:,} malformed "
+        "lines"
+    )
+    say(f"  columns   {columns.names['source']} (source), {columns.names['target']} (target), by {columns.found_by}")
+    if columns.unread:
+        say(f"  not read  {', '.join(name[:40] for name in columns.unread[:10])}")
+    for side, language in zip(SIDES, columns.languages, strict=True):
+        with_script = found.counts[f"{side}_script"]
+        if 2 * with_script < found.pairs:
+            said = f"{place}: only {with_script:,} of {found.pairs:,} lines have {language} in {columns.names[side]}"
+            if options.columns is None:
+                raise UserError(f"{said}; is it another language's file?")
+            warn(said)
+        if with_script == found.pairs - 1 and not has_script(found.first[SIDES.index(side)], language):
+            warn(
+                f"{place}: only the first pair has no {language} ({found.first[0][:40]!r}, {found.first[1][:40]!r}): "
+                "if that is a heading, delete the line"
+            )
+    if 2 * found.counts["quoted"] > found.pairs:
+        warn(
+            f"{place}: {found.counts['quoted']:,} of {found.pairs:,} lines are in quotes, which the model learns to "
+            "write, too; if they are those of CSV, call the file .csv"
+        )
+    for count, what, option, done in (
+        (found.counts["entities"], "characters as HTML writes them (&quot;)", "unescape", options.unescape),
+        (found.counts["full_width"], "full-width Latin letters or digits", "narrow", options.narrow),
+    ):
+        if count:
+            said = "converted to the ordinary ones" if done else f"kept as they are; --{option} converts them"
+            say(f"  noted     {count:,} pairs have {what}: {said}")
+    return found
+
+
+def _check_malformed(place: str, found: TableCounts, max_malformed_share: float) -> None:
+    reasons = {reason: count for reason, count in found.reasons.items() if reason != HEADING}
+    total, malformed = found.pairs + found.counts["malformed"], sum(reasons.values())
+    if malformed <= max_malformed_share * total:
+        return
+    reason = max(reasons, key=lambda each: reasons[each])
+    example = found.examples[reason]
+    advice = "check that this is the right file"
+    if reason == SWAPPED.format(*found.columns.languages):
+        advice = "put the languages of these lines in the order of the others"
+    elif reason == NO_TAB:
+        advice = "put a tab between the languages on these lines, too"
+    elif reason == EXTRA_TAB:
+        advice = "if a tab stands inside a sentence, take it out; if notes stand behind these pairs, take those out"
+    raise UserError(
+        f"{place}: {malformed:,} of {total:,} lines are not sentence pairs like the others (mostly: {reason}, "
+        f"{reasons[reason]:,}; the first of them is line {example['line']}: {example['text']!r}), more than "
+        f"--max_malformed_share {max_malformed_share}; {advice}"
+    )
+
+
+def _about_source(sources: Mapping[str, Source], found: Mapping[str, TableCounts]) -> dict[str, Any]:
+    """What meta.json says of where the pairs come from."""
+    tables: dict[str, dict[str, Any]] = {}
+    for part, source in sources.items():
+        licence = source.licence(found[part].counts["tatoeba"], found[part].pairs)
+        about = {**source.table.about(), "licence": licence, "columns": found[part].columns.about()}
+        tables[part] = {"kind": source.kind, **about}
+    if len(tables) == 1:
+        return tables["train"]
+    return {
+        "kind": "given split",
+        "place": ", ".join(f"{part} {about['place']}" for part, about in tables.items()),
+        "bytes": sum(about["bytes"] for about in tables.values()),
+        "sha256": _sha256(sources),
+        "licence": " ".join(dict.fromkeys(about["licence"] for about in tables.values())),
+        "parts": tables,
+    }
+
+
+def _about_language(language: Language) -> dict[str, str]:
+    return {"code": language.code, "name": language.name, "direction": language.direction}
+
+
+def _counts(found: Mapping[str, TableCounts], duplicates: int, dropped: int) -> dict[str, Any]:
+    """What meta.json counts. A duplicate is a row whose pair stands in an earlier row as well."""
+    tables = list(found.values())
+    return {
+        "lines": sum(each.lines for each in tables),
+        "pairs": sum(each.pairs for each in tables),
+        "blank": sum(each.counts["blank"] for each in tables),
+        "malformed": sum(each.counts["malformed"] for each in tables),
+        "malformed_listed": [row for each in tables for row in each.malformed][:LISTED_MALFORMED],
+        "duplicate_pairs": duplicates,
+        "dropped_leaked": dropped,
+        "with_entities": sum(each.counts["entities"] for each in tables),
+        "with_full_width": sum(each.counts["full_width"] for each in tables),
+    }
+
+
+# --- splitting -------------------------------------------------------------------------------------------------------
+
+
+def split_of(options: PairOptions, pairs: Pairs, sides: Mapping[str, Side]) -> tuple[Split, int]:
+    """Which pair is in which part, and how many training pairs were dropped because they stand in another part."""
+    given = {part: np.arange(own.start, own.stop) for part, own in pairs.of_table.items()}
+    if options.source is not None:
+        return _divided(options, given["train"], sides, options.test_share).checked(), 0
+    others = np.concatenate([rows for part, rows in given.items() if part != "train"])
+    rows = given["train"]
+    if options.drop_leaked:
+        rows = rows[~stands_in(sides["source"], sides["target"], rows, others)]
+    dropped = len(given["train"]) - len(rows)
+    if options.validation is not None:
+        order = np.random.RandomState(options.seed).permutation(len(rows))
+        return Split(rows[order], given["validation"], given["test"]).checked(), dropped
+    divided = _divided(options, rows, sides, 0.0)
+    return replace(divided, test=given["test"]).checked(), dropped
+
+
+def _divided(options: PairOptions, rows: np.ndarray, sides: Mapping[str, Side], test_share: float) -> Split:
+    """These rows split as the options say."""
+    if options.split == "random":
+        split = random_split(len(rows), options.validation_share, options.seed, test_share)
+    else:
+        labels = connected_groups(*(side.alike[rows] for side in sides.values()))
+        split = grouped_split(labels, options.validation_share, options.seed, test_share)
+    return replace(split, **{part: rows[split.rows(part)] for part in PARTS})
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def take_tokenizers(folder: Path) -> dict[str, Tokenizer]:
+    """The source's and the target's tokenizer of a prepared data set or a run."""
+    if not (folder / "tokenizer/source").is_dir():
+        near = nearest_folder(folder)
+        raise UserError(f"--tokenizers {folder} is no prepared data set and no run of sentence pairs{near}")
+    return {side: load_tokenizer(folder / "tokenizer" / side) for side in SIDES}
+
+
+def _check_languages(tokenizers: Mapping[str, Tokenizer], options: PairOptions) -> None:
+    theirs = [tokenizer.language.code for tokenizer in tokenizers.values()]
+    if theirs != [options.source_language, options.target_language]:
+        raise UserError(
+            f"the tokenizers of {options.tokenizers} are for {theirs[0]} to {theirs[1]}, not for "
+            f"{options.source_language} to {options.target_language}: pass --source_language and --target_language, or "
+            "other tokenizers"
+        )
+
+
+def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> dict[str, Tokenizer]:
+    """The source's and the target's tokenizer, made from the training part only, or from a sample of it.
+
+    Its rows are in random order, so that the first of them are one.
+    """
+    kind = KINDS[options.tokenizer]
+    languages = dict(zip(SIDES, options.languages, strict=True))
+    together = [SIDES] if options.vocabularies == "joint" else [(side,) for side in SIDES]
+    most = VOCABULARY_LINES // len(together[0])
+    if len(split.train) > most:
+        say(f"  sample    a vocabulary is made from {most:,} of {len(split.train):,} training pairs, drawn by the seed")
+    contents: dict[str, bytes] = {}
+    for sides in together:
+        say(f"  making a vocabulary of {options.tokenizer} tokens")
+        train = partial(_train, options, pairs, {side: languages[side] for side in sides}, split.train[:most])
+        content = in_own_process(train) if len(split.train) > HEAD_ROWS else train()
+        contents |= dict.fromkeys(sides, content)
+    tokenizers = {side: kind(contents[side], languages[side]) for side in SIDES}
+    size = min(tokenizer.vocabulary_size for tokenizer in tokenizers.values())
+    if options.tokenizer == "sentencepiece" and size < options.vocabulary_size:
+        warn(f"the training text has only {size:,} pieces, so a vocabulary is below --vocabulary_size")
+    return tokenizers
+
+
+def _train(options: PairOptions, pairs: Pairs, languages: Mapping[str, Language], rows: np.ndarray) -> bytes:
+    """The vocabulary of the texts at `rows`, of the sides that have a language here."""
+    texts = ((text, language) for side, language in languages.items() for text in texts_of(pairs, side, rows))
+    if options.tokenizer == "word":
+        return WordTokenizer.train(texts, options.min_frequency)
+    return SentencePieceTokenizer.train(texts, options.vocabulary_size)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _statistics(lengths: np.ndarray) -> dict[str, float]:
+    """Ids per row: total, mean, percentiles and maximum."""
+    p50, p95, p99 = (float(value) for value in np.percentile(lengths, (50, 95, 99)))
+    mean = round(float(lengths.mean()), 3)
+    return {"total": int(lengths.sum()), "mean": mean, "p50": p50, "p95": p95, "p99": p99, "max": int(lengths.max())}
+
+
+def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
+    tokenizer, lengths, counts = meta["tokenizer"], meta["lengths"]["train"], meta["counts"]
+    say(
+        f"prepared {output} in {format_duration(seconds)}"
+        + (" (generated text, not real data)" if meta["synthetic"] else "")
+    )
+    say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
+    if counts["dropped_leaked"]:
+        say(f"  dropped   {counts['dropped_leaked']:,} training pairs with a sentence that stands in another part")
+    for part in ("test", "validation"):
+        say(f"  leakage   {meta['leakage'][part]['words']}")
+    for side in SIDES:
+        name = meta["languages"][side]["name"]
+        say(
+            f"  {name:<9} {tokenizer[side]['vocabulary_size']:,} ids, {lengths[side]['mean']:.1f} per sentence "
+            f"(max {lengths[side]['max']}), <unk> on test {tokenizer['unknown_share']['test'][side]:.2%}"
+        )
+    if meta["options"]["split"] == "random" and counts["duplicate_pairs"] > MANY_DUPLICATES * counts["pairs"]:
+        warn(
+            f"{counts['duplicate_pairs']:,} of {counts['pairs']:,} pairs repeat an earlier one, so many test pairs "
+            "were trained on: --split grouped keeps them in one part"
+        )
+    leaks = meta["leakage"]["test"]["normalised"]["either"]
+    if leaks and meta["options"]["split"] == "given" and not counts["dropped_leaked"]:
+        say("            --drop_leaked leaves out the training pairs that share those sentences")
+    if counts["pairs"] < FEW_PAIRS:
+        warn(
+            f"{counts['pairs']:,} pairs are few: with less than about {FEW_PAIRS:,} a run by configs/*/base.yaml is "
+            "shorter than its warm-up (--optim.warmup_steps shortens that), and little can be learned"
+        )
+    say_malformed(counts)
+    say(f"  identity  {meta['fingerprint'][:16]}")
+
+
+if __name__ == "__main__":
+    run_main(main)
