@@ -139,8 +139,8 @@ FAULTS = (
     Fault(
         "QLoRA answers without their end",
         "training/data/chat.py",
-        "np.array([*prompt, *answer, self.end_id], dtype=np.int32)",
-        "np.array([*prompt, *answer, self.pad_id], dtype=np.int32)",
+        "np.array([*prompt_ids, *answer_ids, self.end_id], dtype=np.int32)",
+        "np.array([*prompt_ids, *answer_ids, self.pad_id], dtype=np.int32)",
         "tests/data_prep/test_disc_law.py::test_supervised_tokens_are_the_answer_and_its_end_for_every_task",
     ),
     Fault(

@@ -34,10 +34,11 @@ class ConversationPart:
 
     name: str
     ids: Ragged  # per row the chat template's tokens of the prompt, then the answer's, then its end-of-turn token
-    prompt_lengths: np.ndarray  # int64 [rows]; ids[row][prompt_lengths[row]:] are the supervised tokens
+    prompt_lengths: np.ndarray  # int64 [rows]; ids[row][prompt_lengths[row]:] are the last answer and its end
     uids: Texts  # unique: the file, and the record's id there, as in "DISC-Law-SFT-Pair:leg_case_cls-17"
     tasks: Texts  # as in "leg_case_cls"
     messages: Texts  # JSON of the list of messages, as they were tokenised; the last is the answer
+    learned: Ragged | None = None  # int32, per row from, to of every answer with its end, the last one as above
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,6 +78,7 @@ class Conversations(PreparedFolder):
             Texts(columns["uid"]),
             Texts(columns["task"]),
             Texts(columns["messages"]),
+            ragged(columns["learned"]) if "learned" in columns else None,
         )
 
     def check_tokenizer(self, folder: Path, vocabulary_size: int) -> None:
@@ -95,6 +97,12 @@ class Conversations(PreparedFolder):
                     f"{self.folder} was prepared with another tokenizer or chat template than that of the model in "
                     f"{folder}: prepare the data with --tokenizer {folder}"
                 )
+
+
+def learned_tokens(learned: Ragged) -> np.ndarray:
+    """How many tokens of each row are learned, int64 [rows], from the column `learned`."""
+    lengths = learned.values[1::2].astype(np.int64) - learned.values[::2]
+    return np.add.reduceat(np.append(lengths, 0), learned.offsets[:-1] // 2) if len(learned) else lengths
 
 
 def open_conversations(folder: str | Path) -> Conversations:
