@@ -41,10 +41,10 @@ compressed ones, folders of them, and data sets of the Hugging Face hub (hub:NAM
   {(chr(10) + "  ").join(LAYOUTS)}
 
 and, if you like, task or category, id, and system or system_prompt; options name other keys. What is not read is
-counted and named. Of several turns the last answer is learned in which none of {", ".join(WEIGHTS)} is 0 or false,
-and what stands before it is read. Records with the same turns before the answer are in one part. Dropped and counted: a
-record that is too long, and one that says the same as another before it. A task is scored as free text, unless it bears
-the name of one of DISC-Law-SFT's."""
+counted and named. Of several turns the last answer is learned in which none of {", ".join(WEIGHTS)} is 0 or
+false, and what stands before it is read; with --learn all, every such answer is learned. Records with the same turns
+before the answer are in one part. Dropped and counted: a record that is too long, and one that says the same as another
+before it. A task is scored as free text, unless it bears the name of one of DISC-Law-SFT's."""
 FOR_ALL = ("all", "all tasks")  # tables call all tasks together so
 IDS = ("id", "conversation_id", "idx")
 HUB = "hub:"
@@ -58,6 +58,10 @@ class InstructionOptions(ConversationOptions):
     subset: str | None = Field(None, description="of a data set of the hub: its configuration")
     split: str = Field("train", description="of a data set of the hub, or one that `datasets` saved: the part to read")
     revision: Revision = Field("main", description="of a data set of the hub: commit or branch")
+    learn: Literal["last", "all"] = Field(
+        "last",
+        description="last: the last answer of a conversation; all: every answer, in one pass where that is exact",
+    )
     tasks: Literal["field", "file"] = Field(
         "field", description="field: a record's task or category, if it has one, is its task; file: its file's name is"
     )
@@ -109,6 +113,10 @@ class Instructions(Corpus[Record, RecordFile]):
     advice = "mend these lines, or allow more of them; `python -m data_prep.instructions --help` lists the layouts"
     options: InstructionOptions
 
+    def __init__(self, options: InstructionOptions, files: Sequence[RecordFile]):
+        super().__init__(options, files)
+        self.learn = options.learn
+
     def about(self) -> dict[str, Any]:
         words = self.options.source
         kind = "folder" if all(Path(word).expanduser().is_dir() for word in words) else "file"
@@ -134,6 +142,8 @@ class Instructions(Corpus[Record, RecordFile]):
             for place, message in enumerate(read.messages)
             if message["role"] == ASSISTANT and place not in read.unlearned
         ]
+        if options.learn == "all":  # what is too short is read only, unless there is nothing else
+            answers = [place for place in answers if not self.is_short_answer(read.messages[place])] or answers[-1:]
         name = next((values.pop(key) for key in IDS if key in values), None)
         if isinstance(name, list | dict):
             raise Malformed(f"id is {kind_of(name)}, not text")
@@ -143,6 +153,7 @@ class Instructions(Corpus[Record, RecordFile]):
             task or file.stem,
             tuple(read.messages[: answers[-1] + 1]),
             unread=tuple(dict.fromkeys([*read.unread, *unread_keys(values)])),
+            earlier=tuple(answers[:-1]) if options.learn == "all" else (),
             tools=json.dumps(without_absent(read.tools), ensure_ascii=False) if read.tools else "",
             notes=tuple(read.notes),
         )

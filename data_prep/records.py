@@ -166,7 +166,7 @@ class Corpus(ABC, Generic[RecordT, FileT]):
     record_name: ClassVar[str]  # for messages: "57 lines are no ..."
     advice: ClassVar[str]  # what to do about those lines
     task_order: ClassVar[Sequence[str]] = ()  # of tasks in tables; others follow by name
-    learn: Learn = "last"
+    learn: Learn = "last"  # which answers are
 
     def __init__(self, options: ConversationOptions, files: Sequence[FileT], *, left_out: Sequence[str] = ()):
         self.options = options
@@ -192,7 +192,11 @@ class Corpus(ABC, Generic[RecordT, FileT]):
 
     def is_short(self, record: RecordT) -> bool:
         """Whether the answer is too short to learn from."""
-        return len(record.answer) < self.options.min_answer_characters
+        return self.is_short_answer(record.messages[-1])
+
+    def is_short_answer(self, answer: Message) -> bool:
+        """The same of one answer; a call of a tool is as long as it is written."""
+        return len(as_text(answer)) < self.options.min_answer_characters
 
     def asked(self, record: RecordT) -> list[Message]:
         """The turns that the model reads before it answers."""

@@ -23,7 +23,14 @@ from training.base.environment import staged
 from training.base.hub import commit_of
 from training.base.options import Revision, parse
 from training.data.answer_metrics import mean_of_tasks
-from training.data.conversations import ConversationPart, Conversations, open_conversations, question_of
+from training.data.conversations import (
+    ConversationPart,
+    Conversations,
+    learned_tokens,
+    open_conversations,
+    question_of,
+)
+from training.data.prepared import Ragged
 from training.engine.batch_plan import BatchPlan, batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
@@ -82,16 +89,25 @@ MAY_CHANGE = frozenset({"base_model", "base_revision", "memory"})
 
 
 class Answers:
-    """The conversations of a part: everything is read, the answer and its end token are learned.
+    """The conversations of a part: everything is read, the answers and their end tokens are learned.
 
-    Raises UserError for a conversation without a supervised token, which would silently train nothing.
+    That is the last answer of each, or those that the data names. Raises UserError for a conversation without a
+    supervised token, which would silently train nothing.
     """
 
     def __init__(self, part: ConversationPart, pad_id: int):
         self.part, self.pad_id = part, pad_id
         self.lengths = part.ids.lengths - 1  # [n], inputs: the last token is only a label
-        self.answer_tokens = part.ids.lengths - part.prompt_lengths  # [n], supervised tokens
-        without = np.flatnonzero((self.answer_tokens < 1) | (part.prompt_lengths < 1))
+        learned = part.learned
+        if learned is None:
+            ends = np.stack([part.prompt_lengths, part.ids.lengths], axis=1)
+            learned = Ragged(ends.ravel(), 2 * np.arange(len(part) + 1))
+        self._learned = learned  # per row from, to of each answer with its end token
+        self.answer_tokens = learned_tokens(learned)  # [n], supervised tokens
+        row = np.repeat(np.arange(len(part)), learned.lengths // 2)
+        first, behind = learned.values[::2], learned.values[1::2]
+        wrong = np.bincount(row, (first < 1) | (behind <= first) | (behind > part.ids.lengths[row]), len(part))
+        without = np.flatnonzero((self.answer_tokens < 1) | (wrong > 0))
         if len(without):
             raise UserError(
                 f"{len(without):,} conversations of the {part.name} part have no supervised token, the first is "
@@ -101,9 +117,13 @@ class Answers:
     def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [B, T], padded on the right; scored [N], indices into the B*T positions; their labels [N]."""
         ids = self.part.ids.padded(samples, self.pad_id)
-        position = np.arange(ids.shape[1] - 1)
-        first = self.part.prompt_lengths[samples][:, None] - 1  # the prompt's last token predicts the answer's first
-        scored = (position >= first) & (position < self.lengths[samples][:, None])
+        learned = self._learned.take(samples)
+        row = np.repeat(np.arange(len(samples)), learned.lengths // 2)
+        ends = np.zeros(ids.shape, dtype=np.int64)
+        # The token before an answer predicts its first one.
+        np.add.at(ends, (row, learned.values[::2] - 1), 1)
+        np.add.at(ends, (row, learned.values[1::2] - 1), -1)
+        scored = ends.cumsum(axis=1)[:, :-1] > 0
         inputs, labels = ids[:, :-1], ids[:, 1:][scored]
         return torch.from_numpy(inputs.copy()), torch.from_numpy(np.flatnonzero(scored)), torch.from_numpy(labels)
 

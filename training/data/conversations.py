@@ -102,7 +102,8 @@ class Conversations(PreparedFolder):
 def learned_tokens(learned: Ragged) -> np.ndarray:
     """How many tokens of each row are learned, int64 [rows], from the column `learned`."""
     lengths = learned.values[1::2].astype(np.int64) - learned.values[::2]
-    return np.add.reduceat(np.append(lengths, 0), learned.offsets[:-1] // 2) if len(learned) else lengths
+    row = np.repeat(np.arange(len(learned)), learned.lengths // 2)
+    return np.bincount(row, lengths, len(learned)).astype(np.int64)
 
 
 def open_conversations(folder: str | Path) -> Conversations:
