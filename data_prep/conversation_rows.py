@@ -401,8 +401,13 @@ def _make_shard(shard: Shard) -> int:
         what: Counter() for what in ("truncated", "too_long", "split", "turns", "cut_turns")
     }
     kept: list[tuple[str, Record, Encoded]] = []
-    for record, uid, encoded in zip(records, shard.uids, _encode(records, shard.learned), strict=True):
+    sources: list[str] = []
+    corpus = _work.corpus
+    of_records = [corpus.source_of(corpus.files[file]) for file, _, _ in shard.places]
+    encoded_records = _encode(records, shard.learned)
+    for record, uid, source, encoded in zip(records, shard.uids, of_records, encoded_records, strict=True):
         task = record.task
+        sources += [source] * len(encoded.rows)
         counts["truncated"][task] += encoded.truncated
         counts["too_long"][task] += not encoded.rows
         counts["split"][task] += encoded.is_split
@@ -420,6 +425,7 @@ def _make_shard(shard: Shard) -> int:
         "prompt_length": pa.array([row.spans[-1][0] for _, _, row in kept], pa.int64()),
         "learned": id_column(Ragged.of(spans)),
         "tools": pa.array([record.tools for _, record, _ in kept], text),
+        "source": pa.array(sources, text),
     }
     usual = ("uid", "task", "messages", "ids", "prompt_length")
     wanted = {name: column for name, column in columns.items() if name in (*usual, *shard.columns)}
@@ -502,6 +508,7 @@ class MadePart:
     tokens: np.ndarray
     answer_tokens: np.ndarray
     counts: Counter[tuple[str, str]]  # (what, task): truncated, too_long, split, turns, cut_turns
+    sources: Counter[str]  # rows of each source of a mixture
 
 
 def assemble(folder: Path, shards: Sequence[Path], tasks: Sequence[str]) -> MadePart:
@@ -534,4 +541,5 @@ def assemble(folder: Path, shards: Sequence[Path], tasks: Sequence[str]) -> Made
     answer_tokens = tokens - prompt_length
     if "learned" in arrays:
         answer_tokens = learned_tokens(ragged(arrays["learned"]))
-    return MadePart(sha256, task, tokens, answer_tokens, counts)
+    sources = Counter(arrays["source"].to_pylist()) if "source" in arrays else Counter()
+    return MadePart(sha256, task, tokens, answer_tokens, counts, sources)

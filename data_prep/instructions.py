@@ -11,8 +11,10 @@ the turns before it, and a system's, are what the model reads. A record is count
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from pydantic import Field, field_validator
 
 from data_prep.layouts import ASSISTANT, LAYOUTS, Keys, conversation_of, is_turns, text_of, without_absent
 from data_prep.prepare_conversations import prepare
+from data_prep.preparing import sha256_of_json
 from data_prep.record_files import RecordFile, files_in, from_hub, saved, unpacked
 from data_prep.records import (
     WEIGHTS,
@@ -32,7 +35,7 @@ from data_prep.records import (
     kind_of,
     unread_keys,
 )
-from training.base.console import run_main
+from training.base.console import UserError, run_main
 from training.base.options import Pairs, Revision, Words, parse
 
 ABOUT = f"""Prepares your own conversations for fine-tuning. Files of JSON lines, JSON, CSV and Parquet are read, also
@@ -48,13 +51,17 @@ before it. A task is scored as free text, unless it bears the name of one of DIS
 FOR_ALL = ("all", "all tasks")  # tables call all tasks together so
 IDS = ("id", "conversation_id", "idx")
 HUB = "hub:"
+MOST_SOURCES, MOST_WEIGHT = 16, 100  # a source is a curve and some keys of every line of the record
 LICENCE = "Not stated in the records: the licence is that of wherever they came from."
 
 
 class InstructionOptions(ConversationOptions):
     """The keys of `python -m data_prep.instructions`."""
 
-    source: Words = Field(description="files, folders with such files, hub:NAME for data sets of the hub")
+    source: Words = Field(
+        description="files, folders with such files, hub:NAME for data sets of the hub; of A.jsonl:2 B.jsonl:0.5 an "
+        "epoch has each record of A twice, and half of B"
+    )
     subset: str | None = Field(None, description="of a data set of the hub: its configuration")
     split: str = Field("train", description="of a data set of the hub, or one that `datasets` saved: the part to read")
     revision: Revision = Field("main", description="of a data set of the hub: commit or branch")
@@ -113,9 +120,18 @@ class Instructions(Corpus[Record, RecordFile]):
     advice = "mend these lines, or allow more of them; `python -m data_prep.instructions --help` lists the layouts"
     options: InstructionOptions
 
-    def __init__(self, options: InstructionOptions, files: Sequence[RecordFile]):
-        super().__init__(options, files)
+    def __init__(self, options: InstructionOptions, files: Sequence[RecordFile], mixture: dict[str, float]):
+        super().__init__(options, files, mixture=mixture)
         self.learn = options.learn
+
+    @property
+    def sha256(self) -> str:
+        if not self.mixture:
+            return super().sha256
+        return sha256_of_json([self.mixture, [(file.source, file.stem, file.sha256) for file in self.files]])
+
+    def source_of(self, file: SourceFile) -> str:
+        return file.source if isinstance(file, RecordFile) else ""
 
     def about(self) -> dict[str, Any]:
         words = self.options.source
@@ -170,18 +186,44 @@ class Instructions(Corpus[Record, RecordFile]):
         return task or None
 
 
-def find_files(options: InstructionOptions) -> list[RecordFile]:
-    """The files of every source, in order. Raises UserError when there is nothing to read."""
+def open_corpus(options: InstructionOptions) -> Instructions:
+    """The records of every source. Raises UserError when there is nothing to read."""
     files: list[RecordFile] = []
-    for word in options.source:
+    weights: dict[str, float] = {}
+    words: set[str] = set()
+    for whole in options.source:
+        word, weight = _weighted(whole)
         place = Path(word).expanduser()
+        if word in words:
+            raise UserError(f"--source names {word} twice: name it once, with a weight ({word}:2)")
+        words.add(word)
         if word.startswith(HUB):
-            files.append(from_hub(word[len(HUB) :], options.subset, options.split, options.revision, word))
+            found = [from_hub(word[len(HUB) :], options.subset, options.split, options.revision, word)]
         elif dataset := saved(place, options.split, word):
-            files.append(dataset)
+            found = [dataset]
         else:
-            files += files_in(place, word, options.keys, text=False)
-    return files
+            found = files_in(place, word, options.keys, text=False)
+        name = found[0].stem if len(found) == 1 else place.name
+        name = word if name in weights else name
+        weights[name] = weight
+        files += (replace(file, source=name) for file in found)
+    if len(weights) > MOST_SOURCES:
+        raise UserError(f"--source names {len(weights)} sources, more than {MOST_SOURCES}: put them into folders")
+    is_mixture = len(weights) > 1 or set(weights.values()) != {1.0}
+    return Instructions(options, files, weights if is_mixture else {})
+
+
+def _weighted(word: str) -> tuple[str, float]:
+    """A source, and the weight behind it."""
+    found = re.fullmatch(r"(.+):(\d+\.?\d*)", word)
+    if found is None or Path(word).expanduser().exists():
+        return word, 1.0
+    weight = float(found[2])
+    if not 0 < weight <= MOST_WEIGHT:
+        raise UserError(
+            f"--source {word}: a weight is above 0 and at most {MOST_WEIGHT}, the times that an epoch has it"
+        )
+    return found[1], weight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m data_prep.instructions",
         about=ABOUT,
     )
-    return prepare(options, dry_run, lambda: Instructions(options, find_files(options)), example="mine")
+    return prepare(options, dry_run, lambda: open_corpus(options), example="mine")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,11 @@ def build(
         chosen = {part: split.first_share(part, options.fraction, records.group) for part in PARTS}
         if corpus.learn == "all":
             chosen = {part: np.array([row for row in rows if records.learned[row]]) for part, rows in chosen.items()}
-        columns = [*(["learned"] if corpus.learn == "all" else []), *(["tools"] if records.has_tools else [])]
+        columns = [
+            *(["learned"] if corpus.learn == "all" else []),
+            *(["tools"] if records.has_tools else []),
+            *(["source"] if corpus.mixture else []),
+        ]
         paths = tokenise(workers, shards, records, chosen, ROWS_PER_SHARD, tuple(columns))
         workers.close()  # what follows is the disk's work, and maps the parts into memory
         parts = {part: assemble(folder / part, paths[part], records.tasks) for part in PARTS}
@@ -173,6 +177,8 @@ def build(
         "counts": _counts(records, parts, corpus.learn),
         "tasks": [task for number, task in enumerate(records.tasks) if number in records.task],
         "rows": {part: len(made.task) for part, made in parts.items()},
+        **({"mixture": corpus.mixture} if corpus.mixture else {}),
+        **({"sources": _of_sources(corpus, parts)} if corpus.mixture else {}),
         "questions": [records.uid[row] for row in questions],
         "tokenizer": tokenizer.about(),
         "lengths": _lengths(list(parts.values()), records.tasks),
@@ -242,6 +248,19 @@ def _counts(records: Records, parts: dict[str, MadePart], learn: Learn) -> dict[
     }
 
 
+def _of_sources(corpus: Corpus, parts: dict[str, MadePart]) -> dict[str, dict[str, int]]:
+    """Rows of each source in each part."""
+    counts = {name: {part: made.sources[name] for part, made in parts.items()} for name in corpus.mixture}
+    for name, rows in counts.items():
+        if not rows["train"]:
+            raise UserError(f"nothing of the source {name} is left for training: leave it out, or pass more of it")
+        if not rows["validation"]:
+            warn(
+                f"nothing of the source {name} is in validation, so its loss is not measured: raise --validation_share"
+            )
+    return counts
+
+
 def _lengths(parts: Sequence[MadePart], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Tokens of prompt and answer together, and of the answer with its end token: of each task, and of all."""
     task, tokens, answers = (
@@ -277,6 +296,9 @@ def _report(output: Path, meta: dict[str, Any], corpus: Corpus, seconds: float) 
     for note, about in counts.get("notes", {}).items():
         where = about["first"]
         say(f"  changed   {about['records']:,} records {note}; the first is {where['file']} line {where['line']}")
+    for name, weight in meta.get("mixture", {}).items():
+        rows = ", ".join(f"{part} {count:,}" for part, count in meta["sources"][name].items())
+        say(f"  source    {name}: {rows}; an epoch has {weight:g} times its training rows")
     if "turns" in counts:
         say(
             f"  answers   {counts['turns']:,} are learned or scored; {counts['split']:,} records became one sample an "

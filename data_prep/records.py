@@ -168,8 +168,16 @@ class Corpus(ABC, Generic[RecordT, FileT]):
     task_order: ClassVar[Sequence[str]] = ()  # of tasks in tables; others follow by name
     learn: Learn = "last"  # which answers are
 
-    def __init__(self, options: ConversationOptions, files: Sequence[FileT], *, left_out: Sequence[str] = ()):
+    def __init__(
+        self,
+        options: ConversationOptions,
+        files: Sequence[FileT],
+        *,
+        left_out: Sequence[str] = (),
+        mixture: Mapping[str, float] | None = None,
+    ):
         self.options = options
+        self.mixture = dict(mixture or {})  # of several sources, how often an epoch has each
         self.files: tuple[FileT, ...] = tuple(files)
         self.left_out = tuple(left_out)  # tasks that are read and not prepared
 
@@ -181,6 +189,10 @@ class Corpus(ABC, Generic[RecordT, FileT]):
     @abstractmethod
     def about(self) -> dict[str, Any]:
         """What meta.json says of the source: kind, place and licence at least."""
+
+    def source_of(self, file: SourceFile) -> str:
+        """The name in `mixture` of the source that a file belongs to."""
+        return ""
 
     def unpack(self, folder: Path) -> None:
         """Makes lines of JSON in `folder` of all files that are no such lines yet."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from training.data.conversations import (
     question_of,
 )
 from training.data.prepared import Ragged
-from training.engine.batch_plan import BatchPlan, batches_by_length
+from training.engine.batch_plan import BatchPlan, Mixture, batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.loop import train
@@ -95,8 +96,14 @@ class Answers:
     supervised token, which would silently train nothing.
     """
 
-    def __init__(self, part: ConversationPart, pad_id: int):
+    def __init__(self, part: ConversationPart, pad_id: int, weights: Mapping[str, float] | None = None):
+        """weights: of a mixture, those of its sources."""
         self.part, self.pad_id = part, pad_id
+        self.mixture = None
+        if weights and part.sources is not None:
+            numbers = {name: number for number, name in enumerate(weights)}
+            source = np.array([numbers[name] for name in part.sources], dtype=np.int64)
+            self.mixture = Mixture(tuple(weights), tuple(weights.values()), source)
         self.lengths = part.ids.lengths - 1  # [n], inputs: the last token is only a label
         learned = part.learned
         if learned is None:
@@ -148,14 +155,24 @@ def validation_scores(
     tokens: positions of a batch. Every rank scores its part.
     """
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    mixture = answers.mixture
+    names = () if mixture is None else mixture.names
+    totals = torch.zeros(2 + len(names), dtype=torch.float64)
     for samples in (own_part or cluster.own_part)(batches_by_length(answers.lengths, tokens)):
         with precision.autocast():
             losses, right = losses_of(model, answers, samples, cluster.device)
-        totals += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)
+        totals[:2] += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)
+        if mixture is not None:
+            source = np.repeat(mixture.source[samples], answers.answer_tokens[samples])
+            totals[2:].index_add_(0, torch.from_numpy(source), losses.double().cpu())
     model.train()
-    loss, accuracy = (cluster.sum(totals.to(cluster.device)) / int(answers.answer_tokens.sum())).tolist()
-    return Validation(loss, accuracy)
+    summed = cluster.sum(totals.to(cluster.device)).tolist()
+    tokens_in_all = int(answers.answer_tokens.sum())
+    by_source = {}
+    if mixture is not None:
+        counts = np.bincount(mixture.source, answers.answer_tokens, len(names)).tolist()
+        by_source = {name: nats / n for name, nats, n in zip(names, summed[2:], counts, strict=True) if n}
+    return Validation(summed[0] / tokens_in_all, summed[1] / tokens_in_all, by_source)
 
 
 # An answer that is generated at a validation ends here at the latest.
@@ -228,9 +245,14 @@ class Answering(Task):
 
 def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
     """The order in which the run trains on `answers`."""
-    optim = config.optim
     return BatchPlan(
-        answers.lengths, answers.answer_tokens, config.batch, seed=config.seed, epochs=optim.epochs, steps=optim.steps
+        answers.lengths,
+        answers.answer_tokens,
+        config.batch,
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        steps=config.optim.steps,
+        mixture=answers.mixture,
     )
 
 
@@ -254,7 +276,7 @@ def main() -> int:
     config, dry_run = parse(QLoRAConfig, sys.argv[1:], prog="python -m training.qlora", about=__doc__)
     data = open_conversations(staged(config.data))
     pad_id = data.meta["tokenizer"]["pad_id"]
-    answers, held_out = (Answers(data.part(name), pad_id) for name in ("train", "validation"))
+    answers, held_out = (Answers(data.part(name), pad_id, data.mixture) for name in ("train", "validation"))
     plan = plan_of(config, answers)
     folder = find_base_model(config.base_model, config.base_revision)
     if commit := commit_of(folder):

@@ -38,6 +38,7 @@ class ConversationPart:
     uids: Texts  # unique: the file, and the record's id there, as in "DISC-Law-SFT-Pair:leg_case_cls-17"
     tasks: Texts  # as in "leg_case_cls"
     messages: Texts  # JSON of the list of messages, as they were tokenised; the last is the answer
+    sources: Texts | None = None  # of a mixture, which one each row is of
     learned: Ragged | None = None  # int32, per row from, to of every answer with its end, the last one as above
 
     def __len__(self) -> int:
@@ -50,7 +51,8 @@ class Conversations(PreparedFolder):
 
     meta["tokenizer"] holds sha256 (of vocabulary and template), size (ids), pad_id and end_id; meta["questions"] the
     uids of one test row per task, for a table of answers before and after training; meta["tasks"] the tasks' names;
-    meta["rows"] the rows of each part; meta["lengths"] tokens per task.
+    meta["rows"] the rows of each part; meta["lengths"] tokens per task; of a mixture, meta["mixture"] the weight of
+    each source by its name.
     """
 
     make = MAKE
@@ -59,6 +61,12 @@ class Conversations(PreparedFolder):
         "prompt_length": pa.int64(),
         **dict.fromkeys(("uid", "task", "messages"), pa.large_string()),
     }
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """How often an epoch has a sample of each source, in the mean; empty where there is one source."""
+        weights: dict[str, float] = self.meta.get("mixture", {})
+        return weights
 
     def vocabulary_sizes(self) -> dict[str, int]:
         return {"ids": self.meta["tokenizer"]["size"]}
@@ -78,6 +86,7 @@ class Conversations(PreparedFolder):
             Texts(columns["uid"]),
             Texts(columns["task"]),
             Texts(columns["messages"]),
+            Texts(columns["source"]) if "source" in columns else None,
             ragged(columns["learned"]) if "learned" in columns else None,
         )
 
