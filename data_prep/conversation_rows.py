@@ -26,7 +26,7 @@ from data_prep.shards import Column, Workers, read_shard, write_shard
 from data_prep.splits import StratifiedSplit
 from training.base.console import UserError, warn
 from training.base.progress import Progress
-from training.data.chat import ChatTokenizer, Message, Refused, Tools
+from training.data.chat import ChatTokenizer, Message, Refused, TextTokenizer, Tools, assistant
 from training.data.conversations import learned_tokens
 from training.data.prepared import Ragged, id_column, ragged, write_table
 from training.data.text import normalise
@@ -40,7 +40,7 @@ SHOWN_OTHERWISE = "have an answer that the chat template writes otherwise, which
 class Work:
     """What every process needs for the functions below."""
 
-    tokenizer: ChatTokenizer
+    tokenizer: TextTokenizer  # a ChatTokenizer, unless texts are learned
     corpus: Corpus
     max_length: int  # tokens of prompt and answer, at most
 
@@ -251,14 +251,16 @@ def accepted(record: Record) -> tuple[int, ...]:
     Also if the template has no place for a turn, or a text would be read as a control token: one that ends a turn, for
     example, would teach the model to stop there.
     """
-    tokenizer, asked, tools = _work.tokenizer, _work.corpus.asked(record), _tools(record)
+    for name, text in record.texts():
+        control = _work.tokenizer.control_text(text)
+        if control is not None:
+            raise Malformed(f"{name} holds {control}, which this tokenizer reads as a control token")
+    if _work.corpus.learn == "text":
+        return (0,)
+    tokenizer, asked, tools = _chat(), _work.corpus.asked(record), _tools(record)
     refusal = tokenizer.refusal(asked, tools)
     if refusal is not None:
         raise Malformed(refusal)
-    for name, text in record.texts():
-        control = tokenizer.control_text(text)
-        if control is not None:
-            raise Malformed(f"{name} holds {control}, which this tokenizer reads as a control token")
     learned, refused = [], ""
     for place in (*record.earlier, len(record.messages) - 1):
         try:
@@ -270,6 +272,11 @@ def accepted(record: Record) -> tuple[int, ...]:
     if not learned:
         raise Malformed(refused)
     return tuple(learned)
+
+
+def _chat() -> ChatTokenizer:
+    assert isinstance(_work.tokenizer, ChatTokenizer)
+    return _work.tokenizer
 
 
 def _tools(record: Record) -> Tools | None:
@@ -435,9 +442,11 @@ def _make_shard(shard: Shard) -> int:
 
 def _encode(records: Sequence[Record], learned: Sequence[tuple[int, ...]]) -> list[EncodedRecord]:
     """Each record as the model meets it; without a sample where it is too long and may not be cut, or not so far."""
+    if _work.corpus.learn == "text":
+        return _encode_texts(records)
     if _learns_all():
         return _encode_all(records, learned)
-    tokenizer, corpus = _work.tokenizer, _work.corpus
+    tokenizer, corpus = _chat(), _work.corpus
     asked = [corpus.asked(record) for record in records]
     pairs = [
         tokenizer.to_write(turns, record.messages[-1], _tools(record))
@@ -471,7 +480,7 @@ def _encode(records: Sequence[Record], learned: Sequence[tuple[int, ...]]) -> li
 
 def _encode_all(records: Sequence[Record], learned: Sequence[tuple[int, ...]]) -> list[EncodedRecord]:
     """The same where all answers are learned: in one sample if each is read there as it is read on its own."""
-    tokenizer = _work.tokenizer
+    tokenizer = _chat()
     pairs = [
         tokenizer.to_write(record.messages[:place], record.messages[place], _tools(record))
         for record, places in zip(records, learned, strict=True)
@@ -493,6 +502,19 @@ def _encode_all(records: Sequence[Record], learned: Sequence[tuple[int, ...]]) -
         if rows and all(np.array_equal(later[: len(sooner)], sooner) for sooner, later in pairwise(fits)):
             rows = [Encoded(rows[-1].ids, tuple(spans[each] for each in fitting), rows[-1].messages)]
         result.append(EncodedRecord(rows, bool(rows) and cut_turns > 0, cut_turns))
+    return result
+
+
+def _encode_texts(records: Sequence[Record]) -> list[EncodedRecord]:
+    """The same of texts, cut at the length: each piece begins with the last token of the one before, to go on from."""
+    tokenizer, most = _work.tokenizer, _work.max_length
+    result = []
+    for ids in map(tokenizer.document, tokenizer.encode([record.answer for record in records])):
+        pieces = [ids[start : start + most] for start in range(0, len(ids) - 1, most - 1)]
+        rows = [
+            Encoded(piece, ((1, len(piece)),), [assistant(tokenizer.decode(piece[1:].tolist()))]) for piece in pieces
+        ]
+        result.append(EncodedRecord(rows))
     return result
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.layouts import ASSISTANT, LAYOUTS, Keys, conversation_of, is_turns, text_of, without_absent
 from data_prep.prepare_conversations import prepare
@@ -28,15 +28,18 @@ from data_prep.records import (
     WEIGHTS,
     ConversationOptions,
     Corpus,
+    Learn,
     Malformed,
     Record,
     SourceFile,
     json_value,
     kind_of,
     unread_keys,
+    written_text,
 )
 from training.base.console import UserError, run_main
 from training.base.options import Pairs, Revision, Words, parse
+from training.data.chat import TextTokenizer, assistant, load_text_tokenizer
 
 ABOUT = f"""Prepares your own conversations for fine-tuning. Files of JSON lines, JSON, CSV and Parquet are read, also
 compressed ones, folders of them, and data sets of the Hugging Face hub (hub:NAME). A record has the keys
@@ -45,9 +48,10 @@ compressed ones, folders of them, and data sets of the Hugging Face hub (hub:NAM
 
 and, if you like, task or category, id, and system or system_prompt; options name other keys. What is not read is
 counted and named. Of several turns the last answer is learned in which none of {", ".join(WEIGHTS)} is 0 or
-false, and what stands before it is read; with --learn all, every such answer is learned. Records with the same turns
-before the answer are in one part. Dropped and counted: a record that is too long, and one that says the same as another
-before it. A task is scored as free text, unless it bears the name of one of DISC-Law-SFT's."""
+false, and what stands before it is read; with --learn all, every such answer is learned. With --learn text, a record is
+a text (key text), and so is a .txt or .md file. Records with the same turns before the answer are in one part. Dropped
+and counted: a record that is too long, and one that says the same as another before it. A task is scored as free text,
+unless it bears the name of one of DISC-Law-SFT's."""
 FOR_ALL = ("all", "all tasks")  # tables call all tasks together so
 IDS = ("id", "conversation_id", "idx")
 HUB = "hub:"
@@ -65,10 +69,12 @@ class InstructionOptions(ConversationOptions):
     subset: str | None = Field(None, description="of a data set of the hub: its configuration")
     split: str = Field("train", description="of a data set of the hub, or one that `datasets` saved: the part to read")
     revision: Revision = Field("main", description="of a data set of the hub: commit or branch")
-    learn: Literal["last", "all"] = Field(
+    learn: Learn = Field(
         "last",
-        description="last: the last answer of a conversation; all: every answer, in one pass where that is exact",
+        description="last: a conversation's last answer; all: every answer, in one pass where that is exact; text: "
+        "whole texts, for continued training of a base model",
     )
+    text_key: str = Field("text", description="key of the text, with --learn text")
     tasks: Literal["field", "file"] = Field(
         "field", description="field: a record's task or category, if it has one, is its task; file: its file's name is"
     )
@@ -86,6 +92,12 @@ class InstructionOptions(ConversationOptions):
         description="learn reasoning_content, reasoning or thinking as the template writes them before the answer",
     )
 
+    @model_validator(mode="after")
+    def _without_template(self) -> InstructionOptions:
+        if self.learn == "text" and self.template_options:
+            raise ValueError("template_options has no effect with learn text, which needs no chat template")
+        return self
+
     @field_validator("roles")
     @classmethod
     def _known_roles(cls, roles: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +105,9 @@ class InstructionOptions(ConversationOptions):
         if wrong:
             raise ValueError(f"{wrong[0]} is none of user, assistant, system and tool")
         return {name.lower(): role for name, role in roles.items()}
+
+    def load_tokenizer(self) -> TextTokenizer:
+        return load_text_tokenizer(self.tokenizer) if self.learn == "text" else super().load_tokenizer()
 
     def defining(self) -> dict[str, object]:
         return {key: value for key, value in super().defining().items() if key not in ("subset", "split")}
@@ -147,6 +162,8 @@ class Instructions(Corpus[Record, RecordFile]):
     def read(self, line: bytes, file: SourceFile) -> Record:
         options = self.options
         values = json_value(line)
+        if options.learn == "text":
+            return self._text(values, file)
         if is_turns(values, options.keys):
             values = {"messages": values}
         if not isinstance(values, dict):
@@ -173,6 +190,20 @@ class Instructions(Corpus[Record, RecordFile]):
             tools=json.dumps(without_absent(read.tools), ensure_ascii=False) if read.tools else "",
             notes=tuple(read.notes),
         )
+
+    def _text(self, values: Any, file: SourceFile) -> Record:
+        """A document."""
+        if not isinstance(values, dict) or self.options.text_key not in values:
+            keys = ", ".join(map(repr, values)) if isinstance(values, dict) else kind_of(values)
+            raise Malformed(f"no {self.options.text_key} in it, but {keys}: name the key with --text_key"[:300])
+        values = {key: value for key, value in values.items() if value == value and value is not None}
+        text = written_text(self.options.text_key, values.pop(self.options.text_key, ""))
+        name = next((values.pop(key) for key in IDS if key in values), None)
+        task = self._task_of(values) if self.options.tasks == "field" else None
+        name = None if name is None else text_of("id", name)
+        # A file of plain text is one of many, which are no tasks of their own.
+        whole = file.source if isinstance(file, RecordFile) and file.form == "text" else file.stem
+        return Record(name, task or whole, (assistant(text),), unread=tuple(unread_keys(values)))
 
     def _task_of(self, values: dict[str, Any]) -> str | None:
         key = self.options.task_key or ("task" if "task" in values else "category")
@@ -202,7 +233,7 @@ def open_corpus(options: InstructionOptions) -> Instructions:
         elif dataset := saved(place, options.split, word):
             found = [dataset]
         else:
-            found = files_in(place, word, options.keys, text=False)
+            found = files_in(place, word, options.keys, text=options.learn == "text")
         name = found[0].stem if len(found) == 1 else place.name
         name = word if name in weights else name
         weights[name] = weight

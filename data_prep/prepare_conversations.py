@@ -45,7 +45,7 @@ from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.files import publish_folder, temporary_folder, writing_to
 from training.base.options import differing_keys
-from training.data.chat import ChatTokenizer, load_chat_tokenizer
+from training.data.chat import TextTokenizer
 from training.data.conversations import FORMAT, Conversations, open_conversations
 from training.data.prepared import PARTS, list_files
 
@@ -69,7 +69,7 @@ def prepare(
     """
     began = time.monotonic()
     output, existing = claim_output(options.output, dry_run, options.overwrite, open_conversations, example=example)
-    tokenizer = load_chat_tokenizer(options.tokenizer, options.template_options)
+    tokenizer = options.load_tokenizer()
 
     def done(corpus: Corpus) -> bool:
         return existing is not None and is_done(
@@ -104,7 +104,7 @@ def prepare(
 
 
 def _differences(
-    existing: Conversations, options: ConversationOptions, corpus: Corpus, tokenizer: ChatTokenizer
+    existing: Conversations, options: ConversationOptions, corpus: Corpus, tokenizer: TextTokenizer
 ) -> list[str]:
     """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
     lines = differing_keys(existing.meta["options"], options.defining())
@@ -124,7 +124,7 @@ def build(
     output: Path,
     options: ConversationOptions,
     corpus: Corpus,
-    tokenizer: ChatTokenizer,
+    tokenizer: TextTokenizer,
     workers: Workers,
 ) -> dict[str, Any]:
     """Fills the empty `folder` with the prepared conversations and returns its meta.json, which is written last."""
@@ -142,7 +142,7 @@ def build(
         _warn_of_shares(split, records, options)
         if corpus.learn == "all":
             leave_out_trained_prompts(records, split)
-        questions = choose_questions(records, split)
+        questions = choose_questions(records, split) if corpus.learn != "text" else []
         split = split.with_first(questions, records.group)
         chosen = {part: split.first_share(part, options.fraction, records.group) for part in PARTS}
         if corpus.learn == "all":

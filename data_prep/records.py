@@ -19,7 +19,7 @@ from pydantic import Field
 from data_prep.preparing import sha256_of_json
 from data_prep.shards import cores
 from training.base.options import Options, Pairs
-from training.data.chat import Message
+from training.data.chat import Message, TextTokenizer, load_chat_tokenizer
 
 # Keys of an answer, or of its record, that say with 0 or false that it is not to be learned.
 WEIGHTS = ("weight", "loss_weight", "loss", "train")
@@ -49,6 +49,10 @@ class ConversationOptions(Options):
     seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
     workers: int = Field(cores(), ge=1, description="processes that read and tokenise; by default one per core")
     overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
+
+    def load_tokenizer(self) -> TextTokenizer:
+        """The tokenizer that these options name. Raises UserError."""
+        return load_chat_tokenizer(self.tokenizer, self.template_options)
 
     def defining(self) -> dict[str, object]:
         """The options that the prepared content depends on; source and tokenizer are compared by theirs."""
@@ -136,7 +140,7 @@ class Record:
     @property
     def group(self) -> str:
         """Records whose groups are equal, punctuation and blanks aside, are in one part."""
-        return self.read_before(len(self.messages) - 1)
+        return self.read_before(max(1, len(self.messages) - 1))  # of a text, which nothing stands before, all of it
 
     def read_before(self, place: int) -> str:
         """All that the model reads before it writes message `place`, as one text."""
@@ -145,8 +149,11 @@ class Record:
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every text, with what a message to the user calls it."""
         for number, message in enumerate(self.messages, 1):
-            is_answer = number == len(self.messages)
-            yield "the answer" if is_answer else f"turn {number} ({message['role']})", as_text(message)
+            is_last = number == len(self.messages)
+            yield (
+                ("the answer" if number > 1 else "the text") if is_last else f"turn {number} ({message['role']})",
+                as_text(message),
+            )
         yield "tools", self.tools
 
 

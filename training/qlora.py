@@ -9,7 +9,6 @@ alone, how much memory a process needs and whether the card has it.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +26,9 @@ from training.data.answer_metrics import mean_of_tasks
 from training.data.conversations import (
     ConversationPart,
     Conversations,
+    asked_of,
     learned_tokens,
     open_conversations,
-    question_of,
 )
 from training.data.prepared import Ragged
 from training.engine.batch_plan import BatchPlan, Mixture, batches_by_length
@@ -219,16 +218,17 @@ class Answering(Task):
 
     def generate(self, own_part: OwnPart) -> GeneratedScores:
         """The mean of the tasks' scores, see `training.data.answer_metrics`."""
-        from training.data.chat import load_chat_tokenizer  # slow to import
+        from training.data.chat import reopened  # slow to import
 
-        tokenizer = load_chat_tokenizer(str(self.data.folder / "tokenizer"))
+        tokenizer = reopened(self.data.folder / "tokenizer", self.data.meta["tokenizer"])
         part = self.held_out.part
         rows = drawn(self.samples, len(part))
+        asked = {row: asked_of(part, row, tokenizer) for row in rows.tolist()}
 
         def answer(batch: list[int]) -> list[str]:
             found = generate(
                 self.model.model,
-                [part.ids[row][: part.prompt_lengths[row]].tolist() for row in batch],
+                [asked[row].prompt for row in batch],
                 end_id=tokenizer.end_id,
                 pad_id=tokenizer.pad_id,
                 max_new_tokens=GENERATED_TOKENS,
@@ -236,11 +236,11 @@ class Answering(Task):
             )
             return [tokenizer.decode(each.ids) for each in found]
 
-        answers = answers_of(rows, part.prompt_lengths[rows], answer, self.cluster, own_part, most=8)
-        turns = [json.loads(part.messages[row]) for row in rows.tolist()]
-        sources, references = map(question_of, turns), [messages[-1]["content"] for messages in turns]
+        lengths = np.array([len(each.prompt) for each in asked.values()])
+        answers = answers_of(rows, lengths, answer, self.cluster, own_part, most=8)
+        sources, references = ([getattr(each, of) for each in asked.values()] for of in ("question", "reference"))
         score = mean_of_tasks([part.tasks[row] for row in rows.tolist()], answers, references)
-        return GeneratedScores.of({"score": score}, list(sources), references, answers)
+        return GeneratedScores.of({"score": score}, sources, references, answers)
 
 
 def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.base.console import UserError
-from training.base.files import is_there, nearest_folder
+from training.base.files import is_there, nearest_folder, read_json, write_atomically
 from training.base.hub import commit_of, fetch_snapshot
 from training.base.limits import call_limited
 
@@ -282,6 +282,27 @@ class ChatTokenizer(TextTokenizer):
         options = {"template_options": dict(self.template_options)} if self.template_options else {}
         return {**self._identity(), **options}
 
+    def settled_template(self) -> str | None:
+        """The template that needs no options, and ends a prompt with the blanks that belong to it; None if it is so."""
+        if not self.template_options and not self._gap:
+            return None
+        template = self._tokenizer.chat_template
+        text = template if isinstance(template, str) else template["default"]
+        told = "".join(f"{{%- set {key} = {_jinja(value)} %}}" for key, value in self.template_options.items())
+        gap = f"{{% if add_generation_prompt %}}{{{{ {_jinja(self._gap)} }}}}{{% endif %}}" if self._gap else ""
+        return told + text.removesuffix("\n") + gap
+
+    def settle(self, folder: Path) -> None:
+        """Puts `settled_template` into the tokenizer's files in `folder`, where every program finds it."""
+        text = self.settled_template()
+        if text is None:
+            return
+        write_atomically(folder / "chat_template.jinja", text)
+        config = read_json(folder / "tokenizer_config.json")
+        if "chat_template" in config:
+            about = json.dumps({**config, "chat_template": text}, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(folder / "tokenizer_config.json", about)
+
     def _render(self, messages: Sequence[Message], tools: Tools | None, *, add_generation_prompt: bool) -> str:
         """What the template makes of `messages`. Raises UserError beyond its limits, and what it raises."""
         size = sum(len(str(value)) for message in messages for value in message.values()) + len(str(tools or ""))
@@ -415,6 +436,11 @@ class ChatTokenizer(TextTokenizer):
 
 def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _jinja(value: object) -> str:
+    """A value as templates write it."""
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -10,15 +10,19 @@ Reading costs no memory to speak of: ids are views on the memory-mapped files, a
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from training.base.console import UserError
 from training.data.prepared import PreparedFolder, Ragged, Texts, ragged, read_meta
+
+if TYPE_CHECKING:
+    from training.data.chat import TextTokenizer
 
 FORMAT = "relay-conversations-1"
 DISC_LAW_SFT = "ShengbinYue/DISC-Law-SFT"  # the legal records, by their name on the hub
@@ -99,9 +103,9 @@ class Conversations(PreparedFolder):
                 f"{vocabulary_size:,}: prepare the data with --tokenizer {folder}"
             )
         if (folder / "tokenizer_config.json").is_file():
-            from training.data.chat import load_chat_tokenizer  # slow to import
+            from training.data.chat import reopened  # slow to import
 
-            if load_chat_tokenizer(str(folder)).sha256 != self.identity["tokenizer"]:
+            if reopened(folder, self.meta["tokenizer"]).sha256 != self.identity["tokenizer"]:
                 raise UserError(
                     f"{self.folder} was prepared with another tokenizer or chat template than that of the model in "
                     f"{folder}: prepare the data with --tokenizer {folder}"
@@ -121,7 +125,31 @@ def open_conversations(folder: str | Path) -> Conversations:
     return Conversations(folder, read_meta(folder, FORMAT, MAKE)).check_once()
 
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is given to answer, and the answer that it is compared with."""
+
+    prompt: list[int]
+    question: str
+    reference: str
+
+
+def asked_of(part: ConversationPart, row: int, tokenizer: TextTokenizer) -> Asked:
+    """The last question of a conversation; of a text, the half that is to be continued."""
+    ids, messages = part.ids[row], json.loads(part.messages[row])
+    *turns, answer = messages
+    if not turns:
+        half = max(1, len(ids) // 2)
+        before, behind = ids[:half].tolist(), ids[half:].tolist()
+        return Asked(before, tokenizer.decode(before), tokenizer.decode(behind))
+    start = int(part.prompt_lengths[row])
+    # What calls a tool or shows its reasoning is compared with what the template makes of that.
+    is_plain = set(answer) == {"role", "content"}
+    reference = answer["content"] if is_plain else tokenizer.decode(ids[start:].tolist())
+    return Asked(ids[:start].tolist(), question_of(messages), reference)
 
 
 def question_of(messages: Messages) -> str:
