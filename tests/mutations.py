@@ -180,6 +180,29 @@ FAULTS = (
         "tests/training/engine/test_batch_plan.py::test_epochs_and_seeds_differ_in_order_and_in_composition",
     ),
     Fault(
+        "a mixture has the same half in every epoch",
+        "training/engine/batch_plan.py",
+        "(self.phase + epoch * self.count) % len(self.samples)",
+        "self.phase % len(self.samples)",
+        "tests/training/engine/test_batch_plan.py::test_every_epoch_of_a_mixture_has_each_source_by_its_weight_in_as_many_"
+        "micro_batches",
+    ),
+    Fault(
+        "answers share a pass though the template shows them otherwise",
+        "data_prep/conversation_rows.py",
+        "np.array_equal(later[: len(sooner)], sooner)",
+        "len(later) > len(sooner)",
+        "tests/data_prep/test_learn_all.py::test_where_an_earlier_turn_is_shown_otherwise_each_answer_is_a_sample_of_its_"
+        "own",
+    ),
+    Fault(
+        "held-out answers are scored though their prompt is trained on",
+        "data_prep/conversation_rows.py",
+        "if prompt not in trained)",
+        "if prompt or trained)",
+        "tests/data_prep/test_learn_all.py::test_a_held_out_turn_whose_prompt_is_trained_on_is_read_and_not_scored",
+    ),
+    Fault(
         "the plan remembers",
         "training/engine/batch_plan.py",
         "self._stratified(epoch, random)",

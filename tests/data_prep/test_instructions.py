@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep import disc_law, export, instructions
-from tests.support.base_models import CHATML, make_tiny_qwen2, make_tokenizer
+from tests.support.base_models import CHATML, WITH_TOOLS, make_tiny_qwen2, make_tokenizer
 from tests.support.commands import Launch
 from tests.support.legal_records import sentence
 from training.base.console import UserError
@@ -448,6 +448,21 @@ def test_several_turns_are_exported_where_the_form_has_a_place_for_them(make: Ma
     with pytest.raises(UserError, match="--format messages"):
         export.main([str(word) for word in words])
     assert not (tmp_path / "alpaca.jsonl").exists()
+
+
+def test_tools_are_exported_beside_their_messages_and_nowhere_else(make: Make, tmp_path: Path):
+    tools = [{"type": "function", "function": {"name": "law"}}]
+    call = {"type": "function", "function": {"name": "law", "arguments": {}}}
+    told = [*turns(asked(1)), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    texts = [f"{asked(number)} {said(number)}" for number in range(60)]
+    tokenizer = make_tokenizer(tmp_path / "tools", texts, template=WITH_TOOLS)
+    data = make([{"messages": told, "tools": tools}, *(qa(number) for number in range(2, 30))], tokenizer=tokenizer)
+    part, output = rows_of(data)["mine-1:null@1"][0], tmp_path / "out.jsonl"
+    words = [str(word) for word in (data.folder, "--part", part, "--output", output)]
+    assert export.main([*words, "--format", "messages"]) == 0
+    assert {"messages": told, "tools": tools} in [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    with pytest.raises(UserError, match="no place for tools or reasoning: take --format messages"):
+        export.main([*words, "--format", "sharegpt"])
 
 
 def test_own_records_are_trained_on_and_scored_as_free_text_by_the_usual_commands(
