@@ -196,11 +196,11 @@ def _check_records(records: Records, options: ConversationOptions, corpus: Corpu
     if len(records.malformed) > options.max_malformed_share * found:
         reason, count = Counter(str(entry["reason"]) for entry in records.malformed).most_common(1)[0]
         first = records.malformed[0]
-        other = "" if first["reason"] == reason else f": {first['reason']}"
+        mostly = "" if first["reason"] == reason else f"mostly: {reason}, {count:,}; "
         raise UserError(
             f"{len(records.malformed):,} of {found:,} lines are no {corpus.record_name}, more than "
-            f"--max_malformed_share {options.max_malformed_share} (mostly: {reason}, {count:,}; the first is "
-            f"{first['file']} line {first['line']}{other}); {corpus.advice}"
+            f"--max_malformed_share {options.max_malformed_share} ({mostly}the first is {first['file']} line "
+            f"{first['line']}: {first['reason']}{'' if mostly else f', of {count:,} such'}); {corpus.advice}"
         )
     if len(records.tasks) > MAX_TASKS:
         raise UserError(
