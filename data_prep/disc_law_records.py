@@ -26,7 +26,7 @@ from data_prep.records import (
 from training.base.console import UserError, warn
 from training.base.files import check_there, sha256_of
 from training.base.hub import fetch_snapshot
-from training.data.chat import user
+from training.data.chat import assistant, user
 from training.data.conversations import DISC_LAW_SFT
 
 HUB_PAGE = f"https://huggingface.co/datasets/{DISC_LAW_SFT}"
@@ -251,7 +251,8 @@ def read_record(line: bytes, file: PublishedFile) -> LawRecord:
         checked_text("id", name)
     unread = tuple(unread_keys(values))
     task = _task_of(name, file)
-    return LawRecord(name, task, (user(question),), answer, tuple(filter(None, statutes)), unread=unread)
+    messages = (user(question), assistant(answer))
+    return LawRecord(name, task, messages, tuple(filter(None, statutes)), unread=unread)
 
 
 def _task_of(name: str | None, file: PublishedFile) -> str:

@@ -2,8 +2,8 @@
 
     python -m data_prep.export prepared/disc-law --part train --format sharegpt --output train.jsonl
 
-`messages` is what most programs read, `sharegpt` and `alpaca` are LLaMA-Factory's. The file is complete or absent. Of
-several turns only the last answer is learned here; other programs may learn them all.
+`messages` is what most programs read, `sharegpt` and `alpaca` are LLaMA-Factory's. The file is complete or absent. It
+does not say which of several answers are learned: other programs may learn them all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from training.base.files import open_atomically, writing_to
 from training.base.options import CommandLine
 from training.base.progress import Progress
 from training.data.conversations import Messages, open_conversations
-from training.data.prepared import PARTS
+from training.data.prepared import PARTS, Texts
 
 # What stands in LLaMA-Factory's dataset_info.json beside the name of a file of this format.
 EXPORTS: dict[str, dict[str, Any]] = {
@@ -33,9 +33,13 @@ EXPORTS: dict[str, dict[str, Any]] = {
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
-def _shaped(messages: Messages, form: str) -> dict[str, Any]:
+def _shaped(messages: Messages, tools: str, form: str) -> dict[str, Any]:
+    if len(messages) == 1:
+        return {"text": messages[0]["content"]}
     if form == "messages":
-        return {"messages": messages}
+        return {"messages": messages, **({"tools": json.loads(tools)} if tools else {})}
+    if tools or any(message.keys() - {"role", "content"} or message["role"] not in _SPEAKERS for message in messages):
+        raise UserError(f"{form} as it is written here has no place for tools or reasoning: take --format messages")
     if form == "sharegpt":
         return {"conversations": [{"from": _SPEAKERS[turn["role"]], "value": turn["content"]} for turn in messages]}
     if len(messages) > 2:
@@ -61,14 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it, for example {output / 'train.jsonl'}")
-    part = open_conversations(arguments.prepared).part(arguments.part)
+    data = open_conversations(arguments.prepared)
+    part, columns = data.part(arguments.part), data.columns(arguments.part)
+    tools = Texts(columns["tools"]) if "tools" in columns else [""] * len(part)
     with (
         writing_to(output),
         open_atomically(output) as file,
         Progress("writing", len(part), "conversations") as progress,
     ):
-        for text in part.messages:
-            file.write(json.dumps(_shaped(json.loads(text), arguments.format), ensure_ascii=False).encode() + b"\n")
+        for text, described in zip(part.messages, tools, strict=True):
+            shaped = _shaped(json.loads(text), described, arguments.format)
+            file.write(json.dumps(shaped, ensure_ascii=False).encode() + b"\n")
             progress.advance()
     say(f"wrote {output}: {len(part):,} conversations. In LLaMA-Factory's dataset_info.json:")
     say(f"  {json.dumps({output.stem: {'file_name': output.name, **EXPORTS[arguments.format]}})}")

@@ -1,219 +1,260 @@
-"""Prepares your own questions and answers, in files of JSON lines, for fine-tuning a chat model.
+"""Prepares your own conversations, whatever their files and layouts, for fine-tuning a chat model.
 
     python -m data_prep.instructions --source mine.jsonl --tokenizer Qwen/Qwen2.5-3B-Instruct --output prepared/mine
     python -m data_prep.instructions --source FOLDER --tokenizer models/mine --max_length 2048 --output prepared/mine
 
-A line is a record in any of `LAYOUTS`; one file may hold several of them. The last answer that has no weight of 0 is
-learned; the turns before it, and a system's, are what the model reads. A record is counted, split and scored as its
-`task` or `category`, if it has one, and otherwise under the name of its file. This promises what
-`prepare_conversations` does.
+A record is in any of `LAYOUTS`; one file may hold several of them. The last answer that has no weight of 0 is learned;
+the turns before it, and a system's, are what the model reads. A record is counted, split and scored as its `task` or
+`category`, if it has one, and otherwise under the name of its file. This promises what `prepare_conversations` does.
 """
 
 from __future__ import annotations
 
-import shlex
+import json
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from data_prep.layouts import ASSISTANT, LAYOUTS, Keys, conversation_of, is_turns, text_of, without_absent
 from data_prep.prepare_conversations import prepare
+from data_prep.preparing import sha256_of_json
+from data_prep.record_files import RecordFile, files_in, from_hub, saved, unpacked
 from data_prep.records import (
-    NOT_LEARNED,
     WEIGHTS,
     ConversationOptions,
     Corpus,
+    Learn,
     Malformed,
     Record,
     SourceFile,
-    checked_text,
-    is_learned,
-    json_object,
-    keys_left,
+    json_value,
     kind_of,
     unread_keys,
     written_text,
 )
 from training.base.console import UserError, run_main
-from training.base.files import check_there, sha256_of
-from training.base.options import parse
-from training.data.chat import Message, user
+from training.base.options import Pairs, Revision, Words, parse
+from training.data.chat import TextTokenizer, assistant, load_text_tokenizer
 
-# Layouts of turns: the key of the list, and the keys of a turn for who speaks and what is said.
-TURNS = (
-    ("messages", "role", "content"),  # OpenAI, Hugging Face
-    ("conversations", "from", "value"),  # ShareGPT
-)
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
-}
-# Layouts of a question and its answer: one key of each kind, and perhaps one with more to the question. Alpaca, others.
-QUESTIONS, MORE = ("instruction", "prompt", "question"), ("input", "context")
-ANSWERS = ("output", "completion", "response", "answer")
-SYSTEM = ("system", "system_prompt")
-LAYOUTS = (
-    *(f"{turns}, a list of {{{speaker}, {text}}}" for turns, speaker, text in TURNS),
-    f"{', '.join(QUESTIONS)} or input; {' or '.join(MORE)} (if there is more to it); "
-    f"{', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}",
-)
-ABOUT = f"""Prepares your own questions and answers for fine-tuning. A line of the files is a JSON object with the keys
+ABOUT = f"""Prepares your own conversations for fine-tuning. Files of JSON lines, JSON, CSV and Parquet are read, also
+compressed ones, folders of them, and data sets of the Hugging Face hub (hub:NAME). A record has the keys
 
   {(chr(10) + "  ").join(LAYOUTS)}
 
-and, if you like, task or category, id, and {" or ".join(SYSTEM)}; other keys are not read, but counted and named. Of
-several turns the last answer is learned in which none of {", ".join(WEIGHTS)} is 0 or false, and what stands
-before it is read. Equal questions (of several, the first) are in one part. Dropped and counted: a record that is too
-long, and one that says the same as another before it. A task is scored as free text, unless it bears the name of one of
-DISC-Law-SFT's."""
-# What the files of other formats begin with, and what to do about them.
-NOT_TEXT = {
-    b"\x1f\x8b": "it is compressed; `gunzip -k {path}` unpacks it",
-    b"PK\x03\x04": "it is a zip file or a spreadsheet; unpack it, or export it as JSON lines",
-    b"PAR1": "it is a Parquet file; `pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)` converts it",
-    b"\xff\xfe": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
-    b"\xfe\xff": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
-}
+and, if you like, task or category, id, and system or system_prompt; options name other keys. What is not read is
+counted and named. Of several turns the last answer is learned in which none of {", ".join(WEIGHTS)} is 0 or
+false, and what stands before it is read; with --learn all, every such answer is learned. With --learn text, a record is
+a text (key text), and so is a .txt or .md file. Records with the same turns before the answer are in one part. Dropped
+and counted: a record that is too long, and one that says the same as another before it. A task is scored as free text,
+unless it bears the name of one of DISC-Law-SFT's."""
 FOR_ALL = ("all", "all tasks")  # tables call all tasks together so
+IDS = ("id", "conversation_id", "idx")
+HUB = "hub:"
+MOST_SOURCES, MOST_WEIGHT = 16, 100  # a source is a curve and some keys of every line of the record
 LICENCE = "Not stated in the records: the licence is that of wherever they came from."
 
 
 class InstructionOptions(ConversationOptions):
     """The keys of `python -m data_prep.instructions`."""
 
-    source: str = Field(description="a file of JSON lines, or a folder with .jsonl files")
+    source: Words = Field(
+        description="files, folders with such files, hub:NAME for data sets of the hub; of A.jsonl:2 B.jsonl:0.5 an "
+        "epoch has each record of A twice, and half of B"
+    )
+    subset: str | None = Field(None, description="of a data set of the hub: its configuration")
+    split: str = Field("train", description="of a data set of the hub, or one that `datasets` saved: the part to read")
+    revision: Revision = Field("main", description="of a data set of the hub: commit or branch")
+    learn: Learn = Field(
+        "last",
+        description="last: a conversation's last answer; all: every answer, in one pass where that is exact; text: "
+        "whole texts, for continued training of a base model",
+    )
+    text_key: str = Field("text", description="key of the text, with --learn text")
     tasks: Literal["field", "file"] = Field(
         "field", description="field: a record's task or category, if it has one, is its task; file: its file's name is"
     )
+    turns_key: str | None = Field(None, description="key of the list of turns; null: as in the layouts")
+    role_key: str | None = Field(None, description="key of a turn that says who speaks; null: role, from or speaker")
+    content_key: str | None = Field(None, description="key of a turn that says what; null: content, value or text")
+    roles: Pairs = Field({}, description="name=role words for other speakers: user, assistant, system or tool")
+    question_key: Words = Field((), description="keys of the question, joined by line ends; none: as in the layouts")
+    context_key: Words = Field((), description="keys of what is put before the question, such as reference")
+    answer_key: str | None = Field(None, description="key of the answer, such as chosen; null: as in the layouts")
+    system_key: str | None = Field(None, description="key of the system's text; null: system or system_prompt")
+    task_key: str | None = Field(None, description="key of the task; null: task or category")
+    reasoning: bool = Field(
+        False,
+        description="learn reasoning_content, reasoning or thinking as the template writes them before the answer",
+    )
+
+    @model_validator(mode="after")
+    def _without_template(self) -> InstructionOptions:
+        if self.learn == "text" and self.template_options:
+            raise ValueError("template_options has no effect with learn text, which needs no chat template")
+        return self
+
+    @field_validator("roles")
+    @classmethod
+    def _known_roles(cls, roles: dict[str, Any]) -> dict[str, Any]:
+        wrong = [role for role in roles.values() if role not in ("system", "user", "assistant", "tool")]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is none of user, assistant, system and tool")
+        return {name.lower(): role for name, role in roles.items()}
+
+    def load_tokenizer(self) -> TextTokenizer:
+        return load_text_tokenizer(self.tokenizer) if self.learn == "text" else super().load_tokenizer()
+
+    def defining(self) -> dict[str, object]:
+        return {key: value for key, value in super().defining().items() if key not in ("subset", "split")}
+
+    @property
+    def keys(self) -> Keys:
+        """What the keys of records are called."""
+        return Keys(
+            turns=self.turns_key,
+            role=self.role_key,
+            content=self.content_key,
+            roles=self.roles,
+            question=self.question_key,
+            context=self.context_key,
+            answer=self.answer_key,
+            system=self.system_key,
+            reasoning=self.reasoning,
+        )
 
 
-class Instructions(Corpus[Record, SourceFile]):
+class Instructions(Corpus[Record, RecordFile]):
     """The records in `files`."""
 
     record_name = "record"
-    advice = f"mend these lines, or allow more of them. A line is a JSON object with the keys {' | '.join(LAYOUTS)}"
+    advice = "mend these lines, or allow more of them; `python -m data_prep.instructions --help` lists the layouts"
     options: InstructionOptions
 
+    def __init__(self, options: InstructionOptions, files: Sequence[RecordFile], mixture: dict[str, float]):
+        super().__init__(options, files, mixture=mixture)
+        self.learn = options.learn
+
+    @property
+    def sha256(self) -> str:
+        if not self.mixture:
+            return super().sha256
+        return sha256_of_json([self.mixture, [(file.source, file.stem, file.sha256) for file in self.files]])
+
+    def source_of(self, file: SourceFile) -> str:
+        return file.source if isinstance(file, RecordFile) else ""
+
     def about(self) -> dict[str, Any]:
-        kind = "folder" if Path(self.options.source).expanduser().is_dir() else "file"
-        return {"kind": kind, "place": self.options.source, "licence": LICENCE}
+        words = self.options.source
+        kind = "folder" if all(Path(word).expanduser().is_dir() for word in words) else "file"
+        return {"kind": kind, "place": " ".join(words), "licence": LICENCE}
+
+    def unpack(self, folder: Path) -> None:
+        self.files = tuple(
+            file if file.is_lines else unpacked(file, folder, number, self.options.keys)
+            for number, file in enumerate(self.files)
+        )
 
     def read(self, line: bytes, file: SourceFile) -> Record:
-        values = json_object(line)
-        turns, answer, unread = _turns_of(values)
-        if values.get("history"):
-            raise Malformed("history holds turns, which are read from messages or conversations only")
-        system = next((key for key in SYSTEM if values.get(key)), None)
-        if system and turns[0]["role"] != "system":
-            turns = [_turn("system", written_text(system, values.pop(system))), *turns]
-        name = values.pop("id", None)
-        if name is not None and not isinstance(name, int):
-            checked_text("id", name)
-        task = _task_of(values) if self.options.tasks == "field" else None
-        unread = tuple(dict.fromkeys([*unread, *unread_keys(values)]))
-        return Record(None if name is None else str(name), task or file.stem, tuple(turns), answer, unread=unread)
-
-
-def _task_of(values: dict[str, Any]) -> str | None:
-    key = "task" if values.get("task") else "category"
-    if not values.get(key):
-        return None
-    task = " ".join(written_text(key, values.pop(key)).split())
-    if task in FOR_ALL:
-        raise Malformed(f"{key} is {task!r}, which is what tables call all of them: name it otherwise")
-    return task
-
-
-def _turns_of(values: dict[str, Any]) -> tuple[list[Message], str, Sequence[str]]:
-    """The turns before the answer, the answer, and keys of turns that are not read, whatever the layout.
-
-    Takes what is read out of `values`. Raises Malformed.
-    """
-    for key, speaker, text in TURNS:
-        if key in values:
-            return _conversation(key, values.pop(key), speaker, text)
-    questions = [key for key in QUESTIONS if key in values] or [key for key in MORE[:1] if key in values]
-    answers = [key for key in ANSWERS if key in values]
-    if questions and not answers:
-        raise Malformed(f"no answer ({', '.join(ANSWERS)}) beside {', '.join(map(repr, values))}"[:200])
-    if not questions:
-        raise Malformed(f"no layout has the keys {', '.join(map(repr, values)) or '(none)'}"[:200])
-    for both in (questions, answers):
-        if len(both) > 1:
-            raise Malformed(f"it has {' and '.join(both)}, of which one is expected")
-    keys = dict.fromkeys([*questions, *(key for key in MORE if values.get(key))])
-    asked = "\n".join(filter(None, (checked_text(key, values.pop(key)).strip() for key in keys)))
-    return [user(written_text(" and ".join(keys), asked))], written_text(answers[0], values.pop(answers[0])), ()
-
-
-def _conversation(key: str, turns: object, speaker: str, text: str) -> tuple[list[Message], str, Sequence[str]]:
-    if not isinstance(turns, list):
-        raise Malformed(f"{key} is {kind_of(turns)}, not a list of turns")
-    read: list[Message] = []
-    learned: list[int] = []  # places of turns
-    unread: list[str] = []
-    for number, turn in enumerate(turns, 1):
-        where = f"turn {number} of {key}"
-        if not isinstance(turn, dict) or speaker not in turn or text not in turn:
-            found = f", but with {', '.join(turn) or 'nothing'}" if isinstance(turn, dict) else ""
-            raise Malformed(f"{where} is no object with {speaker} and {text}{found}"[:200])
-        who = checked_text(f"{speaker} of {where}", turn.pop(speaker))
-        role = ROLES.get(who)
-        if role is None:
-            raise Malformed(f"{where} is of {who!r}, who is none of {', '.join(ROLES)}"[:200])
-        if is_learned(turn) and role == "assistant":
-            learned.append(len(read))
-        read.append(_turn(role, written_text(f"{text} of {where}", turn.pop(text))))
-        unread += (f"{key}[].{name}" for name in keys_left(turn))
-    roles = [turn["role"] for turn in read]
-    expected = ["system"] * (roles[:1] == ["system"])
-    expected += ["user", "assistant"] * ((len(roles) - len(expected)) // 2)
-    if roles != expected or "assistant" not in roles:
-        raise Malformed(
-            f"{key}: a user and an assistant take turns, behind a system at most, and the assistant has the last; here "
-            f"they are of {', '.join(roles) or 'nobody'}"[:300]
+        options = self.options
+        values = json_value(line)
+        if options.learn == "text":
+            return self._text(values, file)
+        if is_turns(values, options.keys):
+            values = {"messages": values}
+        if not isinstance(values, dict):
+            raise Malformed(f"{kind_of(values)}, not an object")
+        values = {key: value for key, value in values.items() if value == value and value is not None}
+        read = conversation_of(values, options.keys)
+        answers = [
+            place
+            for place, message in enumerate(read.messages)
+            if message["role"] == ASSISTANT and place not in read.unlearned
+        ]
+        if options.learn == "all":  # what is too short is read only, unless there is nothing else
+            answers = [place for place in answers if not self.is_short_answer(read.messages[place])] or answers[-1:]
+        name = next((values.pop(key) for key in IDS if key in values), None)
+        if isinstance(name, list | dict):
+            raise Malformed(f"id is {kind_of(name)}, not text")
+        task = self._task_of(values) if options.tasks == "field" else None
+        return Record(
+            None if name is None else text_of("id", name),
+            task or file.stem,
+            tuple(read.messages[: answers[-1] + 1]),
+            unread=tuple(dict.fromkeys([*read.unread, *unread_keys(values)])),
+            earlier=tuple(answers[:-1]) if options.learn == "all" else (),
+            tools=json.dumps(without_absent(read.tools), ensure_ascii=False) if read.tools else "",
+            notes=tuple(read.notes),
         )
-    if not learned:
-        raise Malformed(NOT_LEARNED)
-    last = learned[-1]
-    return read[:last], read[last]["content"], unread
+
+    def _text(self, values: Any, file: SourceFile) -> Record:
+        """A document."""
+        if not isinstance(values, dict) or self.options.text_key not in values:
+            keys = ", ".join(map(repr, values)) if isinstance(values, dict) else kind_of(values)
+            raise Malformed(f"no {self.options.text_key} in it, but {keys}: name the key with --text_key"[:300])
+        values = {key: value for key, value in values.items() if value == value and value is not None}
+        text = written_text(self.options.text_key, values.pop(self.options.text_key, ""))
+        name = next((values.pop(key) for key in IDS if key in values), None)
+        task = self._task_of(values) if self.options.tasks == "field" else None
+        name = None if name is None else text_of("id", name)
+        # A file of plain text is one of many, which are no tasks of their own.
+        whole = file.source if isinstance(file, RecordFile) and file.form == "text" else file.stem
+        return Record(name, task or whole, (assistant(text),), unread=tuple(unread_keys(values)))
+
+    def _task_of(self, values: dict[str, Any]) -> str | None:
+        key = self.options.task_key or ("task" if "task" in values else "category")
+        if values.get(key) in (None, "", []):
+            return None
+        value = values.pop(key)
+        parts = value if isinstance(value, list) else [value]
+        task = " ".join(", ".join(text_of(key, part) for part in parts).split())
+        if task in FOR_ALL:
+            raise Malformed(f"{key} is {task!r}, which is what tables call all of them: name it otherwise")
+        return task or None
 
 
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def open_corpus(options: InstructionOptions) -> Instructions:
+    """The records of every source. Raises UserError when there is nothing to read."""
+    files: list[RecordFile] = []
+    weights: dict[str, float] = {}
+    words: set[str] = set()
+    for whole in options.source:
+        word, weight = _weighted(whole)
+        place = Path(word).expanduser()
+        if word in words:
+            raise UserError(f"--source names {word} twice: name it once, with a weight ({word}:2)")
+        words.add(word)
+        if word.startswith(HUB):
+            found = [from_hub(word[len(HUB) :], options.subset, options.split, options.revision, word)]
+        elif dataset := saved(place, options.split, word):
+            found = [dataset]
+        else:
+            found = files_in(place, word, options.keys, text=options.learn == "text")
+        name = found[0].stem if len(found) == 1 else place.name
+        name = word if name in weights else name
+        weights[name] = weight
+        files += (replace(file, source=name) for file in found)
+    if len(weights) > MOST_SOURCES:
+        raise UserError(f"--source names {len(weights)} sources, more than {MOST_SOURCES}: put them into folders")
+    is_mixture = len(weights) > 1 or set(weights.values()) != {1.0}
+    return Instructions(options, files, weights if is_mixture else {})
 
 
-def find_files(source: str) -> list[SourceFile]:
-    """The file `source`, or the .jsonl files in the folder, by name. Raises UserError when there is nothing to read."""
-    place = Path(source).expanduser()
-    if not place.exists():
-        raise UserError(f"--source {source} does not exist: pass a file of JSON lines, or a folder with .jsonl files")
-    paths = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
-    if not paths:
-        raise UserError(f"--source {source} holds no .jsonl file: pass the folder that they are in, or one file")
-    check_there(paths if place.is_dir() else [])
-    files = [SourceFile(path, path.stat().st_size, sha256_of(path)) for path in paths]
-    for file in files:
-        with file.path.open("rb") as opened:
-            begin = opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-        path = shlex.quote(str(file.path))
-        for magic, mend in NOT_TEXT.items():
-            if begin.startswith(magic):
-                raise UserError(f"{file.path} is no text of JSON lines: {mend.format(path=path)}")
-        convert = f"{path} > {shlex.quote(file.stem + '-lines.jsonl')}`"
-        if begin.split(b"\n")[0].strip() == b"{":
-            raise UserError(
-                f"{file.path} has its records on several lines each: `jq -c . {convert} makes a file of one a line"
-            )
-        if begin.startswith(b"["):
-            raise UserError(
-                f"{file.path} is one JSON list, not a JSON object a line: `jq -c '.[]' {convert} makes a file of lines "
-                "of it"
-            )
-    return files
+def _weighted(word: str) -> tuple[str, float]:
+    """A source, and the weight behind it."""
+    found = re.fullmatch(r"(.+):(\d+\.?\d*)", word)
+    if found is None or Path(word).expanduser().exists():
+        return word, 1.0
+    weight = float(found[2])
+    if not 0 < weight <= MOST_WEIGHT:
+        raise UserError(
+            f"--source {word}: a weight is above 0 and at most {MOST_WEIGHT}, the times that an epoch has it"
+        )
+    return found[1], weight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m data_prep.instructions",
         about=ABOUT,
     )
-    return prepare(options, dry_run, lambda: Instructions(options, find_files(options.source)), example="mine")
+    return prepare(options, dry_run, lambda: open_corpus(options), example="mine")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from data_prep.conversation_rows import (
     Work,
     assemble,
     choose_questions,
+    leave_out_trained_prompts,
     read_records,
     set_work,
     tokenise,
@@ -37,14 +38,14 @@ from data_prep.preparing import (
     versions,
     write_meta,
 )
-from data_prep.records import ConversationOptions, Corpus
-from data_prep.shards import Workers, shard_folder
-from data_prep.splits import stratified_split
-from training.base.console import UserError, say
+from data_prep.records import ConversationOptions, Corpus, Learn
+from data_prep.shards import Workers, scratch_folder, shard_folder
+from data_prep.splits import StratifiedSplit, stratified_split, wanted_rows
+from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.files import publish_folder, temporary_folder, writing_to
 from training.base.options import differing_keys
-from training.data.chat import ChatTokenizer, load_chat_tokenizer
+from training.data.chat import TextTokenizer
 from training.data.conversations import FORMAT, Conversations, open_conversations
 from training.data.prepared import PARTS, list_files
 
@@ -68,7 +69,7 @@ def prepare(
     """
     began = time.monotonic()
     output, existing = claim_output(options.output, dry_run, options.overwrite, open_conversations, example=example)
-    tokenizer = load_chat_tokenizer(options.tokenizer)
+    tokenizer = options.load_tokenizer()
 
     def done(corpus: Corpus) -> bool:
         return existing is not None and is_done(
@@ -89,29 +90,32 @@ def prepare(
     if dry_run:
         say(f"would prepare {output} with:\n{resolved(options)}")
         return 0
-    with (
-        Workers(options.workers, partial(set_work, Work(tokenizer, corpus, options.max_length))) as workers,
-        writing_to(output),
-        temporary_folder(output) as temporary,
-    ):
-        meta = build(temporary, output, options, corpus, tokenizer, workers)
-        publish_folder(temporary, output, replace=output.exists())
+    with writing_to(output), scratch_folder(output) as scratch:
+        corpus.unpack(scratch)
+        # The workers come first: what is locked when they are forked stays so for a moment after a kill.
+        with (
+            Workers(options.workers, partial(set_work, Work(tokenizer, corpus, options.max_length))) as workers,
+            temporary_folder(output) as temporary,
+        ):
+            meta = build(temporary, output, options, corpus, tokenizer, workers)
+            publish_folder(temporary, output, replace=output.exists())
     _report(output, meta, corpus, time.monotonic() - began)
     return 0
 
 
 def _differences(
-    existing: Conversations, options: ConversationOptions, corpus: Corpus, tokenizer: ChatTokenizer
+    existing: Conversations, options: ConversationOptions, corpus: Corpus, tokenizer: TextTokenizer
 ) -> list[str]:
     """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
     lines = differing_keys(existing.meta["options"], options.defining())
     before = {file["name"]: file["sha256"][:12] for file in existing.meta["source"]["files"]}
     if existing.meta["source"]["sha256"] != corpus.sha256:
-        now = {file.path.name: file.sha256[:12] for file in corpus.files}
+        now = {str(file.about()["name"]): file.sha256[:12] for file in corpus.files}
         lines.append(f"the source's content: {'; '.join(differing_keys(before, now)) or 'the names of its files'}")
     then = existing.meta["tokenizer"]
     if then["sha256"] != tokenizer.sha256:
         lines.append(f"tokenizer: {then['name']} {then['sha256'][:12]} -> {tokenizer.name} {tokenizer.sha256[:12]}")
+        lines += differing_keys(then.get("template_options", {}), dict(tokenizer.template_options), "template_options.")
     return lines
 
 
@@ -120,7 +124,7 @@ def build(
     output: Path,
     options: ConversationOptions,
     corpus: Corpus,
-    tokenizer: ChatTokenizer,
+    tokenizer: TextTokenizer,
     workers: Workers,
 ) -> dict[str, Any]:
     """Fills the empty `folder` with the prepared conversations and returns its meta.json, which is written last."""
@@ -135,10 +139,20 @@ def build(
         records = read_records(workers, corpus)
         _check_records(records, options, corpus)
         split = stratified_split(records.task, records.group, options.validation_share, options.seed)
-        questions = choose_questions(records, split)
+        _warn_of_shares(split, records, options)
+        if corpus.learn == "all":
+            leave_out_trained_prompts(records, split)
+        questions = choose_questions(records, split) if corpus.learn != "text" else []
         split = split.with_first(questions, records.group)
         chosen = {part: split.first_share(part, options.fraction, records.group) for part in PARTS}
-        paths = tokenise(workers, shards, records, chosen, ROWS_PER_SHARD)
+        if corpus.learn == "all":
+            chosen = {part: np.array([row for row in rows if records.learned[row]]) for part, rows in chosen.items()}
+        columns = [
+            *(["learned"] if corpus.learn == "all" else []),
+            *(["tools"] if records.has_tools else []),
+            *(["source"] if corpus.mixture else []),
+        ]
+        paths = tokenise(workers, shards, records, chosen, ROWS_PER_SHARD, tuple(columns))
         workers.close()  # what follows is the disk's work, and maps the parts into memory
         parts = {part: assemble(folder / part, paths[part], records.tasks) for part in PARTS}
     empty = [part for part, made in parts.items() if not len(made.task)]
@@ -160,9 +174,11 @@ def build(
             "files": [file.about() for file in corpus.files],
             **about,
         },
-        "counts": _counts(records, parts),
+        "counts": _counts(records, parts, corpus.learn),
         "tasks": [task for number, task in enumerate(records.tasks) if number in records.task],
         "rows": {part: len(made.task) for part, made in parts.items()},
+        **({"mixture": corpus.mixture} if corpus.mixture else {}),
+        **({"sources": _of_sources(corpus, parts)} if corpus.mixture else {}),
         "questions": [records.uid[row] for row in questions],
         "tokenizer": tokenizer.about(),
         "lengths": _lengths(list(parts.values()), records.tasks),
@@ -176,14 +192,15 @@ def build(
 def _check_records(records: Records, options: ConversationOptions, corpus: Corpus) -> None:
     found = records.lines - records.blank
     if found == 0:
-        raise UserError(f"the files of --source {options.source} hold blank lines only")
+        raise UserError(f"the files of --source {corpus.about()['place']} hold blank lines only")
     if len(records.malformed) > options.max_malformed_share * found:
         reason, count = Counter(str(entry["reason"]) for entry in records.malformed).most_common(1)[0]
         first = records.malformed[0]
+        mostly = "" if first["reason"] == reason else f"mostly: {reason}, {count:,}; "
         raise UserError(
             f"{len(records.malformed):,} of {found:,} lines are no {corpus.record_name}, more than "
-            f"--max_malformed_share {options.max_malformed_share} (mostly: {reason}, {count:,}; the first is "
-            f"{first['file']} line {first['line']}: {first['reason']}); {corpus.advice}"
+            f"--max_malformed_share {options.max_malformed_share} ({mostly}the first is {first['file']} line "
+            f"{first['line']}: {first['reason']}); {corpus.advice}"
         )
     if len(records.tasks) > MAX_TASKS:
         raise UserError(
@@ -192,12 +209,28 @@ def _check_records(records: Records, options: ConversationOptions, corpus: Corpu
         )
 
 
-def _counts(records: Records, parts: dict[str, MadePart]) -> dict[str, Any]:
+def _warn_of_shares(split: StratifiedSplit, records: Records, options: ConversationOptions) -> None:
+    """Says where a part has other than its share of the records, since groups stay together."""
+    strata = len(np.unique(split.strata))
+    for part, wanted in wanted_rows(len(records.task), options.validation_share).items():
+        found = len(split.rows(part))
+        if abs(found - wanted) > max(strata, 0.25 * wanted):
+            largest = int(np.unique(records.group, return_counts=True)[1].max())
+            warn(
+                f"{part} has {found:,} of {len(records.task):,} records, where {wanted:,.0f} were asked for: records "
+                f"that are read alike before their answer stay in one part (here up to {largest:,})"
+            )
+
+
+def _counts(records: Records, parts: dict[str, MadePart], learn: Learn) -> dict[str, Any]:
     """Lines and records: of each task, and of all."""
+    of_turns = learn == "all"
+    read = ("records", "duplicates", "too_short", "left_out", *(("in_training", "turns_in_training") * of_turns))
+    made_of = ("truncated", "too_long", *(("split", "turns", "cut_turns") * of_turns))
     tasks = {
         task: {
-            **{name: records.counts[name, task] for name in ("records", "duplicates", "too_short", "left_out")},
-            **{name: sum(made.counts[name, task] for made in parts.values()) for name in ("truncated", "too_long")},
+            **{name: records.counts[name, task] for name in read},
+            **{name: sum(made.counts[name, task] for made in parts.values()) for name in made_of},
             **{part: int(np.sum(made.task == number)) for part, made in parts.items()},
         }
         for number, task in enumerate(records.tasks)
@@ -209,9 +242,23 @@ def _counts(records: Records, parts: dict[str, MadePart]) -> dict[str, Any]:
         "malformed": len(records.malformed),
         "malformed_listed": records.malformed[:LISTED_MALFORMED],
         "unread_keys": {repr(key[:60])[1:-1]: count for key, count in records.unread.most_common(LISTED_KEYS)},
+        **({"notes": records.notes} if records.notes else {}),
         **totals,
         "tasks": tasks,
     }
+
+
+def _of_sources(corpus: Corpus, parts: dict[str, MadePart]) -> dict[str, dict[str, int]]:
+    """Rows of each source in each part."""
+    counts = {name: {part: made.sources[name] for part, made in parts.items()} for name in corpus.mixture}
+    for name, rows in counts.items():
+        if not rows["train"]:
+            raise UserError(f"nothing of the source {name} is left for training: leave it out, or pass more of it")
+        if not rows["validation"]:
+            warn(
+                f"nothing of the source {name} is in validation, so its loss is not measured: raise --validation_share"
+            )
+    return counts
 
 
 def _lengths(parts: Sequence[MadePart], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -246,6 +293,19 @@ def _report(output: Path, meta: dict[str, Any], corpus: Corpus, seconds: float) 
         keys = [f"{key} (in {count:,} records)" for key, count in counts["unread_keys"].items()]
         more = ", ... (meta.json lists them)" if len(keys) > NAMED_KEYS else ""
         say(f"  not read  the keys {', '.join(keys[:NAMED_KEYS])}{more}")
+    for note, about in counts.get("notes", {}).items():
+        where = about["first"]
+        say(f"  changed   {about['records']:,} records {note}; the first is {where['file']} line {where['line']}")
+    for name, weight in meta.get("mixture", {}).items():
+        rows = ", ".join(f"{part} {count:,}" for part, count in meta["sources"][name].items())
+        say(f"  source    {name}: {rows}; an epoch has {weight:g} times its training rows")
+    if "turns" in counts:
+        say(
+            f"  answers   {counts['turns']:,} are learned or scored; {counts['split']:,} records became one sample an "
+            f"answer, {counts['cut_turns']:,} answers stand beyond --max_length, and in validation and test "
+            f"{counts['turns_in_training']:,} are read only, since training has their prompt, too "
+            f"({counts['in_training']:,} records have no other)"
+        )
     say(f"  {'tokens':<36}{'rows':>9}{'prompt and answer':>26}{'answer':>26}{'truncated':>11}{'too long':>10}")
     say(f"  {'':<36}{'':>9}{'median    p95    max':>26}{'median    p95    max':>26}")
     for task, about in meta["lengths"].items():

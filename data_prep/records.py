@@ -1,4 +1,4 @@
-"""A corpus of questions and answers in files of JSON lines, whatever their layout: options, files, records.
+"""A corpus of conversations in files, whatever their form and layout: options, files, records.
 
 A `Corpus` is what is particular to one command: its files, how a line of them is read, and what is asked of the model.
 What cannot be read as a record is `Malformed`, with the reason, and never skipped in silence.
@@ -11,27 +11,33 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from data_prep.preparing import sha256_of_json
 from data_prep.shards import cores
-from training.base.options import Options
-from training.data.chat import Message
+from training.base.options import Options, Pairs
+from training.data.chat import Message, TextTokenizer, load_chat_tokenizer
 
 # Keys of an answer, or of its record, that say with 0 or false that it is not to be learned.
 WEIGHTS = ("weight", "loss_weight", "loss", "train")
 NOT_LEARNED = f"no answer of it is to be learned ({', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} is 0 or false)"
 
 
-class ConversationOptions(Options):
-    """The keys that every command has; it describes `source` and adds its own."""
+Learn = Literal["last", "all", "text"]
 
-    source: str
+
+class ConversationOptions(Options):
+    """The keys that every command has; it adds `source` and its own."""
+
     output: Path = Field(description="the folder to make, as in prepared/NAME")
     tokenizer: str = Field(
         "Qwen/Qwen2.5-3B-Instruct", description="folder or hub name of the base model, for its tokenizer and template"
+    )
+    template_options: Pairs = Field(
+        {}, description="key=value words that the chat template is told, such as enable_thinking=false"
     )
     fraction: float = Field(1.0, gt=0, le=1, description="share of every part and task to keep; smaller are in larger")
     min_answer_characters: int = Field(1, ge=1, description="drop records with shorter answers")
@@ -44,10 +50,16 @@ class ConversationOptions(Options):
     workers: int = Field(cores(), ge=1, description="processes that read and tokenise; by default one per core")
     overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
 
+    def load_tokenizer(self) -> TextTokenizer:
+        """The tokenizer that these options name. Raises UserError."""
+        return load_chat_tokenizer(self.tokenizer, self.template_options)
+
     def defining(self) -> dict[str, object]:
         """The options that the prepared content depends on; source and tokenizer are compared by theirs."""
-        others = {"source", "revision", "output", "tokenizer", "max_malformed_share", "workers", "overwrite"}
-        return {key: getattr(self, key) for key in sorted(type(self).model_fields.keys() - others)}
+        others = {"source", "revision", "output", "tokenizer", "template_options", "max_malformed_share"}
+        others |= {"workers", "overwrite"}
+        values = self.model_dump(mode="json")
+        return {key: values[key] for key in sorted(values.keys() - others)}
 
 
 class Malformed(Exception):
@@ -55,8 +67,21 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Records on the disk, one a line of JSON."""
+
+    path: Path
+    bytes: int
+    numbers: np.ndarray | None = None  # int64, where each line stood in what it was unpacked from; None: as it is here
+
+    def number(self, line: int) -> int:
+        """What its owner calls line `line`, counted from 1."""
+        return line if self.numbers is None else int(self.numbers[line - 1])
+
+
+@dataclass(frozen=True)
 class SourceFile:
-    """A file of records, one JSON object a line."""
+    """A file of records."""
 
     path: Path
     bytes: int
@@ -66,6 +91,16 @@ class SourceFile:
     def stem(self) -> str:
         """What its records' ids begin with."""
         return self.path.stem
+
+    @property
+    def lines(self) -> Lines:
+        """Where its records can be read."""
+        return Lines(self.path, self.bytes)
+
+    @property
+    def malformed(self) -> Sequence[tuple[int, str, str]]:
+        """What was found to be no record before there were lines: line, reason, how it begins."""
+        return ()
 
     def about(self) -> dict[str, object]:
         """What meta.json says of it."""
@@ -77,13 +112,25 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Record:
-    """One well-formed line, texts trimmed."""
+    """One well-formed record, texts trimmed."""
 
     id: str | None  # as in the file: unique neither there nor across files
     task: str
-    turns: tuple[Message, ...]  # all that stands before the answer; the last is of the user
-    answer: str
+    messages: tuple[Message, ...]  # the last is an answer, which is learned
     unread: tuple[str, ...] = field(default=(), kw_only=True)  # keys that hold something and are not read, each once
+    earlier: tuple[int, ...] = field(default=(), kw_only=True)  # places of other answers that may be learned, too
+    tools: str = field(default="", kw_only=True)  # JSON of what the model may call
+    notes: tuple[str, ...] = field(default=(), kw_only=True)  # what was done to read it
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """All that stands before the last answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The text of the last answer."""
+        return str(self.messages[-1]["content"])
 
     @property
     def question(self) -> str:
@@ -93,13 +140,27 @@ class Record:
     @property
     def group(self) -> str:
         """Records whose groups are equal, punctuation and blanks aside, are in one part."""
-        return self.question
+        return self.read_before(max(1, len(self.messages) - 1))  # of a text, which nothing stands before, all of it
+
+    def read_before(self, place: int) -> str:
+        """All that the model reads before it writes message `place`, as one text."""
+        return "\n".join([self.tools, *map(as_text, self.messages[:place])])
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every text, with what a message to the user calls it."""
-        for number, turn in enumerate(self.turns, 1):
-            yield f"turn {number} ({turn['role']})", turn["content"]
-        yield "the answer", self.answer
+        for number, message in enumerate(self.messages, 1):
+            is_last = number == len(self.messages)
+            yield (
+                ("the answer" if number > 1 else "the text") if is_last else f"turn {number} ({message['role']})",
+                as_text(message),
+            )
+        yield "tools", self.tools
+
+
+def as_text(message: Message) -> str:
+    """Everything that a message says, as one text."""
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return message["content"] + (json.dumps(more, ensure_ascii=False) if more else "")
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -112,10 +173,19 @@ class Corpus(ABC, Generic[RecordT, FileT]):
     record_name: ClassVar[str]  # for messages: "57 lines are no ..."
     advice: ClassVar[str]  # what to do about those lines
     task_order: ClassVar[Sequence[str]] = ()  # of tasks in tables; others follow by name
+    learn: Learn = "last"  # which answers are
 
-    def __init__(self, options: ConversationOptions, files: Sequence[FileT], *, left_out: Sequence[str] = ()):
+    def __init__(
+        self,
+        options: ConversationOptions,
+        files: Sequence[FileT],
+        *,
+        left_out: Sequence[str] = (),
+        mixture: Mapping[str, float] | None = None,
+    ):
         self.options = options
-        self.files = tuple(files)
+        self.mixture = dict(mixture or {})  # of several sources, how often an epoch has each
+        self.files: tuple[FileT, ...] = tuple(files)
         self.left_out = tuple(left_out)  # tasks that are read and not prepared
 
     @property
@@ -127,13 +197,25 @@ class Corpus(ABC, Generic[RecordT, FileT]):
     def about(self) -> dict[str, Any]:
         """What meta.json says of the source: kind, place and licence at least."""
 
+    def source_of(self, file: SourceFile) -> str:
+        """The name in `mixture` of the source that a file belongs to."""
+        return ""
+
+    def unpack(self, folder: Path) -> None:
+        """Makes lines of JSON in `folder` of all files that are no such lines yet."""
+        return None
+
     @abstractmethod
     def read(self, line: bytes, file: FileT) -> RecordT:
         """The record that `line` of `file` holds. Raises Malformed."""
 
     def is_short(self, record: RecordT) -> bool:
         """Whether the answer is too short to learn from."""
-        return len(record.answer) < self.options.min_answer_characters
+        return self.is_short_answer(record.messages[-1])
+
+    def is_short_answer(self, answer: Message) -> bool:
+        """The same of one answer; a call of a tool is as long as it is written."""
+        return len(as_text(answer)) < self.options.min_answer_characters
 
     def asked(self, record: RecordT) -> list[Message]:
         """The turns that the model reads before it answers."""
@@ -144,14 +226,19 @@ class Corpus(ABC, Generic[RecordT, FileT]):
         return None
 
 
-def json_object(line: bytes) -> dict[str, Any]:
-    """The object that a line holds. Raises Malformed."""
+def json_value(line: bytes) -> Any:
+    """What a line holds. Raises Malformed."""
     try:
-        values = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Malformed(f"not UTF-8 (byte {error.start + 1}); of GBK, `iconv -f GB18030 -t UTF-8` makes it") from None
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {error}") from None
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """The object that a line holds. Raises Malformed."""
+    values = json_value(line)
     if not isinstance(values, dict):
         raise Malformed(f"{kind_of(values)}, not an object")
     return values

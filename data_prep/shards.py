@@ -9,6 +9,8 @@ so that a kill shortly before the end loses everything, and its processes outliv
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -16,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -164,6 +167,36 @@ def shard_folder(output: Path, key: dict[str, object]) -> Iterator[Path]:
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, removed at the end of the block; after a kill the next start removes it."""
+    begin = f".{output.name}.unpacked-"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f"{glob.escape(begin)}*"):
+        with _locked(left) as is_free:
+            if is_free:
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=begin, dir=output.parent))
+    with _locked(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder, unless another process does; false then."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(opened)
 
 
 def _key_of(folder: Path) -> object:

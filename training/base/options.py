@@ -43,6 +43,29 @@ Duration = Annotated[
 ]
 
 
+# Texts of a key that takes all words up to the next key, and more wherever it stands again: --source a b.
+Words = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), "words"
+]
+
+
+def _pairs(value: object) -> object:
+    """`key=value` words as a dictionary; what is YAML (false, 5) is read as such."""
+    if isinstance(value, dict):
+        return value
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) and "=" in word[1:] for word in words):
+        raise ValueError("expected words like key=value")
+    try:
+        return {key: read_yaml(text) for key, _, text in (word.partition("=") for word in words)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML behind the = ({error})") from None
+
+
+# A dictionary that is written as words on the command line: --template_options enable_thinking=false.
+Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs), "words"]
+
+
 # A commit, a branch or a tag. It comes to stand in commands and in code.
 Revision = Annotated[str, StringConstraints(pattern=r"^[\w.][\w./-]*$")]
 
@@ -119,8 +142,10 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
     if any(word in ("-h", "--help") for word in argv):
         print(help_text(cls, prog=prog, about=about))
         sys.exit(0)
-    flags = {key for key, field in all_keys(cls).items() if field.annotation is bool} | {"dry_run"}
-    files, overrides, mistakes = _split_words(argv, flags)
+    keys = all_keys(cls)
+    flags = {key for key, field in keys.items() if field.annotation is bool} | {"dry_run"}
+    lists = {key for key, field in keys.items() if "words" in field.metadata}
+    files, overrides, mistakes = _split_words(argv, flags, lists)
     dry_run = "false"
     values: dict[str, Any] = {}
     origin = "the command line"
@@ -131,7 +156,8 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
         if key == "dry_run":
             dry_run = text
         else:
-            _place(values, key, text, mistakes)
+            words = [word for name, word in overrides if name == key]
+            _place(values, key, words if key in lists and words != ["null"] else text, mistakes)
     if dry_run.lower() not in _TRUE_OR_FALSE:
         mistakes.append(f"--dry-run: expected true or false, got {dry_run}")
     options = None
@@ -170,11 +196,12 @@ def raw_values(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _split_words(
-    argv: Sequence[str], flags: Collection[str] | None
+    argv: Sequence[str], flags: Collection[str] | None, lists: Collection[str] = ()
 ) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """Config files, overrides (key, text) and mistakes.
 
     flags: the keys that are true where they stand alone; None: it is not known which, so every key that has no value.
+    lists: the keys that take several words; each is an override of its own.
     """
     files: list[str] = []
     overrides: list[tuple[str, str]] = []
@@ -197,6 +224,8 @@ def _split_words(
                 mistakes.append(f"--{name} has an empty value (write --{name} VALUE, or leave it out)")
                 continue
             overrides.append((key, text))
+            while key in lists and words and not words[0].startswith("--"):
+                overrides.append((key, words.pop(0)))
         elif word.startswith("-"):
             mistakes.append(f"{word}: options begin with two dashes, as in --key VALUE")
             if words and not words[0].startswith("-"):
@@ -252,7 +281,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _place(values: dict[str, Any], key: str, text: str, mistakes: list[str]) -> None:
+def _place(values: dict[str, Any], key: str, text: str | list[str], mistakes: list[str]) -> None:
     """Puts the override `key` (dotted) into the nested dictionary; pydantic turns the text into the field's type."""
     *groups, last = key.split(".")
     place = values
@@ -312,7 +341,8 @@ def _explain(cls: type[Options], detail: Any) -> str:
 
 
 def _field_type(field: FieldInfo) -> str:
-    return "duration" if "duration" in field.metadata else _type_name(field.annotation)
+    named = [name for name in ("duration", "words") if name in field.metadata]
+    return named[0] if named else _type_name(field.annotation)
 
 
 def _type_name(annotation: Any) -> str:
@@ -355,7 +385,9 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value)
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value) if value != {} else "none"
 
 
 def to_yaml(options: Options) -> str:

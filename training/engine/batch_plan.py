@@ -8,9 +8,14 @@ lengths, one for each sequence that a model pads by itself; the first one is sor
 Short samples are not like long ones, and a step of one kind alone would point astray. So the micro-batches are shuffled
 within as many classes of length as a step has micro-batches, and a step takes one of each (stratified sampling).
 
+A mixture draws from several sources, each so often an epoch. What an epoch has of a source is every sample in turn: in
+the order of length each of its slots takes one of the next few samples, and another one in the next epoch, until all
+have been there. A slot is as long as the longest of those, so the cuts are the same in every epoch here, too.
+
 Epochs follow each other in one stream, and step s takes the next `micro_batches_per_step` of it; a step may span two
-epochs. So every sample is seen exactly once an epoch and every step has the same number of micro-batches, which world
-size must divide: rank r takes every world-size-th, and the loss does not depend on how many ranks there are.
+epochs. So every sample is seen exactly once an epoch (of a mixture as often as its source is drawn, give or take one)
+and every step has the same number of micro-batches, which world size must divide: rank r takes every world-size-th, and
+the loss does not depend on how many ranks there are.
 
 Cost: at most 16 bytes a sample while an epoch is laid out, 4 afterwards; a fraction of a second per million samples.
 """
@@ -54,6 +59,22 @@ class MicroBatch:
     number: int
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Sources that are drawn from, each so often an epoch."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]  # of each, how often an epoch has one of its samples, in the mean
+    source: np.ndarray  # int64 [n], of each sample an index into names
+
+    def drawn(self) -> tuple[int, ...]:
+        """Samples of each source an epoch."""
+        counts = np.bincount(self.source, minlength=len(self.names)).tolist()
+        return tuple(
+            max(1, round(weight * count)) if count else 0 for weight, count in zip(self.weights, counts, strict=True)
+        )
+
+
 class BatchPlan:
     """The plan of a whole run, of `steps` where they are given and else of `epochs`.
 
@@ -70,6 +91,7 @@ class BatchPlan:
         seed: int,
         epochs: float,
         steps: int | None = None,
+        mixture: Mixture | None = None,
     ):
         if not len(lengths):
             raise UserError("there is no sample to train on: prepare data with at least one pair that fits the context")
@@ -83,17 +105,25 @@ class BatchPlan:
         self.weights = weights
         self.seed = seed
         self.micro_batches_per_step = options.micro_batches_per_step
+        self.mixture = mixture
         order = sorted_by_length(self.lengths)
         ordered = _columns(self.lengths[order])
-        self.cuts = cut_by_length(ordered, options.tokens_per_micro_batch, options.sentences_per_micro_batch)
         # Ranks a sample's lengths among all that occur: one number to sort by, however many lengths a sample has.
         self._ranks = np.empty(len(order), dtype=np.uint32)
         self._ranks[order] = np.cumsum(np.any(np.diff(ordered, axis=0, prepend=ordered[:1]), axis=1), dtype=np.uint32)
+        self._decks = [] if mixture is None else _decks(mixture, self._ranks, seed)
+        if mixture is not None:  # what is drawn is nowhere longer than the slots that it is drawn for
+            slots = np.concatenate([deck.longest() for deck in self._decks])
+            ordered = _columns(np.sort(self.lengths[slots], axis=0))
+        self.cuts = cut_by_length(ordered, options.tokens_per_micro_batch, options.sentences_per_micro_batch)
+        self.slots = ordered  # [slots, k], the most that an epoch's samples have, shortest first
         longest_of_each = np.maximum.reduceat(ordered, self.cuts[:-1], axis=0).sum(axis=1, dtype=np.int64)
         self._padding_share = 1 - int(ordered.sum(dtype=np.int64)) / int((np.diff(self.cuts) * longest_of_each).sum())
         self.micro_batches_per_epoch = len(self.cuts) - 1
         self.steps = steps or max(1, math.ceil(epochs * self.micro_batches_per_epoch / self.micro_batches_per_step))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.samples_per_epoch = len(ordered)
+        self.drawn_per_epoch = np.array(() if mixture is None else mixture.drawn(), dtype=np.int64)  # [sources]
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step` (from 0), over all ranks."""
@@ -113,8 +143,29 @@ class BatchPlan:
         return step * self.micro_batches_per_step / self.micro_batches_per_epoch
 
     def padding_share(self) -> float:
-        """Share of an epoch's computed positions that are padding; the same in every epoch."""
+        """Share of an epoch's computed positions that are padding; the same in every epoch.
+
+        Of a mixture, whose epochs differ a little, that of the slots.
+        """
         return self._padding_share
+
+    def typical_micro_batch(self, number: int) -> np.ndarray:
+        """Samples between two cuts in the order of length, without chance; of a mixture, those of the first epoch."""
+        samples = np.concatenate([deck.drawn(0) for deck in self._decks]) if self._decks else None
+        order = sorted_by_length(self.lengths if samples is None else self.lengths[samples])
+        found = order[self.cuts[number] : self.cuts[number + 1]]
+        return found if samples is None else samples[found]
+
+    def tokens_per_epoch(self) -> int:
+        """Real tokens of an epoch; of a mixture, the most that it can have."""
+        return int(self.slots.sum(dtype=np.int64))
+
+    def drawn(self, step: int) -> np.ndarray:
+        """Samples of each source of the mixture in `step`, int64 [sources]; of none where there is no mixture."""
+        if self.mixture is None:
+            return np.zeros(0, dtype=np.int64)
+        samples = np.concatenate([batch.samples for batch in self.step(step)])
+        return np.bincount(self.mixture.source[samples], minlength=len(self.mixture.names))
 
     def tokens(self, step: int) -> tuple[int, int]:
         """Real tokens of `step`, and the positions that its micro-batches compute, padding included."""
@@ -137,7 +188,10 @@ class BatchPlan:
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples in the order of `epoch`, sorted by length, and the order in which its micro-batches run."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-        samples = np.arange(len(self.lengths), dtype=np.uint32)
+        if self._decks:
+            samples = np.concatenate([deck.drawn(epoch) for deck in self._decks])
+        else:
+            samples = np.arange(len(self.lengths), dtype=np.uint32)
         random.shuffle(samples)
         # High half: length; low half: place in the random order. So one quick in-place sort of integers is stable.
         keys = self._ranks[samples].astype(np.uint64) << np.uint64(32)
@@ -159,6 +213,44 @@ class BatchPlan:
         whole = random.permuted(np.stack([each[:steps] for each in classes], axis=1), axis=1)
         rest = random.permutation(np.concatenate([each[steps:] for each in classes]))
         return np.concatenate([rest[:begun], whole.ravel(), rest[begun:]])
+
+
+@dataclass(frozen=True)
+class _Deck:
+    """The samples of one source, shortest first, of which every epoch has `count`, evenly over all lengths.
+
+    With n samples, slot j of an epoch takes sample (n (j + 1) - phase) / count, rounded up, less one. The phase moves
+    on by `count` from epoch to epoch, so that over any number of epochs each sample is drawn as often as any other,
+    give or take one.
+    """
+
+    samples: np.ndarray  # uint32 [n]
+    count: int
+    phase: int  # 0 <= phase < n
+
+    def drawn(self, epoch: int) -> np.ndarray:
+        """What `epoch` has, uint32 [count], shortest first."""
+        return self._at((self.phase + epoch * self.count) % len(self.samples))
+
+    def longest(self) -> np.ndarray:
+        """Of each slot the longest that it ever takes."""
+        return self._at(0)
+
+    def _at(self, phase: int) -> np.ndarray:
+        ends = len(self.samples) * np.arange(1, self.count + 1, dtype=np.int64) - phase
+        return self.samples[-(-ends // self.count) - 1]
+
+
+def _decks(mixture: Mixture, ranks: np.ndarray, seed: int) -> list[_Deck]:
+    """A deck for each source that has samples; which of equally long ones comes first is drawn once and for all."""
+    decks = []
+    for number, count in enumerate(mixture.drawn()):
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number], spawn_key=(1,))))
+        samples = random.permutation(np.flatnonzero(mixture.source == number)).astype(np.uint32)
+        if len(samples):
+            samples = samples[np.argsort(ranks[samples], kind="stable")]
+            decks.append(_Deck(samples, count, int(random.integers(len(samples)))))
+    return decks
 
 
 def sorted_by_length(lengths: np.ndarray) -> np.ndarray:

@@ -160,10 +160,15 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
         needed = 8 * parameters + optimizer_bytes(task.model, config.optim.kind)
     memory = task.memory or f"{needed / 1e6:,.0f} MB a rank for weights, gradients and optimizer"
     per_rank = plan.micro_batches_per_step // cluster.world_size
-    tokens = int(plan.lengths.sum(dtype=np.int64))
+    tokens, samples = plan.tokens_per_epoch(), f"{len(plan.lengths):,} samples"
+    if plan.mixture is not None:
+        mixture = plan.mixture
+        each = zip(mixture.names, mixture.weights, mixture.drawn(), strict=True)
+        counts = ", ".join(f"{count:,} of {name} (weight {weight:g})" for name, weight, count in each)
+        samples = f"{plan.samples_per_epoch:,} samples an epoch, of {len(plan.lengths):,}: {counts};"
     return (
         f"{task.name}: {parameters / 1e6:.2f} M parameters to train, {memory}\n"
-        f"{len(plan.lengths):,} samples, {tokens:,} tokens an epoch in {plan.micro_batches_per_epoch:,} micro-batches, "
+        f"{samples}, {tokens:,} tokens an epoch in {plan.micro_batches_per_epoch:,} micro-batches, "
         f"{plan.padding_share():.1%} padding\n"
         f"a step: {cluster.world_size} ranks x {per_rank} micro-batches, about "
         f"{tokens / plan.micro_batches_per_epoch * plan.micro_batches_per_step:,.0f} tokens; "
@@ -530,6 +535,7 @@ class _Run:
 
         Raises UserError on every rank alike when too many gradients in a row were not finite.
         """
+        drawn = self.window.drawn()
         figures = self.window.close(self.cluster)
         skipped = int(self.engine.skipped_in_a_row)
         self.logbook.line(
@@ -537,6 +543,7 @@ class _Run:
             self.step,
             epoch=round(self.task.plan.epoch(self.step), 4),
             **asdict(figures),
+            **{f"samples/{name}": count for name, count in drawn.items()},
             lr=lr,
             grad_norm=float(norm),
             skipped_in_a_row=skipped,

@@ -21,6 +21,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,7 @@ class Window:
         self._earlier = list(earlier)
         self._losses: list[Tensor] = []
         self._tokens = self._real = self._positions = 0
+        self._drawn = np.zeros_like(self._plan.drawn_per_epoch)
         self._began = time.monotonic()
 
     def add(self, step: int, loss: Tensor) -> None:
@@ -118,6 +120,7 @@ class Window:
     def _count(self, step: int) -> int:
         tokens, positions = self._plan.tokens(step)
         self._real += tokens
+        self._drawn += self._plan.drawn(step)
         self._positions += positions
         return tokens
 
@@ -128,6 +131,13 @@ class Window:
         # In fp64, where the sum of fp32 numbers is exact: the order in which ranks are added depends on how many steps
         # are added at once, and a window that a stop cuts in two must have the same sum.
         return [*self._earlier, *cluster.sum(torch.stack(self._losses).double()).tolist()]
+
+    def drawn(self) -> dict[str, int]:
+        """How many samples of each source of a mixture the window's steps have; none where there is no mixture."""
+        mixture = self._plan.mixture
+        if mixture is None:
+            return {}
+        return dict(zip(mixture.names, self._drawn.tolist(), strict=True))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

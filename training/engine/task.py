@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,11 +109,13 @@ class Validation:
 
     loss: float
     accuracy: float
+    by_source: Mapping[str, float] = field(default_factory=dict)  # the loss of each source of a mixture
 
     @property
     def scores(self) -> dict[str, float]:
-        """Both, by name."""
-        return {"loss": self.loss, "accuracy": self.accuracy}
+        """All of them, by name."""
+        of_sources = {f"loss/{name}": loss for name, loss in self.by_source.items()}
+        return {"loss": self.loss, "accuracy": self.accuracy, **of_sources}
 
 
 class Task(ABC):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from training.base.console import UserError, say, warn
 from training.base.options import Options
-from training.engine.batch_plan import BatchOptions, BatchPlan, sorted_by_length
+from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, optimizer_bytes
 from training.engine.zero import ZeroOptions, deepspeed_config
@@ -169,13 +169,14 @@ def memory_of(
     ranks: int,
 ) -> MemoryEstimate:
     """What a process will need, from the base model's config and the largest micro-batch of the plan."""
-    batches = np.split(sorted_by_length(plan.lengths), plan.cuts[1:-1])
-    largest = max(batches, key=lambda batch: len(batch) * int(plan.lengths[batch[-1]]))
+    longest = plan.slots[plan.cuts[1:] - 1, 0].astype(np.int64)
+    sizes = np.diff(plan.cuts)
+    largest = int(np.argmax(sizes * longest))
     return estimate(
         about,
         options.quantisation,
         options.lora,
-        Shape(len(largest), int(plan.lengths[largest[-1]]), int(plan.weights[largest].sum())),
+        Shape(int(sizes[largest]), int(longest[largest]), int(plan.weights[plan.typical_micro_batch(largest)].sum())),
         compute_type=compute_type,
         optimizer=options.optim.kind,
         checkpoint_layers=options.memory.checkpoint_layers,

@@ -147,8 +147,10 @@ def _training(metrics: Sequence[dict[str, Any]], sessions: Sequence[dict[str, An
         return curve(lines, marks, about=f"{about} over steps", until=train[-1]["step"], from_zero=from_zero)
 
     losses = Line(points(train, "loss"), "faint"), Line(points(validation, "loss"))
+    drawn = {key.removeprefix("samples/"): sum(figures(key)) for key in train[-1] if key.startswith("samples/")}
     return {
         "steps": train[-1]["step"],
+        "drawn": ", ".join(f"{name} {count:,.0f}" for name, count in drawn.items()),
         "epochs": figures("epoch")[-1],
         "tokens_per_s": median(figures("tokens_per_s")),
         "padding_share": mean(figures("padding_share")),

@@ -11,7 +11,7 @@ import pytest
 
 from training.base.console import UserError
 from training.data.prepared import open_prepared
-from training.engine.batch_plan import BatchOptions, BatchPlan, MicroBatch
+from training.engine.batch_plan import BatchOptions, BatchPlan, MicroBatch, Mixture
 from training.gpt import Sequences
 
 LENGTHS = np.random.default_rng(5).integers(3, 40, 997)
@@ -27,11 +27,13 @@ def plan_of(
     per_step: int = 4,
     seed: int = 1,
     epochs: float = 3,
+    mixture: Mixture | None = None,
 ) -> BatchPlan:
     options = BatchOptions(
         tokens_per_micro_batch=tokens, sentences_per_micro_batch=sentences, micro_batches_per_step=per_step
     )
-    return BatchPlan(lengths, WEIGHTS if weights is None else weights, options, seed=seed, epochs=epochs)
+    weights = WEIGHTS if weights is None else weights
+    return BatchPlan(lengths, weights, options, seed=seed, epochs=epochs, mixture=mixture)
 
 
 def content(batches: list[MicroBatch]) -> list[tuple[int, list[int]]]:
@@ -213,3 +215,57 @@ def test_sample_that_fits_no_micro_batch_is_answered_with_the_bound_it_needs():
 def test_no_sample_at_all_is_one_clear_line():
     with pytest.raises(UserError, match="no sample to train on"):
         plan_of(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
+
+
+SOURCES = np.random.default_rng(7).integers(0, 3, len(LENGTHS))
+MIXTURE = Mixture(("law", "chat", "web"), (2, 0.5, 1.3), SOURCES)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("per_step", [1, 4, 6])
+def test_every_epoch_of_a_mixture_has_each_source_by_its_weight_in_as_many_micro_batches(bounds, per_step):
+    plan = plan_of(per_step=per_step, mixture=MIXTURE, **bounds)
+    expected = [round(weight * (source == SOURCES).sum()) for source, weight in enumerate(MIXTURE.weights)]
+    assert MIXTURE.drawn() == tuple(expected) and plan.samples_per_epoch == sum(expected)
+    seen = Counter[int]()
+    for number, batches in enumerate(epochs_of(plan, 7), 1):
+        assert len(batches) == plan.micro_batches_per_epoch
+        drawn = np.concatenate(batches)
+        assert np.bincount(SOURCES[drawn]).tolist() == expected
+        seen.update(drawn.tolist())
+        for sample, count in enumerate(SOURCES):
+            share = expected[count] / (count == SOURCES).sum()
+            assert abs(seen[sample] - share * number) < 1, "none comes again before its turn"
+        for batch in batches:
+            if bounds["tokens"] is not None:
+                assert len(batch) * LENGTHS[batch].max() <= bounds["tokens"]
+            if bounds.get("sentences"):
+                assert len(batch) <= bounds["sentences"]
+
+
+def test_epochs_of_a_mixture_have_all_lengths_alike():
+    plan = plan_of(mixture=MIXTURE)
+    means = [LENGTHS[np.concatenate(batches)].mean() for batches in epochs_of(plan, 6)]
+    assert max(means) - min(means) < 0.15
+    assert 0 <= plan.tokens_per_epoch() / sum(LENGTHS[np.concatenate(epochs_of(plan, 1)[0])]) - 1 < 0.01
+
+
+def test_a_mixture_is_a_function_of_seed_and_step_alone():
+    plan = plan_of(mixture=MIXTURE)
+    last = 2 * plan.micro_batches_per_epoch // 4 + 3
+    in_order = [content(plan.step(step)) for step in range(last)]
+    for step in (last - 1, 0, last // 2, last // 3):
+        fresh = plan_of(mixture=MIXTURE)
+        assert content(fresh.step(step)) == in_order[step]
+        drawn = np.concatenate([batch.samples for batch in plan.step(step)])
+        assert fresh.drawn(step).tolist() == np.bincount(SOURCES[drawn], minlength=3).tolist()
+    assert content(plan_of(mixture=MIXTURE, seed=2).step(0)) != in_order[0]
+    assert plan_of().drawn(0).size == 0
+
+
+def test_a_source_of_few_samples_and_one_of_none_are_drawn_too():
+    few = Mixture(("one", "two", "none"), (0.01, 3, 5), np.array([0, 1, 1]))
+    plan = plan_of(np.array([5, 6, 7]), np.ones(3), mixture=few, tokens=14, per_step=1)
+    assert few.drawn() == (1, 6, 0)
+    for batches in epochs_of(plan, 3):
+        assert Counter(np.concatenate(batches).tolist()) == {0: 1, 1: 3, 2: 3}

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_prep.instructions import find_files
+from data_prep.layouts import Keys
+from data_prep.record_files import files_in
 from data_prep.shards import shard_folder
 from launch.kaggle.record import RelayRecord
 from launch.kaggle.relay import Relay
@@ -272,13 +273,14 @@ def test_links_out_of_a_folder_of_records_are_refused(tmp_path, home):
     (tmp_path / "records").mkdir()
     (tmp_path / "records/a.jsonl").symlink_to(home / "key")
     with pytest.raises(UserError, match="a link out of it: copy the file there"):
-        find_files(str(tmp_path / "records"))
+        files_in(tmp_path / "records", "records", Keys(), text=False)
     hub = tmp_path / "models--x"
     (hub / "blobs").mkdir(parents=True)
     (hub / "snapshots/1").mkdir(parents=True)
     (hub / "blobs/2").write_text('{"instruction": "a", "output": "b"}\n')
     (hub / "snapshots/1/a.jsonl").symlink_to("../../blobs/2")
-    assert [file.path.name for file in find_files(str(hub / "snapshots/1"))] == ["a.jsonl"], "the hub's own layout"
+    found = files_in(hub / "snapshots/1", "hub", Keys(), text=False)
+    assert [file.path.name for file in found] == ["a.jsonl"], "the hub's own layout"
 
 
 def test_definitions_that_are_no_names_are_refused(tmp_path):

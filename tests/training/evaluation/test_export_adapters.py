@@ -214,12 +214,12 @@ def test_a_merged_model_has_the_keys_of_transformers_4_beside_those_of_5(merged_
 
 def test_adapters_whose_tokenizer_would_be_another_are_not_exported(run, tmp_path, monkeypatch):
     export = Export(opened(run))
-    read = adapters.load_chat_tokenizer
+    read = adapters.reopened
 
-    def read_otherwise(name: str) -> object:
-        return read(name) if Path(name).parent == run else SimpleNamespace(sha256="another")
+    def read_otherwise(folder: Path, about: dict[str, object]) -> object:
+        return read(folder, about) if folder.parent == run else SimpleNamespace(sha256="another")
 
-    monkeypatch.setattr(adapters, "load_chat_tokenizer", read_otherwise)
+    monkeypatch.setattr(adapters, "reopened", read_otherwise)
     with pytest.raises(UserError, match="in an export it is read as another: add --merge"):
         export.adapters(tmp_path / "export")
     assert list(tmp_path.iterdir()) == []

@@ -54,7 +54,10 @@ ADAPTERS = {
         **{"versions": {"peft": "1"}, "base_fingerprint": "b" * 64, "compared_on": "9 tokens"},
     },
     **{"weights": "step 6", "lora": LoraOptions(), "quantisation": QuantisationOptions(), "compute": "bfloat16"},
-    "data": {"rows": {"train": 4000}, "source": {"sha256": "c" * 64, "licence": "free"}, "fingerprint": "d" * 64},
+    "data": {
+        **{"rows": {"train": 4000}, "source": {"sha256": "c" * 64, "licence": "free"}, "fingerprint": "d" * 64},
+        "tokenizer": {"template_options": {"enable_thinking": False}},
+    },
     **{"place": "x.jsonl", "law": False, "licence": "free", "differences": []},
 }
 

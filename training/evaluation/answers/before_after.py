@@ -20,7 +20,7 @@ import torch
 from training.base.console import UserError, say
 from training.base.files import write_atomically, writing_to
 from training.base.progress import Progress
-from training.data.conversations import ConversationPart, Conversations, question_of
+from training.data.conversations import ConversationPart, Conversations, asked_of
 from training.engine.batch_plan import batches_by_length
 from training.engine.cluster import Cluster
 from training.engine.wandb.tracker import publish_evaluation
@@ -194,7 +194,7 @@ def _both_sides(
     folder = asking.disc_law_eval
     questions = None if folder is None else load_law_questions(folder, asking.disc_law_eval_limit)
     part, most = answers.part, asking.max_new_tokens
-    prompts = [part.ids[row][: part.prompt_lengths[row]].tolist() for row in rows]
+    prompts = [asked_of(part, row, trained.tokenizer).prompt for row in rows]
     sides = []
     for name in ("before", "after"):
         with trained.adapters(name == "after"):
@@ -209,8 +209,8 @@ def _scored(
     trained: TrainedAdapters, part: ConversationPart, rows: Sequence[int], before: Side, after: Side
 ) -> tuple[AnswerComparison, list[AnsweredQuestion]]:
     """The scores of the answers to the questions of `rows`, and question by question."""
-    turns = [json.loads(part.messages[row]) for row in rows]
-    references = [messages[-1]["content"] for messages in turns]
+    asked = [asked_of(part, row, trained.tokenizer) for row in rows]
+    references = [each.reference for each in asked]
     tasks = [part.tasks[row] for row in rows]
     texts = [[trained.tokenizer.decode(each.ids) for each in side.said] for side in (before, after)]
     scored = [score_answers(tasks, said, references) for said in texts]
@@ -218,7 +218,7 @@ def _scored(
     answered = [
         AnsweredQuestion(
             task=tasks[place],
-            question=question_of(turns[place]),
+            question=asked[place].question,
             reference=references[place],
             before=texts[0][place],
             after=texts[1][place],

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from training.base.console import UserError
-from training.data.chat import ChatTokenizer, load_chat_tokenizer
+from training.data.chat import ChatTokenizer, TextTokenizer, reopened
 from training.data.conversations import Conversations
 from training.engine.checkpoint import load_model_state
 from training.engine.precision import Precision, PrecisionName, choose_precision
@@ -36,9 +36,16 @@ class TrainedAdapters(TrainedRun):
     precision: Precision
 
     @cached_property
-    def tokenizer(self) -> ChatTokenizer:
-        """The tokenizer, with the chat template, that the data was prepared with."""
-        return load_chat_tokenizer(str(self.run_dir / "tokenizer"))
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer, with the chat template unless the run learned texts, that the data was prepared with."""
+        return reopened(self.run_dir / "tokenizer", self.data["tokenizer"])
+
+    @property
+    def chat(self) -> ChatTokenizer:
+        """The tokenizer of a run that learned conversations. Raises UserError for another one."""
+        if not isinstance(self.tokenizer, ChatTokenizer):
+            raise UserError(f"{self.run_dir} learned texts, not answers, so there is no form in which to ask it")
+        return self.tokenizer
 
     @property
     def parameters(self) -> int:

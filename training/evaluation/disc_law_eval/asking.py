@@ -76,7 +76,7 @@ def ask_law_eval(
     trained: TrainedAdapters, asked: LawQuestions, max_new_tokens: int, cluster: Cluster, label: str
 ) -> LawAnswers:
     """Puts the questions to the model as it is now; every rank answers its share."""
-    tokenizer = trained.tokenizer
+    tokenizer = trained.chat
     config = trained.model.model.get_base_model().config.get_text_config()
 
     def ask(texts: Sequence[str], most: int, what: str) -> tuple[list[str], int]:

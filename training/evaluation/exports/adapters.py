@@ -25,7 +25,7 @@ from torch import Tensor
 
 from training.base.console import UserError, say, warn
 from training.base.files import check_room, copy_plain
-from training.data.chat import load_chat_tokenizer
+from training.data.chat import ChatTokenizer, load_chat_tokenizer, reopened, user
 from training.data.conversations import open_conversations
 from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
@@ -111,7 +111,7 @@ def trained_in(run_dir: Path) -> PrecisionName | None:
 
 def _check_tokenizer(trained: TrainedAdapters, folder: Path, mend: str) -> None:
     """Raises UserError unless the folder has the tokenizer that the run's data was prepared with."""
-    if load_chat_tokenizer(str(folder)).sha256 != trained.checkpoint.manifest["data"]["tokenizer"]:
+    if reopened(folder, trained.data["tokenizer"]).sha256 != trained.checkpoint.manifest["data"]["tokenizer"]:
         raise UserError(f"{folder} is not the tokenizer that the adapters were trained with: {mend}")
 
 
@@ -168,6 +168,7 @@ class Export:
             model.save_pretrained(folder, save_embedding_layers=False)
             self._copy_tokenizer(folder)
             _check_tokenizer(trained, folder, "in an export it is read as another: add --merge")
+            self._settle_template(folder)
             del model
             self._let_go()
             base = load_base_model(trained.base, trained.config.quantisation, self._compute_type, CPU)
@@ -264,6 +265,7 @@ class Export:
         plain.generation_config = _generation_of(self.trained)
         for_transformers_4 = save_model(plain, folder)
         self._copy_tokenizer(folder)
+        self._settle_template(folder)
         return {
             "architecture": type(plain).__name__,
             "parameters": plain.num_parameters(),
@@ -276,14 +278,31 @@ class Export:
 
     @property
     def _tokenizer_bytes(self) -> int:
-        return sum(path.stat().st_size for path in (self.trained.run_dir / "tokenizer").iterdir())
+        return sum(path.stat().st_size for path in (self.trained.run_dir / "tokenizer").rglob("*") if path.is_file())
 
     def _copy_tokenizer(self, folder: Path) -> None:
         """As it was published, which any version reads, with the base model's config.json, which has a say in that."""
-        for path in (self.trained.run_dir / "tokenizer").iterdir():
-            named = f"tokenizer/{path.name}" in self.trained.data["files"]
-            if named and not (folder / path.name).exists():  # a merged model has a config.json of its own
-                copy_plain(path, folder / path.name)
+        source = self.trained.run_dir / "tokenizer"
+        for path in source.rglob("*"):
+            name = path.relative_to(source)
+            named = f"tokenizer/{name.as_posix()}" in self.trained.data["files"]
+            if named and not (folder / name).exists():  # a merged model has a config.json of its own
+                (folder / name).parent.mkdir(exist_ok=True)
+                copy_plain(path, folder / name)
+
+    def _settle_template(self, folder: Path) -> None:
+        """Makes the exported template do by itself what it was told in training.
+
+        Raises UserError where its prompt is another one all the same.
+        """
+        tokenizer, question = self.trained.tokenizer, [user("问题？")]
+        if not isinstance(tokenizer, ChatTokenizer) or tokenizer.settled_template() is None:
+            return
+        tokenizer.settle(folder)
+        if load_chat_tokenizer(str(folder)).prompt(question) != tokenizer.prompt(question):
+            raise UserError(
+                f"the chat template of {self.trained.run_dir / 'tokenizer'} cannot be exported as it is used"
+            )
 
     def _let_go(self) -> None:
         """Frees the run's model, for which there is no room beside another one."""
