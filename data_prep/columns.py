@@ -14,25 +14,14 @@ from functools import cache
 
 from data_prep.tables import CSVTable, JSONTable, Row, Table, Unreadable
 from training.base.console import UserError
-from training.data.languages import Language, known_language
+from training.data.languages import Language, codes_called
 from training.data.text import clean
 
 # Kinds of malformed rows.
 NO_TAB, HEADING = "one column, no TAB", "a heading"
 EXTRA_TAB = "3 columns where others without an attribution have 2"
 
-# What a heading calls the languages beside their codes and names, and what it calls sides, attribution and scores.
-_NATIVE = {
-    "zh": ("中文", "汉语", "漢語", "mandarin", "cn"),
-    "en": ("英文", "英语", "英語"),
-    "ja": ("日本語",),
-    "ko": ("한국어",),
-    "fr": ("français",),
-    "de": ("deutsch",),
-    "es": ("español",),
-    "ru": ("русский",),
-    "ar": ("العربية",),
-}
+# What a heading calls sides, attribution and scores.
 _SIDES = {"source": 0, "src": 0, "target": 1, "tgt": 1, "translation": 1}
 _ATTRIBUTIONS = ("attribution", "author", "authors", "licence", "license", "credit")
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?")
@@ -304,10 +293,7 @@ class _Finder:
 
 def _languages_called(name: str) -> set[str]:
     """The codes of the languages that the name of a column mentions, as in translation.zh, en_text or 中文."""
-    words = re.split(r"[\W_]+", name.lower())
-    found = {language.code for word in words if (language := known_language(word)) is not None}
-    native = {code for code, calls in _NATIVE.items() if any(word in calls for word in words)}
-    return found | native
+    return {code for word in re.split(r"[\W_]+", name.lower()) for code in codes_called(word)}
 
 
 def _is_heading(cells: Sequence[str], languages: Languages) -> bool:
@@ -315,10 +301,4 @@ def _is_heading(cells: Sequence[str], languages: Languages) -> bool:
     if len(cells) < 2:
         return False
     codes = {language.code for language in languages}
-
-    def names(cell: str) -> bool:
-        calls = known_language(cell)
-        native = {code for code, calls in _NATIVE.items() if cell.lower() in calls}
-        return cell.lower() in _SIDES or bool(({calls.code} if calls else set()) & codes) or bool(native & codes)
-
-    return sum(map(names, cells)) >= 2
+    return sum(cell.lower() in _SIDES or bool(codes_called(cell) & codes) for cell in cells) >= 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,6 @@ from training.data.text import normalise
 
 _CHINESE = language_of("zh")
 BYTES_PER_PIECE = 4 << 20  # of a source file, read at a time
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SHOWN_OTHERWISE = "have an answer that the chat template writes otherwise, which is read and not learned"
 
 
@@ -209,7 +209,7 @@ def _read_piece(job: tuple[int, int, int]) -> Piece:
     for offset, raw in _lines_of(os.pread(_descriptors[number], end - start, start)):
         line = piece.lines
         piece.lines += 1
-        text = raw.removeprefix(BYTE_ORDER_MARK)
+        text = raw.removeprefix(BOM_UTF8)
         if not text.strip():
             piece.blank += 1
             continue
@@ -401,7 +401,7 @@ def tokenise(
 
 def _read(file: int, offset: int, size: int) -> Record:
     raw = os.pread(_descriptors[file], size, offset)
-    return _work.corpus.read(raw.removeprefix(BYTE_ORDER_MARK), _work.corpus.files[file])
+    return _work.corpus.read(raw.removeprefix(BOM_UTF8), _work.corpus.files[file])
 
 
 def _make_shard(shard: Shard) -> int:

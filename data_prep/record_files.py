@@ -25,15 +25,13 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from data_prep.layouts import Keys, is_turn, is_turns
+from data_prep.packing import open_packed, packing_of
 from data_prep.records import Lines, Malformed, SourceFile, kind_of
 from training.base.console import UserError
 from training.base.files import check_there, nearest_folder, sha256_of
 
 Form = Literal["lines", "values", "csv", "parquet", "text", "dataset"]
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What compressed files begin with, and what fsspec calls the form; zstd is read by pyarrow, which has it built in.
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # What the files of other formats begin with, and what to do about them.
 NO_RECORDS = {
     b"PK\x03\x04": "it is a zip file or a spreadsheet; unpack it, or export it as CSV",
@@ -112,7 +110,7 @@ def _plain_name(path: Path) -> str:
 def _file(path: Path, keys: Keys, *, text: bool) -> RecordFile:
     with path.open("rb") as opened:
         begin = opened.read(8)
-    packed = next((name for magic, name in COMPRESSED.items() if begin.startswith(magic)), None)
+    packed = packing_of(begin)
     for magic, mend in NO_RECORDS.items():
         if begin.startswith(magic):
             raise UserError(f"{path} is no file of records: {mend.format(path=shlex.quote(str(path)))}")
@@ -153,13 +151,7 @@ def _opened(path: Path, packed: str | None) -> IO[bytes]:
     """The content of a file, unpacked."""
     if packed is None:
         return path.open("rb")
-    if packed == "zstd":
-        import pyarrow as pa
-
-        return io.BufferedReader(_Checked(path, pa.CompressedInputStream(str(path), packed)), HEAD)
-    import fsspec
-
-    return io.BufferedReader(_Checked(path, fsspec.open(str(path), "rb", compression=packed).open()), HEAD)
+    return io.BufferedReader(_Checked(path, open_packed(path, packed)), HEAD)
 
 
 def _form_of(head: bytes, keys: Keys) -> Form:

@@ -9,7 +9,6 @@ so that a kill shortly before the end loses everything, and its processes outliv
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -33,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from training.base.console import UserError, say
-from training.base.files import create, is_own_folder, open_atomically, read_json, remove, write_atomically
+from training.base.files import create, is_own_folder, lock, open_atomically, read_json, remove, write_atomically
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -126,6 +125,9 @@ def _call_remembered() -> Any:
 
 
 def _begin(prepare: Callable[[], None]) -> None:
+    # A worker that outlives its parent for a moment must not keep the next start from what that had locked.
+    for opened in _held:
+        os.close(opened)
     # A signal to the whole group is meant for the parent, which ends its workers in good order.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -186,16 +188,18 @@ def scratch_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+_held: set[int] = set()  # the folders that `_locked` has open
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Holds the lock of a folder, unless another process does; false then."""
     opened = os.open(folder, os.O_RDONLY)
+    _held.add(opened)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        yield lock(opened)
     finally:
+        _held.remove(opened)
         os.close(opened)
 
 

@@ -7,10 +7,8 @@ no memory that grows with a table. What cannot be read is refused with what to d
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -30,6 +28,7 @@ from typing import IO, Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.packing import open_packed, packing_of
 from data_prep.preparing import sha256_of_json
 from training.base.console import UserError
 from training.base.files import sha256_of
@@ -99,7 +98,7 @@ class Packed:
                 begin = file.read(8)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        kind = next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), "")
+        kind = "zip" if begin.startswith(_ZIP) else packing_of(begin) or ""
         if kind != "zip":
             return cls(path, kind, path.stem if kind else path.name)
         with _damage_named(path, "zip"), zipfile.ZipFile(path) as opened:
@@ -120,12 +119,8 @@ class Packed:
             if self.kind == "zip":
                 with zipfile.ZipFile(self.path) as opened, opened.open(self.member) as file:
                     yield file
-            elif self.kind == "zstd":
-                with pa.input_stream(str(self.path), compression="zstd") as file:
-                    yield file
             else:
-                opens: Any = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}.get(self.kind, io.open)
-                with opens(self.path, "rb") as file:
+                with open_packed(self.path, self.kind) if self.kind else self.path.open("rb") as file:
                     yield file
 
     def parts(self) -> Iterator[bytes]:
@@ -152,14 +147,7 @@ class Packed:
                 yield left
 
 
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-    b"PK\x05\x06": "zip",
-}
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _TEXTS = (".txt", ".tsv", ".csv", ".jsonl", ".json")
 
 

@@ -243,7 +243,7 @@ class ChatTokenizer(TextTokenizer):
         it. Raises Refused unless the template's conversation is just that: prompt, answer, end of the turn.
         """
         prompt, content = self.prompt(turns, tools), str(answer["content"])
-        is_plain = _form(answer) == _form(assistant("x"))
+        is_plain = _is_plain(answer)
         lost = None if is_plain else self._lost_in_answer(turns, answer, tools)
         if lost:
             raise Refused(f"the chat template leaves {lost} out of an answer")
@@ -264,7 +264,7 @@ class ChatTokenizer(TextTokenizer):
 
     def to_write(self, turns: Sequence[Message], answer: Message, tools: Tools | None = None) -> tuple[str, str]:
         """`written`, of what has passed that before: without looking again, where nothing depends on it."""
-        if _form(answer) == _form(assistant("x")):
+        if _is_plain(answer):
             return self.prompt(turns, tools), str(answer["content"])
         return self.written(turns, answer, tools)
 
@@ -452,6 +452,11 @@ def _form(message: Message) -> object:
     """What a template may look at beside the words: who speaks, and what there is in the message."""
     calls = len(message.get("tool_calls", ()))
     return message["role"], bool(message["content"]), calls, "reasoning_content" in message
+
+
+def _is_plain(answer: Message) -> bool:
+    """Whether an answer is words alone: no calls of tools, no reasoning."""
+    return _form(answer) == _form(assistant("x"))
 
 
 def _probe(message: Message, place: int) -> Message:

@@ -42,6 +42,7 @@ class Language:
     right_to_left: bool = False
     variants: bool = False  # whether it is written in traditional and in simplified characters
     bleu: str = "13a"  # sacrebleu's tokenizer
+    headings: tuple[str, ...] = ()  # what a heading may call it besides, in lower case
 
     def __str__(self) -> str:
         return self.name
@@ -65,23 +66,32 @@ def _ranges(script: str) -> list[tuple[str, str]]:
 
 
 LANGUAGES = (
-    Language("zh", "Chinese", ("cmn", "zho", "chi"), HAN, blanks=False, variants=True, bleu="zh"),
-    Language("en", "English", ("eng",), LATIN),
-    Language("ja", "Japanese", ("jpn",), HAN + KANA, blanks=False, bleu="ja-mecab"),
-    Language("ko", "Korean", ("kor",), HANGUL, bleu="ko-mecab"),
+    Language(
+        "zh",
+        "Chinese",
+        ("cmn", "zho", "chi"),
+        HAN,
+        blanks=False,
+        variants=True,
+        bleu="zh",
+        headings=("中文", "汉语", "漢語", "mandarin", "cn"),
+    ),
+    Language("en", "English", ("eng",), LATIN, headings=("英文", "英语", "英語")),
+    Language("ja", "Japanese", ("jpn",), HAN + KANA, blanks=False, bleu="ja-mecab", headings=("日本語",)),
+    Language("ko", "Korean", ("kor",), HANGUL, bleu="ko-mecab", headings=("한국어",)),
     Language("yue", "Cantonese", (), HAN, blanks=False, bleu="zh"),
     Language("th", "Thai", ("tha",), THAI, blanks=False, bleu="char"),
     Language("lo", "Lao", ("lao",), LAO, blanks=False, bleu="char"),
     Language("km", "Khmer", ("khm",), KHMER, blanks=False, bleu="char"),
     Language("my", "Burmese", ("mya", "bur"), MYANMAR, blanks=False, bleu="char"),
-    Language("ar", "Arabic", ("ara",), ARABIC, right_to_left=True),
+    Language("ar", "Arabic", ("ara",), ARABIC, right_to_left=True, headings=("العربية",)),
     Language("fa", "Persian", ("pes", "fas", "per"), ARABIC, right_to_left=True),
     Language("ur", "Urdu", ("urd",), ARABIC, right_to_left=True),
     Language("ug", "Uyghur", ("uig",), ARABIC, right_to_left=True),
     Language("ps", "Pashto", ("pus",), ARABIC, right_to_left=True),
     Language("he", "Hebrew", ("heb",), HEBREW, right_to_left=True),
     Language("yi", "Yiddish", ("yid",), HEBREW, right_to_left=True),
-    Language("ru", "Russian", ("rus",), CYRILLIC),
+    Language("ru", "Russian", ("rus",), CYRILLIC, headings=("русский",)),
     Language("uk", "Ukrainian", ("ukr",), CYRILLIC),
     Language("be", "Belarusian", ("bel",), CYRILLIC),
     Language("bg", "Bulgarian", ("bul",), CYRILLIC),
@@ -104,12 +114,12 @@ LANGUAGES = (
     Language("ka", "Georgian", ("kat", "geo"), "\u10a0-\u10ff\u1c90-\u1cbf"),
     Language("hy", "Armenian", ("hye", "arm"), "\u0530-\u058f\ufb13-\ufb17"),
     Language("am", "Amharic", ("amh",), "\u1200-\u139f\u2d80-\u2ddf"),
+    Language("fr", "French", ("fra", "fre"), LATIN, headings=("français",)),
+    Language("de", "German", ("deu", "ger"), LATIN, headings=("deutsch",)),
+    Language("es", "Spanish", ("spa",), LATIN, headings=("español",)),
     *(
         Language(code, name, tuple(aliases.split()), LATIN)
         for code, name, aliases in (
-            ("fr", "French", "fra fre"),
-            ("de", "German", "deu ger"),
-            ("es", "Spanish", "spa"),
             ("it", "Italian", "ita"),
             ("pt", "Portuguese", "por"),
             ("nl", "Dutch", "nld dut"),
@@ -159,6 +169,12 @@ def known_language(name: str) -> Language | None:
     """The language of the table that is called so: by its code, an alias or its English name, in any case."""
     found = _BY_NAME.get(name.lower())
     return found or _BY_NAME.get(re.split("[-_]", name.lower())[0])
+
+
+def codes_called(word: str) -> set[str]:
+    """The codes of the languages that a word of a heading names: by code, alias, name, or as their speakers do."""
+    known = known_language(word)
+    return {each.code for each in LANGUAGES if each is known or word.lower() in each.headings}
 
 
 def language_of(code: str) -> Language:
