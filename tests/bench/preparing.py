@@ -1,13 +1,19 @@
-"""How fast sentence pairs are prepared, and how much memory all processes together hold at the most.
+"""How fast pairs and records are prepared, and how much memory all processes together hold at the most.
 
-Two million made-up pairs (with --quick 40,000), of words that are as frequent as in a language and of which every tenth
-shares a sentence with another, are simplified, split by groups and cut by sentencepiece, in two processes. Memory is
-what /proc says of each process, shared pages divided among those that share them, mapped files included.
+- Two million made-up sentence pairs, of words that are as frequent as in a language and of which every tenth shares a
+  sentence with another, are simplified, split by groups and cut by sentencepiece.
+- 285,781 made-up records, as many and as long as DISC-Law-SFT's, of sentences of its sample, are tokenised by Qwen2.5's
+  tokenizer; with --data sample of made-up characters, by a small one.
+
+Each by two processes; --quick takes a fiftieth. Memory is what /proc says of each process, shared pages divided among
+those that share them, mapped files included. `core_minutes` is what a busy machine does not stretch.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -18,48 +24,66 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.bench.common import Figure, environment, read_arguments, report
+from data_prep.disc_law_records import FILES
+from tests.bench.common import Arguments, Figure, environment, read_arguments, report
+from tests.bench.qlora import RECORDS, TOKENIZER, sample_records
 from training.base.console import UserError, run_main
 from training.base.files import read_json
 from training.base.processes import family_of
 
+PAIRS, QUICK, SMOKE = 2_000_000, 50, 1000  # as many, or a part of all
+ROWS = (166_758, 79_692, 23_331, 16_000)  # of the published files, in the order of `FILES`
 WORDS, KEPT = 30_000, 5000  # words of each language; pairs whose sentences come again
 LOOKS_PER_S = 4
 
 
+class Measured(NamedTuple):
+    """What a preparation took."""
+
+    minutes: float
+    core_minutes: float  # of one core that computes
+    peak_gb: float  # of all processes, mapped files included
+    peak_own_gb: float  # the same without the files
+    rows: dict[str, int]  # by part
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    arguments = read_arguments("preparing", __doc__, words)
-    pairs = arguments.sized(whole=2_000_000, quick=40_000, smoke=4000)
-    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
-        source, output = Path(folder, "pairs.tsv"), Path(folder, "prepared")
-        write_pairs(source, pairs)
-        size = source.stat().st_size
-        options = ["--tokenizer", "sentencepiece", "--simplify", "--split", "grouped", "--workers", "2"]
-        command = [sys.executable, "-m", "data_prep.pairs", "--source", str(source), "--output", str(output), *options]
-        began, computed = time.monotonic(), processor_seconds()
-        with Path(folder, "log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment(1), stdout=log, stderr=log)
-            mapped, own = watch(process)
-        seconds, computed = time.monotonic() - began, processor_seconds() - computed
-        if process.returncode:
-            raise UserError(Path(folder, "log").read_text("utf-8").strip().splitlines()[-1])
-        rows = read_json(output / "meta.json")["rows"]
-    report(
-        "preparing",
-        arguments,
-        [
-            Figure("pairs_per_s", pairs / seconds, "from the raw file to the prepared data"),
-            Figure("minutes", seconds / 60, "for all of them", "8"),
-            Figure("core_minutes", computed / 60, "of one core that computes: what a busy machine does not stretch"),
-            Figure("peak_gb", mapped, "of all processes, mapped files included", "2"),
-            Figure("peak_own_gb", own, "the same without the files"),
-        ],
-        pairs=pairs,
-        megabytes=round(size / 1e6, 1),
-        rows=rows,
-    )
+    arguments = read_arguments("preparing", __doc__, words, data=RECORDS, what="folder with records of DISC-Law-SFT")
+    share = arguments.sized(whole=1, quick=QUICK, smoke=SMOKE)
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
+        folder = Path(temporary)
+        write_pairs(folder / "pairs.tsv", PAIRS // share)
+        options = ["--tokenizer", "sentencepiece", "--simplify", "--split", "grouped"]
+        pairs = measure(folder, "data_prep.pairs", folder / "pairs.tsv", *options)
+        tokenizer = write_records(folder / "records", arguments, share)
+        records = measure(folder, "data_prep.disc_law", folder / "records", "--tokenizer", tokenizer)
+    figures = []
+    for what, made, minutes in (("pairs", pairs, "8"), ("records", records, "15")):
+        count = sum(made.rows.values())
+        figures += [
+            Figure(f"{what}_minutes", made.minutes, f"for {count:,} that were kept", minutes),
+            Figure(f"{what}_core_minutes", made.core_minutes, "of one core that computes"),
+            Figure(f"{what}_peak_gb", made.peak_gb, "of all processes, mapped files included", "2"),
+            Figure(f"{what}_peak_own_gb", made.peak_own_gb, "the same without the files"),
+        ]
+    report("preparing", arguments, figures, rows={"pairs": pairs.rows, "records": records.rows})
     return 0
+
+
+def measure(folder: Path, module: str, source: Path, *options: str | Path) -> Measured:
+    """Prepares `source` into a folder below `folder`. Raises UserError with the last line where that fails."""
+    output, log = folder / "prepared" / module, folder / "log"
+    command = [sys.executable, "-m", module, "--source", source, "--output", output, "--workers", "2", *options]
+    began, computed = time.monotonic(), processor_seconds()
+    with log.open("wb") as opened:
+        process = subprocess.Popen(command, env=environment(1), stdout=opened, stderr=opened)
+        mapped, own = watch(process)
+    seconds, computed = time.monotonic() - began, processor_seconds() - computed
+    if process.returncode:
+        raise UserError(log.read_text("utf-8").strip().splitlines()[-1])
+    return Measured(seconds / 60, computed / 60, mapped, own, read_json(output / "meta.json")["rows"])
 
 
 def processor_seconds() -> float:
@@ -111,6 +135,37 @@ def write_pairs(path: Path, count: int) -> None:
             if len(kept) < KEPT:
                 kept.append((source, target))
             file.write(f"{source}\t{target}\n")
+
+
+def write_records(folder: Path, arguments: Arguments, share: int) -> Path:
+    """Made-up files of DISC-Law-SFT in `folder`, the same every time; returns the tokenizer for them."""
+    dice = random.Random(1)
+    source, tokenizer = Path(arguments.data), TOKENIZER
+    if arguments.data == "sample":
+        source = sample_records(folder.with_name("sample"))
+        tokenizer = source / "tokenizer"
+    texts = [json.loads(line) for path in sorted(source.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    sentences = sorted({part for text in texts for part in re.findall(r"[^。]+。?", text["input"] + text["output"])})
+
+    def text(mean: int) -> str:
+        length, drawn = mean * dice.lognormvariate(-0.1, 0.45), ""  # of mean 1
+        while len(drawn) < length:
+            drawn += dice.choice(sentences)
+        return drawn[: int(length)]
+
+    folder.mkdir()
+    for published, rows in zip(FILES, ROWS, strict=True):
+        characters = published.bytes // rows // 3 - 40  # of Chinese, three bytes each; without keys
+        prefixes = sorted(published.tasks)
+        with (folder / f"{published.stem}.sample.jsonl").open("w", encoding="utf-8") as file:
+            for number in range(rows // share):
+                record: dict[str, object] = {"id": f"{dice.choice(prefixes)}{number}"}
+                if published.has_reference:
+                    record["reference"] = [text(characters // 3)]
+                asked = characters // 3 if published.has_reference else characters // 2
+                record |= {"input": text(asked), "output": text(characters // 3)}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return tokenizer
 
 
 if __name__ == "__main__":
