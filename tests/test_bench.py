@@ -96,7 +96,12 @@ PROMISED = {
         "loss_difference",
     ],
     "quality": ["minutes"],  # after as few steps the scores may be 0
-    "preparing": ["pairs_per_s", "minutes", "core_minutes", "peak_gb", "peak_own_gb"],
+    "preparing": [
+        f"{what}_{figure}"
+        for what in ("pairs", "records")
+        for figure in ("minutes", "core_minutes", "peak_gb", "peak_own_gb")
+    ],
+    "turns": [f"{kind}_{figure}" for kind in ("equal", "document") for figure in ("ratio", "tokens_ratio")],
     "verify_speed": ["verify_gb_per_s", "from_disk_gb_per_s", "plain_gb_per_s", "verify_ratio"],
 }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import resource
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 from data_prep.disc_law_records import FILES
 from tests.bench.common import Arguments, Figure, environment, read_arguments, report
-from tests.bench.qlora import RECORDS, TOKENIZER, sample_records
+from tests.bench.qlora import RECORDS, TOKENIZER, sample_records, sentences_of
 from training.base.console import UserError, run_main
 from training.base.files import read_json
 from training.base.processes import family_of
@@ -144,8 +143,7 @@ def write_records(folder: Path, arguments: Arguments, share: int) -> Path:
     if arguments.data == "sample":
         source = sample_records(folder.with_name("sample"))
         tokenizer = source / "tokenizer"
-    texts = [json.loads(line) for path in sorted(source.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    sentences = sorted({part for text in texts for part in re.findall(r"[^。]+。?", text["input"] + text["output"])})
+    sentences = sentences_of(source)
 
     def text(mean: int) -> str:
         length, drawn = mean * dice.lognormvariate(-0.1, 0.45), ""  # of mean 1

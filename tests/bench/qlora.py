@@ -33,6 +33,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,12 @@ def sample_records(folder: Path) -> Path:
     (folder / f"{pair_qa.stem}.sample.jsonl").write_text(written, encoding="utf-8")
     make_tokenizer(folder / "tokenizer", [line["output"] for line in lines], vocabulary_size=1000)
     return folder
+
+
+def sentences_of(folder: Path) -> list[str]:
+    """Every sentence of the questions and answers in a folder of DISC-Law-SFT, once, in a fixed order."""
+    records = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return sorted({part for each in records for part in re.findall(r"[^。]+。?", each["input"] + each["output"])})
 
 
 def prepare_records(arguments: Arguments, folder: Path) -> Conversations:
