@@ -12,10 +12,8 @@ import csv
 import hashlib
 import io
 import json
-import lzma
 import re
 import shlex
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +23,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from data_prep.layouts import Keys, is_turn, is_turns
-from data_prep.packing import open_packed, packing_of
+from data_prep.packing import open_unpacked, packing_of
 from data_prep.records import Lines, Malformed, SourceFile, kind_of
 from training.base.console import UserError
 from training.base.files import check_there, nearest_folder, sha256_of
@@ -44,7 +42,6 @@ PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 HEAD = 1 << 20  # bytes of a file by which its form is told
 MOST_CELL = 1 << 27  # characters of a cell of CSV
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)  # what is raised for damaged files
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class RecordFile(SourceFile):
     """A file of one of the forms, or a split of a data set that `datasets` reads, which `rows` gives."""
 
     form: Form = "lines"
-    packed: str | None = None  # how it is compressed
+    packed: str = ""  # how it is compressed, if it is
     source: str = ""  # which of several sources it belongs to
     name: str = ""
     rows: Callable[[], Iterator[dict[str, Any]]] | None = None
@@ -77,7 +74,7 @@ class RecordFile(SourceFile):
     @property
     def is_lines(self) -> bool:
         """Whether it needs no unpacking."""
-        return self.form == "lines" and self.packed is None
+        return self.form == "lines" and not self.packed
 
 
 def files_in(place: Path, word: str, keys: Keys, *, text: bool) -> list[RecordFile]:
@@ -120,38 +117,9 @@ def _file(path: Path, keys: Keys, *, text: bool) -> RecordFile:
     elif form == "lines" and text and _plain_name(path).endswith(TEXT_ENDINGS):
         form = "text"
     elif form == "lines":
-        with _opened(path, packed) as opened:
+        with open_unpacked(path, packed) as opened:
             form = _form_of(opened.read(HEAD), keys)
     return RecordFile(path, path.stat().st_size, sha256_of(path), form, packed, name=path.name)
-
-
-class _Checked(io.RawIOBase):
-    """A file whose damage is said in words."""
-
-    def __init__(self, path: Path, inner: IO[bytes]):
-        self._path, self._inner = path, inner
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            content = self._inner.read(len(buffer))
-        except _DAMAGE as error:
-            raise UserError(f"{self._path} is damaged ({error}): fetch it again") from None
-        buffer[: len(content)] = content
-        return len(content)
-
-    def close(self) -> None:
-        self._inner.close()
-        super().close()
-
-
-def _opened(path: Path, packed: str | None) -> IO[bytes]:
-    """The content of a file, unpacked."""
-    if packed is None:
-        return path.open("rb")
-    return io.BufferedReader(_Checked(path, open_packed(path, packed)), HEAD)
 
 
 def _form_of(head: bytes, keys: Keys) -> Form:
@@ -231,8 +199,8 @@ def saved(place: Path, split: str, word: str) -> RecordFile | None:
 def unpacked(file: RecordFile, folder: Path, number: int, keys: Keys) -> RecordFile:
     """The file with its records as lines of JSON in `folder`. Raises UserError where it cannot be read."""
     path = folder / f"{number:05d}.jsonl"
-    if file.packed is not None and file.form == "lines":
-        with _opened(file.path, file.packed) as opened, path.open("wb") as out:
+    if file.packed and file.form == "lines":
+        with open_unpacked(file.path, file.packed) as opened, path.open("wb") as out:
             while block := opened.read(HEAD):
                 out.write(block)
         return replace(file, unpacked=Lines(path, path.stat().st_size))
@@ -257,7 +225,7 @@ def _values_of(file: RecordFile, keys: Keys) -> Iterator[tuple[int, Any, str]]:
     if file.form == "parquet":
         yield from ((number, row, "") for number, row in enumerate(_parquet_rows(file.path), 1))
         return
-    with _opened(file.path, file.packed) as opened:
+    with open_unpacked(file.path, file.packed) as opened:
         if file.form == "csv":
             yield from _csv_rows(opened, file)
         elif file.form == "text":

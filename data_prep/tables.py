@@ -12,11 +12,9 @@ import csv
 import hashlib
 import io
 import json
-import lzma
 import re
 import shlex
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +26,11 @@ from typing import IO, Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.packing import open_packed, packing_of
+from data_prep.packing import naming_damage, open_unpacked, packing_of
 from data_prep.preparing import sha256_of_json
 from training.base.console import UserError
 from training.base.files import sha256_of
 from training.data.text import encoding_advice, split_lines
-
-# Bytes that a packed file may unpack to, for each of its own. Text packs to a fourth or a tenth.
-UNPACKED_AT_ANY_RATIO, MOST_RATIO = 64 << 20, 100
 
 BYTES_PER_PART = 1 << 20  # of a text, read at a time
 ROWS_PER_BATCH = 10_000  # of a table of columns, read at a time
@@ -98,10 +93,10 @@ class Packed:
                 begin = file.read(8)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        kind = "zip" if begin.startswith(_ZIP) else packing_of(begin) or ""
+        kind = packing_of(begin)
         if kind != "zip":
             return cls(path, kind, path.stem if kind else path.name)
-        with _damage_named(path, "zip"), zipfile.ZipFile(path) as opened:
+        with naming_damage(path, kind), zipfile.ZipFile(path) as opened:
             names = opened.namelist()
         if "[Content_Types].xml" in names:
             raise UserError(f"{path} is a spreadsheet: save it as CSV or as text separated by tabs, and pass that")
@@ -112,31 +107,15 @@ class Packed:
             )
         return cls(path, kind, Path(texts[0]).name, texts[0])
 
-    @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """The content. Raises UserError inside the block where it is damaged."""
-        with _damage_named(self.path, self.kind):
-            if self.kind == "zip":
-                with zipfile.ZipFile(self.path) as opened, opened.open(self.member) as file:
-                    yield file
-            else:
-                with open_packed(self.path, self.kind) if self.kind else self.path.open("rb") as file:
-                    yield file
+    def open(self) -> IO[bytes]:
+        """The content. Reading it raises UserError where it is damaged."""
+        return open_unpacked(self.path, self.kind, self.member)
 
     def parts(self) -> Iterator[bytes]:
-        """The content in pieces of whole lines, read only as far as a text of sentences can go."""
-        packed = self.path.stat().st_size
-        most = max(UNPACKED_AT_ANY_RATIO, MOST_RATIO * packed)
-        total, left = 0, b""
+        """The content in pieces of whole lines."""
+        left = b""
         with self.open() as file:
             while block := file.read(BYTES_PER_PART):
-                total += len(block)
-                if self.kind and total > most:
-                    raise UserError(
-                        f"{self.path} has {packed:,} bytes and unpacks to more than {most:,}, which no text of "
-                        "sentence pairs does: do not use it; if it is what you want, unpack it yourself and pass the "
-                        "text file"
-                    )
                 left += block
                 # A CR at the very end may have its LF in the next block.
                 end = max(left.rfind(b"\n"), left.rfind(b"\r", 0, len(left) - 1)) + 1
@@ -147,20 +126,7 @@ class Packed:
                 yield left
 
 
-_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _TEXTS = (".txt", ".tsv", ".csv", ".jsonl", ".json")
-
-
-@contextmanager
-def _damage_named(path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is a damaged {kind} file ({error}); delete it and fetch it again") from None
-    except OSError as error:
-        if kind == "":
-            raise
-        raise UserError(f"{path} is a damaged {kind} file ({error}); delete it and fetch it again") from None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from training.base.console import UserError, run_main, say
 from training.data.conversations import Conversations, open_conversations
 
 TURNS = 4
-CHARACTERS = {"equal": (60, 60), "document": (600, 60)}  # of the first question, and of everything else
+CHARACTERS = {"equal": (50, 50), "document": (400, 50)}  # of the first question, and of everything else
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -305,6 +305,7 @@ def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines_of([qa(1), qa(2)]))[:-20])
+    (tmp_path / "endless.jsonl.gz").write_bytes(gzip.compress(bytes(70 << 20)))
     (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     (tmp_path / "wide.jsonl").write_text(json.dumps(qa(1)), encoding="utf-16")
@@ -312,7 +313,8 @@ def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path)
         ("nothing.jsonl", "does not exist: pass a file of records, a folder"),
         ("folder", r"holds no \.jsonl, .* file"),
         ("blank.jsonl", "blank lines only"),
-        ("half.jsonl.gz", "half.jsonl.gz is damaged .*: fetch it again"),
+        ("half.jsonl.gz", "half.jsonl.gz is a damaged gzip file .*: delete it and fetch it again"),
+        ("endless.jsonl.gz", "unpacks to more than 67,108,864, which no text does"),
         ("sheet.xlsx", "a spreadsheet; .*export it as CSV"),
         ("rows.parquet", "is a damaged Parquet file"),
         ("wide.jsonl", "UTF-16; `iconv -f UTF-16"),
