@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from training.base.console import PeerError, UserError, say_as_any_rank
 from training.base.environment import (
+    LAUNCHER_GONE,
     Ranks,
     gpus_of_node,
     keep_freed_memory,
@@ -211,7 +212,7 @@ class Cluster:
         They count, not the clock, which goes on while all processes of a job are paused.
         """
         if self.launcher is not None and self.launcher.is_gone():
-            raise PeerError("the launcher is gone, it was probably killed; nothing was done")
+            raise PeerError(LAUNCHER_GONE)
         if looks * _LOOK_EVERY_S >= min(PATIENCE_S, self.timeout.total_seconds()):
             raise PeerError(what)
         if self.is_first and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
