@@ -2,9 +2,9 @@
 
     python -m launch.kaggle run CONFIG [--key value ...]
 
-The notebook's cell starts this as a process of its own, which starts the training as `launch.run` does, a rank for each
-GPU (on a CPU, RANKS). Promises: the training has saved and is gone before Kaggle's limit; the output stays below Kaggle's
-quota; at the end this program has left nothing in /kaggle/working but the run's folder and kernel_run.json, which says
+The notebook's cell starts this as a process of its own, which trains as `launch.run` does (on a CPU by RANKS
+processes). Promises: the training has saved and is gone before Kaggle's limit; the output stays below Kaggle's quota;
+at the end this program has left nothing in /kaggle/working but the run's folder and kernel_run.json, which says
 how it went, whatever happened. The exit status is 0 when the run is finished, 75 when another kernel run is needed, 1
 when none would help.
 

@@ -71,5 +71,5 @@ def test_quickstart_looks_at_the_run_that_its_options_name(tmp_path):
     command = ["bash", "launch/quickstart.sh", "--run_dir", str(tmp_path / "run"), *short]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done
-    assert "finished: 4 steps" in done.stdout and "is not finished" not in done.stderr
+    assert "finished: 4 steps" in done.stdout and "Not finished" not in done.stderr
     assert (tmp_path / "run/evaluation/test.json").is_file()
