@@ -30,30 +30,25 @@ from training.engine.status import saved_steps
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
-    own, module = (given[: given.index("-m")], given[given.index("-m") + 1 :]) if "-m" in given else (given, [])
-    parser = CommandLine(
-        "python -m launch.run",
-        __doc__,
-        usage="%(prog)s [options] CONFIG.yaml [--key value ...] | [options] -m MODULE ...",
-    )
+    at = given.index("-m") if "-m" in given else len(given)
+    usage = "%(prog)s [options] CONFIG.yaml [--key value ...] | %(prog)s [options] -m MODULE [words ...]"
+    parser = CommandLine("python -m launch.run", __doc__, usage=usage)
     add = parser.add_argument
-    add("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     add("--processes", type=int, metavar="N", help="processes on this machine (default: what suits it, see above)")
     add("--failure-limit", type=int, default=3, metavar="N", help="crashes in a row without progress (default 3)")
     add("--script", help="module that trains (default: what the config says)")
-    arguments, words = parser.parse_known_args(own)
+    arguments, words = parser.parse_known_args(given[:at])
     _check_place()
-    supervisor = Supervisor()
-    if module:
-        if arguments.config is not None or words:
-            raise UserError(f"{[arguments.config, *words][0]} stands before -m: a command's own words follow its name")
-        ending = _once(supervisor, module, arguments.processes)
-    elif "-m" in given or arguments.config is None:
-        raise UserError("name a config file, as in: python -m launch.run configs/gpt/sample.yaml")
+    supervisor, command = Supervisor(), given[at + 1 :]
+    if command:
+        if words:
+            raise UserError(f"{words[0]} stands before -m: a command's own words follow its name")
+        ending = _once(supervisor, command, arguments.processes)
     else:
+        if not words or (words[0].startswith("-") and arguments.script is None):
+            raise UserError("name a config file first, as in: python -m launch.run configs/gpt/sample.yaml")
         _check_alone(words)
-        script = arguments.script or script_of(arguments.config)
-        words = [str(arguments.config), *words]
+        script = arguments.script or script_of(Path(words[0]))
         ending = _train(supervisor, script, words, arguments.processes, arguments.failure_limit)
     if ending.outcome == "crashed":
         raise TryLaterError(ending.reason)  # not one for the user to mend: a batch script may try again

@@ -125,6 +125,13 @@ def was_launched() -> bool:
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+def as_no_rank() -> dict[str, str]:
+    """This process's variables for a command that it starts, which is no rank of the run's."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", LAUNCHER, "CROSS_RANK", "CROSS_SIZE")
+    hidden = (*ranks, "MASTER_ADDR", "MASTER_PORT")
+    return {name: text for name, text in os.environ.items() if name not in hidden and "TORCHELASTIC" not in name}
+
+
 def own_rank() -> str:
     """The process's rank as its launcher wrote it down, for messages; 0 without a launcher."""
     return os.environ.get("RANK", "0")
