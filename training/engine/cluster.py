@@ -67,7 +67,7 @@ _LAUNCHER_ANSWERS_S = 10.0
 _ERROR_PATIENCE_S = 5.0
 
 # How often a rank that waits for the others, without torchrun, looks whether that still makes sense; and after how long
-# the first one says that it waits.
+# the first one says that it waits, unless a launcher has started the others, too.
 _LOOK_EVERY_S = 0.25
 _SAID_AFTER_S = 3.0
 
@@ -215,7 +215,7 @@ class Cluster:
             raise PeerError(LAUNCHER_GONE)
         if looks * _LOOK_EVERY_S >= min(PATIENCE_S, self.timeout.total_seconds()):
             raise PeerError(what)
-        if self.is_first and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
+        if self.is_first and self.launcher is None and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
             say_as_any_rank(f"rank {self.rank} waits: {what}; {why_not_alone()}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
