@@ -199,7 +199,7 @@ class Supervisor:
         self.asked: list[int] = []  # the signals that asked for a stop
         self._session: Session | None = None
         for number in _SIGNALS:
-            if not is_ignored(number):
+            if number != signal.SIGHUP or not is_ignored(number):  # as `nohup` has it
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -195,6 +195,15 @@ def test_signal_reaches_each_rank_once(tmp_path, monkeypatch, handlers, number):
     assert [Path(f"rank-{rank}").read_text() for rank in range(2)] == [f"[{int(number)}]"] * 2
 
 
+def test_ctrl_c_counts_in_a_shells_background_and_a_hang_up_under_nohup_does_not(handlers):
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    boss = Supervisor()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.raise_signal(number)
+    assert boss.asked == [signal.SIGINT]
+
+
 def test_handlers_of_a_process_are_seen(handlers):
     signal.signal(signal.SIGUSR2, lambda *_: None)
     assert handles(os.getpid(), signal.SIGUSR2)
