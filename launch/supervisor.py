@@ -238,7 +238,7 @@ class Supervisor:
     def _ending(self, ended: Sequence[tuple[int, int]], to_mend: str | None) -> Ending:
         if to_mend is not None:
             return Ending("to mend", to_mend)
-        # Asked to stop, a rank may also be ended by the signal, or leave at the second Ctrl-C, and the others notice it.
+        # Asked to stop, a rank may also be ended by the signal, or leave at the second Ctrl-C; the others notice that.
         told = {130, -signal.SIGTERM, *(-number for number in self.asked)} if self.asked else set()
         counted = ended[:1] if self.asked else ended
         bad = [(place, status) for place, status in counted if status not in {0, EXIT_RESUMABLE, *told}]

@@ -60,11 +60,11 @@ def _cloud() -> Ask | None:
 
 def _aws() -> Ask | None:
     def token(limit_s: float) -> str | None:
-        return _fetch("PUT", "/latest/api/token", limit_s, **{"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+        return _fetch("PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, limit_s)
 
     def ask() -> str | None:
         known = token(_ANSWER_S)
-        said = _fetch("GET", "/latest/meta-data/spot/instance-action", **{"X-aws-ec2-metadata-token": known or ""})
+        said = _fetch("GET", "/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": known or ""})
         return f"AWS ({json.loads(said)['action']})" if said else None  # 404 until there is one
 
     return ask if token(_PROBE_S) else None
@@ -73,17 +73,17 @@ def _aws() -> Ask | None:
 def _google() -> Ask | None:
     def ask(limit_s: float = _ANSWER_S) -> str | None:
         path = "/computeMetadata/v1/instance/preempted"
-        return _fetch("GET", path, limit_s, **{"Metadata-Flavor": "Google"})
+        return _fetch("GET", path, {"Metadata-Flavor": "Google"}, limit_s)
 
     return (lambda: "Google (preempted)" if ask() == "TRUE" else None) if ask(_PROBE_S) in ("TRUE", "FALSE") else None
 
 
 def _azure() -> Ask | None:
     path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
-    name = _fetch("GET", path, _PROBE_S, Metadata="true")
+    name = _fetch("GET", path, {"Metadata": "true"}, _PROBE_S)
 
     def ask() -> str | None:
-        said = _fetch("GET", "/metadata/scheduledevents?api-version=2020-07-01", Metadata="true")
+        said = _fetch("GET", "/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
         for event in json.loads(said)["Events"] if said else ():
             if event["EventType"] in _AZURES and name in event["Resources"]:  # others of its group are told of, too
                 return f"Azure ({event['EventType']})"
@@ -92,7 +92,7 @@ def _azure() -> Ask | None:
     return ask if name else None
 
 
-def _fetch(method: str, path: str, limit_s: float = _ANSWER_S, **headers: str) -> str | None:
+def _fetch(method: str, path: str, headers: dict[str, str], limit_s: float = _ANSWER_S) -> str | None:
     """What the server answers; None where it knows of nothing. Never by a proxy."""
     connection = HTTPConnection(*_ADDRESS, timeout=limit_s)
     try:

@@ -66,10 +66,12 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setattr(notices, "_PROBE_S", 10.0)  # of a busy machine
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    try:
-        yield cloud
-    finally:
-        cloud.server.shutdown()
+    yield cloud
+    # Whoever still asks is told, and so ends: the next test has a server of its own at the same address.
+    taken = {"GET /latest/meta-data/spot/instance-action": '{"action": "stop"}', EVENTS: event("Preempt", "me")}
+    cloud.answers = {**AWS, **AZURE, **taken, "GET /computeMetadata/v1/instance/preempted": "TRUE"}
+    wait_for(lambda: not any(thread.name == "notices" for thread in threading.enumerate()))
+    cloud.server.shutdown()
 
 
 def wait_for(happened: Callable[[], object]) -> None:
