@@ -23,9 +23,10 @@ from typing import Any
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
+from launch.supervisor import free_port
 from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
 from tests.support.lives import RUN, SECONDS, SLOW, STEPS, Life, assert_all_gone, assert_stopped, resumed_at, wait_until
-from tests.support.ranks import free_port, task
+from tests.support.ranks import task
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
