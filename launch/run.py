@@ -15,7 +15,6 @@ With -m it runs another command once, whose processes share the work; all that f
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 from launch.scripts import read_options, script_of
 from launch.supervisor import Ending, Supervisor, layout, threads_of
 from training.base.console import TryLaterError, UserError, run_main, say
-from training.base.environment import read_ranks
+from training.base.environment import job_nodes, read_ranks
 from training.base.options import CommandLine
 from training.engine.status import saved_steps
 
@@ -91,7 +90,7 @@ def _check_place() -> None:
 
 def _check_alone(words: Sequence[str]) -> None:
     """Raises UserError where the training is to run on several machines."""
-    nodes = max(int(os.environ.get("SLURM_NNODES", 1)), read_ranks().world_size)
+    nodes = job_nodes()
     if nodes > 1 or any(word.startswith("--nnodes") for word in words):
         raise UserError(
             f"launch.run trains on one machine{f', and this job has {nodes}' if nodes > 1 else ''}; for several submit "

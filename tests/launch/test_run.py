@@ -256,7 +256,7 @@ def test_cores_of_a_slurm_job_count_though_the_task_is_not_bound_to_them(monkeyp
             {},
             "on one machine; .* sbatch, or start torchrun",
         ),
-        (["configs/gpt/sample.yaml"], {"SLURM_NNODES": "3"}, "this job has 3; .*slurm/run.sbatch"),
+        (["configs/gpt/sample.yaml"], {"SLURM_JOB_ID": "7", "SLURM_NNODES": "3"}, "this job has 3; .*slurm/run.sbatch"),
         (["configs/gpt/sample.yaml"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "as by torchrun"),
         ([], {}, "name a config file"),
         (["configs/gpt/sample.yaml", "-m", "launch.doctor"], {}, "stands before -m"),

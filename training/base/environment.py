@@ -201,6 +201,11 @@ def why_not_alone() -> str:
     return f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; to run alone unset RANK, LOCAL_RANK and WORLD_SIZE"
 
 
+def job_nodes() -> int:
+    """How many machines SLURM's job has; 1 without one."""
+    return int(os.environ.get("SLURM_NNODES", "1")) if job_id() is not None else 1
+
+
 def cores() -> int:
     """How many CPU cores this process may use, which SLURM may say without binding it to them."""
     said = os.environ.get("SLURM_CPUS_PER_TASK", "") if job_id() is not None else ""
