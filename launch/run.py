@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--failure-limit", type=int, default=3, metavar="N", help="crashes in a row without progress (default 3)")
     add("--script", help="module that trains (default: what the config says)")
     arguments, words = parser.parse_known_args(given[:at])
+    if arguments.processes is not None and arguments.processes < 1:
+        raise UserError(f"--processes must be at least 1, got {arguments.processes}")
     _check_place()
     supervisor, command = Supervisor(), given[at + 1 :]
     if command:
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = arguments.script or script_of(Path(words[0]))
         ending = _train(supervisor, script, words, arguments.processes, arguments.failure_limit)
     if ending.outcome == "crashed":
-        raise TryLaterError(ending.reason)  # not one for the user to mend: a batch script may try again
+        # Not one for the user to mend: a batch script may try again. Each node speaks of its own ranks.
+        raise TryLaterError(ending.reason, speaks=True)
     if ending.outcome == "stopped" and ending.reason:
         say(f"stopped {ending.reason}; the same command starts it again")
     return ending.exit_status

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from training.base.console import UserError, is_ignored, warn
+from training.base.console import is_ignored, warn
 from training.base.durations import format_duration
 from training.base.environment import LAUNCHER, cores, read_ranks, relay_error_file
 from training.base.files import read_plain
@@ -76,8 +76,6 @@ def layout(micro_batches: int | None = None, processes: int | None = None) -> La
         processes = next(count for count in range(gpus, 0, -1) if micro_batches is None or micro_batches % count == 0)
     elif processes is None:
         processes = math.gcd(here, micro_batches or 2)
-    elif processes < 1:
-        raise UserError(f"--processes must be at least 1, got {processes}")
     found = f"{gpus} GPU(s)" if gpus else f"{here} core(s)"
     shared = f", {micro_batches} micro-batch(es) a step" if micro_batches is not None else ""
     return Layout(processes, threads_of(processes), gpus, found + shared)
