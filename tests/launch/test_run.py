@@ -62,6 +62,7 @@ def assert_no_traceback(started: Started) -> None:
     assert "Traceback" not in started.printed() and "torch" not in started.printed().lower(), started.printed()
 
 
+@pytest.mark.whole  # test_prove.py starts and kills by launch.run, too
 def test_run_survives_a_killed_rank_ctrl_c_and_the_death_of_its_launcher_bit_for_bit(command, sample_data):
     started = command.start(command.hold_at(20), command.hold_at(35))
     ranks = command.wait_at(started, 20)
