@@ -29,7 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
-from launch.scripts import script_of
+from launch.scripts import read_options, script_of
+from launch.supervisor import layout
 from training.base.console import UserError, run_main, say
 from training.base.durations import format_duration
 from training.base.options import CommandLine, raw_values
@@ -69,12 +70,12 @@ class Training:
     words: tuple[str, ...]  # module and options
     run_dir: Path
     steps: int
-    processes: int  # ranks under torchrun
+    processes: int
 
     def start(self, pipe: int | None = None) -> subprocess.Popen[bytes]:
         """Starts a session; what it prints goes to `output`, or into a pipe."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        command = [sys.executable, *torchrun, "-m", *self.words, "--run_dir", str(self.run_dir)]
+        launch = ["-m", "launch.run", "--processes", str(self.processes)]
+        command = [sys.executable, *launch, "-m", *self.words, "--run_dir", str(self.run_dir)]
         with self.output.open("ab") as file:
             output = file.fileno() if pipe is None else pipe
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
@@ -237,17 +238,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="for example configs/gpt/sample.yaml")
     parser.add_argument("--steps", type=int, default=300, help="steps to train (default %(default)s)")
     parser.add_argument("--kills", type=int, default=5, help="accidents (default %(default)s)")
-    parser.add_argument("--processes", type=int, help="ranks on this machine (default: one per GPU, 2 on a CPU)")
+    parser.add_argument("--processes", type=int, help="ranks on this machine (default: as launch.run)")
     parser.add_argument("--random-seed", type=int, default=0, help="of the moments (default %(default)s)")
     parser.add_argument("--script", help="module to run (default: what the config says)")
     arguments, options = parser.parse_known_args(argv)
     _check(arguments)
-    gpus = _gpus()
-    processes = arguments.processes or gpus or 2
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     script = arguments.script or script_of(arguments.config)
     words = [script, str(arguments.config), *options]
     words += _shortened(arguments.steps, raw_values(words[1:]))
+    chosen = layout(read_options(script, words[1:]).batch.micro_batches_per_step, arguments.processes)
+    processes, gpus = chosen.processes, chosen.gpus
     if gpus:
         words += ["--deterministic", "true"]
         say("GPUs: with --deterministic true (deterministic algorithms of torch, CUBLAS_WORKSPACE_CONFIG=:4096:8)")
@@ -308,12 +308,6 @@ def _shortened(steps: int, config: dict[str, Any]) -> list[str]:
         "wandb.mode": "disabled",
     }
     return [word for key, value in chosen.items() for word in (f"--{key}", str(value))]
-
-
-def _gpus() -> int:
-    import torch  # takes seconds: only when everything else is checked
-
-    return torch.cuda.device_count()
 
 
 def _print_proof(events: Sequence[Event], whole: Training, broken: Training) -> None:

@@ -1,10 +1,9 @@
 # shellcheck shell=bash
-# One session of a run inside a batch job. The batch scripts source this, define `ranks`, which starts the processes of a
-# module on all nodes, and call `session`.
+# One session of a run inside a batch job. The batch script sources this and calls `session`.
 #
 # SLURM's signal some minutes before the end of the job comes to the batch shell alone. The shell passes it on to srun,
-# srun to its tasks; the ranks save and leave; and the shell, still alive, looks at what they left and says what comes
-# next: the job is done, goes back into the queue, or has failed.
+# srun to launch.run on each node, and that to its ranks; these save and leave; and the shell, still alive, looks at what
+# they left and says what comes next: the job is done, goes back into the queue, or has failed.
 set -euo pipefail
 
 step=         # srun's process, while it runs
@@ -82,6 +81,13 @@ requeue() {
     echo "The next job of its chain goes on, if there is one; else the same submission continues the run."
 }
 
+# The processes of a module on all nodes: on each of them launch.run starts its ranks, one per GPU, or as many as were
+# asked for on a CPU. A node whose ranks fail must not leave the others waiting.
+ranks() {
+    run srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
+        "${container[@]}" python -m launch.run --processes "${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" -m "$@"
+}
+
 # session CONFIG [--key value ...]
 session() {
     local about nothing_to_do=0
@@ -121,15 +127,9 @@ source slurm/environment.sh
 set -eu
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1
 
-# How many ranks a node has: one per GPU, or as many as were asked for on a CPU.
-ranks_per_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-cpus=$(( ${SLURM_CPUS_PER_TASK:-1} / ranks_per_node ))
-cpus_per_rank=$(( cpus > 0 ? cpus : 1 ))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_rank}
-
-# Where the ranks meet: on the first node, which is this one, at a port that no other job there uses.
+# Where the ranks of several nodes meet: on the first, which is this one, at a port that no other job there uses.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=$([ "${#hosts[@]}" = 1 ] && echo 127.0.0.1 || echo "${hosts[0]}")
+MASTER_ADDR=${hosts[0]}
 MASTER_PORT=$(( 12000 + 101 * SLURM_JOB_ID % 20000 ))
 while (: < "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do MASTER_PORT=$(( MASTER_PORT + 1 )); done
 export MASTER_ADDR MASTER_PORT

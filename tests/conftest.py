@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,16 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Starts commands for one test; see `launching`."""
     with launching(tmp_path) as start:
         yield start
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """What a test starts in this process takes signals over; this gives them back."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    kept = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Trains a GPT to translate, as one sequence `<sos> source <sep> target <eos>`.
 
-    torchrun --nproc-per-node=2 -m training.gpt configs/gpt/sample.yaml
+    python -m launch.run configs/gpt/sample.yaml
     python -m training.gpt configs/gpt/base.yaml --optim.lr 5e-4 --dry-run
 
 The same command starts, resumes, and says so when the run is finished.

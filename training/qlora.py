@@ -1,6 +1,6 @@
 """Trains LoRA adapters on a chat model that is held in 4 bits: QLoRA (Dettmers et al. 2023).
 
-    torchrun --standalone --nproc-per-node=2 -m training.qlora configs/qlora/qwen2.5-3b-t4x2.yaml
+    python -m launch.run configs/qlora/qwen2.5-3b-t4x2.yaml
     python -m training.qlora configs/qlora/qwen2.5-7b-t4x2.yaml --dry-run
 
 The same command starts, resumes, and says so when the run is finished. --dry-run first says, from the model's config

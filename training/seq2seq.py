@@ -1,6 +1,6 @@
 """Trains a GRU encoder-decoder with attention to translate.
 
-    torchrun --nproc-per-node=2 -m training.seq2seq configs/seq2seq/sample.yaml
+    python -m launch.run configs/seq2seq/sample.yaml
     python -m training.seq2seq configs/seq2seq/base.yaml --optim.lr 5e-4 --dry-run
 
 The same command starts, resumes, and says so when the run is finished.

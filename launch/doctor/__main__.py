@@ -2,7 +2,7 @@
 
     python -m launch.doctor                                            # this machine
     python -m launch.doctor configs/gpt/base.yaml --optim.lr 5e-4      # and what this run needs
-    torchrun --nproc-per-node=2 -m launch.doctor configs/gpt/base.yaml # and all ranks together
+    python -m launch.run -m launch.doctor configs/gpt/base.yaml        # and all ranks together
     srun python -m launch.doctor configs/gpt/base.yaml && srun python -m training.gpt configs/gpt/base.yaml
 
 Each line says `ok`, `warning` or `error`, the subject, what was found and what can be done. The exit status is 1 if

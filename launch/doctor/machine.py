@@ -157,7 +157,7 @@ def limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
 def surroundings(ranks: Ranks, launcher: Launcher | None) -> Iterator[Finding]:
     """What started the ranks, and how much time they have."""
     if launcher is not None:
-        starter = "torchrun" if launcher.keeps_store else "DeepSpeed's launcher"
+        starter = launcher.name
     elif ranks.world_size > 1:
         starter = "a launcher that sets RANK and WORLD_SIZE" if ranks.launched else "srun"
     else:

@@ -2,9 +2,9 @@
 
     python -m launch.kaggle run CONFIG [--key value ...]
 
-The notebook's cell starts this as a process of its own, which starts the training by torchrun, a rank for each GPU (on
-a CPU, RANKS). Promises: the training has saved and is gone before Kaggle's limit; the output stays below Kaggle's
-quota; at the end this program has left nothing in /kaggle/working but the run's folder and kernel_run.json, which says
+The notebook's cell starts this as a process of its own, which trains as `launch.run` does (on a CPU by RANKS
+processes). Promises: the training has saved and is gone before Kaggle's limit; the output stays below Kaggle's quota;
+at the end this program has left nothing in /kaggle/working but the run's folder and kernel_run.json, which says
 how it went, whatever happened. The exit status is 0 when the run is finished, 75 when another kernel run is needed, 1
 when none would help.
 
@@ -17,19 +17,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from launch.scripts import read_options, script_of
+from launch.supervisor import Ending, Layout, Session, Supervisor, layout, threads_of
 from training.base.console import Terminated, TryLaterError, UserError, run_main, say, warn
 from training.base.durations import format_duration
 from training.base.environment import (
@@ -43,7 +39,6 @@ from training.base.environment import (
 )
 from training.base.files import write_atomically, writing_to
 from training.base.options import CommandLine
-from training.base.processes import children, family_of, kill_all
 from training.engine.status import EXIT_RESUMABLE, end_killed_saves, read_sessions, read_status, saved_steps
 
 SUMMARY = "kernel_run.json"
@@ -57,9 +52,6 @@ _RESERVE = 0.05
 
 # After so many attempts in a row without a checkpoint of a later step the kernel run gives up.
 _ATTEMPTS_WITHOUT_PROGRESS = 3
-
-# How often the disk and the clock are looked at.
-_LOOK_EVERY_S = 0.5
 
 # NCCL hangs where the driver says that two GPUs reach each other's memory (P2P) but a virtual machine lets nothing
 # through. The gradients of these trainings are small, so that the way by the host's memory costs next to nothing.
@@ -191,62 +183,41 @@ class Disk:
 
 
 @dataclass
-class TrainingProcesses:
-    """The processes of the training, and how they are asked to stop."""
+class Training:
+    """The sessions of a training, which watch the clock and the disk."""
 
-    command: tuple[str, ...]  # without the options that say which checkpoints to keep
-    environment: dict[str, str]  # all of its variables
+    words: tuple[str, ...]  # the module and its options, without those that say which checkpoints to keep
+    processes: int
     disk: Disk
     wanted: Retention  # what it would keep if there were room
-    process: subprocess.Popen[bytes] | None = None
-    asked: list[int] = field(default_factory=list)  # the signals that asked it to stop
+    margin: float  # seconds that are to be left until the limit
 
-    def run(self, margin: float) -> None:
-        """Trains once, watching clock and disk; raises UserError where the quota is too small.
-
-        margin: seconds that are to be left until the limit.
-        """
+    def run(self, supervisor: Supervisor) -> Ending:
+        """Trains once; raises UserError where the quota is too small."""
         kept = retention(self.wanted, self.disk.checkpoint_bytes(), self.disk.room_bytes())
         words = ("--checkpoint.keep", str(kept.keep), "--checkpoint.keep_best", str(kept.keep_best))
-        # In a session of its own, so that the ranks get a terminal's signal once: from us.
-        self.process = subprocess.Popen([*self.command, *words], env=self.environment, start_new_session=True)
-        try:
-            self._watch(kept, margin)
-        finally:  # whatever goes wrong here, nobody else would end it
-            if self.process.poll() is None:
-                kill_all(family_of(self.process.pid))
-            self.process.wait()
+        too_large = False
 
-    def _watch(self, kept: Retention, margin: float) -> None:
-        assert self.process is not None
-        asked_to_restart = False
-        for number in self.asked:  # before there was a process to ask
-            self.ask(number)
-        while self.process.poll() is None:
-            time.sleep(_LOOK_EVERY_S)
-            if not asked_to_restart and kept.most * self.disk.checkpoint_bytes() > self.disk.room_bytes():
-                say("checkpoints turn out too large to keep as many: the training saves and starts again with fewer")
-                asked_to_restart = self._signal(signal.SIGTERM)
+        def look(session: Session) -> None:
+            nonlocal too_large
             left = time_left()
-            if left is not None and left[0] < margin / 4:
+            if left is not None and left[0] < self.margin / 4:
                 warn("the training has not ended in time: it is killed, so that the output is not lost")
-                return
+                session.kill()
+            elif not too_large and kept.most * self.disk.checkpoint_bytes() > self.disk.room_bytes():
+                too_large = True
+                session.signal(signal.SIGTERM)
 
-    def ask(self, number: int) -> None:
-        """Passes a signal on to one rank, since the ranks agree; before there are ranks, it ends their launcher."""
-        if self.process is not None and self.process.poll() is None and not self._signal(number):
-            self.process.terminate()
-
-    def _signal(self, number: int) -> bool:
-        # Not through torchrun, which gives its ranks 30 seconds: a save may take longer.
-        assert self.process is not None
-        ranks = children(self.process.pid)
-        if ranks:
-            try:
-                os.kill(ranks[0], number)
-            except ProcessLookupError:
-                return False
-        return bool(ranks)
+        threads = threads_of(self.processes)
+        around = {**_NCCL, **os.environ}
+        ending = supervisor.run((*self.words, *words), self.processes, threads=threads, environment=around, look=look)
+        self.disk.tidy()
+        left = time_left()
+        if left is not None and left[0] < 2 * self.margin and ending.outcome == "crashed":
+            return Ending("stopped")  # another attempt would have no time
+        if too_large and ending.outcome == "stopped" and not supervisor.asked:
+            return Ending("crashed", "checkpoints turn out too large to keep as many")
+        return ending
 
 
 class ThisKernelRun:
@@ -269,14 +240,12 @@ class ThisKernelRun:
             )
         left = time_left()
         self.margin = max(self.options.session.margin, margin_s(left[0])) if left else self.options.session.margin
-        self._errors = Path(tempfile.mkdtemp(), "error")
-        self.ranks = _ranks()
-        self.training = TrainingProcesses(
-            command=(
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"),
-                *("-m", script, *words, *self._own_words()),
-            ),
-            environment={**_NCCL, **os.environ, "RELAY_ERROR_FILE": str(self._errors)},
+        self._asked: list[int] = []  # the signals that asked it to stop
+        self._layout = _layout(self.options.batch.micro_batches_per_step)
+        self.training = Training(
+            words=(script, *words, *self._own_words()),
+            processes=self._layout.processes,
+            margin=self.margin,
             disk=self.disk,
             wanted=Retention(
                 self.options.checkpoint.keep,
@@ -293,56 +262,34 @@ class ThisKernelRun:
 
     def run(self) -> dict[str, Any]:
         """Trains, as often as it takes and helps; returns what kernel_run.json says."""
-        say(f"{self.run_dir.name}: {self.ranks} rank(s)")
+        say(f"{self.run_dir.name}: {self._layout}")
         if kaggle_run_type() == "Interactive":
             say("this notebook is interactive: its output is kept only when you save a version of it")
         say(f"going on from {self.source}" if self.source else "no earlier output among the inputs: a new run")
         if self.source is not None and bytes_below(self.source) > kaggle_output_bytes() * (1 - _RESERVE):
             raise UserError(f"{self.source} is too large for an output: remove some of its checkpoints first")
         self.working.mkdir(parents=True, exist_ok=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-        fruitless = 0
-        while fruitless < _ATTEMPTS_WITHOUT_PROGRESS:
-            before = self._step()
-            self.training.run(self.margin)
-            self.disk.tidy()
-            if self._is_over():
-                break
-            fruitless = fruitless + 1 if self._step() <= before else 0
-            say("the training has ended, and starts again")
-        return self.summary()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.training.asked.append(number)
-        self.training.ask(number)
+        supervisor = Supervisor()
+        self._asked = supervisor.asked
+        ending = supervisor.run_to_the_end(
+            lambda: self.training.run(supervisor), self._step, failure_limit=_ATTEMPTS_WITHOUT_PROGRESS
+        )
+        return self.summary(ending.reason if ending.outcome == "to mend" else None)
 
     def _step(self) -> int:
         return max(saved_steps(self.run_dir), default=self._first_step)
 
-    def _is_over(self) -> bool:
-        """Whether another attempt within this kernel run makes no sense."""
-        status, left = read_status(self.run_dir) or {}, time_left()
-        return (
-            bool(self.training.asked)
-            or self._errors.exists()
-            or not status.get("restart", True)
-            or (left is not None and left[0] < 2 * self.margin)
-        )
-
     def summary(self, failure: str | None = None) -> dict[str, Any]:
         """How the kernel run went. failure: why it is over, where the run's own status does not say."""
         status = read_status(self.run_dir) or {}
-        if failure is None and self._errors.exists():
-            failure = self._errors.read_text(encoding="utf-8")
         sessions = [each for each in read_sessions(self.run_dir) if each["started"] not in self._known]
         state, reason = status.get("status", "failed"), status.get("reason", "the training did not begin")
         if state == "running":
             state, reason = "resumable", "killed, or it could not say why it ended"
         if failure is not None:
             state, reason = "failed", failure
-        elif not status and self.training.asked:
-            state, reason = "resumable", f"signal {signal.Signals(self.training.asked[0]).name}, before it began"
+        elif not status and self._asked:
+            state, reason = "resumable", f"signal {signal.Signals(self._asked[0]).name}, before it began"
         return {
             "status": state,
             "reason": reason,
@@ -358,15 +305,12 @@ class ThisKernelRun:
         }
 
 
-def _ranks() -> int:
-    """One rank for each GPU; on a CPU, RANKS if set. Raises UserError where Kaggle has given no GPU."""
-    import torch
-
-    gpus = torch.cuda.device_count()  # makes no context
-    ranks = gpus or ranks_without_gpus()
-    if ranks is None and kaggle_run_type() is not None:
+def _layout(micro_batches: int) -> Layout:
+    """A process for each GPU; on a CPU, RANKS if set. Raises UserError where Kaggle has given no GPU."""
+    chosen, ranks = layout(micro_batches), ranks_without_gpus()
+    if not chosen.gpus and ranks is None and kaggle_run_type() is not None:
         raise UserError("there is no GPU here: choose the accelerator GPU T4 x2 in the notebook's settings")
-    return ranks or 1
+    return chosen if chosen.gpus or ranks is None else layout(micro_batches, ranks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,8 @@
     python -m launch.slurm stop runs/gpt-base
 
 The job saves before its time is over and goes back into the queue until the run is finished. Where requeueing is not
-allowed, --chain N submits N jobs that follow each other. The batch script is slurm/torchrun.sbatch, or
-slurm/deepspeed.sbatch where the config says `parallel: deepspeed`, with its #SBATCH lines filled in. Options that this
-command does not know go to the training. The same command continues a run.
+allowed, --chain N submits N jobs that follow each other. The batch script is slurm/run.sbatch with its
+#SBATCH lines filled in. Options that this command does not know go to the training. The same command continues a run.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ from training.base.files import open_in_place, writing_to
 from training.base.options import FLAG, CommandLine, unprintable
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
+_TEMPLATE = Path("slurm", "run.sbatch")
+
 # SLURM's signal comes so long before the end of a job, so that the step and the save under way can end.
 _LEAD_S = 300
 
@@ -58,7 +59,6 @@ class Job:
     script: str
     words: tuple[str, ...]  # config and options
     run_dir: Path
-    template: Path
     nodes: int
     gpus_per_node: str  # as SLURM reads it, a100:4; empty: none
     ranks_per_node: int
@@ -98,7 +98,7 @@ class Job:
         ]
         if problems := unprintable(header):  # a line feed would end SLURM's comment, and begin a command
             raise UserError("; ".join(problems))
-        lines = self.template.read_text(encoding="utf-8").splitlines()
+        lines = _TEMPLATE.read_text(encoding="utf-8").splitlines()
         at = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
         before, after = lines[:at], [line for line in lines[at:] if not line.lstrip("#").startswith("SBATCH")]
         filled = [
@@ -162,7 +162,6 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
         script=script,
         words=tuple(words),
         run_dir=options.run_dir,
-        template=Path("slurm", "deepspeed.sbatch" if options.parallel == "deepspeed" else "torchrun.sbatch"),
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node if gpus else "",
         ranks_per_node=ranks_per_node,
@@ -264,8 +263,8 @@ def _has_gpu() -> bool:
 def _print_plan(job: Job, pace: Pace | None, chain: int) -> None:
     kind = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.ranks_per_node * job.cpus_per_rank} CPU cores"
     say(
-        f"{job.run_dir}: {job.ranks} ranks on {job.nodes} node(s) of {kind}, {job.template.name}, jobs of "
-        f"{format_duration(job.time_s)}, " + (f"a chain of {chain}" if chain else "requeued until the run is finished")
+        f"{job.run_dir}: {job.ranks} ranks on {job.nodes} node(s) of {kind}, jobs of {format_duration(job.time_s)}, "
+        + (f"a chain of {chain}" if chain else "requeued until the run is finished")
     )
     if pace is None:
         return

@@ -25,8 +25,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from launch.scripts import run_and_data, script_of
+from launch.supervisor import read_error
 from training.base.console import UserError, run_main, say
-from training.base.environment import job_id, time_left
+from training.base.environment import job_id, relay_error_file, time_left
 from training.base.files import NotPlainError, open_in_place, read_plain, writing_to
 from training.base.options import FLAG, CommandLine
 from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
@@ -207,20 +208,18 @@ def _time_is_over() -> bool:
 
 
 def _error_to_mend() -> str | None:
-    """The error of this session that the user has to mend, if any; `tell_launcher` left it."""
-    path = Path(os.environ.get("RELAY_ERROR_FILE", ""))
-    try:
-        said = read_plain(path, most_bytes=1 << 20).decode("utf-8", "replace")
-    except OSError:
-        return None
-    path.unlink()
+    """The error of this session that the user has to mend, if any."""
+    path = relay_error_file()
+    said = read_error(path) if path is not None else None
+    if path is not None and said is not None:
+        path.unlink()
     return said
 
 
 def _print_run(words: Sequence[str]) -> int:
     """Prints the training script, the run's folder and its data, which the batch scripts need before it runs."""
     if not words or words[0].startswith("--"):
-        raise UserError("name a config file: sbatch slurm/torchrun.sbatch configs/gpt/base.yaml [--key value ...]")
+        raise UserError("name a config file: sbatch slurm/run.sbatch configs/gpt/base.yaml [--key value ...]")
     for each in (script_of(Path(words[0])), *run_and_data(words)):
         say(str(each))
     return 0

@@ -23,8 +23,9 @@ import torch
 from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Check, DoctorReport, Finding, MustMatch, examine, merge
 from launch.doctor.ranks import bus_bandwidth
+from launch.supervisor import free_port
 from tests.support.commands import ROOT, Launch, Result, Started
-from tests.support.ranks import free_port, task
+from tests.support.ranks import task
 from training.base.console import UserError
 from training.base.environment import Ranks
 

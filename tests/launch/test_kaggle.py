@@ -28,13 +28,14 @@ from launch.kaggle.dataset import CODE, CONTENT, DATA, content_hash, content_of,
 from launch.kaggle.kernel_run import (
     Disk,
     Retention,
-    TrainingProcesses,
+    Training,
     bytes_below,
     margin_s,
     previous_run,
     retention,
 )
 from launch.kaggle.notebook import slug_of, write_kernel
+from launch.supervisor import Ending, Supervisor
 from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
 from tests.support.lives import RUN, STEPS, wait_until
 from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
@@ -280,7 +281,7 @@ def test_run_survives_a_killed_rank_a_stop_by_hand_and_a_session_that_is_cut_off
     session = kaggle.start(holds=(8, 20), pause_s=0.25, run_type="Interactive", **limits)
     run_dir = kaggle.working / "run"
     kaggle.wait_at(session, 8)
-    rank = ["-u", "-m", "tests.support.faulty_training"]  # as torchrun starts it
+    rank = ["-u", "-m", "tests.support.faulty_training"]
     ranks = [pid for pid in descendants(session.process.pid) if command_line(pid)[1:4] == rank]
     trainings = len(read_sessions(run_dir))  # 2 if it was first started again to keep fewer checkpoints
     os.kill(ranks[1], signal.SIGKILL)
@@ -386,15 +387,14 @@ def test_notebook_without_gpu_is_told_to_choose_one(launch, config, tmp_path):
     assert result.status == 1 and "choose the accelerator GPU T4 x2" in result.error_lines[0], result
 
 
-def test_training_that_does_not_end_is_killed_before_the_limit(monkeypatch, tmp_path):
+def test_training_that_does_not_end_is_killed_before_the_limit(monkeypatch, tmp_path, handlers):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     monkeypatch.setenv(KAGGLE_LIMIT, str(container_age_s() + 5))
     deaf = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; time.sleep(3600)"
-    training = TrainingProcesses(
-        (sys.executable, "-c", deaf), {}, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1)
-    )
-    training.run(margin=12)
-    assert training.process is not None and training.process.returncode == -signal.SIGKILL
+    (tmp_path / "deaf.py").write_text(deaf)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    training = Training(("deaf",), 1, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1), margin=12)
+    assert training.run(Supervisor()) == Ending("stopped")
     left = time_left()
     assert left is not None and left[0] > 0
 

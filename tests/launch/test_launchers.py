@@ -17,16 +17,16 @@ import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
+from launch.supervisor import free_port
 from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
 from tests.support.lives import RUN, SECONDS, SLOW, STEPS, Life, assert_all_gone, assert_stopped, resumed_at, wait_until
-from tests.support.ranks import free_port, task
+from tests.support.ranks import task
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -55,7 +55,7 @@ def slow_behind(step: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def deepspeed(launch: Launch, tmp_path: Path) -> Callable[..., Started]:
-    """`launch` by the real `deepspeed` command, with two ranks on the CPU; or by another starter."""
+    """`launch` by the real `deepspeed` command, with two ranks on the CPU."""
     # The launcher shows its ranks the GPUs that they are to have; this hides them again.
     (tmp_path / "hiding").mkdir()
     (tmp_path / "hiding/sitecustomize.py").write_text("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = ''\n")
@@ -64,7 +64,7 @@ def deepspeed(launch: Launch, tmp_path: Path) -> Callable[..., Started]:
     hidden = {"PYTHONPATH": str(tmp_path / "hiding"), "DS_ACCELERATOR": "cpu"}
 
     def start(*words: object, environment: dict[str, str] | None = None, **how: Any) -> Started:
-        return launch(*words, **{"starter": starter, **how}, environment={**(environment or {}), **hidden})
+        return launch(*words, starter=starter, **how, environment={**(environment or {}), **hidden})
 
     return start
 
@@ -79,7 +79,6 @@ def test_run_handed_from_launcher_to_launcher_is_the_one_of_torchrun_alone(launc
         (tmp_path / name).mkdir()
     run_dir = tmp_path / "run"
     by_deepspeed = Life(deepspeed, tmp_path / "deepspeed", sample_data, None, run_dir)
-    by_script = Life(partial(deepspeed, starter=("bash", "launch/deepspeed.sh")), tmp_path, sample_data, None, run_dir)
     by_srun = Life(launch, tmp_path / "srun", sample_data, None, run_dir)
     by_torchrun = Life(launch, tmp_path / "torchrun", sample_data, 2, run_dir)
 
@@ -97,12 +96,12 @@ def test_run_handed_from_launcher_to_launcher_is_the_one_of_torchrun_alone(launc
     # A rank of srun comes early, and waits for the first one for as long as another session takes.
     early = by_srun.start(hold_at(35), environment=task(1))
 
-    # SIGTERM to the script, which by then is the `deepspeed` command. That one passes nothing on.
-    session = by_script.start(hold_at(20), *slow_behind(20))
-    by_script.wait_at(session, "forward-20")
+    # SIGTERM to the `deepspeed` command, which passes nothing on.
+    session = by_deepspeed.start(hold_at(20), *slow_behind(20))
+    by_deepspeed.wait_at(session, "forward-20")
     session.process.terminate()
     assert session.wait().status == -signal.SIGTERM
-    by_script.go_on("forward-20")
+    by_deepspeed.go_on("forward-20")
     assert_all_gone(session)
     assert resumed_at(session) == step
     step = assert_stopped(run_dir, "the end of the launcher")

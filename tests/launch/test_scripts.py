@@ -51,7 +51,9 @@ def test_what_is_said_of_a_run_is_known_without_its_script(tmp_path):
         run_and_data([str(config)])
 
 
-@pytest.mark.parametrize("module", ["slurm.job", "slurm.status", "slurm.__main__", "kaggle.relay", "kaggle.kernel_run"])
+@pytest.mark.parametrize(
+    "module", ["slurm.job", "slurm.status", "slurm.__main__", "run", "kaggle.relay", "kaggle.kernel_run"]
+)
 def test_what_only_starts_a_run_does_not_wait_for_torch(module: str):
     code = f"import sys, launch.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -71,5 +73,5 @@ def test_quickstart_looks_at_the_run_that_its_options_name(tmp_path):
     command = ["bash", "launch/quickstart.sh", "--run_dir", str(tmp_path / "run"), *short]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done
-    assert "finished: 4 steps" in done.stdout and "is not finished" not in done.stderr
+    assert "finished: 4 steps" in done.stdout and "Not finished" not in done.stderr
     assert (tmp_path / "run/evaluation/test.json").is_file()

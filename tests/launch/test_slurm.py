@@ -51,7 +51,6 @@ class Submission:
     def submit(
         self,
         *options: object,
-        launcher: str = "torchrun",
         nodes: int = 1,
         pause_s: float = 0.06,
         accidents: tuple[dict[str, Any], ...] = (),
@@ -62,7 +61,7 @@ class Submission:
         about = {"folder": str(self.run_dir.parent), "list": [{**SLOW, "seconds": pause_s}, *accidents]}
         self._job = self._cluster.submit(
             *("--job-name", self.run_dir.parent.name, "--output", self._log, "--nodes", nodes, "--cpus-per-task", 2),
-            *("--time", "30", *options, f"slurm/{launcher}.sbatch", self.config, *words),
+            *("--time", "30", *options, "slurm/run.sbatch", self.config, *words),
             environment={
                 **{"SCRIPT": "tests.support.faulty_training", "ACCIDENTS": json.dumps(about)},
                 **{"PREFLIGHT": "0", "RANKS_PER_NODE": str(2 // nodes)},
@@ -90,12 +89,9 @@ class Submission:
     def go_on(self, step: int) -> None:
         (self.run_dir.parent / f"go-forward-{step}").touch()
 
-    def wait_until_told(self, number: str, launcher: str = "torchrun") -> None:
-        """Waits until a signal to the job is on its way from the launcher to both ranks."""
-        if launcher == "torchrun":
-            self.wait_until(lambda: self.log().count(f"closing signal {number}") >= 2, f"told {number}")
-        else:
-            self.wait_until(lambda: re.search(r"STEP \S+ ON \S+ CANCELLED AT", self.log()), "cancelled")
+    def wait_until_told(self) -> None:
+        """Waits until SLURM's SIGTERM is on its way to both ranks."""
+        self.wait_until(lambda: re.search(r"STEP \S+ ON \S+ CANCELLED AT", self.log()), "cancelled")
 
     def assert_rests(self, job: int) -> None:
         """It does not come back, which would take seconds."""
@@ -146,14 +142,13 @@ def test_one_submission_of_two_minutes_finishes_a_run_that_needs_four(submission
 def test_suspended_job_goes_on_and_a_signal_to_its_shell_saves_and_requeues_on_two_nodes(
     submission, cluster, uninterrupted
 ):
-    job = submission.submit(nodes=2, accidents=(hold_at(15),), words=("--session.hang_timeout", "20s"))
+    job = submission.submit(nodes=2, pause_s=0.25, accidents=(hold_at(15),), words=("--session.hang_timeout", "20s"))
     submission.wait_at(15)
     cluster.ask("scontrol", "suspend", job)
     assert cluster.state(job) == "SUSPENDED"
     time.sleep(30)
     cluster.ask("scontrol", "resume", job)
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
-    submission.wait_until_told("SIGUSR1")
     submission.go_on(15)
     submission.assert_finished_like(uninterrupted())
     submission.assert_nothing_lost()
@@ -161,11 +156,10 @@ def test_suspended_job_goes_on_and_a_signal_to_its_shell_saves_and_requeues_on_t
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submission, cluster, uninterrupted, launcher):
-    words = DEEPSPEED if launcher == "deepspeed" else ()
+@pytest.mark.parametrize("words", [(), DEEPSPEED])
+def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submission, cluster, uninterrupted, words):
     hang = {"at": "forward", "step": 20, "rank": 1, "do": "hold"}
-    job = submission.submit("--signal", "B:USR1@1", launcher=launcher, accidents=(hang,), words=words)
+    job = submission.submit("--signal", "B:USR1@1", accidents=(hang,), words=words)
     submission.wait_at(20, rank=1)
     hours, minutes, _ = map(int, cluster.about(job, "RunTime").split(":"))
     cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 1}")  # within a minute
@@ -178,25 +172,24 @@ def test_ranks_that_hang_at_the_time_limit_are_ended_and_the_run_goes_on(submiss
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("words", [(), DEEPSPEED])
 def test_cancelled_job_whose_port_was_taken_saves_and_rests_until_it_is_submitted_again(
-    submission, cluster, uninterrupted, launcher
+    submission, cluster, uninterrupted, words
 ):
-    words = DEEPSPEED if launcher == "deepspeed" else ()
     before = cluster.submit("--hold", "--wrap", "true")
     # Another program has the port that follows from the job's number: it is passed over.
     with socket.create_server(("", 12000 + 101 * (before + 1) % 20000)):
-        job = submission.submit(launcher=launcher, accidents=(hold_at(15),), words=words)
+        job = submission.submit(accidents=(hold_at(15),), words=words)
         assert job == before + 1
         submission.wait_at(15)
     cluster.ask("scancel", job)
-    submission.wait_until_told("SIGTERM", launcher)
+    submission.wait_until_told()
     submission.go_on(15)
     assert cluster.wait_for(job) == "CANCELLED"
     assert status_of(submission.run_dir)["reason"] == "signal SIGTERM"
     assert last_checkpoint(submission.run_dir).step == status_of(submission.run_dir)["step"]
     submission.assert_rests(job)
-    submission.submit(launcher=launcher, pause_s=0, words=words)
+    submission.submit(pause_s=0, words=words)
     submission.assert_finished_like(uninterrupted(*words))
     submission.assert_nothing_lost()
 
@@ -236,15 +229,14 @@ def test_mistake_of_the_user_is_told_and_not_tried_again(submission, cluster, un
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("launcher", "partition"), [("torchrun", "main"), ("deepspeed", "abrupt")])
+@pytest.mark.parametrize(("words", "partition"), [((), "main"), (DEEPSPEED, "abrupt")])
 def test_preempted_job_saves_gives_way_and_comes_back_on_two_nodes(
-    submission, cluster, uninterrupted, launcher, partition
+    submission, cluster, uninterrupted, words, partition
 ):
-    words = DEEPSPEED if launcher == "deepspeed" else ()
-    job = submission.submit("--partition", partition, launcher=launcher, nodes=2, accidents=(hold_at(15),), words=words)
+    job = submission.submit("--partition", partition, nodes=2, accidents=(hold_at(15),), words=words)
     submission.wait_at(15)
     urgent = cluster.submit(*("-p", "urgent", "-N", 2, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3"))
-    submission.wait_until_told("SIGTERM", launcher)
+    submission.wait_until_told()
     submission.go_on(15)
     assert cluster.wait_for(urgent) == "COMPLETED"
     submission.assert_finished_like(uninterrupted(*words))

@@ -27,7 +27,7 @@ from tests.support.slurm_cluster import write_config
 from training.base.console import UserError
 from training.engine.status import read_status
 
-SCRIPTS = ("slurm/torchrun.sbatch", "slurm/deepspeed.sbatch")
+SCRIPT = "slurm/run.sbatch"
 
 
 @pytest.fixture
@@ -74,23 +74,22 @@ def submitted(result: Result) -> list[int]:
 
 def test_scripts_are_free_of_what_shellcheck_finds():
     shellcheck = program(("shellcheck",), "shellcheck")
-    scripts = [*SCRIPTS, *map(str, (ROOT / "slurm").glob("*.sh")), *map(str, (ROOT / "launch").glob("*.sh"))]
+    scripts = [SCRIPT, *map(str, (ROOT / "slurm").glob("*.sh")), *map(str, (ROOT / "launch").glob("*.sh"))]
     words = [shellcheck, "--external-sources", "--severity=warning", "--shell=bash", *scripts]
     checked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_are_taken_by_slurm_as_they_are(cluster, script):
-    assert cluster.run("sbatch", "--test-only", script).status == 0
-    lines = (ROOT / script).read_text().splitlines()
+def test_script_is_taken_by_slurm_as_it_is(cluster):
+    assert cluster.run("sbatch", "--test-only", SCRIPT).status == 0
+    lines = (ROOT / SCRIPT).read_text().splitlines()
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any("SBATCH" in line for line in lines[first_command:]), "SLURM does not see these"
 
 
 def test_script_outside_relays_folder_says_so(cluster, tmp_path):
     log = tmp_path / "log"
-    job = cluster.submit("--chdir", tmp_path, "--output", log, ROOT / SCRIPTS[0], "configs/gpt/sample.yaml")
+    job = cluster.submit("--chdir", tmp_path, "--output", log, ROOT / SCRIPT, "configs/gpt/sample.yaml")
     assert cluster.wait_for(job) == "FAILED"
     assert "submit from Relay's folder" in log.read_text()
 
@@ -132,7 +131,7 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
     assert result.status == 0 and result.err == ""
     script = tmp_path / "script"
     script.write_text(result.out)
-    assert cluster.run("sbatch", "--test-only", script).status == 0
+    assert cluster.run("sbatch", "--test-only", SCRIPT).status == 0
     held = cluster.submit("--hold", script)
     cluster.ask("scancel", held)
     about = cluster.ask("scontrol", "show", "job", held)
@@ -147,9 +146,6 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
         assert part in about, part
     assert f"set -- {config} --optim.lr 2e-3" in result.out
     assert not (tmp_path / "run").exists()
-
-    by_deepspeed = submission(config, "--time", "5", "--print", "--parallel", "deepspeed").out
-    assert "--parallel deepspeed\n" in by_deepspeed and "torch.distributed.run" not in by_deepspeed
 
 
 def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
@@ -288,7 +284,7 @@ def test_submission_is_not_bent_by_variables_of_this_shell_nor_by_an_old_stop_fi
 
 def test_preflight_finds_what_is_wrong_before_the_first_session_and_nothing_is_tried_again(cluster, config, tmp_path):
     words = ("--data", tmp_path / "none", "--optim.lrr", "1")
-    job = cluster.submit("--output", tmp_path / "log", "--cpus-per-task", 1, SCRIPTS[0], config, *words)
+    job = cluster.submit("--output", tmp_path / "log", "--cpus-per-task", 1, SCRIPT, config, *words)
     assert cluster.wait_for(job) == "FAILED"
     log = (tmp_path / "log").read_text()
     assert "optim.lrr" in log and f"there is no prepared data set {tmp_path / 'none'}" in log
@@ -323,7 +319,7 @@ def test_data_and_environment_are_copied_to_the_nodes_and_removed_again(cluster,
     disk.mkdir()
     environment = {"STAGE_TO": str(disk), "PREFLIGHT": "0"}
     options = ("--chdir", folder, "--output", tmp_path / "log", "--nodes", 2, "--cpus-per-task", 1)
-    job = cluster.submit(*options, folder / SCRIPTS[0], config, "--optim.steps", 12, environment=environment)
+    job = cluster.submit(*options, folder / SCRIPT, config, "--optim.steps", 12, environment=environment)
     assert cluster.wait_for(job) == "COMPLETED", (tmp_path / "log").read_text()
     read = seen.read_text().split()
     (staged,) = {Path(place).parent for place in read if place.startswith(f"{disk}/") and place.endswith("/venv")}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,14 +32,6 @@ def _run_rank(rank: int, ranks: int, folder: Path, work: Callable[[int, int], An
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     torch.save(work(rank, ranks), folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    while True:
-        port = random.randrange(12000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 def task(rank: int, tasks: int = 2, **other: str) -> dict[str, str]:

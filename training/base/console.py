@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from training.base.environment import (
     adopt_srun_task,
+    leave_with_launcher,
     own_rank,
     relay_error_file,
     torchrun_error_file,
@@ -81,6 +82,7 @@ def run_main(main: Callable[[], int | None], *, prints_product: bool = False) ->
     """
     guard_outputs(is_needed=prints_product)
     adopt_srun_task()
+    leave_with_launcher()
     signal.signal(signal.SIGTERM, _terminate)
     if not is_ignored(signal.SIGHUP):
         signal.signal(signal.SIGHUP, _terminate)

@@ -1,7 +1,7 @@
 """The one place that reads the launcher's environment variables.
 
-`torchrun`, DeepSpeed's launcher, `srun` and a plain process all end up in `Ranks`; SLURM's and Kaggle's limits in
-`time_left`. Nothing here imports torch.
+`launch.run`, `torchrun`, DeepSpeed's launcher, `srun` and a plain process all end up in `Ranks`; SLURM's and Kaggle's
+limits in `time_left`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,9 @@ KAGGLE_OUTPUT_BYTES = 20 * 10**9
 # quota (bytes), where they are not Kaggle's: in a rehearsal on another machine.
 KAGGLE_INPUT, KAGGLE_WORKING = "RELAY_KAGGLE_INPUT", "RELAY_KAGGLE_WORKING"
 KAGGLE_LIMIT, KAGGLE_QUOTA = "RELAY_KAGGLE_LIMIT", "RELAY_KAGGLE_QUOTA"
+
+# The process id of the supervisor that started this process as a rank.
+LAUNCHER = "RELAY_LAUNCHER"
 
 
 _by_srun = False  # whether this process is a task of an srun step
@@ -121,6 +125,13 @@ def was_launched() -> bool:
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
+def as_no_rank() -> dict[str, str]:
+    """This process's variables for a command that it starts, which is no rank of the run's."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", LAUNCHER, "CROSS_RANK", "CROSS_SIZE")
+    hidden = (*ranks, "MASTER_ADDR", "MASTER_PORT")
+    return {name: text for name, text in os.environ.items() if name not in hidden and "TORCHELASTIC" not in name}
+
+
 def own_rank() -> str:
     """The process's rank as its launcher wrote it down, for messages; 0 without a launcher."""
     return os.environ.get("RANK", "0")
@@ -134,9 +145,9 @@ class Ranks:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    # Whether a launcher started this process that, unlike srun, cannot pass its exit status on. Found once: DeepSpeed
-    # later wants the variable in every process.
-    launched: bool = field(default_factory=lambda: was_launched() and not _by_srun)
+    # Whether a launcher started this process that, unlike srun and `launch.run`, cannot pass its exit status on. Found
+    # once: DeepSpeed later wants the variable in every process.
+    launched: bool = field(default_factory=lambda: was_launched() and not _by_srun and LAUNCHER not in os.environ)
 
 
 def read_ranks() -> Ranks:
@@ -171,11 +182,11 @@ def meeting_place(launcher: Launcher | None) -> tuple[str, int, str]:
             f"the ranks do not know where to meet (MASTER_ADDR is {host!r}, MASTER_PORT {port!r}): start through "
             "torchrun, deepspeed or srun, or export both"
         )
-    name = ""
-    if _by_srun:
-        name = f"{job_id()}.{os.environ['SLURM_STEP_ID']}"
-    elif launcher is not None and os.environ.get("CROSS_SIZE") == "1":
+    ranks, name = read_ranks(), ""
+    if launcher is not None and ranks.local_world_size == ranks.world_size:
         name = str(launcher.lineage[-1])
+    elif _by_srun or LAUNCHER in os.environ:
+        name = f"{job_id()}.{os.environ.get('SLURM_STEP_ID')}"
     return host, int(port), name
 
 
@@ -190,6 +201,18 @@ def why_not_alone() -> str:
     return f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; to run alone unset RANK, LOCAL_RANK and WORLD_SIZE"
 
 
+def job_nodes() -> int:
+    """How many machines SLURM's job has; 1 without one."""
+    return int(os.environ.get("SLURM_NNODES", "1")) if job_id() is not None else 1
+
+
+def cores() -> int:
+    """How many CPU cores this process may use, which SLURM may say without binding it to them."""
+    said = os.environ.get("SLURM_CPUS_PER_TASK", "") if job_id() is not None else ""
+    seen = len(os.sched_getaffinity(0))
+    return min(int(said), seen) if said.isdigit() and int(said) else seen
+
+
 def gpus_of_node() -> int | None:
     """How many GPUs of this node SLURM gave the job, of which a task of srun may see its own only; None elsewhere."""
     text = os.environ.get("SLURM_GPUS_ON_NODE", "") if _by_srun else ""
@@ -200,8 +223,9 @@ def gpus_of_node() -> int | None:
 class Launcher:
     """What started this process and should outlive it."""
 
+    name: str
     lineage: tuple[int, ...]  # process ids: this one's parent, that one's parent, and so on
-    keeps_store: bool  # whether the ranks meet at a store that it keeps, as torchrun does
+    keeps_store: bool = False  # whether the ranks meet at a store that it keeps, as torchrun does
 
     def is_gone(self) -> bool:
         """Whether any of these processes is gone: an orphan has another parent."""
@@ -228,15 +252,30 @@ def relay_error_file() -> Path | None:
 
 
 def watching_launcher() -> Launcher | None:
-    """The torchrun, or DeepSpeed's launcher, that started this process; None without one.
+    """The torchrun, `launch.run`, or DeepSpeed's launcher, that started this process; None without one.
 
     Raises PeerError when the launcher is seen to be gone already.
     """
+    found = None
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return Launcher((os.getppid(),), keeps_store=True)
-    if "CROSS_SIZE" in os.environ and sys.platform == "linux":
-        return Launcher(_deepspeed_lineage(), keeps_store=False)
-    return None
+        found = Launcher("torchrun", (os.getppid(),), keeps_store=True)
+    elif LAUNCHER in os.environ:
+        found = Launcher("launch.run", (int(os.environ[LAUNCHER]),))
+    elif "CROSS_SIZE" in os.environ and sys.platform == "linux":
+        found = Launcher("DeepSpeed's launcher", _deepspeed_lineage())
+    if found is not None and found.is_gone():
+        raise PeerError(LAUNCHER_GONE)
+    return found
+
+
+LAUNCHER_GONE = "the launcher is gone, it was probably killed; nothing was done"
+
+
+def leave_with_launcher() -> None:
+    """Has Linux end this process, as by SIGTERM, when the `launch.run` that started it is killed."""
+    if os.environ.get(LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def time_to_leave() -> tuple[float, str] | None:
@@ -281,7 +320,7 @@ def _deepspeed_lineage() -> tuple[int, ...]:
                     return (*lineage, command)
             break
         pid = parent_of(pid)
-    raise PeerError("the launcher is gone, it was probably killed; nothing was done")
+    raise PeerError(LAUNCHER_GONE)
 
 
 def job_id() -> str | None:

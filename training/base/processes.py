@@ -48,6 +48,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    try:
+        about = Path(f"/proc/{pid}/status").read_text("utf-8", "replace")
+    except OSError:
+        return False
+    caught = next(line for line in about.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def descendants(pid: int) -> list[int]:
     """Living processes below `pid`, in any generation."""
     return [below for child in children(pid) for below in (child, *descendants(child))]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from training.base.console import PeerError, UserError, say_as_any_rank
 from training.base.environment import (
+    LAUNCHER_GONE,
     Ranks,
     gpus_of_node,
     keep_freed_memory,
@@ -66,7 +67,7 @@ _LAUNCHER_ANSWERS_S = 10.0
 _ERROR_PATIENCE_S = 5.0
 
 # How often a rank that waits for the others, without torchrun, looks whether that still makes sense; and after how long
-# the first one says that it waits.
+# the first one says that it waits, unless a launcher has started the others, too.
 _LOOK_EVERY_S = 0.25
 _SAID_AFTER_S = 3.0
 
@@ -211,10 +212,10 @@ class Cluster:
         They count, not the clock, which goes on while all processes of a job are paused.
         """
         if self.launcher is not None and self.launcher.is_gone():
-            raise PeerError("the launcher is gone, it was probably killed; nothing was done")
+            raise PeerError(LAUNCHER_GONE)
         if looks * _LOOK_EVERY_S >= min(PATIENCE_S, self.timeout.total_seconds()):
             raise PeerError(what)
-        if self.is_first and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
+        if self.is_first and self.launcher is None and looks * _LOOK_EVERY_S == _SAID_AFTER_S:
             say_as_any_rank(f"rank {self.rank} waits: {what}; {why_not_alone()}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:

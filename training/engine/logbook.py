@@ -19,6 +19,7 @@ from typing import Any
 
 from training.base.console import say, warn
 from training.base.durations import format_duration
+from training.base.environment import as_no_rank
 from training.engine.checkpoint import Tensors
 from training.engine.cluster import Cluster
 from training.engine.goodput import Clock, goodput, in_words
@@ -262,7 +263,7 @@ class Word:
         try:
             self._process = subprocess.Popen(
                 ["sh", "-c", command],
-                env={**os.environ, **about},
+                env={**as_no_rank(), **about},
                 stdin=quiet,
                 stdout=quiet,
                 stderr=quiet,

@@ -126,7 +126,7 @@ def _check_world_size(config: RunOptions, cluster: Cluster) -> None:
         fitting = [ranks for ranks in range(1, count + 1) if count % ranks == 0]
         raise UserError(
             f"{cluster.world_size} ranks cannot share the {count} micro-batches of a step equally: start with "
-            f"{' or '.join(map(str, fitting))} ranks (--nproc-per-node), or in a new run set "
+            f"{' or '.join(map(str, fitting))} ranks (--processes; torchrun: --nproc-per-node), or in a new run set "
             f"batch.micro_batches_per_step to a multiple of {cluster.world_size}"
         )
 

@@ -1,9 +1,9 @@
 """When a session stops, which all ranks agree on.
 
-A signal handler sets a flag and does nothing else; so do the time limit, a file named STOP, saves that fail, and the
-end of the launcher. The ranks agree on it between two steps, and between two batches of a validation, so nobody is left
-waiting in a collective. Then: checkpoint, `status.json`, exit. That file says how the session ended: launchers turn it
-into an exit status, since `torchrun` cannot pass a worker's on.
+A signal handler sets a flag and does nothing else; so do the time limit, a file named STOP, saves that fail, the end of
+the launcher, and a cloud's notice that it takes the machine back. The ranks agree on it between two steps, and between
+two batches of a validation, so nobody is left waiting in a collective. Then: checkpoint, `status.json`, exit. That file
+says how the session ended: launchers turn it into an exit status, since `torchrun` cannot pass a worker's on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from training.base.durations import format_duration
 from training.base.environment import process_age_s, time_left
 from training.base.options import Duration, Options
 from training.engine.cluster import Cluster
+from training.engine.notices import Notices
 from training.engine.status import STOP_FILE
 
 # Ranks agree at every step that takes longer than this, and about this often where steps are shorter. A small
@@ -30,7 +31,7 @@ from training.engine.status import STOP_FILE
 _AGREE_EVERY_S = 0.02
 
 # Reasons to stop beside signals, as numbers above theirs: the ranks agree on the largest.
-_FILE, _TIME, _SAVES, _LAUNCHER = 1001, 1002, 1003, 1004
+_FILE, _TIME, _SAVES, _LAUNCHER, _NOTICE = 1001, 1002, 1003, 1004, 1005
 
 T = TypeVar("T")
 
@@ -46,6 +47,9 @@ class SessionOptions(Options):
     )
     stop_signal: Literal["SIGUSR1", "SIGUSR2"] | None = Field(
         "SIGUSR1", description="a signal that asks for a stop beside SIGTERM, SIGINT and the like; null: none"
+    )
+    notices: bool = Field(
+        True, description="stop in time where AWS, Google or Azure announces that it takes the machine back"
     )
     on_end: str | None = Field(
         None,
@@ -85,6 +89,7 @@ class StopFlag:
         self._deadline = _deadline(options) if cluster.is_first else math.inf
         self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
         self.saves_fail: Callable[[], bool] = lambda: False
+        self._notices = Notices() if options.notices and cluster.ranks.local_rank == 0 else None
         names = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGXCPU", *([options.stop_signal] if options.stop_signal else [])]
         for name in names + ([] if is_ignored(signal.SIGHUP) else ["SIGHUP"]):
             signal.signal(signal.Signals[name], self._on_signal)
@@ -123,6 +128,8 @@ class StopFlag:
         launcher = self._cluster.launcher
         if not self._asked and launcher is not None and launcher.is_gone():
             return _LAUNCHER
+        if not self._asked and self._notices is not None and self._notices.found is not None:
+            return _NOTICE
         if self._asked or not self._cluster.is_first:
             return self._asked
         if self.saves_fail():
@@ -137,6 +144,7 @@ class StopFlag:
             _TIME: "the time limit",
             _SAVES: "failing saves",
             _LAUNCHER: "the end of the launcher",
+            _NOTICE: f"a notice of preemption by {(self._notices and self._notices.found) or 'a cloud'}",
         }
         return others.get(reason) or f"signal {signal.Signals(reason).name}"
 

@@ -3,7 +3,7 @@
     python -m training.evaluation.evaluate runs/NAME [--checkpoint last] [--data FOLDER] [--part test]
     python -m training.evaluation.evaluate runs/TRANSLATOR --beam_size 5
     python -m training.evaluation.evaluate runs/QLORA --answers_per_task 20 --disc_law_eval DISC-Law-Eval/data
-    torchrun --standalone --nproc-per-node=2 -m training.evaluation.evaluate runs/NAME   # the ranks share the work
+    python -m launch.run -m training.evaluation.evaluate runs/NAME   # the processes share the work
 
 A translator's translations are scored (see `training.evaluation.translations.evaluation`), or the answers of a chat
 model with its trained adapters, beside those without them (see `training.evaluation.answers.before_after`). Both write

@@ -20,7 +20,7 @@ from training.engine.tensorboard import Board
 
 def test_command_at_the_end_of_each_session_hears_how_the_run_stands(launch: Launch, sample_data, tmp_path):
     said = tmp_path / "said"
-    command = f'echo "$RELAY_STATUS|$RELAY_REASON|$RELAY_RUN_DIR" >> {said}; exit 3'
+    command = f'echo "$RELAY_STATUS|$RELAY_REASON|$RELAY_RUN_DIR|${{WORLD_SIZE:-alone}}" >> {said}; exit 3'
     run = (*SHORT_RUN, "--optim.steps", 4, "--session.on_end", command)
     life = Life(launch, tmp_path, sample_data, ranks=2, run=run)
     stopped = life.start({"at": "forward", "step": 3, "rank": 1, "do": "SIGTERM"}).wait()
@@ -28,8 +28,8 @@ def test_command_at_the_end_of_each_session_hears_how_the_run_stands(launch: Lau
     assert life.start().wait().status == 0
     where = life.run_dir.resolve()
     assert said.read_text("utf-8").splitlines() == [
-        f"resumable|signal SIGTERM|{where}",
-        f"finished|all steps done|{where}",
+        f"resumable|signal SIGTERM|{where}|alone",
+        f"finished|all steps done|{where}|alone",
     ]
 
 

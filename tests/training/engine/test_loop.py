@@ -11,7 +11,6 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.support.disks import not_as_root
 from tests.support.ranks import on_ranks
 from tests.support.runs import assert_same_model, assert_same_record, last_checkpoint, status_of
 from training.base.console import TryLaterError, UserError
+from training.base.environment import Ranks
 from training.base.files import nearest_folder
 from training.engine import loop, run_folder, stopping, surroundings
 from training.engine.batch_plan import BatchOptions, BatchPlan
@@ -240,15 +240,6 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 # A run.
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """A run takes signals over; this gives them back."""
-    kept = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in (*STOPPING, "SIGHUP")}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 def train_here(folder: Path, name: str = "run", *, stop_at: int | None = None, **more: Any) -> int:
     """A session of a run; somebody makes the file STOP during its step `stop_at`."""
     (folder / name).mkdir(exist_ok=True)
@@ -400,8 +391,8 @@ class Threads:
     def rank(self, number: int) -> SimpleNamespace:
         launcher = SimpleNamespace(is_gone=lambda: number in self.without_launcher)
         maximum = partial(self._maximum, number)
-        first = number == 0
-        return SimpleNamespace(rank=number, is_first=first, launcher=launcher, maximum=maximum, watcher=Watcher())
+        about = {"rank": number, "is_first": number == 0, "ranks": Ranks(number, number)}
+        return SimpleNamespace(**about, launcher=launcher, maximum=maximum, watcher=Watcher())
 
     def _maximum(self, rank: int, values: list[float]) -> list[float]:
         self._values[rank] = values
@@ -414,7 +405,7 @@ class Threads:
 @pytest.mark.parametrize("name", STOPPING)
 def test_every_signal_that_asks_a_process_to_leave_is_a_stop(tmp_path, handlers, name):
     """Also that of a limit of CPU time, and of Ctrl-backslash, which torchrun passes on."""
-    cluster = SimpleNamespace(is_first=True, launcher=None, maximum=list, watcher=Watcher())
+    cluster = SimpleNamespace(is_first=True, launcher=None, maximum=list, watcher=Watcher(), ranks=Ranks())
     flag = StopFlag(tmp_path, cluster, SessionOptions())
     flag.check()
     signal.raise_signal(signal.Signals[name])
@@ -454,7 +445,7 @@ def test_session_ends_while_a_save_and_a_margin_still_fit_into_its_time(
 ):
     monkeypatch.setattr(stopping, "process_age_s", lambda: 0.0)
     monkeypatch.setattr(stopping, "time_left", lambda: None)
-    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list, watcher=Watcher())
+    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list, watcher=Watcher(), ranks=Ranks())
     flag = StopFlag(tmp_path, cluster, SessionOptions(time_limit=left_s, margin=30))
     flag.reserve_s = lambda: save_s
     try:
@@ -470,7 +461,7 @@ def test_a_pause_is_no_slow_step_and_the_scheduler_is_asked_again_what_is_left(t
     monkeypatch.setattr(stopping, "time_left", lambda: (next(left_s), "SLURM's time limit"))
     paused_s = [0.0]
     watcher = SimpleNamespace(paused_s=lambda: paused_s[0])
-    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list, watcher=watcher)
+    cluster = SimpleNamespace(rank=0, is_first=True, launcher=None, maximum=list, watcher=watcher, ranks=Ranks())
     flag = StopFlag(tmp_path, cluster, SessionOptions(margin=0))
     flag.check()
     later = time.monotonic() + 900

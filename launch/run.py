@@ -1,0 +1,105 @@
+"""Starts a training on this machine, and starts it again from its last checkpoint when it crashes.
+
+    python -m launch.run configs/gpt/base.yaml [--key value ...]
+    python -m launch.run -m training.evaluation.evaluate runs/gpt-base
+
+It finds the training that the config is for, and how many processes and threads suit this machine: one process for
+each GPU; on a CPU as many as divide its cores and the micro-batches of a step. When one of them is killed, crashes or
+hangs, the session is over, and after a pause the next one begins; --failure-limit sessions in a row without a
+checkpoint of a later step end the run. Ctrl-C, SIGTERM and SIGUSR1 stop it after a save. The exit status is 0 when the
+run is finished, 75 when it was stopped and the same command goes on with it, 1 after an error. Options that it does not
+know go to the training (`python -m training.gpt --help` lists them).
+
+With -m it runs another command once, whose processes share the work; all that follows are the command's own words.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.scripts import read_options, script_of
+from launch.supervisor import Ending, Supervisor, layout, threads_of
+from training.base.console import TryLaterError, UserError, run_main, say
+from training.base.environment import job_nodes, read_ranks
+from training.base.options import CommandLine
+from training.engine.status import saved_steps
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("-m") if "-m" in given else len(given)
+    usage = "%(prog)s [options] CONFIG.yaml [--key value ...] | %(prog)s [options] -m MODULE [words ...]"
+    parser = CommandLine("python -m launch.run", __doc__, usage=usage)
+    add = parser.add_argument
+    add("--processes", type=int, metavar="N", help="processes on this machine (default: what suits it, see above)")
+    add("--failure-limit", type=int, default=3, metavar="N", help="crashes in a row without progress (default 3)")
+    add("--script", help="module that trains (default: what the config says)")
+    arguments, words = parser.parse_known_args(given[:at])
+    if arguments.processes is not None and arguments.processes < 1:
+        raise UserError(f"--processes must be at least 1, got {arguments.processes}")
+    _check_place()
+    supervisor, command = Supervisor(), given[at + 1 :]
+    if command:
+        if words:
+            raise UserError(f"{words[0]} stands before -m: a command's own words follow its name")
+        ending = _once(supervisor, command, arguments.processes)
+    else:
+        if not words or (words[0].startswith("-") and arguments.script is None):
+            raise UserError("name a config file first, as in: python -m launch.run configs/gpt/sample.yaml")
+        _check_alone(words)
+        script = arguments.script or script_of(Path(words[0]))
+        ending = _train(supervisor, script, words, arguments.processes, arguments.failure_limit)
+    if ending.outcome == "crashed":
+        # Not one for the user to mend: a batch script may try again. Each node speaks of its own ranks.
+        raise TryLaterError(ending.reason, speaks=True)
+    if ending.outcome == "stopped" and ending.reason:
+        say(f"stopped {ending.reason}; the same command starts it again")
+    return ending.exit_status
+
+
+def _once(supervisor: Supervisor, words: Sequence[str], processes: int | None) -> Ending:
+    count = processes or layout().processes
+    return supervisor.run(words, count, threads=threads_of(count))
+
+
+def _train(
+    supervisor: Supervisor, script: str, words: Sequence[str], processes: int | None, failure_limit: int
+) -> Ending:
+    options = read_options(script, words)
+    chosen = layout(options.batch.micro_batches_per_step, processes)
+    say(str(chosen))
+
+    def newest_step() -> int:
+        return max(saved_steps(options.run_dir), default=0)
+
+    def session() -> Ending:
+        return supervisor.run([script, *words], chosen.processes, threads=chosen.threads)
+
+    return supervisor.run_to_the_end(session, newest_step, failure_limit=failure_limit)
+
+
+def _check_place() -> None:
+    """Raises UserError where this process is itself one of several ranks; srun may start it once on each node."""
+    here = read_ranks()
+    if here.launched:
+        raise UserError(
+            "RANK and WORLD_SIZE are set, as by torchrun: start launch.run alone, or the training by torchrun"
+        )
+    if here.local_world_size > 1:
+        raise UserError(f"srun has started this {here.local_world_size} times on a node: take --ntasks-per-node=1")
+
+
+def _check_alone(words: Sequence[str]) -> None:
+    """Raises UserError where the training is to run on several machines."""
+    nodes = job_nodes()
+    if nodes > 1 or any(word.startswith("--nnodes") for word in words):
+        raise UserError(
+            f"launch.run trains on one machine{f', and this job has {nodes}' if nodes > 1 else ''}; for several submit "
+            "slurm/run.sbatch CONFIG by sbatch, or start torchrun --nnodes=N ... -m training.gpt CONFIG on each"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
