@@ -23,7 +23,7 @@ from tests.bench import joeynmt
 from tests.bench.common import BASE, SEQ2SEQ, config_of
 from tests.bench.peers import tokens_a_sentence
 from tests.support.commands import PATIENCE_S, Launch
-from tests.support.zygote import ENVIRONMENT, Forked, fork
+from tests.support.zygote import Forked, fork, usual_environment
 from training.base.console import UserError
 from training.data.prepared import open_prepared
 from training.gpt import Sequences
@@ -234,7 +234,9 @@ def test_of_twenty_kills_at_random_moments_none_is_lost(
     def start(training: Training, pipe: int | None = None) -> Forked:
         module, *words = training.words
         with training.output.open("ab") if pipe is None else open(pipe, "ab", closefd=False) as out:
-            return fork(module, [*words, "--run_dir", str(training.run_dir)], ENVIRONMENT, out, out, training.processes)
+            return fork(
+                module, [*words, "--run_dir", str(training.run_dir)], usual_environment(), out, out, training.processes
+            )
 
     # In the bench torchrun starts the ranks; here they are forked, which takes a tenth of the time.
     monkeypatch.setattr(Training, "start", start)

@@ -36,7 +36,7 @@ from launch.kaggle.kernel_run import (
 )
 from launch.kaggle.notebook import slug_of, write_kernel
 from launch.supervisor import Ending, Supervisor
-from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
+from tests.support.commands import ROOT, Launch, Started, usual_environment
 from tests.support.lives import RUN, STEPS, wait_until
 from tests.support.runs import assert_same_model, assert_same_record, command_of, config_of, reference
 from training.base.console import UserError
@@ -530,7 +530,7 @@ def test_only_what_a_kernel_run_needs_leaves_the_machine(sample_data, tmp_path):
         words = ["notebook", "configs/gpt/own.yaml", "--owner", "me", "--output", tmp_path / name]
         words += ["--run_dir", tmp_path / "run", "--data", data]
         command = [sys.executable, "-m", "launch.kaggle", *map(str, words)]
-        done = subprocess.run(command, cwd=root, env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, env=usual_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done
         folder = tmp_path / name / "dataset"
         code, prepared = names_in(folder / CODE), names_in(folder / DATA)
@@ -594,7 +594,7 @@ class Unpacking:
             (self.mounted / name).unlink()
 
     def run(self) -> subprocess.CompletedProcess[str]:
-        environment = {**ENVIRONMENT, KAGGLE_INPUT: str(self.input), "TMPDIR": str(self._tmp_path)}
+        environment = {**usual_environment(), KAGGLE_INPUT: str(self.input), "TMPDIR": str(self._tmp_path)}
         return subprocess.run([sys.executable, "-c", self._cell], env=environment, capture_output=True, text=True)
 
     def refused(self) -> str:

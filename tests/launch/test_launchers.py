@@ -24,7 +24,7 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from launch.supervisor import free_port
-from tests.support.commands import ENVIRONMENT, ROOT, Launch, Started
+from tests.support.commands import ROOT, Launch, Started, usual_environment
 from tests.support.lives import RUN, SECONDS, SLOW, STEPS, Life, assert_all_gone, assert_stopped, resumed_at, wait_until
 from tests.support.ranks import task
 from tests.support.runs import (
@@ -246,7 +246,7 @@ def seen_by_a_process(**environment: str) -> dict[str, Any]:
         "seen = {name: os.environ.get(name) for name in names};"
         "print(json.dumps({'ranks': numbers, 'launched': ranks.launched, **seen}))"
     )
-    usual = {name: text for name, text in ENVIRONMENT.items() if not name.startswith(("SLURM_", "OMP_"))}
+    usual = {name: text for name, text in usual_environment().items() if not name.startswith(("SLURM_", "OMP_"))}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=usual | environment, capture_output=True)
     assert result.returncode == 0, result
     return json.loads(result.stdout)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from tests.support.zygote import ENVIRONMENT, ROOT, Forked, can_fork, fork
+from tests.support.zygote import ROOT, Forked, can_fork, fork, usual_environment
 from training.base.processes import children, family_of, kill_all
 from training.engine.metrics import read_metrics
 
@@ -130,7 +130,7 @@ def launching(folder: Path) -> Iterator[Launch]:
             forks = False
 
         def start(out: BinaryIO, err: BinaryIO, mark: str) -> subprocess.Popen[bytes] | Forked:
-            around = {**ENVIRONMENT, **(environment or {}), "RELAY_TEST": mark}
+            around = {**usual_environment(), **(environment or {}), "RELAY_TEST": mark}
             if forks:
                 return fork(module, texts, around, out, err, ranks)
             return subprocess.Popen(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
+from tests.support.commands import PATIENCE_S, ROOT, Result, usual_environment
 from tests.support.debian import program
 from tests.support.lives import RUN
 from tests.support.runs import command_of, config_of
@@ -86,7 +86,7 @@ class SlurmCluster:
     def __init__(self, root: Path, number: int):
         self._root = root
         self.nodes = [f"relay{number}n{each}" for each in (1, 2)]
-        self.environment = {**ENVIRONMENT, "SLURM_CONF": str(root / "slurm.conf")}
+        self.environment = {**usual_environment(), "SLURM_CONF": str(root / "slurm.conf")}
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         addresses = {node: f"127.0.{number + 1}.{index + 1}" for index, node in enumerate(self.nodes)}

@@ -29,6 +29,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +40,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # The tests run on the CPU everywhere, one thread per process, since several processes run at once, and show nobody's
 # wandb anything.
 _OWN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-ENVIRONMENT = {**{key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}, **_OWN}
+
+
+@cache
+def usual_environment() -> Mapping[str, str]:
+    """The variables that commands of the tests get: as they are when the first asks, whatever a test sets later."""
+    return {**{key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}, **_OWN}
+
 
 # What each kind has imported, beside what the kind before it has, from which it is forked. torch's optimizers import
 # torch._dynamo when the first is made. Nothing that a command promises not to import belongs here, such as wandb.
@@ -147,7 +154,7 @@ def _connect(folder: Path, kind: str) -> socket.socket:
             controller = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
             words = [kind, str(address), str(controller)]
             # Arrow's memory pool has a thread, which could hold a lock that nobody in a child would ever open.
-            environment = {**ENVIRONMENT, "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            environment = {**usual_environment(), "JE_ARROW_MALLOC_CONF": "background_thread:false"}
             zygote: subprocess.Popen[bytes] | Forked
             with (folder / f"{kind}.log").open("wb") as log:
                 if kind in _BEFORE:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, PATIENCE_S, ROOT, Result
+from tests.support.commands import PATIENCE_S, ROOT, Result, usual_environment
 from training.base.hub import commit_of
 
 NAME = "someone/tiny-model"
@@ -113,7 +113,13 @@ def start(
 ) -> Result:
     """What they print, a folder each, and how they end."""
     proxies = {f"{scheme}_proxy": "" for scheme in ("http", "https", "HTTP", "HTTPS")}
-    environment = {**ENVIRONMENT, **proxies, "HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **usual_environment(),
+        **proxies,
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": address,
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment["HF_HUB_OFFLINE"] = "1" if offline else "0"
     command = [sys.executable, "-c", SCRIPT, name, str(processes)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)

@@ -18,7 +18,7 @@ import pytest
 from tests.support.commands import PATIENCE_S
 from tests.support.lives import RUN, SLOW, Life, assert_all_gone, assert_stopped
 from tests.support.runs import assert_same_model, assert_same_record, command_of, reference
-from tests.support.zygote import ENVIRONMENT, fork
+from tests.support.zygote import fork, usual_environment
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_closed_terminal_of_torchrun_leaves_a_checkpoint_also_under_nohup(uninte
 def test_run_goes_on_when_nobody_reads_it(gone, uninterrupted, sample_data, tmp_path):
     read, write = os.pipe() if gone == "the reader of a pipe" else pty.openpty()
     accident = {"at": "forward", "step": 7, "rank": 0, "do": "hold"}
-    environment = {**ENVIRONMENT, "ACCIDENTS": json.dumps({"folder": str(tmp_path), "list": [accident]})}
+    environment = {**usual_environment(), "ACCIDENTS": json.dumps({"folder": str(tmp_path), "list": [accident]})}
     words = [str(word) for word in command_of(tmp_path / "run", sample_data, *RUN)]
     with Path("/dev/full" if gone == "room for the log" else f"/dev/fd/{write}").open("wb") as file:
         process = fork("tests.support.faulty_training", words, environment, file, file, None)
