@@ -144,6 +144,7 @@ class Export:
             "base_model": trained.config.base_model,
             "base_revision": trained.config.base_revision,
             "base_fingerprint": trained.checkpoint.manifest["built_on"]["base_model"],
+            "quantisation": trained.config.quantisation.model_dump(),
         }
         self.versions = {name: version(name) for name in LIBRARIES}
 
