@@ -20,7 +20,6 @@ from training.data.chat import ChatTokenizer, Message, assistant, load_chat_toke
 from training.engine.precision import Precision, PrecisionName, choose_precision
 from training.evaluation.chat_model.adapters import open_adapters
 from training.evaluation.chat_model.streaming import Speaker, Text
-from training.evaluation.runs import kind_of
 from training.models.base_model import (
     CONFIG,
     QuantisationOptions,
@@ -66,13 +65,13 @@ def open_chat(
     weights: which ones of a run, see `Weights`. base_model: where the base model of adapters is now, if not where it
     was. precision: None for the run's own, or what suits the device. Raises UserError when there is nothing to talk to.
     """
-    if kind_of(folder) is not None or not (folder / CONFIG).is_file():
+    about = _about(folder)
+    if not about and not (folder / CONFIG).is_file():
         trained = open_adapters(folder, weights, device=device, base_model=base_model, precision=precision)
         name = f"{folder}, step {trained.step:,} ({trained.weights})"
         return ChatModel(name, trained.model.model, trained.chat, trained.precision)
     if weights != "best":
         raise UserError(f"{folder} is no run and has no checkpoints: leave --checkpoint out")
-    about = _about(folder)
     chosen = choose_precision(precision or "auto", device)
     compute_type = COMPUTE_TYPES[chosen.name]
     if about.get("kind") == "adapters":
@@ -94,6 +93,8 @@ def _about(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError):
         raise UserError(f"{folder / ABOUT} cannot be read: export the run again") from None
+    if about.get("kind") == "gguf":
+        raise UserError(f"{folder} is for llama.cpp and Ollama: its README.md says how to talk to it; or name the run")
     if about.get("kind") not in ("adapters", "merged"):
         raise UserError(
             f"{folder} is the export of a translator, the run {about.get('run')}: name that run's folder, or use the "

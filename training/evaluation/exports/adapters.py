@@ -2,7 +2,7 @@
 
 Not merged: the adapters as `PeftModel.from_pretrained` takes them, some megabytes, for the base model in 4 bits.
 Merged: base and adapters as one model in 16 bits, which `AutoModelForCausalLM` loads alone. Either way with tokenizer
-and chat template.
+and chat template. As GGUF: the merged model as one file for llama.cpp and Ollama.
 
 Promises: before the folder appears it has been loaded as users load it. Adapters give the run's logits to the bit, a
 merged model up to what computing in its type changes.
@@ -13,6 +13,7 @@ Merging needs as much memory as the merged model, and about 3 GB: 18 GB for 7 bi
 from __future__ import annotations
 
 import gc
+import shutil
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
 from training.engine.status import read_sessions
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
+from training.evaluation.exports import gguf_file, modelfile
 from training.evaluation.exports.adapter_card import card, merged_differences
 from training.evaluation.exports.folder import origin, publish, save_model, unpublished
 from training.evaluation.exports.merging import (
@@ -200,42 +202,94 @@ class Export:
 
     def merged(self, output: Path, dtype_name: str) -> None:
         """Publishes base and adapters as one model in the type of this name."""
-        trained, dtype = self.trained.without_model(), DTYPES[dtype_name]
-        config = read_config(trained.base, trained.config.quantisation)
+        trained, config = self.trained.without_model(), self._config
         self._tell_memory(config, dtype_name)
         with unpublished(output) as folder:
-            size = sum(parameter.nbytes for parameter in on_meta(config, dtype).parameters())
-            check_room(folder, size + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS)
-            expected, learned, rounding = self._measured(dtype)
-            self._check_range(rounding, dtype_name)
-            written = self._write_merged(folder, config, dtype)
-            self._let_go()
-            apart = difference(self._logits(load_plain(folder)), expected)
-            self._check_range(apart, dtype_name)
-            most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
-            if not apart.mean <= most:
-                raise UserError(
-                    f"the merged model is another one than the run's (logits differ by {apart}; up to {most:.1e} in "
-                    f"the mean would be rounding): install the versions that requirements.txt names"
-                )
-            self.about |= {
-                "kind": "merged",
-                **written,
-                "dtype": dtype_name,
-                "versions": self.versions,
-                "compared_on": str(self.prompts),
-                "difference": apart.rounded(),
-                "of_computing_in_this_type": rounding and rounding.rounded(),
-                "of_the_base_model": learned.rounded(),
-            }
-            found = merged_differences(apart, rounding, learned, dtype_name)
+            check_room(folder, self._bytes_in(DTYPES[dtype_name]))
+            found = self._write_merged(folder, config, dtype_name, computed_in=dtype_name)
+            self.about |= {"kind": "merged", "dtype": dtype_name, "versions": self.versions}
             publish(folder, output, card(trained, self.about, found), self.about)
-        numbers = f"{written['parameters']:,} parameters in {dtype_name}"
+        numbers = f"{self.about['parameters']:,} parameters in {dtype_name}"
         say(f"{output}: {self.title} merged into {trained.config.base_model}, {numbers}")
         say(f"  checked   loaded by transformers {self.versions['transformers']} without peft and bitsandbytes")
+        self._tell_differences(dtype_name)
+
+    def gguf(self, output: Path, kind: str) -> None:
+        """Publishes base and adapters as a GGUF file of this kind, and a Modelfile where the chat template has one."""
+        trained, config = self.trained.without_model(), self._config
+        gguf_file.check_convertible(config, trained.run_dir / "tokenizer")
+        versions = {**self.versions, "gguf": version("gguf")}
+        run = self.about["run"]
+        name = f"{run}-{kind}.gguf"
+        self._tell_memory(config, "float16")
+        with unpublished(output) as folder:
+            check_room(folder, 2 * self._bytes_in(torch.float16))
+            whole = folder / "merged"
+            whole.mkdir()
+            # The weights fit float16, GGUF's 16 bits; what is computed with them may not, so bfloat16 compares.
+            found = self._write_merged(whole, config, "float16", computed_in="bfloat16")
+            gguf_file.write(whole, folder / name, kind, name=run, end_id=trained.data["tokenizer"]["end_id"])
+            has_modelfile = self._is_chat and modelfile.write(load_chat_tokenizer(str(whole)), folder, name)
+            shutil.rmtree(whole)
+            self.about |= {"kind": "gguf", "dtype": kind, "modelfile": has_modelfile, "versions": versions}
+            publish(folder, output, card(trained, self.about, found), self.about)
+        say(f"{output}: {self.title} merged into {trained.config.base_model}, as GGUF in {kind}")
+        say(f"  checked   what was merged: loaded by transformers; {name}: read back by gguf {versions['gguf']}")
+        self._tell_differences("bfloat16")
+        if has_modelfile:
+            say(f"  run it    ollama create {run} -f {output}/Modelfile && ollama run {run}")
+        else:
+            warn(
+                "the chat template has no form that a Modelfile can have, so there is none; llama.cpp reads it as it is"
+            )
+
+    @property
+    def _is_chat(self) -> bool:
+        return isinstance(self.trained.tokenizer, ChatTokenizer)
+
+    @property
+    def _config(self) -> PretrainedConfig:
+        return read_config(self.trained.base, self.trained.config.quantisation)
+
+    def _bytes_in(self, dtype: torch.dtype) -> int:
+        """Of the merged model's folder."""
+        weights = sum(parameter.nbytes for parameter in on_meta(self._config, dtype).parameters())
+        return weights + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS
+
+    def _write_merged(
+        self, folder: Path, config: PretrainedConfig, dtype_name: str, *, computed_in: str
+    ) -> list[tuple[str, Difference]]:
+        """Fills `folder` with the merged model, checks it, and adds to `about`; what the card compares.
+
+        computed_in: the type for the comparison. Raises UserError where it is another model than the run's.
+        """
+        expected, learned, rounding = self._measured(DTYPES[computed_in])
+        self._check_range(rounding, computed_in)
+        written = self._write_model(folder, config, DTYPES[dtype_name])
+        self._let_go()
+        apart = difference(self._logits(load_plain(folder).to(DTYPES[computed_in])), expected)
+        self._check_range(apart, computed_in)
+        most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
+        if not apart.mean <= most:
+            raise UserError(
+                f"the merged model is another one than the run's (logits differ by {apart}; up to {most:.1e} in "
+                f"the mean would be rounding): install the versions that requirements.txt names"
+            )
+        self.about |= {
+            **written,
+            "compared_on": str(self.prompts),
+            "difference": apart.rounded(),
+            "of_computing_in_this_type": rounding and rounding.rounded(),
+            "of_the_base_model": learned.rounded(),
+        }
+        self._differences = apart, rounding, learned
+        return merged_differences(apart, rounding, learned, computed_in)
+
+    def _tell_differences(self, computed_in: str) -> None:
+        apart, rounding, learned = self._differences
         say(f"  logits    differ from the run's by {apart}, on {self.prompts}")
         if rounding:
-            say(f"            computing the run's model in {dtype_name} makes a difference of {rounding}")
+            say(f"            computing the run's model in {computed_in} makes a difference of {rounding}")
         say(f"            the base model without adapters differs by {learned}")
 
     def _tell_memory(self, config: PretrainedConfig, dtype_name: str) -> None:
@@ -260,7 +314,7 @@ class Export:
         with torch.autocast("cpu", dtype=dtype):
             return expected, learned, difference(self._logits(model), expected)
 
-    def _write_merged(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    def _write_model(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
         """The merged model, its tokenizer and settings; returns what it is, for export.json."""
         plain = merged(self.trained.model.model, config, dtype)
         plain.generation_config = _generation_of(self.trained)
