@@ -208,11 +208,11 @@ class Export:
             check_room(folder, self._bytes_in(DTYPES[dtype_name]))
             found = self._write_merged(folder, config, dtype_name, computed_in=dtype_name)
             self.about |= {"kind": "merged", "dtype": dtype_name, "versions": self.versions}
-            publish(folder, output, card(trained, self.about, found), self.about)
+            publish(folder, output, card(trained, self.about, merged_differences(*found, dtype_name)), self.about)
         numbers = f"{self.about['parameters']:,} parameters in {dtype_name}"
         say(f"{output}: {self.title} merged into {trained.config.base_model}, {numbers}")
         say(f"  checked   loaded by transformers {self.versions['transformers']} without peft and bitsandbytes")
-        self._tell_differences(dtype_name)
+        self._tell_differences(*found, dtype_name)
 
     def gguf(self, output: Path, kind: str) -> None:
         """Publishes base and adapters as a GGUF file of this kind, and a Modelfile where the chat template has one."""
@@ -232,10 +232,10 @@ class Export:
             has_modelfile = self._is_chat and modelfile.write(load_chat_tokenizer(str(whole)), folder, name)
             shutil.rmtree(whole)
             self.about |= {"kind": "gguf", "dtype": kind, "modelfile": has_modelfile, "versions": versions}
-            publish(folder, output, card(trained, self.about, found), self.about)
+            publish(folder, output, card(trained, self.about, merged_differences(*found, "bfloat16")), self.about)
         say(f"{output}: {self.title} merged into {trained.config.base_model}, as GGUF in {kind}")
         say(f"  checked   what was merged: loaded by transformers; {name}: read back by gguf {versions['gguf']}")
-        self._tell_differences("bfloat16")
+        self._tell_differences(*found, "bfloat16")
         if has_modelfile:
             say(f"  run it    ollama create {run} -f {output}/Modelfile && ollama run {run}")
         else:
@@ -258,17 +258,19 @@ class Export:
 
     def _write_merged(
         self, folder: Path, config: PretrainedConfig, dtype_name: str, *, computed_in: str
-    ) -> list[tuple[str, Difference]]:
-        """Fills `folder` with the merged model, checks it, and adds to `about`; what the card compares.
+    ) -> tuple[Difference, Difference | None, Difference]:
+        """Fills `folder` with the merged model, checks it, and adds to `about`.
 
-        computed_in: the type for the comparison. Raises UserError where it is another model than the run's.
+        computed_in: the type for the comparison. Returns how far from the run's logits in fp32 are those of the merged
+        model, the run's own in this type (None: it is fp32), and the base model's. Raises UserError where it is
+        another model than the run's.
         """
         expected, learned, rounding = self._measured(DTYPES[computed_in])
         self._check_range(rounding, computed_in)
         written = self._write_model(folder, config, DTYPES[dtype_name])
         self._let_go()
         apart = difference(self._logits(load_plain(folder).to(DTYPES[computed_in])), expected)
-        self._check_range(apart, computed_in)
+        self._check_range(apart, dtype_name)
         most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
         if not apart.mean <= most:
             raise UserError(
@@ -282,11 +284,11 @@ class Export:
             "of_computing_in_this_type": rounding and rounding.rounded(),
             "of_the_base_model": learned.rounded(),
         }
-        self._differences = apart, rounding, learned
-        return merged_differences(apart, rounding, learned, computed_in)
+        return apart, rounding, learned
 
-    def _tell_differences(self, computed_in: str) -> None:
-        apart, rounding, learned = self._differences
+    def _tell_differences(
+        self, apart: Difference, rounding: Difference | None, learned: Difference, computed_in: str
+    ) -> None:
         say(f"  logits    differ from the run's by {apart}, on {self.prompts}")
         if rounding:
             say(f"            computing the run's model in {computed_in} makes a difference of {rounding}")
@@ -370,8 +372,8 @@ class Export:
     def _check_range(self, found: Difference | None, dtype_name: str) -> None:
         if found and not np.isfinite(found.mean):
             raise UserError(
-                f"in {dtype_name} this model computes no finite logits: its values exceed that type; choose another "
-                "--dtype, for example bfloat16"
+                f"in {dtype_name} this model computes no finite logits: its values exceed that type; export it with "
+                "--merge --dtype bfloat16"
             )
 
 
