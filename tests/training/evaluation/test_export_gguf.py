@@ -272,7 +272,7 @@ class LlamaCpp:
         self._server = xllamacpp.Server(options)
 
     def first(self, prompt: list[int]) -> dict[int, float]:
-        """The most probable tokens behind `prompt`, with their log-probabilities; none if it says no whole character."""
+        """The most probable tokens behind `prompt`, with their log-probabilities; none where no character is whole."""
         asked = {"prompt": prompt, "n_predict": 1, "temperature": 0, "logprobs": 5, "cache_prompt": False}
         logprobs = self._server.handle_completions(asked)["choices"][0]["logprobs"]
         found = logprobs["content"][0]["top_logprobs"] if logprobs and logprobs["content"] else []

@@ -269,7 +269,7 @@ class Export:
         self._check_range(rounding, computed_in)
         written = self._write_model(folder, config, DTYPES[dtype_name])
         self._let_go()
-        apart = difference(self._logits(load_plain(folder).to(DTYPES[computed_in])), expected)
+        apart = difference(self._logits(load_plain(folder, DTYPES[computed_in])), expected)
         self._check_range(apart, dtype_name)
         most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
         if not apart.mean <= most:
