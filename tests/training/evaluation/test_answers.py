@@ -183,7 +183,7 @@ def test_base_model_that_was_moved_is_named(launch: Launch, run_dir: Path, base:
 
 def test_what_is_for_translators_is_refused_on_a_qlora_run(launch: Launch, run_dir: Path, tmp_path: Path):
     result = launch(run_dir, "你好。", module="training.evaluation.translate").wait()
-    assert_only_one_line_is_said(result, "does not translate", f"training.evaluation.evaluate {run_dir}")
+    assert_only_one_line_is_said(result, "does not translate", f"training.evaluation.chat {run_dir}")
     result = launch(run_dir, "--beam-size", 5, module="training.evaluation.evaluate").wait()
     assert_only_one_line_is_said(result, f"{run_dir} is a QLoRA run: leave out --beam_size")
 
