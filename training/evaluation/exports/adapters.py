@@ -167,7 +167,8 @@ class Export:
             check_room(folder, 4 * numbers + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS)
             config = model.peft_config["default"]
             config.base_model_name_or_path, config.revision = trained.config.base_model, trained.config.base_revision
-            config.target_modules = sorted(config.target_modules)  # of a set: in another order every time
+            # peft makes a set of whole paths out of all-linear; others, vLLM among them, know names of layers.
+            config.target_modules = sorted({name.rpartition(".")[2] for name in config.target_modules})
             model.save_pretrained(folder, save_embedding_layers=False)
             self._copy_tokenizer(folder)
             _check_tokenizer(trained, folder, "in an export it is read as another: add --merge")
