@@ -1,10 +1,11 @@
 """An answer that appears token by token: `training.evaluation.chat`, against transformers' `generate` and TextStreamer.
 
 The same model on both sides, SmolLM2-135M-Instruct in 4 bits with adapters (with --data sample a tiny random one), the
-same question, greedy, and the same number of tokens, whatever ends an answer; both must give the same tokens. A time is
-that of a whole answer, tokenising and showing it included: of one token, which is the time until something can be
-seen, and of many, whose difference gives the tokens a second. Each side is one process of two threads, and they take
-turns.
+same question, greedy, and the same number of tokens, whatever ends an answer; both must give the same tokens. Relay's
+4 bits are unpacked once, as the chat does on a CPU where there is room. A time is that of a whole answer, tokenising
+and showing it included: of one token, which is the time until something can be seen, and of many, whose difference
+gives the tokens a second. One process of two threads has both, which take turns in it: of two processes one may be
+luckier with its cores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
@@ -27,17 +28,18 @@ from training.base.environment import keep_freed_memory
 from training.data.chat import load_chat_tokenizer, user
 from training.engine.precision import choose_precision
 from training.evaluation.chat_model.streaming import Speaker, Text
+from training.evaluation.chat_model.unpacking import unpack_where_there_is_room
 from training.models.adapted_model import LoraOptions, add_adapters
 from training.models.base_model import QuantisationOptions, load_base_model
 
 MODEL = CACHE / SMOLLM2.replace("==", "-")
 QUESTION = "公司拖欠工资，我该怎么办？ Please explain step by step what an employee should do, and name the documents."
-SIDES = ("relay", "transformers")
+SIDES = {"relay": 1, "transformers": -1}
 MANY = 41  # tokens of the long answer
 
 
-def side(way: str, folder: str) -> Work:
-    """One side's work: asked for a number of tokens, it answers how many seconds an answer of so many took."""
+def both_sides(folder: str) -> Work:
+    """Asked for n tokens, it answers how many seconds Relay's answer of so many took; for -n, those of `generate`."""
     import transformers
 
     keep_freed_memory()
@@ -45,6 +47,9 @@ def side(way: str, folder: str) -> Work:
     torch.manual_seed(0)
     base = load_base_model(Path(folder), QuantisationOptions(), torch.float32, device)
     model = add_adapters(base, LoraOptions()).eval()
+    torch.manual_seed(0)
+    unpacked = add_adapters(load_base_model(Path(folder), QuantisationOptions(), torch.float32, device), LoraOptions())
+    unpack_where_there_is_room(unpacked, torch.float32)
     tokenizer = load_chat_tokenizer(folder)
     library = transformers.AutoTokenizer.from_pretrained(folder)
     precision = choose_precision("fp32", device)
@@ -58,7 +63,7 @@ def side(way: str, folder: str) -> Work:
             ids.append(token)
             say_part(text.add(token))
 
-        Speaker(model, -1, precision).answer(prompt, tokens, tell)
+        Speaker(unpacked.eval(), -1, precision).answer(prompt, tokens, tell)
         say(text.rest())
         return ids
 
@@ -71,12 +76,11 @@ def side(way: str, folder: str) -> Work:
             whole = model.generate(**inputs, generation_config=settings, streamer=streamer)
         return whole[0, inputs["input_ids"].shape[1] :].tolist()
 
-    ways: dict[str, Callable[[int], list[int]]] = {"relay": relay, "transformers": theirs}
-
     def measure(tokens: float) -> float:
+        way = relay if tokens > 0 else theirs
         began = time.monotonic()
         with redirect_stdout(io.StringIO()):  # the pipe is for results
-            ways[way](int(tokens))
+            way(abs(int(tokens)))
         return time.monotonic() - began
 
     with redirect_stdout(io.StringIO()):
@@ -95,13 +99,12 @@ def main(words: Sequence[str] | None = None) -> int:
         elif folder == MODEL:
             folder = smollm2()
         seconds: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
-        started = {name: start_worker(arguments, "tests.bench.chat", "side", name, folder, threads=2) for name in SIDES}
-        with workers(**started):
+        with workers(both=start_worker(arguments, "tests.bench.chat", "both_sides", folder, threads=2)) as started:
             for number in range(-1, rounds):  # the first round also sets things up
-                for name in SIDES if number % 2 else reversed(SIDES):
-                    for tokens in (1, MANY):
-                        started[name].ask(tokens)
-                        seconds[name, tokens].append(started[name].answer())
+                for tokens in (1, MANY):
+                    for name in SIDES if number % 2 else reversed(SIDES):
+                        started["both"].ask(SIDES[name] * tokens)
+                        seconds[name, tokens].append(started["both"].answer())
                 say(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in seconds.items()))
         rates = {}
         for name in SIDES:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
 from tests.support.base_models import make_tiny_qwen2
 from tests.support.commands import PATIENCE_S, ROOT
@@ -29,6 +30,8 @@ from tests.support.zygote import ENVIRONMENT
 from training.base.console import UserError
 from training.data.chat import assistant, user
 from training.evaluation import chat, export
+from training.evaluation.chat_model import unpacking
+from training.evaluation.chat_model.adapters import open_adapters
 from training.evaluation.chat_model.conversation import ChatModel, Conversation, open_chat
 from training.evaluation.chat_model.streaming import Text
 from training.evaluation.translations.trained import open_trained
@@ -96,13 +99,15 @@ def test_every_answer_of_a_conversation_is_what_evaluation_makes_of_its_turns(op
 
 def test_what_the_model_has_read_and_said_is_not_read_again(opened, monkeypatch):
     read: list[int] = []
-    forward = opened.model.forward
+    base = opened.model.get_base_model()
+    forward = base.forward
 
     def counting(*words: object, **named: object) -> object:
         read.append(named["input_ids"].shape[1])
         return forward(*words, **named)
 
-    monkeypatch.setattr(opened.model, "forward", counting)
+    monkeypatch.setattr(base, "_supports_logits_to_keep", lambda: True)  # it would look at the counting one
+    monkeypatch.setattr(base, "forward", counting)
     conversation = Conversation(opened, max_new_tokens=MOST)
     asked(conversation, QUESTIONS[0])
     first, turns = read[0], list(conversation.turns)
@@ -113,6 +118,21 @@ def test_what_the_model_has_read_and_said_is_not_read_again(opened, monkeypatch)
     assert read[0] <= len(whole) - first and set(read[1:]) == {1}
     conversation.begin_anew()
     assert asked(conversation, QUESTIONS[0]) == turns[1]["content"]
+
+
+@torch.inference_mode()
+def test_layers_that_are_unpacked_say_what_their_four_bits_do_and_take_half_of_the_free_memory_at_most(monkeypatch):
+    model = open_adapters(law_run(), device=CPU).model.model
+    ids = torch.arange(3, 40)[None]
+    expected, packed = model(ids).logits, [m for m in model.modules() if isinstance(m, Linear4bit)]
+    numbers = sum(layer.in_features * layer.out_features for layer in packed)
+    monkeypatch.setattr(unpacking, "free_memory", lambda: 2 * 4 * numbers - 1)
+    unpacking.unpack_where_there_is_room(model, torch.float32)
+    assert packed and [m for m in model.modules() if isinstance(m, Linear4bit)] == packed
+    monkeypatch.setattr(unpacking, "free_memory", lambda: 2 * 4 * numbers)
+    unpacking.unpack_where_there_is_room(model, torch.float32)
+    assert not [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
 
 
 def test_an_answer_that_is_interrupted_stays_in_the_conversation_as_far_as_it_was_shown(opened):

@@ -20,6 +20,7 @@ from training.data.chat import ChatTokenizer, Message, assistant, load_chat_toke
 from training.engine.precision import Precision, PrecisionName, choose_precision
 from training.evaluation.chat_model.adapters import open_adapters
 from training.evaluation.chat_model.streaming import Speaker, Text
+from training.evaluation.chat_model.unpacking import unpack_where_there_is_room
 from training.models.base_model import (
     CONFIG,
     QuantisationOptions,
@@ -68,6 +69,8 @@ def open_chat(
     about = _about(folder)
     if not about and not (folder / CONFIG).is_file():
         trained = open_adapters(folder, weights, device=device, base_model=base_model, precision=precision)
+        if device.type == "cpu":
+            unpack_where_there_is_room(trained.model.model, COMPUTE_TYPES[trained.precision.name])
         name = f"{folder}, step {trained.step:,} ({trained.weights})"
         return ChatModel(name, trained.model.model, trained.chat, trained.precision)
     if weights != "best":
@@ -116,6 +119,8 @@ def _adapters(
             f"({about['base_model']}): name the right one with --base_model"
         )
     loaded = load_base_model(base, QuantisationOptions(**about["quantisation"]), compute_type, device)
+    if device.type == "cpu":
+        unpack_where_there_is_room(loaded, compute_type)
     return peft.PeftModel.from_pretrained(loaded, folder)
 
 

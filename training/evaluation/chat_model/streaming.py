@@ -23,12 +23,12 @@ class Speaker:
     """A chat model that goes on from what it has read: it keeps the keys and values of one conversation."""
 
     def __init__(self, model: PreTrainedModel, end_id: int, precision: Precision):
-        self._model, self._end_id, self._precision = model, end_id, precision
+        # What peft has around it does nothing for an answer; the adapters are in its layers.
+        self._model = getattr(model, "get_base_model", lambda: model)()
+        self._end_id, self._precision = end_id, precision
         self._device = model.get_input_embeddings().weight.device
-        base = getattr(model, "get_base_model", lambda: model)()
-        self._config = base.config
         # The head is asked for the last position alone: of a long prompt, all logits are gigabytes.
-        self._more = {"logits_to_keep": 1} if base._supports_logits_to_keep() else {}
+        self._more = {"logits_to_keep": 1} if self._model._supports_logits_to_keep() else {}
         self._forget()
 
     def _forget(self) -> None:
@@ -74,7 +74,7 @@ class Speaker:
         # What has left the window of a layer cannot be brought back.
         if self._cache is None or (others and any(self._cache.is_sliding)):
             self._forget()
-            self._cache = transformers.DynamicCache(config=self._config)
+            self._cache = transformers.DynamicCache(config=self._model.config)
             return 0
         if others:
             self._cache.crop(-others)

@@ -32,6 +32,7 @@ from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
 from training.engine.status import read_sessions
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
+from training.evaluation.chat_model.unpacking import free_memory
 from training.evaluation.exports import gguf_file, modelfile
 from training.evaluation.exports.adapter_card import card, merged_differences
 from training.evaluation.exports.folder import origin, publish, save_model, unpublished
@@ -301,7 +302,7 @@ class Export:
         in_4_bits = self.trained.config.quantisation.kind == "nf4"
         needed = memory_of(config, DTYPES[dtype_name], logits, in_4_bits=in_4_bits)
         say(f"merging in {dtype_name} needs about {needed / 1e9:.1f} GB of memory")
-        free = _free_memory()
+        free = free_memory()
         if free is not None and needed > free:
             warn(f"{free / 1e9:.1f} GB of memory are free: the system may end this process; nothing would be lost")
 
@@ -394,12 +395,3 @@ def _generation_of(trained: TrainedAdapters) -> GenerationConfig:
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer["pad_id"]
     return settings
-
-
-def _free_memory() -> int | None:
-    """Bytes that processes can still take, where the system tells: Linux."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
