@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2 import tokenization_qwen2
 
 from tests.support.base_models import CHATML, make_tokenizer, smollm2
 from tests.support.commands import PATIENCE_S, ROOT, Launch
@@ -283,10 +287,47 @@ class LlamaCpp:
         asked = {"prompt": prompt, "n_predict": most, "temperature": 0, "cache_prompt": False}
         return self._server.handle_completions(asked)["choices"][0]["text"]
 
-    def ids_of(self, text: str) -> int:
+    def tokens_of(self, text: str) -> int:
         """How many tokens it makes of a text."""
         asked = {"prompt": text, "n_predict": 1}
         return self._server.handle_completions(asked)["usage"]["prompt_tokens"]
+
+
+def with_rules(rules: str, folder: Path) -> Path:
+    """The tokenizer, which parts a text by these rules first, as those of such models do."""
+    pattern = {
+        "qwen2": tokenization_qwen2.PRETOKENIZE_REGEX,
+        "llama-bpe": inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default,
+    }
+    shutil.copytree(law_tokenizer(), folder)
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    first, bytes_too = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if rules in pattern:
+        split = first.Split(tokenizers.Regex(pattern[rules]), "isolated")
+        plain.pre_tokenizer = first.Sequence([split, first.ByteLevel(add_prefix_space=False, use_regex=False)])
+    elif rules == "smollm":
+        plain.pre_tokenizer = first.Sequence([first.Digits(individual_digits=True), bytes_too])
+    else:
+        plain.pre_tokenizer = bytes_too
+    about = json.loads(plain.to_str())
+    about["model"]["ignore_merges"] = rules == "llama-bpe"
+    (folder / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("rules", ["qwen2", "llama-bpe", "smollm", "gpt-2"])
+def test_the_rules_by_which_a_text_is_parted_are_called_as_llama_cpp_does(rules, tmp_path):
+    source = made("qwen2", tmp_path / "model", with_rules(rules, tmp_path / "tokenizer"))
+    assert fields_of(written(source))["tokenizer.ggml.pre"] == rules
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("rules", ["qwen2", "llama-bpe", "smollm", "gpt-2"])
+def test_llama_cpp_parts_a_text_as_the_tokenizer_does(rules, tmp_path):
+    source = made("qwen2", tmp_path / "model", with_rules(rules, tmp_path / "tokenizer"))
+    llama_cpp, tokenizer = LlamaCpp(written(source)), transformers.AutoTokenizer.from_pretrained(source)
+    texts = ["根据《刑法》第3条，12345 days don't  matter.\n\n 什么？", "  2026年12月01日\tI'LL go!!", "標籤😀 ab12cd"]
+    assert [llama_cpp.tokens_of(text) for text in texts] == [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 @pytest.mark.whole
@@ -295,7 +336,6 @@ def test_llama_cpp_computes_what_transformers_does(name, tmp_path):
     source = made(name, tmp_path / name, TOKENIZERS / "qwen3_like" if name == "qwen3" else None)
     llama_cpp = LlamaCpp(written(source))
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     compared = 0
     for seed in range(6):
         # Longer than what positions were scaled from.
@@ -306,8 +346,6 @@ def test_llama_cpp_computes_what_transformers_does(name, tmp_path):
             assert logprob == pytest.approx(expected[token].item(), abs=0.03)
             compared += 1
     assert compared >= 10
-    text = "根据《刑法》第3条，12345 days don't  matter.\n\n 什么？"
-    assert llama_cpp.ids_of(text) == len(tokenizer(text)["input_ids"])
 
 
 @pytest.mark.whole

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KINDS = ("f16", "q8_0")
 STRUCTURES = ("llama", "qwen2", "qwen3")
 
-_BESIDE = "{} (by llama.cpp's own converter: --merge, then `python convert_hf_to_gguf.py FOLDER --outtype f16`)"
+_ELSEWHERE = "{} (by llama.cpp's own converter: --merge, then `python convert_hf_to_gguf.py FOLDER --outtype f16`)"
 
 # How llama.cpp names the rules by which a text is parted before BPE: what the tokenizer does first, by its own words.
 _QWEN2 = (
@@ -47,7 +47,7 @@ def check_convertible(config: PretrainedConfig, tokenizer: Path) -> None:
     """Raises UserError unless a model of this config, with the tokenizer in this folder, can be said in GGUF here."""
     if config.model_type not in STRUCTURES:
         what = f"GGUF is written here for the structures {', '.join(STRUCTURES)}, and this model is {config.model_type}"
-        raise UserError(_BESIDE.format(what))
+        raise UserError(_ELSEWHERE.format(what))
     rotary = config.rope_parameters
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     known = {
@@ -59,7 +59,7 @@ def check_convertible(config: PretrainedConfig, tokenizer: Path) -> None:
         "attention_bias": config.model_type != "qwen3" or not config.attention_bias,
     }
     if strange := [name for name, is_known in known.items() if not is_known]:
-        raise UserError(_BESIDE.format(f"this model's {', '.join(strange)} cannot be said in GGUF here"))
+        raise UserError(_ELSEWHERE.format(f"this model's {', '.join(strange)} cannot be said in GGUF here"))
     _rules_of(read_json(tokenizer / "tokenizer.json"))
 
 
@@ -144,7 +144,7 @@ def _rules_of(tokenizer: dict[str, Any]) -> str:
         or (model["type"], normaliser) != ("BPE", "NFC")
         or takes_whole_words != (rules in _WHOLE_WORDS_FIRST)
     ):
-        raise UserError(_BESIDE.format("this model's tokenizer cannot be said in GGUF here"))
+        raise UserError(_ELSEWHERE.format("this model's tokenizer cannot be said in GGUF here"))
     return rules
 
 
@@ -209,7 +209,7 @@ def _tensors(
                     values = _in_pairs(name, values, config)
                 called = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if called is None:
-                    raise UserError(_BESIDE.format(f"{name} has no place in GGUF"))
+                    raise UserError(_ELSEWHERE.format(f"{name} has no place in GGUF"))
                 if values.ndim == 1:  # norms and biases: small, and llama.cpp adds them in fp32
                     yield called, values.astype(np.float32), stored.F32
                 elif kind == "q8_0" and values.shape[-1] % gguf.GGML_QUANT_SIZES[stored.Q8_0][0] == 0:
