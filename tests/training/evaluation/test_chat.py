@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -210,10 +212,14 @@ def test_what_cannot_be_talked_to_is_refused_with_what_to_do(tmp_path, sample_da
     gpt = tiny_gpt(sample_data)
     assert export.main([str(gpt), "--output", str(tmp_path / "gpt")]) == 0
     (tmp_path / "empty").mkdir()
+    older = shutil.copytree(exported(), tmp_path / "older")
+    about = json.loads((older / "export.json").read_text("utf-8"))
+    (older / "export.json").write_text(json.dumps({**about, "quantisation": {"bits": 4}}), encoding="utf-8")
     cases: dict[tuple[object, ...], str] = {
         (tmp_path / "none",): "there is no",
         (tmp_path / "empty",): "is not a run folder",
         (tmp_path / "gpt",): "is the export of a translator",
+        (older,): "was written by another version",
         (merged, "--checkpoint", "last"): "leave --checkpoint out",
         (merged, "--base_model", "x"): "leave --base_model out",
         (run, "--beam_size", 5): "leave out --beam_size",

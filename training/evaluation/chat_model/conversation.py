@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from training.base.console import UserError
 from training.data.chat import ChatTokenizer, Message, assistant, load_chat_tokenizer, user
@@ -112,13 +113,18 @@ def _adapters(
     """Exported adapters on their base model."""
     import peft
 
-    base = find_base_model(base_model or about["base_model"], about["base_revision"])
-    if fingerprint_of(base) != about["base_fingerprint"]:
+    try:
+        named, revision, fingerprint = (about[f"base_{name}"] for name in ("model", "revision", "fingerprint"))
+        quantisation = QuantisationOptions.model_validate(about["quantisation"])
+    except (KeyError, ValidationError):
+        raise UserError(f"{folder / ABOUT} was written by another version: export the run again") from None
+    base = find_base_model(base_model or named, revision)
+    if fingerprint_of(base) != fingerprint:
         raise UserError(
             f"the model in {base} is not the one that the adapters in {folder} were trained on "
-            f"({about['base_model']}): name the right one with --base_model"
+            f"({named}): name the right one with --base_model"
         )
-    loaded = load_base_model(base, QuantisationOptions(**about["quantisation"]), compute_type, device)
+    loaded = load_base_model(base, quantisation, compute_type, device)
     if device.type == "cpu":
         unpack_where_there_is_room(loaded, compute_type)
     return peft.PeftModel.from_pretrained(loaded, folder)
