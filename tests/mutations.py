@@ -614,6 +614,45 @@ FAULTS = (
         "        print(text, flush=True)\n",
         "tests/training/engine/test_foreign_folders.py::test_what_is_printed_commands_no_terminal",
     ),
+    # What leaves for other programs, and what is said to people.
+    Fault(
+        "GGUF turns a query with another number than its neighbour",
+        "training/evaluation/exports/gguf_file.py",
+        "    if heads is None:\n",
+        "    if True:\n",
+        "tests/training/evaluation/test_export_gguf.py::"
+        "test_transformers_reads_the_same_model_and_tokenizer_out_of_the_file[llama]",
+    ),
+    Fault(
+        "GGUF takes a control token for text",
+        "training/evaluation/exports/gguf_file.py",
+        "gguf.TokenType.CONTROL if is_control else gguf.TokenType.USER_DEFINED",
+        "gguf.TokenType.USER_DEFINED",
+        "tests/training/evaluation/test_export_gguf.py::"
+        "test_the_tokenizer_stands_in_the_file_with_what_is_a_control_token",
+    ),
+    Fault(
+        "GGUF says nothing of scaled positions",
+        "training/evaluation/exports/gguf_file.py",
+        'in ("linear", "yarn"):',
+        'in ("linear",):',
+        "tests/training/evaluation/test_export_gguf.py::"
+        "test_everything_that_decides_how_it_is_computed_stands_in_the_file[qwen2-yarn]",
+    ),
+    Fault(
+        "a character is shown in parts",
+        "training/evaluation/chat_model/streaming.py",
+        "self._decode(self._ids).rstrip(_PART)",
+        "self._decode(self._ids)",
+        "tests/training/evaluation/test_chat.py::test_a_character_of_several_tokens_appears_when_it_is_whole",
+    ),
+    Fault(
+        "a new question is answered out of what was asked before",
+        "training/evaluation/chat_model/streaming.py",
+        "            self._cache.crop(-others)\n",
+        "",
+        "tests/training/evaluation/test_chat.py::test_what_the_model_has_read_and_said_is_not_read_again",
+    ),
 )
 
 

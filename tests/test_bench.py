@@ -76,6 +76,11 @@ PROMISED = {
         "seq2seq_plain_sentences_per_s",
         "seq2seq_same_share",
     ],
+    "chat": [
+        "tokens_ratio",
+        "first_token_ratio",
+        *(f"{side}_{what}" for side in ("relay", "transformers") for what in ("tokens_per_s", "first_token_s")),
+    ],
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
     "save_stall": ["stall_ratio", "background_stall_s", "synchronous_stall_s", "published_after_s"],
     "resume_time": ["ratio", "resumed_s", "new_s"],
@@ -161,7 +166,13 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     if "deepspeed" not in sys.modules:
         monkeypatch.setitem(sys.modules, "deepspeed", None)
     # glibc cannot be told to forget it, and this process would never give back what it freed.
-    for module in ("training.engine.cluster", "tests.bench.common", "tests.bench.decoding", "tests.bench.save_stall"):
+    for module in (
+        "training.engine.cluster",
+        "tests.bench.chat",
+        "tests.bench.common",
+        "tests.bench.decoding",
+        "tests.bench.save_stall",
+    ):
         monkeypatch.setattr(f"{module}.keep_freed_memory", lambda: None)
     yield
     random.setstate(states[0])

@@ -123,7 +123,7 @@ def read_arguments(
     if add_more is not None:
         add_more(parser)
     found = parser.parse_args(words)
-    there = Path(found.data).is_file() if data.suffix else Path(found.data).is_dir()
+    there = Path(found.data).is_file() if data.suffix == ".txt" else Path(found.data).is_dir()
     if found.data != "sample" and not there:
         raise UserError(f"there is no {what} {found.data}: name one, or --data sample")
     arguments = Arguments(found.quick or found.smoke, found.data, found, found.smoke)

@@ -11,6 +11,9 @@ from tests.support import base_models
 from tests.support.base_models import CHATML, make_tiny_qwen2
 from tests.support.commands import launching
 from tests.support.once import once
+from tests.support.runs import reference
+
+RUN_STEPS = 30  # of `law_run`
 
 PAIR, PAIR_QA, TRIPLET_QA, TRIPLET = (file.stem for file in FILES)
 
@@ -99,3 +102,18 @@ def law_data() -> Path:
     """Legal records of every task, prepared for that model."""
     base = law_base()
     return once("law-data", lambda folder: prepare(folder, base)) / "data"
+
+
+def law_run_base() -> Path:
+    """A tiny model that has more words than its tokenizer, as real ones often have."""
+    tokenizer = law_tokenizer()
+    return once("answers", lambda folder: make_tiny_qwen2(folder / "base", tokenizer, vocabulary_size=700)) / "base"
+
+
+def law_run() -> Path:
+    """A run in which that model has learned something of these records."""
+    words = (
+        *("--base_model", law_run_base(), "--lora.rank", 16, "--optim.steps", RUN_STEPS, "--optim.warmup_steps", 2),
+        *("--batch.tokens_per_micro_batch", 1200, "--batch.micro_batches_per_step", 2, "--optim.lr", 1e-2),
+    )
+    return reference(law_data(), *words, module="training.qlora")

@@ -51,6 +51,13 @@ def say(text: str = "") -> None:
         print(harmless(text), flush=True)
 
 
+def say_part(text: str) -> None:
+    """Prints `text` on standard output, on rank 0 only, without ending the line."""
+    if speaks():
+        clear_line()
+        print(harmless(text), end="", flush=True)
+
+
 def warn(text: str) -> None:
     """Prints `warning: text` on standard error, on rank 0 only."""
     if speaks():

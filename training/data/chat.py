@@ -100,6 +100,17 @@ class TextTokenizer:
         return len(self._tokenizer)
 
     @property
+    def end(self) -> str:
+        """What ends an answer, or a document."""
+        return self._end
+
+    @property
+    def begin(self) -> str:
+        """What the tokenizer puts before every text by itself; empty where that is nothing."""
+        first = self._tokenizer("x")["input_ids"][0]
+        return str(self._tokenizer.bos_token) if first == self._tokenizer.bos_token_id else ""
+
+    @property
     def sha256(self) -> str:
         """Identity of vocabulary and template: where it is equal, so are the ids of every conversation."""
         template = self._tokenizer.chat_template or ""

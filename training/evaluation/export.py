@@ -2,11 +2,13 @@
 
     python -m training.evaluation.export runs/NAME --output FOLDER [--checkpoint WHICH] [--overwrite]
     python -m training.evaluation.export runs/QLORA --output FOLDER --merge [--dtype bfloat16]
+    python -m training.evaluation.export runs/QLORA --output FOLDER --gguf f16|q8_0
 
 A GPT that translates becomes a folder for Hugging Face transformers, without custom code. The adapters of a QLoRA run
 become a folder for peft, some megabytes to use with the base model in 4 bits; with --merge they and their base model
-become one model in 16 bits, which transformers loads alone. Each has its tokenizer, a model card (README.md), and
-export.json: what it was made from, and the size and SHA-256 of every other file.
+become one model in 16 bits, which transformers loads alone, and with --gguf one file, which llama.cpp loads, with a
+Modelfile for Ollama. Each has its tokenizer, a model card (README.md), and export.json: what it was made from, and the
+size and SHA-256 of every other file.
 
 Promises: the folder is complete or absent; before it appears, it was loaded as users load it and its logits were
 compared with the run's. Nothing is replaced but an earlier export that nobody has changed.
@@ -21,7 +23,8 @@ import torch
 from training.base.console import UserError, run_main
 from training.base.options import FLAG, CommandLine
 from training.evaluation.exports.folder import add_output_options, needing, output_of
-from training.evaluation.runs import QLORA, kind_of
+from training.evaluation.exports.gguf_file import KINDS
+from training.evaluation.runs import QLORA, TRANSLATION, kind_of
 from training.evaluation.setting import OptionsOf, add_model_options
 
 
@@ -40,9 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_adapters.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="type of a merged model (default bfloat16)"
     )
+    of_adapters.add_argument("--gguf", choices=KINDS, help="the merged model as a GGUF file, for llama.cpp and Ollama")
     arguments = parser.parse_args(argv)
     kind = kind_of(arguments.run_dir)
+    if arguments.gguf and kind == TRANSLATION:
+        raise UserError(
+            f"{arguments.run_dir} is a translator, which GGUF has no structure for here: export it without --gguf, and "
+            "try llama.cpp's own converter on that folder, `python convert_hf_to_gguf.py FOLDER`"
+        )
     of_adapters.check(arguments, kind)
+    if arguments.gguf and (arguments.merge or arguments.dtype):
+        raise UserError("--gguf merges by itself, and says the type: leave --merge and --dtype out")
     if arguments.dtype and not arguments.merge:
         raise UserError("--dtype has no effect on adapters, which are in fp32: add --merge, or leave it out")
     output = output_of(arguments, example="exports/law" if kind == QLORA else "exports/gpt")
@@ -60,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with needing(*LIBRARIES):
         # The base model can go when it is no longer needed: nothing here holds it.
         export = adapters.Export(adapters.open_run(arguments.run_dir, arguments.checkpoint, arguments.base_model))
-    if arguments.merge:
+    if arguments.gguf:
+        with needing("gguf"):
+            export.gguf(output, arguments.gguf)
+    elif arguments.merge:
         export.merged(output, arguments.dtype or "bfloat16")
     else:
         export.adapters(output)

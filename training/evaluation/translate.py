@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if kind_of(arguments.run_dir) == QLORA:
         raise UserError(
             f"{arguments.run_dir} is a {QLORA} run, which answers questions and does not translate: "
-            f"`python -m training.evaluation.evaluate {arguments.run_dir}` shows its answers"
+            f"`python -m training.evaluation.chat {arguments.run_dir}` talks with it"
         )
     with Cluster() as cluster, ExitStack() as files:
         if cluster.world_size > 1:

@@ -13,10 +13,10 @@ import transformers
 
 from tests.support.base_models import make_tiny_qwen2
 from tests.support.commands import REAL_TATOEBA, Launch, launching
-from tests.support.legal_records import TASK_NAMES, law_data, law_tokenizer
+from tests.support.legal_records import RUN_STEPS, TASK_NAMES, law_data, law_run, law_run_base
 from tests.support.lives import tell_otherwise
 from tests.support.once import once
-from tests.support.runs import assert_only_one_line_is_said, reference
+from tests.support.runs import assert_only_one_line_is_said
 from training.base.console import UserError
 from training.data.conversations import open_conversations
 from training.data.prepared import FORMAT as PAIRS
@@ -29,25 +29,17 @@ from training.models.generation import generate
 from training.qlora import Answers
 
 CPU = torch.device("cpu")
-STEPS = 30
 LAW_EVAL = REAL_TATOEBA.parents[1] / "disc-law-eval"
 
 
 @pytest.fixture
 def base() -> Path:
-    """A tiny model with more words than its tokenizer has, as real ones often are."""
-    tokenizer = law_tokenizer()
-    return once("answers", lambda folder: make_tiny_qwen2(folder / "base", tokenizer, vocabulary_size=700)) / "base"
+    return law_run_base()
 
 
 @pytest.fixture
-def trained_run(base: Path) -> Path:
-    """A run in which it has learned something."""
-    words = (
-        *("--base_model", base, "--lora.rank", 16, "--optim.steps", STEPS, "--optim.warmup_steps", 2),
-        *("--batch.tokens_per_micro_batch", 1200, "--batch.micro_batches_per_step", 2, "--optim.lr", 1e-2),
-    )
-    return reference(law_data(), *words, module="training.qlora")
+def trained_run() -> Path:
+    return law_run()
 
 
 @pytest.fixture
@@ -186,12 +178,12 @@ def test_base_model_that_was_moved_is_named(launch: Launch, run_dir: Path, base:
     tell_otherwise(run_dir, base, tmp_path / "gone/base")
     result = launch(run_dir, module="training.evaluation.evaluate").wait()
     assert_only_one_line_is_said(result, str(tmp_path / "gone/base"), "there is no such folder")
-    assert open_adapters(run_dir, device=CPU, base_model=str(base)).step == STEPS
+    assert open_adapters(run_dir, device=CPU, base_model=str(base)).step == RUN_STEPS
 
 
 def test_what_is_for_translators_is_refused_on_a_qlora_run(launch: Launch, run_dir: Path, tmp_path: Path):
     result = launch(run_dir, "你好。", module="training.evaluation.translate").wait()
-    assert_only_one_line_is_said(result, "does not translate", f"training.evaluation.evaluate {run_dir}")
+    assert_only_one_line_is_said(result, "does not translate", f"training.evaluation.chat {run_dir}")
     result = launch(run_dir, "--beam-size", 5, module="training.evaluation.evaluate").wait()
     assert_only_one_line_is_said(result, f"{run_dir} is a QLoRA run: leave out --beam_size")
 

@@ -149,6 +149,9 @@ def test_the_command_makes_adapters_that_peft_loads_with_the_runs_logits(run, ba
         assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["peft_type"], settings["r"]) == (str(base), "LORA", 8)
+    # What vLLM asks of a folder of adapters: names of layers, and nothing that is trained beside the adapters.
+    assert settings["target_modules"] == sorted(f"{each}_proj" for each in ["down", "gate", "k", "o", "q", "up", "v"])
+    assert (settings["bias"], settings["modules_to_save"], settings["use_dora"]) == ("none", None, False)
 
     card = (folder / "README.md").read_text(encoding="utf-8")
     header = yaml.safe_load(card.split("---")[1])
@@ -415,7 +418,7 @@ def test_a_model_whose_values_exceed_fp16_is_not_written_in_it(run, tmp_path):
     trained = opened(run)
     with torch.no_grad():
         trained.model.model.get_base_model().model.norm.weight.mul_(1e6)
-    with pytest.raises(UserError, match="exceed that type; choose another --dtype, for example bfloat16"):
+    with pytest.raises(UserError, match="exceed that type; export it with --merge --dtype bfloat16"):
         Export(trained).merged(tmp_path / "export", "float16")
     assert list(tmp_path.iterdir()) == []
 

@@ -60,14 +60,14 @@ def card(trained: TrainedAdapters, about: dict[str, Any], differences: Sequence[
     header: dict[str, Any] = {
         **({"base_model": base} if on_hub else {}),
         **({"datasets": [DISC_LAW_SFT], "language": ["zh"]} if law else {}),
-        "library_name": "transformers" if about["kind"] == "merged" else "peft",
+        "library_name": {"merged": "transformers", "adapters": "peft"}.get(about["kind"], "gguf"),
         "pipeline_tag": "text-generation",
         "license": licence if licence in _ON_THE_HUB else "other" if licence else "unknown",
         **({"license_name": licence} if licence and licence not in _ON_THE_HUB else {}),
         "tags": ["qlora", *(["law"] if law else [])],
     }
     return cards.render(
-        "adapter_card.md",
+        "gguf_card.md" if about["kind"] == "gguf" else "adapter_card.md",
         {
             "header": header,
             "about": about,

@@ -2,7 +2,7 @@
 
 Not merged: the adapters as `PeftModel.from_pretrained` takes them, some megabytes, for the base model in 4 bits.
 Merged: base and adapters as one model in 16 bits, which `AutoModelForCausalLM` loads alone. Either way with tokenizer
-and chat template.
+and chat template. As GGUF: the merged model as one file for llama.cpp and Ollama.
 
 Promises: before the folder appears it has been loaded as users load it. Adapters give the run's logits to the bit, a
 merged model up to what computing in its type changes.
@@ -13,6 +13,7 @@ Merging needs as much memory as the merged model, and about 3 GB: 18 GB for 7 bi
 from __future__ import annotations
 
 import gc
+import shutil
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +32,8 @@ from training.engine.checkpoint import checkpoints
 from training.engine.precision import PrecisionName
 from training.engine.status import read_sessions
 from training.evaluation.chat_model.adapters import TrainedAdapters, open_adapters
+from training.evaluation.chat_model.unpacking import free_memory
+from training.evaluation.exports import gguf_file, modelfile
 from training.evaluation.exports.adapter_card import card, merged_differences
 from training.evaluation.exports.folder import origin, publish, save_model, unpublished
 from training.evaluation.exports.merging import (
@@ -144,6 +147,7 @@ class Export:
             "base_model": trained.config.base_model,
             "base_revision": trained.config.base_revision,
             "base_fingerprint": trained.checkpoint.manifest["built_on"]["base_model"],
+            "quantisation": trained.config.quantisation.model_dump(),
         }
         self.versions = {name: version(name) for name in LIBRARIES}
 
@@ -164,7 +168,8 @@ class Export:
             check_room(folder, 4 * numbers + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS)
             config = model.peft_config["default"]
             config.base_model_name_or_path, config.revision = trained.config.base_model, trained.config.base_revision
-            config.target_modules = sorted(config.target_modules)  # of a set: in another order every time
+            # peft makes a set of whole paths out of all-linear; others, vLLM among them, know names of layers.
+            config.target_modules = sorted({name.rpartition(".")[2] for name in config.target_modules})
             model.save_pretrained(folder, save_embedding_layers=False)
             self._copy_tokenizer(folder)
             _check_tokenizer(trained, folder, "in an export it is read as another: add --merge")
@@ -199,42 +204,96 @@ class Export:
 
     def merged(self, output: Path, dtype_name: str) -> None:
         """Publishes base and adapters as one model in the type of this name."""
-        trained, dtype = self.trained.without_model(), DTYPES[dtype_name]
-        config = read_config(trained.base, trained.config.quantisation)
+        trained, config = self.trained.without_model(), self._config
         self._tell_memory(config, dtype_name)
         with unpublished(output) as folder:
-            size = sum(parameter.nbytes for parameter in on_meta(config, dtype).parameters())
-            check_room(folder, size + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS)
-            expected, learned, rounding = self._measured(dtype)
-            self._check_range(rounding, dtype_name)
-            written = self._write_merged(folder, config, dtype)
-            self._let_go()
-            apart = difference(self._logits(load_plain(folder)), expected)
-            self._check_range(apart, dtype_name)
-            most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
-            if not apart.mean <= most:
-                raise UserError(
-                    f"the merged model is another one than the run's (logits differ by {apart}; up to {most:.1e} in "
-                    f"the mean would be rounding): install the versions that requirements.txt names"
-                )
-            self.about |= {
-                "kind": "merged",
-                **written,
-                "dtype": dtype_name,
-                "versions": self.versions,
-                "compared_on": str(self.prompts),
-                "difference": apart.rounded(),
-                "of_computing_in_this_type": rounding and rounding.rounded(),
-                "of_the_base_model": learned.rounded(),
-            }
-            found = merged_differences(apart, rounding, learned, dtype_name)
-            publish(folder, output, card(trained, self.about, found), self.about)
-        numbers = f"{written['parameters']:,} parameters in {dtype_name}"
+            check_room(folder, self._bytes_in(DTYPES[dtype_name]))
+            found = self._write_merged(folder, config, dtype_name, computed_in=dtype_name)
+            self.about |= {"kind": "merged", "dtype": dtype_name, "versions": self.versions}
+            publish(folder, output, card(trained, self.about, merged_differences(*found, dtype_name)), self.about)
+        numbers = f"{self.about['parameters']:,} parameters in {dtype_name}"
         say(f"{output}: {self.title} merged into {trained.config.base_model}, {numbers}")
         say(f"  checked   loaded by transformers {self.versions['transformers']} without peft and bitsandbytes")
+        self._tell_differences(*found, dtype_name)
+
+    def gguf(self, output: Path, kind: str) -> None:
+        """Publishes base and adapters as a GGUF file of this kind, and a Modelfile where the chat template has one."""
+        trained, config = self.trained.without_model(), self._config
+        gguf_file.check_convertible(config, trained.run_dir / "tokenizer")
+        versions = {**self.versions, "gguf": version("gguf")}
+        run = self.about["run"]
+        name = f"{run}-{kind}.gguf"
+        self._tell_memory(config, "float16")
+        with unpublished(output) as folder:
+            check_room(folder, 2 * self._bytes_in(torch.float16))
+            whole = folder / "merged"
+            whole.mkdir()
+            # The weights fit float16, GGUF's 16 bits; what is computed with them may not, so bfloat16 compares.
+            found = self._write_merged(whole, config, "float16", computed_in="bfloat16")
+            gguf_file.write(whole, folder / name, kind, name=run, end_id=trained.data["tokenizer"]["end_id"])
+            has_modelfile = self._is_chat and modelfile.write(load_chat_tokenizer(str(whole)), folder, name)
+            shutil.rmtree(whole)
+            self.about |= {"kind": "gguf", "dtype": kind, "modelfile": has_modelfile, "versions": versions}
+            publish(folder, output, card(trained, self.about, merged_differences(*found, "bfloat16")), self.about)
+        say(f"{output}: {self.title} merged into {trained.config.base_model}, as GGUF in {kind}")
+        say(f"  checked   what was merged: loaded by transformers; {name}: read back by gguf {versions['gguf']}")
+        self._tell_differences(*found, "bfloat16")
+        if has_modelfile:
+            say(f"  run it    ollama create {run} -f {output}/Modelfile && ollama run {run}")
+        else:
+            warn(
+                "the chat template has no form that a Modelfile can have, so there is none; llama.cpp reads it as it is"
+            )
+
+    @property
+    def _is_chat(self) -> bool:
+        return isinstance(self.trained.tokenizer, ChatTokenizer)
+
+    @property
+    def _config(self) -> PretrainedConfig:
+        return read_config(self.trained.base, self.trained.config.quantisation)
+
+    def _bytes_in(self, dtype: torch.dtype) -> int:
+        """Of the merged model's folder."""
+        weights = sum(parameter.nbytes for parameter in on_meta(self._config, dtype).parameters())
+        return weights + self._tokenizer_bytes + _ROOM_BESIDE_WEIGHTS
+
+    def _write_merged(
+        self, folder: Path, config: PretrainedConfig, dtype_name: str, *, computed_in: str
+    ) -> tuple[Difference, Difference | None, Difference]:
+        """Fills `folder` with the merged model, checks it, and adds to `about`.
+
+        computed_in: the type for the comparison. Returns how far from the run's logits in fp32 are those of the merged
+        model, the run's own in this type (None: it is fp32), and the base model's. Raises UserError where it is
+        another model than the run's.
+        """
+        expected, learned, rounding = self._measured(DTYPES[computed_in])
+        self._check_range(rounding, computed_in)
+        written = self._write_model(folder, config, DTYPES[dtype_name])
+        self._let_go()
+        apart = difference(self._logits(load_plain(folder, DTYPES[computed_in])), expected)
+        self._check_range(apart, dtype_name)
+        most = ROUNDING * rounding.mean if rounding else TOLERANCE * expected.abs().mean().item()
+        if not apart.mean <= most:
+            raise UserError(
+                f"the merged model is another one than the run's (logits differ by {apart}; up to {most:.1e} in "
+                f"the mean would be rounding): install the versions that requirements.txt names"
+            )
+        self.about |= {
+            **written,
+            "compared_on": str(self.prompts),
+            "difference": apart.rounded(),
+            "of_computing_in_this_type": rounding and rounding.rounded(),
+            "of_the_base_model": learned.rounded(),
+        }
+        return apart, rounding, learned
+
+    def _tell_differences(
+        self, apart: Difference, rounding: Difference | None, learned: Difference, computed_in: str
+    ) -> None:
         say(f"  logits    differ from the run's by {apart}, on {self.prompts}")
         if rounding:
-            say(f"            computing the run's model in {dtype_name} makes a difference of {rounding}")
+            say(f"            computing the run's model in {computed_in} makes a difference of {rounding}")
         say(f"            the base model without adapters differs by {learned}")
 
     def _tell_memory(self, config: PretrainedConfig, dtype_name: str) -> None:
@@ -243,7 +302,7 @@ class Export:
         in_4_bits = self.trained.config.quantisation.kind == "nf4"
         needed = memory_of(config, DTYPES[dtype_name], logits, in_4_bits=in_4_bits)
         say(f"merging in {dtype_name} needs about {needed / 1e9:.1f} GB of memory")
-        free = _free_memory()
+        free = free_memory()
         if free is not None and needed > free:
             warn(f"{free / 1e9:.1f} GB of memory are free: the system may end this process; nothing would be lost")
 
@@ -259,7 +318,7 @@ class Export:
         with torch.autocast("cpu", dtype=dtype):
             return expected, learned, difference(self._logits(model), expected)
 
-    def _write_merged(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    def _write_model(self, folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
         """The merged model, its tokenizer and settings; returns what it is, for export.json."""
         plain = merged(self.trained.model.model, config, dtype)
         plain.generation_config = _generation_of(self.trained)
@@ -315,8 +374,8 @@ class Export:
     def _check_range(self, found: Difference | None, dtype_name: str) -> None:
         if found and not np.isfinite(found.mean):
             raise UserError(
-                f"in {dtype_name} this model computes no finite logits: its values exceed that type; choose another "
-                "--dtype, for example bfloat16"
+                f"in {dtype_name} this model computes no finite logits: its values exceed that type; export it with "
+                "--merge --dtype bfloat16"
             )
 
 
@@ -336,12 +395,3 @@ def _generation_of(trained: TrainedAdapters) -> GenerationConfig:
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer["pad_id"]
     return settings
-
-
-def _free_memory() -> int | None:
-    """Bytes that processes can still take, where the system tells: Linux."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None

@@ -130,13 +130,21 @@ def _merged_weight(layer: Any, inner: Any) -> Tensor:
     return weight + layer.get_delta_weight(adapter)
 
 
-def load_plain(folder: Path) -> PreTrainedModel:
-    """The model in `folder` as users load it. Raises UserError when something is missing, left over or quantised."""
+def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `folder` as users load it, to compute in `dtype`.
+
+    Raises UserError when something is missing, left over or quantised.
+    """
     import transformers
 
     gc.collect()  # models are full of cycles, and there is no room for two
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     wrong = sorted({str(key) for keys in info.values() for key in keys})
     if wrong or getattr(loaded.config, "quantization_config", None) is not None:
