@@ -158,7 +158,18 @@ def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedCo
         raise UserError(
             f"the base model in {folder} is quantised already: name the original model, it is quantised when loaded"
         )
-    if quantisation.kind == "nf4" and not linear_layers(on_meta(config)):
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"the base model in {folder} ({config.model_type}) reads more than text, and its other half would get "
+            "adapters that learn nothing: name a model of the family that is for text alone"
+        )
+    model = on_meta(config)
+    if _has_experts(model):
+        raise UserError(
+            f"the base model in {folder} ({config.model_type}) is a mixture of experts, whose weights are no linear "
+            "layers: 4 bits and adapters here are for those. Choose a dense model"
+        )
+    if quantisation.kind == "nf4" and not linear_layers(model):
         raise UserError(
             f"the base model in {folder} ({config.model_type}) has no linear layers that can be held in 4 bits: choose "
             "another one, or --quantisation.kind none"
@@ -172,6 +183,16 @@ def on_meta(config: PretrainedConfig, compute_type: torch.dtype = torch.float32)
 
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=compute_type, trust_remote_code=False)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether there are matrices stacked in one parameter, of which each token passes a few."""
+    return any(
+        parameter.ndim > 2
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
