@@ -269,10 +269,13 @@ RUN = (
 )
 
 
-def live_through(name: str, launch: Launch, folder: Path) -> None:
-    """Dry run, training on two ranks, kill, end bit-equal, evaluation, export, merge; raises where one fails."""
+def live_through(name: str, launch: Launch, folder: Path, *words: object) -> None:
+    """Dry run, training on two ranks, kill, end bit-equal, evaluation, export, merge; raises where one fails.
+
+    words: more options of the training.
+    """
     made = chat_model(name)
-    run = ("--base_model", made / "base", *RUN)
+    run = ("--base_model", made / "base", *RUN, *words)
 
     def command(module: str, *words: object) -> str:
         result = launch(*words, module=module).wait()
@@ -280,9 +283,9 @@ def live_through(name: str, launch: Launch, folder: Path) -> None:
         return result.out
 
     uninterrupted = folder / "uninterrupted"
-    words = command_of(uninterrupted, made / "data", *run)
-    assert "GB of tensors a process" in command("training.qlora", *words, "--dry-run")
-    whole = launch(*words, module="training.qlora", ranks=2).wait()
+    training = command_of(uninterrupted, made / "data", *run)
+    assert "GB of tensors a process" in command("training.qlora", *training, "--dry-run")
+    whole = launch(*training, module="training.qlora", ranks=2).wait()
     assert whole.status == 0, (name, whole)
     life = Life(launch, folder, made / "data", ranks=2, run=run, module="training.qlora")
     life.kill_at(4)

@@ -103,6 +103,11 @@ def test_run_of_a_family_is_killed_ends_bit_equal_and_is_exported(name: str, lau
     live_through(name, launch, tmp_path)
 
 
+@pytest.mark.whole
+def test_run_on_a_base_model_in_bf16_is_killed_ends_bit_equal_and_is_exported(launch: Launch, tmp_path: Path) -> None:
+    live_through("qwen2.5", launch, tmp_path, "--quantisation.kind", "none", "--precision", "bf16")
+
+
 @pytest.mark.parametrize("name", LIVED)
 def test_estimate_of_a_family_is_what_a_step_takes(name: str, tmp_path: Path) -> None:
     assert abs(estimate_error(name, tmp_path)) < 0.1

@@ -31,10 +31,12 @@ CASES = {
     "activations, bf16, checkpointed": (SMALL, MANY, {"precision": "bf16"}),
     "activations, fp16": (SMALL, MANY, {"precision": "fp16", "checkpoint_layers": False}),
     "activations, fp16, not in 4 bits": (SMALL, FEW, {"precision": "fp16", "kind": "none"}),
+    "activations, bf16, not in 4 bits": (SMALL, FEW, {"precision": "bf16", "kind": "none"}),
     "logits": (TALKATIVE, Shape(2, 64, 100), {"logits_tokens": 64}),
     "logits, bf16": (TALKATIVE, Shape(2, 64, 100), {"precision": "bf16", "logits_tokens": 64}),
     "weights": (WIDE, Shape(1, 32, 20), {}),
     "weights, not in 4 bits": (WIDE, Shape(1, 32, 20), {"kind": "none"}),
+    "weights, bf16, not in 4 bits": (WIDE, Shape(1, 32, 20), {"precision": "bf16", "kind": "none"}),
     "weights, untied, single quantisation": ({**WIDE, "tie_word_embeddings": False}, FEW, {"double": False}),
     "adapters": (SMALL, FEW, {"rank": 64}),
     "adapters, muon": (SMALL, FEW, {"rank": 64, "optimizer": "muon"}),
@@ -66,14 +68,16 @@ QWEN_7B = {
 }
 
 
-def of_true_shape(shape: dict[str, object], micro_batch: Shape) -> MemoryEstimate:
-    """The estimate on a T4, with the recipe's adapters."""
+def of_true_shape(
+    shape: dict[str, object], micro_batch: Shape, kind: str = "nf4", compute_type: torch.dtype = torch.float16
+) -> MemoryEstimate:
+    """The estimate with the recipe's adapters, unless told otherwise on a T4."""
     return estimate(
         transformers.Qwen2Config(**shape),
-        QuantisationOptions(),
+        QuantisationOptions(kind=kind),
         LoraOptions(),
         micro_batch,
-        compute_type=torch.float16,
+        compute_type=compute_type,
         optimizer="adamw",
         checkpoint_layers=True,
         logits_tokens=256,
@@ -93,6 +97,14 @@ def test_seven_billion_parameters_train_on_a_card_of_fifteen_gb() -> None:
     memory = of_true_shape(QWEN_7B, Shape(2, 1024, 2 * 700))
     print(memory)
     assert memory.fits(15e9)
+
+
+@pytest.mark.whole
+def test_seven_billion_parameters_in_bf16_train_on_a_card_of_24_gb() -> None:
+    memory = of_true_shape(QWEN_7B, Shape(4, 1024, 4 * 700), "none", torch.bfloat16)
+    print(memory)
+    assert memory.weights > 15e9
+    assert memory.fits(24e9) and not memory.fits(20e9)
 
 
 def test_dry_run_tells_what_to_change_before_anything_is_loaded(tmp_path: Path, launch: Launch) -> None:
