@@ -256,6 +256,7 @@ def _make_chat_model(name: str, folder: Path) -> None:
     )
     make_family(name, base)
     words = ["--source", source.parent, "--tokenizer", base, "--output", folder / "data", "--workers", 1]
+    words += ["--validation_share", 0.1]
     assert disc_law.main([str(word) for word in words]) == 0
 
 
