@@ -386,15 +386,15 @@ class Spreading:
 
     def __init__(self, options: ZeroOptions, cluster: Cluster):
         config = deepspeed_config(options, None, 1, cluster.device.type, frozen=True)
-        # DeepSpeed spreads the parameters of a module; through one that is spread, any others.
-        first = nn.Module()
-        first.anchor = nn.Parameter(torch.zeros(1, device=cluster.device), requires_grad=False)
-        _deepspeed(cluster).zero.Init(module=first, config_dict_or_path=config, dtype=torch.float32)
-        self._anchor: Any = first.anchor
+        self._zero = _deepspeed(cluster).zero.Init(config_dict_or_path=config, dtype=torch.float32)
 
     def take(self, weight: nn.Parameter) -> None:
         """Leaves this rank's part of a weight, with what brings it together again."""
-        self._anchor.convert_to_zero_parameters(param_list=[weight.requires_grad_(False)])
+        own: Any = weight.requires_grad_(False)
+        # By DeepSpeed's own way to here the first rank would send it to all others, who have read the same. What lies
+        # in a mapped file would then be written to, and take memory on each of them.
+        self._zero._convert_to_deepspeed_param(own)
+        own.partition()
 
     @contextmanager
     def brought_together(self, model: nn.Module) -> Iterator[None]:
