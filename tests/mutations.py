@@ -157,6 +157,37 @@ FAULTS = (
         "return peft.get_peft_model(base, lora_config(options), autocast_adapter_dtype=False)",
         "tests/training/test_qlora.py::test_adapters_are_in_fp32_whatever_the_base_model_is_in",
     ),
+    Fault(
+        "capped logits have the gradient of others",
+        "training/models/adapted_model.py",
+        "                    shares.mul_(slopes)\n",
+        "",
+        "tests/training/test_families.py::"
+        "test_losses_and_gradients_of_a_padded_batch_are_those_of_the_stock_forward[gemma2]",
+    ),
+    Fault(
+        "the scale of a family's logits is left out",
+        "training/models/adapted_model.py",
+        '        scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite\n',
+        "",
+        "tests/training/test_families.py::"
+        "test_losses_and_gradients_of_a_padded_batch_are_those_of_the_stock_forward[granite]",
+    ),
+    Fault(
+        "experts are left in 16 bits in silence",
+        "training/models/base_model.py",
+        "        parameter.ndim > 2\n",
+        "        parameter.ndim > 3\n",
+        "tests/training/test_families.py::test_mixture_of_experts_is_refused",
+    ),
+    Fault(
+        "a base model is loaded whole before it is spread",
+        "training/models/base_model.py",
+        "            take(weight)\n",
+        "            pass\n",
+        "tests/training/test_qlora_zero.py::"
+        "test_estimate_is_what_a_real_step_of_two_ranks_takes_and_a_base_in_4_bits_is_spread[names0]",
+    ),
     # The data.
     Fault(
         "grouped split looks at one side only",

@@ -236,6 +236,11 @@ def test_sentences_are_counted_once_whether_their_sides_are_read_together_or_apa
     assert tokens / (tokens_a_sentence(plan) * len(part)) == pytest.approx(plan.epoch(plan.steps), rel=0.01)
 
 
+def test_bench_of_families_names_those_that_there_are() -> None:
+    with pytest.raises(UserError, match=r"--families gemma9: there are qwen2\.5, .*gemma2"):
+        bench("families").main(["--families", "gemma2,gemma9", "--data", "sample"])
+
+
 @pytest.mark.whole
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.usefixtures("as_in_a_process_of_its_own")
@@ -266,7 +271,7 @@ def test_a_bench_of_the_gpu_says_that_there_is_none(
         bench(name).main(words)
 
 
-@pytest.mark.parametrize("name", [*PROMISED, "soak", "gpu"])
+@pytest.mark.parametrize("name", [*PROMISED, "soak", "gpu", "families"])
 def test_bench_names_a_data_file_that_is_missing(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.txt"):
         bench(name).main(["--data", str(tmp_path / "none.txt")])

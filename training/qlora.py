@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
 from training.engine.task import RunOptions, Task, Validation
 from training.engine.watchdog import watched_ranks
+from training.engine.zero import Spreading
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, read_adapters, spread_by_layer
 from training.models.base_model import (
     QuantisationOptions,
@@ -257,10 +259,20 @@ def plan_of(config: QLoRAConfig, answers: Answers) -> BatchPlan:
 
 
 def build_model(
-    config: QLoRAConfig, folder: Path, compute_type: torch.dtype, device: torch.device, *, trains: bool = True
+    config: QLoRAConfig,
+    folder: Path,
+    compute_type: torch.dtype,
+    device: torch.device,
+    *,
+    trains: bool = True,
+    spreading: Spreading | None = None,
 ) -> AdaptedModel:
-    """The base model in `folder` with new adapters, on `device`. Equal seeds of torch give equal adapters."""
-    base = load_base_model(folder, config.quantisation, compute_type, device)
+    """The base model in `folder` with new adapters, on `device`. Equal seeds of torch give equal adapters.
+
+    spreading: spreads the base model while it is loaded, so that no rank has it whole.
+    """
+    take = None if spreading is None else spreading.take
+    base = load_base_model(folder, config.quantisation, compute_type, device, take)
     adapted = add_adapters(base, config.lora)
     if trains and config.spreads_weights:
         spread_by_layer(adapted)
@@ -268,7 +280,8 @@ def build_model(
     model = AdaptedModel(
         adapted, logits_tokens=memory.logits_tokens, checkpoint_layers=trains and memory.checkpoint_layers
     )
-    model.check()
+    with nullcontext() if spreading is None else spreading.brought_together(model):
+        model.check()
     return model
 
 
@@ -300,7 +313,9 @@ def main() -> int:
         supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
         samples = config.samples_to_generate(0)
         task = Answering(answers, held_out, data, cluster, precision, tokens, samples)
-        task.model, task.plan = build_model(config, folder, compute_type, cluster.device), plan
+        spreading = Spreading(config.zero, cluster) if config.spreads_weights else None
+        task.model = build_model(config, folder, compute_type, cluster.device, spreading=spreading)
+        task.plan = plan
         task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
         if memory is not None:  # on the first rank, which is the one that prints
             task.memory = f"{memory.tensors / 1e9:.2f} GB of tensors a process"

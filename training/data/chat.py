@@ -222,6 +222,7 @@ class ChatTokenizer(TextTokenizer):
         self.template_options = dict(template_options or {})
         self.name, self._tokenizer = name, tokenizer
         self._gap = ""  # blanks between what the template calls the prompt and an answer: they belong to the prompt
+        self._unsaid_end = ""  # the token that ends an answer, where the template says it with the next turn only
         self._refusals: dict[object, str | None] = {}  # by the form of the turns, see `refusal`
         template = tokenizer.chat_template
         if not template:
@@ -259,7 +260,7 @@ class ChatTokenizer(TextTokenizer):
         if lost:
             raise Refused(f"the chat template leaves {lost} out of an answer")
         try:
-            whole = self._render([*turns, answer], tools, add_generation_prompt=False)
+            whole = self._render([*turns, answer], tools, add_generation_prompt=False) + self._unsaid_end
         except UserError:
             raise
         except Exception as error:  # a template is a program of its own, and may raise whatever it likes
@@ -409,11 +410,17 @@ class ChatTokenizer(TextTokenizer):
         return ""
 
     def _find_end(self) -> str:
-        """The token that the template puts right behind an answer; sets `_gap`, too."""
+        """The token that the template puts right behind an answer; sets `_gap` and `_unsaid_end`, too."""
         question, answer = "问题？", "回答。"
         try:
             prompt = self.prompt([user(question)])
             whole = self._render([user(question), assistant(answer)], None, add_generation_prompt=False)
+            if whole.endswith(answer):  # GLM-4 ends an answer with the token that begins the next turn
+                told = [user(question), assistant(answer), user(question)]
+                next_turn = self._render(told, None, add_generation_prompt=False)
+                token = _any_of(self._added_ids).match(next_turn.removeprefix(whole))
+                self._unsaid_end = token[0] if token else ""
+                whole += self._unsaid_end
         except UserError:
             raise
         except Exception as error:  # a template is a program of its own, and may raise whatever it likes

@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -375,9 +377,51 @@ class _CallersAutocast(nn.Module):
             return self.model(*inputs)
 
 
-def _initialize(
-    model: _CallersAutocast, optimizer: torch.optim.Optimizer, config: dict[str, Any], cluster: Cluster
-) -> DeepSpeedEngine:
+class Spreading:
+    """Spreads frozen weights over the ranks as stage 3 does, one by one and before there is an engine.
+
+    So a rank never has a model whole that is loaded through it. Every rank hands over the same weights in the same
+    order.
+    """
+
+    def __init__(self, options: ZeroOptions, cluster: Cluster):
+        config = deepspeed_config(options, None, 1, cluster.device.type, frozen=True)
+        self._zero = _deepspeed(cluster).zero.Init(config_dict_or_path=config, dtype=torch.float32)
+
+    def take(self, weight: nn.Parameter) -> None:
+        """Leaves this rank's part of a weight, with what brings it together again."""
+        own: Any = weight.requires_grad_(False)
+        # By DeepSpeed's own way to here the first rank would send it to all others, who have read the same. What lies
+        # in a mapped file would then be written to, and take memory on each of them.
+        self._zero._convert_to_deepspeed_param(own)
+        own.partition()
+
+    @contextmanager
+    def brought_together(self, model: nn.Module) -> Iterator[None]:
+        """Inside, forward passes of all ranks together have each module's own weights while it computes."""
+        handles = []
+        for module in model.modules():
+            own: list[Any] = [each for each in module.parameters(recurse=False) if hasattr(each, "ds_id")]
+            if own:
+                handles.append(module.register_forward_pre_hook(partial(_bring, own)))
+                handles.append(module.register_forward_hook(partial(_part_again, own)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _bring(own: list[Any], *_: Any) -> None:
+    own[0].all_gather(param_list=own)
+
+
+def _part_again(own: list[Any], *_: Any) -> None:
+    own[0].partition(param_list=own)
+
+
+def _deepspeed(cluster: Cluster) -> Any:
+    """The library, set up for this process; raises UserError where it is missing."""
     on_cpu = cluster.device.type == "cpu"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -400,6 +444,13 @@ def _initialize(
     if not dist.is_initialized():  # a single process
         dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", str(cluster.ranks.local_rank))  # it insists on it, in a plain process too
+    return deepspeed
+
+
+def _initialize(
+    model: _CallersAutocast, optimizer: torch.optim.Optimizer, config: dict[str, Any], cluster: Cluster
+) -> DeepSpeedEngine:
+    deepspeed = _deepspeed(cluster)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     for group in list(distributed_c10d._world.pg_map):  # its own would wait for torch's default time, in a pause too
         distributed_c10d._set_pg_timeout(cluster.timeout, group)

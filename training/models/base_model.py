@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +43,9 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 # What a name in the index may be: a file beside it whose tensors can be read without running code.
 _WEIGHTS = re.compile(r"\w[\w.-]*\.safetensors")
+
+# A variable of transformers'.
+_READS_NOT_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 # The longest header that safetensors itself accepts.
 _MOST_HEADER_BYTES = 100_000_000
@@ -158,7 +162,18 @@ def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedCo
         raise UserError(
             f"the base model in {folder} is quantised already: name the original model, it is quantised when loaded"
         )
-    if quantisation.kind == "nf4" and not linear_layers(on_meta(config)):
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"the base model in {folder} ({config.model_type}) reads more than text, and its other half would get "
+            "adapters that learn nothing: name a model of the family that is for text alone"
+        )
+    model = on_meta(config)
+    if _has_experts(model):
+        raise UserError(
+            f"the base model in {folder} ({config.model_type}) is a mixture of experts, whose weights are no linear "
+            "layers: 4 bits and adapters here are for those. Choose a dense model"
+        )
+    if quantisation.kind == "nf4" and not linear_layers(model):
         raise UserError(
             f"the base model in {folder} ({config.model_type}) has no linear layers that can be held in 4 bits: choose "
             "another one, or --quantisation.kind none"
@@ -174,6 +189,16 @@ def on_meta(config: PretrainedConfig, compute_type: torch.dtype = torch.float32)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=compute_type, trust_remote_code=False)
 
 
+def _has_experts(model: nn.Module) -> bool:
+    """Whether there are matrices stacked in one parameter, of which each token passes a few."""
+    return any(
+        parameter.ndim > 2
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
 def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """The layers that go into 4 bits: all linear ones but the head."""
     head = model.get_output_embeddings()
@@ -181,9 +206,15 @@ def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def load_base_model(
-    folder: Path, quantisation: QuantisationOptions, compute_type: torch.dtype, device: torch.device
+    folder: Path,
+    quantisation: QuantisationOptions,
+    compute_type: torch.dtype,
+    device: torch.device,
+    take: Callable[[nn.Parameter], None] | None = None,
 ) -> PreTrainedModel:
     """The frozen base model on `device`, everything that is not in 4 bits in `compute_type`.
+
+    take: gets each weight as soon as it is read and quantised, before the next one, and may leave a part of it.
 
     With fp16 the residual stream, to which every layer adds, is kept in fp32: in models of the Qwen2.5 kind single
     values of it come close to the largest number of fp16 or exceed it. What a layer reads and computes stays in fp16.
@@ -198,7 +229,7 @@ def load_base_model(
             bnb_4bit_use_double_quant=quantisation.double,
             bnb_4bit_compute_dtype=compute_type,
         )
-    with _quiet(transformers):
+    with _quiet(transformers), nullcontext() if take is None else _weight_by_weight(take):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=compute_type,
@@ -280,6 +311,32 @@ class _Product(torch.autograd.Function):
             raise RuntimeError("a weight is needed in the backward pass that was not brought together")
         gradient = gradient.to(ctx.layer.compute_dtype or gradient.dtype)
         return None, (gradient @ dequantize_4bit(weight.data, state).to(gradient.dtype)).to(ctx.input_type)
+
+
+@contextmanager
+def _weight_by_weight(take: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Inside, transformers reads no weight ahead, and hands over each as it takes its place in the model."""
+    from transformers import core_model_loading as loading
+
+    place = loading.set_param_for_module
+
+    def place_and_hand_over(model: nn.Module, name: str, *more: Any) -> None:
+        place(model, name, *more)
+        module, _, kind = name.rpartition(".")
+        weight = getattr(model.get_submodule(module), kind)
+        if isinstance(weight, nn.Parameter):  # not a buffer
+            take(weight)
+
+    ahead = os.environ.get(_READS_NOT_AHEAD)
+    os.environ[_READS_NOT_AHEAD] = "1"
+    loading.set_param_for_module = place_and_hand_over
+    try:
+        yield
+    finally:
+        loading.set_param_for_module = place
+        os.environ.pop(_READS_NOT_AHEAD)
+        if ahead is not None:
+            os.environ[_READS_NOT_AHEAD] = ahead
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int  # with the weights that ZeRO 3 has brought together at that moment
     trained: int  # no bytes: numbers in the adapters, of all processes
-    loading: int = 0  # at the start, while every process has the base model whole, before it is spread
+    loading: int = 0  # at the start under ZeRO 3: its part of the base model, and the largest weight as it is read
 
     @property
     def held(self) -> int:
@@ -113,7 +113,7 @@ class MemoryEstimate:
         )
         loading = ""
         if self.loading > self.held + self.activations:
-            loading = f"; most while the base model is loaded, before it is spread: then {self.loading / 1e9:.2f}"
+            loading = f"; most while the base model is loaded: then {self.loading / 1e9:.2f}"
         return f"{self.tensors / 1e9:.2f} GB of tensors a process ({', '.join(parts)}{loading})"
 
     def room_for_activations(self, gpu_bytes: float) -> float:
@@ -235,7 +235,7 @@ def estimate(
     scales += sum(each.nbytes for each in base.buffers())
     stored = [_Stored(each.numel() // 2, 1) if each in in_4_bits else _Stored.of(each) for each in base.parameters()]
     whole = scales + sum(each.bytes for each in stored)
-    largest = max((each.nbytes for each in in_4_bits), default=0)  # comes in 16 bits, one after the other
+    largest = max((each.nbytes for each in base.parameters()), default=0)  # they come as they are, one after the other
     # DoRA unpacks each weight for its norm, in fp32, which layers without weights cannot show.
     unpacked = 4 * max(map(Tensor.numel, in_4_bits), default=0) if lora.dora else 0
     adapted = _adapted(base, lora, compute_type, device_type, in_4_bits=bool(in_4_bits))
@@ -269,7 +269,7 @@ def estimate(
         optimizer=2 * part if zero.offload == "none" else 0,
         activations=unpacked + _activations(model, shape, compute_type, spread),
         trained=trained,
-        loading=max(whole + 4 * trained, whole + largest) if zero.stage == 3 else 0,
+        loading=weights + largest + 4 * trained if zero.stage == 3 else 0,
     )
 
 

@@ -22,7 +22,7 @@ from launch.slurm.job import JOBS, _error_to_mend, note, read_events
 from launch.slurm.status import print_status
 from tests.support.commands import Launch
 from tests.support.runs import SHORT_RUN, command_of, reference
-from tests.training.engine.test_loop import handlers, train_here  # noqa: F401
+from tests.training.engine.test_loop import train_here
 from training.base.console import UserError, say
 from training.base.files import open_in_place, read_plain, sha256_of, temporary_folder, write_atomically
 from training.base.options import raw_values
@@ -57,7 +57,7 @@ def is_untouched(home: Path) -> bool:
     )
 
 
-def test_a_run_follows_no_link_that_was_planted_where_it_writes(tmp_path, home, handlers):  # noqa: F811
+def test_a_run_follows_no_link_that_was_planted_where_it_writes(tmp_path, home, handlers):
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "status.json", "sessions.json"):
@@ -127,7 +127,7 @@ def test_what_is_written_in_place_is_a_plain_file(tmp_path, home, kind):
     assert path.read_text() == "line\n" and not path.is_symlink() and is_untouched(home)
 
 
-def test_resuming_from_a_strangers_run_copies_the_files_of_a_run_and_no_links(tmp_path, home, handlers):  # noqa: F811
+def test_resuming_from_a_strangers_run_copies_the_files_of_a_run_and_no_links(tmp_path, home, handlers):
     assert train_here(tmp_path, "theirs", stop_at=4) == 75
     theirs = tmp_path / "theirs"
     (theirs / "notes.txt").symlink_to(home / "key")
@@ -143,7 +143,7 @@ def test_resuming_from_a_strangers_run_copies_the_files_of_a_run_and_no_links(tm
     assert len(read_sessions(tmp_path / "ours")) == 2
 
 
-def test_pipes_and_devices_in_a_run_folder_keep_nobody_waiting(tmp_path, capsys, handlers):  # noqa: F811
+def test_pipes_and_devices_in_a_run_folder_keep_nobody_waiting(tmp_path, capsys, handlers):
     assert train_here(tmp_path, "good") == 0
     bad = shutil.copytree(tmp_path / "good", tmp_path / "bad")
     for name in ("status.json", "sessions.json", "metrics.jsonl", JOBS, "lock", "wandb.json"):
@@ -342,7 +342,7 @@ def test_scores_of_a_neighbour_are_left_out_where_they_are_none(tmp_path):
     assert [name for name, _ in runs_beside(tmp_path / "own", "test", "gpt")] == ["good"]
 
 
-def test_checkpoint_of_another_version_is_refused_and_stays(tmp_path, handlers):  # noqa: F811
+def test_checkpoint_of_another_version_is_refused_and_stays(tmp_path, handlers):
     assert train_here(tmp_path) == 0
     for each in checkpoints(tmp_path / "run"):
         path = each.folder / "state.json"

@@ -28,7 +28,7 @@ from tests.support.commands import PATIENCE_S, ROOT
 from tests.support.legal_records import law_run, law_run_base
 from tests.support.once import once
 from tests.support.runs import reference
-from tests.support.zygote import ENVIRONMENT
+from tests.support.zygote import usual_environment
 from training.base.console import UserError
 from training.data.chat import assistant, user
 from training.evaluation import chat, export
@@ -284,7 +284,7 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_then_the_program_and_ctrl_d_end
         at_terminal = {"stdin": child, "stdout": child, "stderr": child, "start_new_session": True}
         # What is typed there is a signal only for those whose terminal it is.
         take = partial(fcntl.ioctl, child, termios.TIOCSCTTY, 0)
-        process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, preexec_fn=take, **at_terminal)
+        process = subprocess.Popen(words, cwd=ROOT, env=usual_environment(), preexec_fn=take, **at_terminal)
         os.close(child)
         screen = Screen(parent)
         screen.wait_for("> ")

@@ -263,6 +263,8 @@ def test_rotary_positions_of_every_kind_have_keys_that_both_versions_read(kind, 
 def test_where_transformers_4_has_other_keys_nothing_is_promised():
     rotary = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
     assert older_keys({"model_type": "gemma3_text", "rope_parameters": rotary}) is None
+    capped = {"model_type": "gemma2", "rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}
+    assert older_keys(capped) is not None and older_keys({**capped, "attn_logit_softcapping": 50.0}) is None
     assert older_keys({"model_type": "gemma3", "text_config": {"rope_parameters": rotary}}) is None
     assert older_keys({"model_type": "gpt2"}) == {}
 

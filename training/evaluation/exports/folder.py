@@ -106,8 +106,11 @@ def older_keys(config: dict[str, Any]) -> dict[str, Any] | None:
     """The keys of transformers 4 (4.57.6) for the rotary positions of `config`, a config.json of transformers 5.
 
     None where that is not known here: each kind of layers has positions of its own, or the language model's config is
-    inside that of a larger model.
+    inside that of a larger model. None, too, where scores of attention are capped (Gemma 2): 4.57.6 computes attention
+    by a kernel that leaves the caps out, and no key keeps it from that.
     """
+    if config.get("attn_logit_softcapping"):
+        return None
     rotary = config.get("rope_parameters")
     if rotary is None and "text_config" not in config:
         return {}
