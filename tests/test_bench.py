@@ -118,7 +118,7 @@ NOT_IN_SMOKE = {
 
 
 # What these measure is processes of their own, or takes as long as --quick: they have no smaller size than that.
-NO_SMOKE = ("deepspeed", "resume_time", "wandb_gone", "quality", "qlora")
+NO_SMOKE = ("deepspeed", "resume_time", "wandb_gone", "quality", "qlora", "preparing", "turns")
 
 
 def check(name: str, printed: str, promised: list[str]) -> None:

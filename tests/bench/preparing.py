@@ -32,7 +32,7 @@ from training.base.console import UserError, run_main
 from training.base.files import read_json
 from training.base.processes import family_of
 
-PAIRS, QUICK, SMOKE = 2_000_000, 50, 1000  # as many, or a part of all
+PAIRS, QUICK = 2_000_000, 50  # as many; --quick takes a part of all
 ROWS = (166_758, 79_692, 23_331, 16_000)  # of the published files, in the order of `FILES`
 WORDS, KEPT = 30_000, 5000  # words of each language; pairs whose sentences come again
 LOOKS_PER_S = 4
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("preparing", __doc__, words, data=RECORDS, what="folder with records of DISC-Law-SFT")
-    share = arguments.sized(whole=1, quick=QUICK, smoke=SMOKE)
+    share = arguments.sized(whole=1, quick=QUICK)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         folder = Path(temporary)
         write_pairs(folder / "pairs.tsv", PAIRS // share)

@@ -35,9 +35,7 @@ CHARACTERS = {"equal": (50, 50), "document": (400, 50)}  # of the first question
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("turns", __doc__, words)
-    rounds, steps, shape = arguments.sized(
-        whole=(5, 4, CPU_SHAPE), quick=(1, 1, SMALL_SHAPE), smoke=(1, 1, SMALL_SHAPE)
-    )
+    rounds, steps, shape = arguments.sized(whole=(5, 4, CPU_SHAPE), quick=(1, 1, SMALL_SHAPE))
     figures = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         for kind in CHARACTERS:
