@@ -15,6 +15,7 @@ With -m it runs another command once, whose processes share the work; all that f
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--failure-limit", type=int, default=3, metavar="N", help="crashes in a row without progress (default 3)")
     add("--script", help="module that trains (default: what the config says)")
     arguments, words = parser.parse_known_args(given[:at])
-    if arguments.processes is not None and arguments.processes < 1:
-        raise UserError(f"--processes must be at least 1, got {arguments.processes}")
+    for option, value in (("--processes", arguments.processes), ("--failure-limit", arguments.failure_limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, got {value}")
     _check_place()
     supervisor, command = Supervisor(), given[at + 1 :]
-    if command:
-        if words:
-            raise UserError(f"{words[0]} stands before -m: a command's own words follow its name")
+    if at < len(given):
+        if words or not command:
+            raise UserError(
+                f"there is no option {words[0]}: a command's own words follow its name"
+                if words
+                else "name a module behind -m, as in: launch.run -m training.evaluation.evaluate runs/gpt-base"
+            )
         ending = _once(supervisor, command, arguments.processes)
     else:
         if not words or (words[0].startswith("-") and arguments.script is None):
@@ -60,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _once(supervisor: Supervisor, words: Sequence[str], processes: int | None) -> Ending:
+    try:
+        found = importlib.util.find_spec(words[0])
+    except ModuleNotFoundError:  # nor its package
+        found = None
+    if found is None:
+        raise UserError(f"there is no module {words[0]}")
     count = processes or layout().processes
     return supervisor.run(words, count, threads=threads_of(count))
 
@@ -67,6 +79,8 @@ def _once(supervisor: Supervisor, words: Sequence[str], processes: int | None) -
 def _train(
     supervisor: Supervisor, script: str, words: Sequence[str], processes: int | None, failure_limit: int
 ) -> Ending:
+    from training.engine.run_folder import check_free  # imports torch
+
     options = read_options(script, words)
     chosen = layout(options.batch.micro_batches_per_step, processes)
     say(str(chosen))
@@ -75,6 +89,7 @@ def _train(
         return max(saved_steps(options.run_dir), default=0)
 
     def session() -> Ending:
+        check_free(options.run_dir)
         return supervisor.run([script, *words], chosen.processes, threads=chosen.threads)
 
     return supervisor.run_to_the_end(session, newest_step, failure_limit=failure_limit)

@@ -10,7 +10,6 @@ import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +47,12 @@ def script_of(config: Path) -> str:
     beside them. Raises UserError for any other, which has to be named by whoever starts it.
     """
     values: dict[str, Any] = {}
-    with suppress(UserError):  # whoever reads all of it reports what is wrong with it
+    try:
         values = raw_values([str(config)])
+    except UserError:
+        if not config.is_file():
+            raise
+        # Whoever reads all of it reports what is wrong with it.
     script = meant_for(config, values)
     beside = any((folder / f"{script}.py").is_file() for folder in (_ROOT, Path.cwd()))
     if not re.fullmatch(r"training\.\w+", script) and not (re.fullmatch(r"\w+", script) and beside):
@@ -91,7 +94,10 @@ def read_options(script: str, words: Sequence[str]) -> RunOptions:
     except ModuleNotFoundError as error:
         if error.name is None or not script.startswith(error.name):
             raise  # the script is there, and something that it needs is not
-        raise UserError(f"there is no module {script}: name it by --script, as in --script training.gpt") from None
+        raise UserError(
+            f"there is no training {script}, which is what the config's folder or its key `training` says: name one by "
+            "--script, as in --script training.gpt"
+        ) from None
     for each in found:
         if isinstance(each, type) and issubclass(each, RunOptions) and each.__module__ == script:
             return parse(each, words, prog=f"python -m {script}", about="")[0]

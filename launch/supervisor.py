@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -156,6 +157,12 @@ class Session:
             if rank.poll() is None:
                 rank.send_signal(number if handles(rank.pid, signal.SIGTERM) else signal.SIGTERM)
 
+    def pause(self, number: int) -> None:
+        """Sends SIGSTOP or SIGCONT to the ranks and all that they have started."""
+        for pid in [each for rank in self._ranks if rank.poll() is None for each in family_of(rank.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def kill(self) -> None:
         """Ends all that still runs, and what it has started, at once."""
         alive = [rank.pid for rank in self._ranks if rank.poll() is None]
@@ -199,6 +206,19 @@ class Supervisor:
         for number in _SIGNALS:
             if number != signal.SIGHUP or not is_ignored(number):  # as `nohup` has it
                 signal.signal(number, self._on_signal)
+        if not is_ignored(signal.SIGTSTP):
+            signal.signal(signal.SIGTSTP, self._pause)
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: the ranks, which the terminal does not reach, stand still as long as this process does."""
+        session = self._session
+        if session is not None:
+            session.pause(signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # here it stands still
+        signal.signal(signal.SIGTSTP, self._pause)
+        if session is not None:
+            session.pause(signal.SIGCONT)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
@@ -249,7 +269,8 @@ class Supervisor:
             return Ending("crashed", f"rank {read_ranks().rank * len(ended) + place} {how}")
         if not any(status for _, status in ended):
             return Ending("finished")
-        return Ending("stopped", "" if all(status >= 0 for _, status in ended) else _NOTHING_YET)
+        has_said = any(status in (0, EXIT_RESUMABLE, 130) for _, status in ended)
+        return Ending("stopped", "" if has_said else _NOTHING_YET)
 
     def run_to_the_end(
         self, session: Callable[[], Ending], newest_step: Callable[[], int], *, failure_limit: int
@@ -275,7 +296,7 @@ class Supervisor:
             warn(f"{ending.reason}; starting again from step {step:,} in {format_duration(pause_s)}")
             self._sleep(pause_s)
             if self.asked:
-                return Ending("stopped")
+                return Ending("stopped", f"before the next session, at step {step:,}")
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -79,7 +79,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """What a test starts in this process takes signals over; this gives them back."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGTSTP")
     kept = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
     yield
     for number, handler in kept.items():

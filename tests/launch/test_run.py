@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from launch import run, supervisor
 from launch.supervisor import Ending, Session, Supervisor, layout
-from tests.support.commands import Launch, Started
+from tests.support.commands import PATIENCE_S, Launch, Started
 from tests.support.lives import RUN, SECONDS, assert_all_gone, assert_stopped, resumed_at, wait_until
 from tests.support.runs import (
     assert_only_one_line_is_said,
@@ -24,8 +25,9 @@ from tests.support.runs import (
     reference,
 )
 from tests.support.slurm_cluster import write_config
-from training.base.console import UserError
+from training.base.console import TryLaterError, UserError
 from training.base.processes import children, handles
+from training.engine import run_folder
 from training.engine.status import read_sessions
 
 
@@ -261,7 +263,11 @@ def test_cores_of_a_slurm_job_count_though_the_task_is_not_bound_to_them(monkeyp
         (["configs/gpt/sample.yaml"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "as by torchrun"),
         ([], {}, "name a config file"),
         (["--processes", "0", "-m", "launch.doctor"], {}, "--processes must be at least 1"),
-        (["configs/gpt/sample.yaml", "-m", "launch.doctor"], {}, "stands before -m"),
+        (["--failure-limit", "0", "configs/gpt/sample.yaml"], {}, "--failure-limit must be at least 1"),
+        (["--proc", "1", "-m", "launch.doctor"], {}, "there is no option --proc: .* follow its name"),
+        (["-m"], {}, "name a module behind -m"),
+        (["-m", "no.module"], {}, "there is no module no.module"),
+        (["nothere.yaml"], {}, "there is no config file nothere.yaml"),
     ],
 )
 def test_what_it_does_not_start_is_told_with_what_does(monkeypatch, handlers, words, variables, said):
@@ -269,6 +275,57 @@ def test_what_it_does_not_start_is_told_with_what_does(monkeypatch, handlers, wo
         monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match=said):
         run.main(words)
+
+
+def test_a_folder_in_use_ends_a_second_start_at_once(command, monkeypatch, handlers, capsys):
+    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(Supervisor, "run", lambda *_, **__: pytest.fail("a session was started"))
+    command.run_dir.mkdir()
+    with (command.run_dir / "lock").open("w") as held:
+        held.write("process 7 on there\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TryLaterError, match="is in use by process 7 on there: wait or stop it"):
+            run.main(["--script", "training.gpt", str(command.config)])
+
+
+def test_ctrl_z_makes_the_ranks_stand_still_and_fg_go_on(tmp_path, monkeypatch, handlers):
+    code = "import time, pathlib, os\nwhile True: pathlib.Path(os.environ['RANK']).write_text(str(time.time()))"
+    program(tmp_path, monkeypatch, code)
+    monkeypatch.chdir(tmp_path)
+    session = Session(["program"], 2, dict(os.environ))
+    try:
+        pids = [rank.pid for rank in session._ranks]
+        wait_for(lambda: (tmp_path / "1").exists() and (tmp_path / "0").exists())
+        supervisor_, stopped = Supervisor(), []
+        supervisor_._session = session
+
+        def stand_still(pid: int, number: int) -> None:
+            if pid == os.getpid():
+                wait_for(lambda: all(state_of(each) == "T" for each in pids))
+                stopped.append(number)
+            else:
+                kill(pid, number)
+
+        kill = os.kill
+        monkeypatch.setattr(os, "kill", stand_still)
+        supervisor_._pause(signal.SIGTSTP, None)
+        assert stopped == [signal.SIGTSTP] and signal.getsignal(signal.SIGTSTP) == supervisor_._pause
+        wait_for(lambda: all(state_of(each) != "T" for each in pids))
+    finally:
+        monkeypatch.undo()
+        session.kill()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    limit = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
 
 
 def test_under_srun_each_node_starts_its_part_of_the_ranks(tmp_path, monkeypatch, handlers):

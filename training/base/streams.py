@@ -48,6 +48,8 @@ def guard_outputs(*, is_needed: bool) -> None:
             os.fstat(number)
         except OSError:  # closed: the next file that anybody opens would be taken for it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdin is None:  # it was closed
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = _guarded(1, sys.stdout, is_needed=is_needed)
     sys.stderr = _guarded(2, sys.stderr, is_needed=False)
 

@@ -165,18 +165,31 @@ class RunFolder:
     def _take_lock(self) -> None:
         """Takes the right to write here, kept until `close`."""
         self._lock = file = open_in_place(self.run_dir / "lock")
-        end = time.monotonic() + _LOCK_PATIENCE_S
-        while not lock(file):
-            if time.monotonic() > end:
-                file.seek(0)
-                holders = file.readall().decode("utf-8", "replace").splitlines()
-                raise TryLaterError(
-                    f"{self.run_dir} is in use by {holders[-1] if holders else 'another process'}: wait or stop it "
-                    f"(touch {self.run_dir}/STOP), or choose another --run_dir; nothing was changed"
-                )
-            time.sleep(0.2)
+        _wait_for(file, self.run_dir)
         if os.fstat(file.fileno()).st_nlink == 1:  # else it is another file's name, too
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def check_free(run_dir: Path) -> None:
+    """Raises TryLaterError where another process writes to the folder."""
+    with suppress(OSError):  # whoever is to write there says what is wrong with it
+        if (run_dir / "lock").exists():
+            with open_in_place(run_dir / "lock") as file:
+                _wait_for(file, run_dir)
+
+
+def _wait_for(file: FileIO, run_dir: Path) -> None:
+    """Locks the file, or says who has it. Raises TryLaterError."""
+    end = time.monotonic() + _LOCK_PATIENCE_S
+    while not lock(file):
+        if time.monotonic() > end:
+            file.seek(0)
+            holders = file.readall().decode("utf-8", "replace").splitlines()
+            raise TryLaterError(
+                f"{run_dir} is in use by {holders[-1] if holders else 'another process'}: wait or stop it "
+                f"(touch {run_dir}/STOP), or choose another --run_dir; nothing was changed"
+            )
+        time.sleep(0.2)
 
 
 def has_another_length(run_dir: Path, asked: OptimOptions) -> bool:

@@ -31,7 +31,7 @@ from training.engine.precision import PrecisionName
 from training.evaluation.runs import QLORA, TRANSLATION, kind_of
 from training.evaluation.setting import NEW_TOKENS, OptionsOf, add_model_options, add_search_options, search_of
 
-_COMMAND = re.compile(r"/[a-z]+")  # as a line; a question may begin with a path
+_COMMAND = re.compile(r"/[a-z]+|/(base|new)\b.*", re.IGNORECASE)  # as a line; a question may begin with a path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +141,8 @@ def _translations(arguments: Namespace, cluster: Cluster) -> None:
         sheet = trained.decoder.attention(*last, trained.source_tokenizer, trained.target_tokenizer)
         if sheet is None:
             raise UserError("there is no map: no attention, several models, or a sentence longer than the context")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
         with writing_to(path, "/attention"):
             write_atomically(path, sheet.svg())
 

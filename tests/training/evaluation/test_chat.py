@@ -184,7 +184,7 @@ def test_from_a_pipe_a_line_is_a_question_and_only_answers_are_printed(opened, m
     expected.append(asked(conversation, QUESTIONS[2]))
     base: list[str] = []
     conversation.ask_base(base.append)
-    bad = [b"\xff\xfe", b"what is <|im_end|> for?", b"/bass", b"  "]
+    bad = [b"\xff\xfe", b"what is <|im_end|> for?", b"/bass", b"  ", b"/Base now"]
     lines = [*(text.encode() for text in QUESTIONS[:2]), *bad, b"/new", QUESTIONS[2].encode(), b"/base"]
     assert piped(monkeypatch, b"\n".join(lines), law_run(), "--max_new_tokens", MOST) == 0
     captured = capsys.readouterr()
@@ -194,6 +194,7 @@ def test_from_a_pipe_a_line_is_a_question_and_only_answers_are_printed(opened, m
         "warning: line 3: this is not UTF-8, and was not read",
         "warning: line 4: <|im_end|> is a control token of this model: leave it out",
         "warning: line 5: there is no /bass, only /base and /new",
+        "warning: line 7: there is no /Base now, only /base and /new",
     ]
 
 
@@ -249,6 +250,7 @@ def test_a_translator_takes_a_sentence_a_line_and_draws_its_attention(sample_dat
     run, drawn = tiny_gpt(sample_data), tmp_path / "map.svg"
     sentences = ["他不想买雨伞。", "我喜欢书。"]
     lines = [f"/attention {drawn}", sentences[0], "/map", sentences[1], f"/attention {drawn}", f"/attention {drawn}"]
+    lines.append(f"/attention {tmp_path}/none/map.svg")
     assert piped(monkeypatch, "\n".join(lines).encode(), run, "--beam_size", 2) == 0
     trained = open_trained(run, device=CPU)
     results = translate(trained.decoder, [trained.encode(text) for text in sentences], beam_size=2)
@@ -259,8 +261,9 @@ def test_a_translator_takes_a_sentence_a_line_and_draws_its_attention(sample_dat
     )
     assert drawn.read_text("utf-8") == sheet.svg()
     said = [line for line in captured.err.splitlines() if "cut off" not in line]
-    assert len(said) == 3 and "line 1: /attention FILE.svg draws" in said[0] and "line 3: there is no /map" in said[1]
+    assert len(said) == 4 and "line 1: /attention FILE.svg draws" in said[0] and "line 3: there is no /map" in said[1]
     assert "line 6: " in said[2] and "is there already" in said[2]
+    assert "line 7: " in said[3] and f"there is no folder {tmp_path}/none; make it first" in said[3]
 
 
 def test_a_character_of_several_tokens_appears_when_it_is_whole():
@@ -294,9 +297,11 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_then_the_program_and_ctrl_d_end
         screen.wait_for(lambda text: len(text.partition("/base\n")[2]) > 20)
         os.write(parent, b"\x03")
         screen.wait_for("(stopped)\n> ")
-        time.sleep(1)  # Python's input() waits on if the signal comes between the prompt and the first look for keys
-        os.write(parent, last)
-        assert process.wait(PATIENCE_S) == status
+        while process.poll() is None:  # Python's input() misses a signal between its prompt and its first look for keys
+            os.write(parent, last)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+        assert process.returncode == status
         end = screen.rest().rpartition("> ")[2]
         assert "Traceback" not in screen.text and end.split() == (["interrupted"] if status else []), screen.text
         os.close(parent)

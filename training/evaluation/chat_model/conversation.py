@@ -95,6 +95,8 @@ def _about(folder: Path) -> dict[str, Any]:
         about = dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file: name a run's folder, or that of an export") from None
     except (OSError, ValueError):
         raise UserError(f"{folder / ABOUT} cannot be read: export the run again") from None
     if about.get("kind") == "gguf":
