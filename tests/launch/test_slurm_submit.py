@@ -186,7 +186,7 @@ def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_d
     run_dir = config.parents[1] / "run"
     result = submission(
         *(config, "--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "5", "--chain", 3, "--no-preflight"),
-        accidents=(SLOW, hold_at(5)),
+        accidents=({**SLOW, "seconds": 0.25}, hold_at(5)),  # time for the signal to arrive
     )
     jobs = submitted(result)
     assert "2 ranks on 1 node(s)" in result.out and "a chain of 3" in result.out
