@@ -24,7 +24,7 @@ from launch.scripts import read_options, script_of
 from launch.supervisor import Ending, Supervisor, layout, threads_of
 from training.base.console import TryLaterError, UserError, run_main, say
 from training.base.environment import job_nodes, read_ranks
-from training.base.options import CommandLine
+from training.base.options import CommandLine, raw_values
 from training.engine.status import saved_steps
 
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words or (words[0].startswith("-") and arguments.script is None):
             raise UserError("name a config file first, as in: python -m launch.run configs/gpt/sample.yaml")
         _check_alone(words)
+        if not words[0].startswith("-") and not Path(words[0]).is_file():
+            raw_values(words[:1])  # says so, with what is near
         script = arguments.script or script_of(Path(words[0]))
         ending = _train(supervisor, script, words, arguments.processes, arguments.failure_limit)
     if ending.outcome == "crashed":

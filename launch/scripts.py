@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +48,8 @@ def script_of(config: Path) -> str:
     beside them. Raises UserError for any other, which has to be named by whoever starts it.
     """
     values: dict[str, Any] = {}
-    try:
+    with suppress(UserError):  # whoever reads all of it reports what is wrong with it
         values = raw_values([str(config)])
-    except UserError:
-        if not config.is_file():
-            raise
-        # Whoever reads all of it reports what is wrong with it.
     script = meant_for(config, values)
     beside = any((folder / f"{script}.py").is_file() for folder in (_ROOT, Path.cwd()))
     if not re.fullmatch(r"training\.\w+", script) and not (re.fullmatch(r"\w+", script) and beside):
