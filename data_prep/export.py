@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.base.console import UserError, run_main, say
-from training.base.files import open_atomically, writing_to
+from training.base.files import check_folder_of, open_atomically, writing_to
 from training.base.options import CommandLine
 from training.base.progress import Progress
 from training.data.conversations import Messages, open_conversations
@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file to make")
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    check_folder_of(output)
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it, for example {output / 'train.jsonl'}")
     data = open_conversations(arguments.prepared)

@@ -35,7 +35,7 @@ from data_prep.preparing import (
     versions,
     write_meta,
 )
-from data_prep.shards import cores, in_own_process
+from data_prep.shards import in_own_process
 from data_prep.sources import Source, address_of, download_of, open_source
 from data_prep.splits import (
     TEST_SHARE,
@@ -49,6 +49,7 @@ from data_prep.splits import (
 )
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration
+from training.base.environment import cores_seen
 from training.base.files import nearest_folder, publish_folder, temporary_folder, writing_to
 from training.base.options import Options, Revision, differing_keys, parse
 from training.data.languages import Language, LanguageCode, language_of
@@ -129,7 +130,7 @@ class PairOptions(Options):
         0.01, ge=0, le=1, description="refuse a source with more lines that are no pair than this share"
     )
     seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
-    workers: int = Field(cores(), ge=1, description="processes that read and tokenise; by default one per core")
+    workers: int = Field(cores_seen(), ge=1, description="processes that read and tokenise; by default one per core")
     overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.layouts import Keys, is_turn, is_turns
 from data_prep.packing import open_unpacked, packing_of
-from data_prep.records import Lines, Malformed, SourceFile, kind_of
+from data_prep.records import Lines, Malformed, SourceFile, decoded, kind_of
 from training.base.console import UserError
 from training.base.files import check_there, nearest_folder, sha256_of
 
@@ -229,7 +229,10 @@ def _values_of(file: RecordFile, keys: Keys) -> Iterator[tuple[int, Any, str]]:
         if file.form == "csv":
             yield from _csv_rows(opened, file)
         elif file.form == "text":
-            yield 1, _document(opened.read()), ""
+            try:
+                yield 1, {"text": decoded(opened.read().removeprefix(codecs.BOM_UTF8))}, ""
+            except Malformed as error:
+                yield 1, error, ""
         else:
             yield from _Values(opened, keys)
 
@@ -244,13 +247,6 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is a damaged Parquet file ({error}): fetch it again") from None
-
-
-def _document(content: bytes) -> Any:
-    try:
-        return {"text": content.decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        return Malformed(f"not UTF-8 (byte {error.start + 1}); of GBK, `iconv -f GB18030 -t UTF-8` makes it")
 
 
 def _csv_rows(opened: IO[bytes], file: RecordFile) -> Iterator[tuple[int, Any, str]]:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.preparing import sha256_of_json
-from data_prep.shards import cores
+from training.base.environment import cores_seen
 from training.base.options import Options, Pairs
 from training.data.chat import Message, TextTokenizer, load_chat_tokenizer
 
@@ -47,7 +47,7 @@ class ConversationOptions(Options):
         0.01, ge=0, le=1, description="refuse a source with more lines that are no record than this share"
     )
     seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
-    workers: int = Field(cores(), ge=1, description="processes that read and tokenise; by default one per core")
+    workers: int = Field(cores_seen(), ge=1, description="processes that read and tokenise; by default one per core")
     overwrite: bool = Field(False, description="replace an output that was made with other options or another source")
 
     def load_tokenizer(self) -> TextTokenizer:
@@ -226,12 +226,18 @@ class Corpus(ABC, Generic[RecordT, FileT]):
         return None
 
 
+def decoded(content: bytes) -> str:
+    """Its text. Raises Malformed."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8 (byte {error.start + 1}); of GBK, `iconv -f GB18030 -t UTF-8` makes it") from None
+
+
 def json_value(line: bytes) -> Any:
     """What a line holds. Raises Malformed."""
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Malformed(f"not UTF-8 (byte {error.start + 1}); of GBK, `iconv -f GB18030 -t UTF-8` makes it") from None
+        return json.loads(decoded(line))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {error}") from None
 

@@ -42,11 +42,6 @@ _KEY = "key.json"
 JOBS_WAITING = 4  # for each process, done or not
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Workers:
     """So many processes that apply a function to jobs; with one, this process does it itself.
 

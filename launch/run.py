@@ -44,12 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_place()
     supervisor, command = Supervisor(), given[at + 1 :]
     if at < len(given):
-        if words or not command:
-            raise UserError(
-                f"there is no option {words[0]}: a command's own words follow its name"
-                if words
-                else "name a module behind -m, as in: launch.run -m training.evaluation.evaluate runs/gpt-base"
-            )
+        if words:
+            wrong = f"there is no option {words[0]}" if words[0].startswith("-") else f"{words[0]} stands before -m"
+            raise UserError(f"{wrong}: a command's own words follow its name")
+        if not command:
+            raise UserError("name a module behind -m, as in: launch.run -m training.evaluation.evaluate runs/gpt-base")
         ending = _once(supervisor, command, arguments.processes)
     else:
         if not words or (words[0].startswith("-") and arguments.script is None):

@@ -31,7 +31,7 @@ from typing import Literal
 
 from training.base.console import is_ignored, warn
 from training.base.durations import format_duration
-from training.base.environment import LAUNCHER, cores, read_ranks, relay_error_file
+from training.base.environment import LAUNCHER, cores, cores_seen, read_ranks, relay_error_file
 from training.base.files import read_plain
 from training.base.processes import family_of, handles, kill_all
 from training.engine.status import EXIT_RESUMABLE
@@ -85,7 +85,7 @@ def layout(micro_batches: int | None = None, processes: int | None = None) -> La
 def threads_of(processes: int) -> int | None:
     """How many threads each of so many processes here is to have; None where one may use all that it sees."""
     share = max(1, cores() // processes)
-    return None if share == len(os.sched_getaffinity(0)) else share
+    return None if share == cores_seen() else share
 
 
 def free_port() -> int:
@@ -159,16 +159,19 @@ class Session:
 
     def pause(self, number: int) -> None:
         """Sends SIGSTOP or SIGCONT to the ranks and all that they have started."""
-        for pid in [each for rank in self._ranks if rank.poll() is None for each in family_of(rank.pid)]:
+        for pid in self._family():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def kill(self) -> None:
         """Ends all that still runs, and what it has started, at once."""
-        alive = [rank.pid for rank in self._ranks if rank.poll() is None]
-        kill_all(each for pid in alive for each in family_of(pid))
+        kill_all(self._family())
         for rank in self._ranks:
             rank.wait()
+
+    def _family(self) -> list[int]:
+        """The process ids of the ranks that still run, and of all that they have started."""
+        return [each for rank in self._ranks if rank.poll() is None for each in family_of(rank.pid)]
 
     def wait(self, look: Callable[[], None]) -> list[tuple[int, int]]:
         """Each rank's place and exit status, in the order in which they ended. look: called all the while."""

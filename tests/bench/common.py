@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from training.base.console import UserError, say
-from training.base.environment import keep_freed_memory
+from training.base.environment import cores_seen, keep_freed_memory
 from training.base.options import FLAG, CommandLine, parse
 from training.data.prepared import Prepared, PreparedFolder, open_prepared
 from training.engine.metrics import read_metrics
@@ -588,15 +588,14 @@ class Figure:
 
 def report(bench: str, arguments: Arguments, figures: Sequence[Figure], **more: Any) -> None:
     """Prints the figures as a table, then as one JSON object on the last line."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     smoke = " --smoke: speeds mean nothing" if arguments.smoke else ""
-    say(f"\n{bench}: data {arguments.about_data}; {cores} cores, torch {torch.__version__}{smoke}")
+    say(f"\n{bench}: data {arguments.about_data}; {cores_seen()} cores, torch {torch.__version__}{smoke}")
     rows = [(figure.name, show(figure.value), figure.target, figure.meaning) for figure in figures]
     rows.insert(0, ("figure", "value", "target", "meaning"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, value, target, meaning in rows:
         say(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {target:<{widths[2]}}  {meaning}")
-    about = {"bench": bench, "quick": arguments.quick, "data": Path(arguments.data).name, "cores": cores}
+    about = {"bench": bench, "quick": arguments.quick, "data": Path(arguments.data).name, "cores": cores_seen()}
     if arguments.smoke:
         about["smoke"] = True
     versions = {"python": platform.python_version(), "torch": torch.__version__}

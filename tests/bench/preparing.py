@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from data_prep.disc_law_records import FILES
 from tests.bench.common import Arguments, Figure, environment, read_arguments, report
-from tests.bench.qlora import RECORDS, TOKENIZER, sample_records, sentences_of
+from tests.bench.qlora import RECORDS, TOKENIZER, drawn_text, sample_records, sentences_of
 from training.base.console import UserError, run_main
 from training.base.files import read_json
 from training.base.processes import family_of
@@ -146,10 +146,7 @@ def write_records(folder: Path, arguments: Arguments, share: int) -> Path:
     sentences = sentences_of(source)
 
     def text(mean: int) -> str:
-        length, drawn = mean * dice.lognormvariate(-0.1, 0.45), ""  # of mean 1
-        while len(drawn) < length:
-            drawn += dice.choice(sentences)
-        return drawn[: int(length)]
+        return drawn_text(dice, sentences, int(mean * dice.lognormvariate(-0.1, 0.45)))  # of mean 1
 
     folder.mkdir()
     for published, rows in zip(FILES, ROWS, strict=True):

@@ -133,6 +133,14 @@ def sentences_of(folder: Path) -> list[str]:
     return sorted({part for each in records for part in re.findall(r"[^。]+。?", each["input"] + each["output"])})
 
 
+def drawn_text(dice: random.Random, sentences: Sequence[str], length: int) -> str:
+    """So many characters of sentences drawn one after the other."""
+    drawn = ""
+    while len(drawn) < length:
+        drawn += dice.choice(sentences)
+    return drawn[:length]
+
+
 def prepare_records(arguments: Arguments, folder: Path) -> Conversations:
     """The records, tokenised by Qwen2.5's tokenizer; the sample's by its own."""
     if arguments.data == "sample":

@@ -21,6 +21,7 @@ from tests.bench.common import workers as started_workers
 from tests.bench.qlora import (
     CPU_SHAPE,
     SMALL_SHAPE,
+    drawn_text,
     make_base,
     sample_records,
     sentences_of,
@@ -62,16 +63,10 @@ def prepare(arguments: Arguments, folder: Path, kind: str, learn: str) -> Conver
     dice, (first, other) = random.Random(1), CHARACTERS[kind]
     sentences = sentences_of(sample)
 
-    def text(length: int) -> str:
-        drawn = ""
-        while len(drawn) < length:
-            drawn += dice.choice(sentences)
-        return drawn[:length]
-
     lines = []
     for _ in range(arguments.sized(whole=400, quick=60)):
         turns = [
-            {"role": role, "content": text(other if place or role == "assistant" else first)}
+            {"role": role, "content": drawn_text(dice, sentences, other if place or role == "assistant" else first)}
             for place in range(TURNS)
             for role in ("user", "assistant")
         ]

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 
 from launch import run, supervisor
 from launch.supervisor import Ending, Session, Supervisor, layout
-from tests.support.commands import PATIENCE_S, Launch, Started
-from tests.support.lives import RUN, SECONDS, assert_all_gone, assert_stopped, resumed_at, wait_until
+from tests.support.commands import Launch, Started
+from tests.support.lives import RUN, SECONDS, assert_all_gone, assert_stopped, resumed_at, wait_for, wait_until
 from tests.support.runs import (
     assert_only_one_line_is_said,
     assert_same_model,
@@ -264,6 +264,7 @@ def test_cores_of_a_slurm_job_count_though_the_task_is_not_bound_to_them(monkeyp
         ([], {}, "name a config file"),
         (["--processes", "0", "-m", "launch.doctor"], {}, "--processes must be at least 1"),
         (["--failure-limit", "0", "configs/gpt/sample.yaml"], {}, "--failure-limit must be at least 1"),
+        (["configs/gpt/sample.yaml", "-m", "launch.doctor"], {}, "stands before -m"),
         (["--proc", "1", "-m", "launch.doctor"], {}, "there is no option --proc: .* follow its name"),
         (["-m"], {}, "name a module behind -m"),
         (["-m", "no.module"], {}, "there is no module no.module"),
@@ -319,13 +320,6 @@ def test_ctrl_z_makes_the_ranks_stand_still_and_fg_go_on(tmp_path, monkeypatch, 
 
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    limit = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def test_under_srun_each_node_starts_its_part_of_the_ranks(tmp_path, monkeypatch, handlers):

@@ -127,6 +127,14 @@ def wait_until(started: Started, condition: Callable[[], object], what: str, pat
         time.sleep(0.01)
 
 
+def wait_for(happened: Callable[[], object]) -> None:
+    """Waits for what takes a moment, without a command that may end meanwhile."""
+    end = time.monotonic() + SECONDS
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def assert_all_gone(started: Started) -> None:
     """Nothing of the command is left, or only for a few seconds more."""
     end = time.monotonic() + SECONDS

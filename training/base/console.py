@@ -168,8 +168,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def tell_launcher(message: str, *, to_mend: bool) -> None:
     """Leaves an error where the launcher looks for it.
 
-    torchrun ends its long report with the same line. to_mend: whether the user has to mend it first, so that the batch
-    scripts of slurm/ do not start the run again.
+    torchrun ends its long report with the same line. to_mend: whether the user has to mend it first, so that
+    neither `launch.run` nor the batch scripts of slurm/ start the run again.
     """
     if to_mend and (path := relay_error_file()) is not None:
         with contextlib.suppress(OSError):

@@ -206,11 +206,15 @@ def job_nodes() -> int:
     return int(os.environ.get("SLURM_NNODES", "1")) if job_id() is not None else 1
 
 
+def cores_seen() -> int:
+    """How many CPU cores the system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores() -> int:
-    """How many CPU cores this process may use, which SLURM may say without binding it to them."""
+    """How many of them are meant for it, which SLURM may say without binding it to them."""
     said = os.environ.get("SLURM_CPUS_PER_TASK", "") if job_id() is not None else ""
-    seen = len(os.sched_getaffinity(0))
-    return min(int(said), seen) if said.isdigit() and int(said) else seen
+    return min(int(said), cores_seen()) if said.isdigit() and int(said) else cores_seen()
 
 
 def gpus_of_node() -> int | None:
@@ -246,7 +250,7 @@ def torchrun_error_file() -> Path | None:
 
 
 def relay_error_file() -> Path | None:
-    """Where the batch scripts of slurm/ and a Kaggle session look for an error that the user has to mend."""
+    """Where `launch.run` and the batch scripts of slurm/ look for an error that the user has to mend."""
     path = os.environ.get("RELAY_ERROR_FILE")
     return Path(path) if path else None
 

@@ -294,6 +294,12 @@ def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
     return True
 
 
+def check_folder_of(path: Path, option: str = "--output") -> None:
+    """Raises UserError where the folder is not there in which the file `path` is to be made; option: what names it."""
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first")
+
+
 def nearest_folder(path: Path) -> str:
     """What to add to the message that there is no folder `path`: where a link leads, a name nearly the same, or ""."""
     if (link := dangling(path)) is not None:

@@ -20,16 +20,21 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
 
 from training.base.console import UserError, run_main, say, say_part, warn
-from training.base.files import write_atomically, writing_to
+from training.base.files import check_folder_of, write_atomically, writing_to
 from training.base.options import CommandLine
 from training.data.text import split_lines
 from training.engine.cluster import Cluster
-from training.engine.precision import PrecisionName
 from training.evaluation.runs import QLORA, TRANSLATION, kind_of
-from training.evaluation.setting import NEW_TOKENS, OptionsOf, add_model_options, add_search_options, search_of
+from training.evaluation.setting import (
+    NEW_TOKENS,
+    OptionsOf,
+    add_base_options,
+    add_model_options,
+    add_search_options,
+    search_of,
+)
 
 _COMMAND = re.compile(r"/[a-z]+|/(base|new)\b.*", re.IGNORECASE)  # as a line; a question may begin with a path
 
@@ -41,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_answers, of_translations = OptionsOf(QLORA, parser), OptionsOf(TRANSLATION, parser)
     of_answers.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
     of_answers.add_argument("--max_new_tokens", type=int, metavar="N", help=f"of an answer (default {NEW_TOKENS})")
-    of_answers.add_argument("--base_model", metavar="FOLDER", help="where the base model is (default: where it was)")
-    of_answers.add_argument(
-        "--precision", choices=get_args(PrecisionName), help="to compute in (default: as the run was told)"
-    )
+    add_base_options(of_answers)
     add_search_options(of_translations)
     arguments = parser.parse_args(argv)
     folder = arguments.run_dir
@@ -141,8 +143,7 @@ def _translations(arguments: Namespace, cluster: Cluster) -> None:
         sheet = trained.decoder.attention(*last, trained.source_tokenizer, trained.target_tokenizer)
         if sheet is None:
             raise UserError("there is no map: no attention, several models, or a sentence longer than the context")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        check_folder_of(path, "/attention")
         with writing_to(path, "/attention"):
             write_atomically(path, sheet.svg())
 

@@ -18,18 +18,17 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from training.base.console import run_main
 from training.base.environment import without_local_rank
 from training.base.options import CommandLine
 from training.data.prepared import PARTS
 from training.engine.cluster import Cluster
-from training.engine.precision import PrecisionName
 from training.evaluation.runs import QLORA, TRANSLATION, kind_of
 from training.evaluation.setting import (
     OptionsOf,
     add_asking_options,
+    add_base_options,
     add_model_options,
     add_search_options,
     asking_of,
@@ -45,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, default="test", help="default test")
     of_translations, of_answers = OptionsOf(TRANSLATION, parser), OptionsOf(QLORA, parser)
     add_search_options(of_translations)
-    of_answers.add_argument("--base_model", metavar="FOLDER", help="where the base model is (default: where it was)")
-    of_answers.add_argument(
-        "--precision", choices=get_args(PrecisionName), help="to compute in (default: as the run was told)"
-    )
+    add_base_options(of_answers)
     add_asking_options(of_answers)
     arguments = parser.parse_args(without_local_rank(sys.argv[1:] if argv is None else argv))
     kind = kind_of(arguments.run_dir)

@@ -13,10 +13,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from training.base.console import UserError
 from training.data.prepared import PARTS, PreparedFolder
+from training.engine.precision import PrecisionName
 from training.evaluation.runs import TrainedRun
 from training.models.decoding import check_search
 
@@ -186,6 +187,14 @@ def search_of(arguments: argparse.Namespace) -> Search:
     if search.beam_size == 1:
         raise UserError("--length_penalty has no effect on greedy decoding: add --beam_size 5, or leave it out")
     return search
+
+
+def add_base_options(parser: argparse.ArgumentParser | OptionsOf) -> None:
+    """The options of adapters: their base model, and the type in which both are computed."""
+    parser.add_argument("--base_model", metavar="FOLDER", help="where the base model is (default: where it was)")
+    parser.add_argument(
+        "--precision", choices=get_args(PrecisionName), help="to compute in (default: as the run was told)"
+    )
 
 
 def add_asking_options(parser: argparse.ArgumentParser | OptionsOf) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from training.base.console import UserError, run_main, say, warn
-from training.base.files import open_atomically, writing_to
+from training.base.files import check_folder_of, open_atomically, writing_to
 from training.base.options import CommandLine
 from training.data.text import encoding_advice, split_lines
 from training.data.tokenizers import UNK
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for translation in translations:
                 say(translation)
             return 0
-        folder = arguments.output.parent
-        if not folder.is_dir():
-            raise UserError(f"--output {arguments.output}: there is no folder {folder}; make it first")
+        check_folder_of(arguments.output)
         with writing_to(arguments.output), open_atomically(arguments.output) as output:
             for translation in translations:
                 output.write(translation.encode() + b"\n")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 
-from tests.support.lives import SECONDS
+from tests.support.lives import wait_for
 from training.base.environment import Ranks
 from training.engine import notices
 from training.engine.cluster import Watcher
@@ -72,13 +72,6 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     cloud.answers = {**AWS, **AZURE, **taken, "GET /computeMetadata/v1/instance/preempted": "TRUE"}
     wait_for(lambda: not any(thread.name == "notices" for thread in threading.enumerate()))
     cloud.server.shutdown()
-
-
-def wait_for(happened: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def event(kind: str, *names: str) -> str:

@@ -22,6 +22,7 @@ from training.engine.precision import Precision, PrecisionName, choose_precision
 from training.evaluation.chat_model.adapters import open_adapters
 from training.evaluation.chat_model.streaming import Speaker, Text
 from training.evaluation.chat_model.unpacking import unpack_where_there_is_room
+from training.evaluation.exports.folder import ABOUT
 from training.models.base_model import (
     CONFIG,
     QuantisationOptions,
@@ -34,8 +35,6 @@ from training.qlora import COMPUTE_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ABOUT = "export.json"
 
 
 @dataclass(frozen=True)
