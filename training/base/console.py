@@ -110,6 +110,7 @@ def run_main(main: Callable[[], int | None], *, prints_product: bool = False) ->
             )
         status = 75
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pressed twice
         if speaks():
             say_as_any_rank("interrupted")
         status = 130

@@ -67,18 +67,25 @@ def test_a_program_that_was_told_to_leave_says_just_that(meanwhile: str, tmp_pat
     assert "stopped by signal SIGTERM" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_program_that_has_ended_is_not_disturbed_by_a_launcher_that_ends_the_other_ranks(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("number", "ends_by", "status", "said"),
+    [
+        pytest.param("SIGTERM", "UserError('what is wrong')", 1, "error: what is wrong\n", id="other ranks have to go"),
+        pytest.param("SIGINT", "KeyboardInterrupt", 130, "interrupted\n", id="Ctrl-C is pressed twice"),
+    ],
+)
+def test_a_program_that_has_ended_is_not_disturbed_by(number: str, ends_by: str, status: int, said: str):
     script = (
         "import atexit, os, signal\n"
         "from training.base.console import UserError, run_main\n"
         "def main():\n"
-        "    atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
-        "    raise UserError('what is wrong')\n"
+        f"    atexit.register(os.kill, os.getpid(), signal.{number})\n"
+        f"    raise {ends_by}\n"
         "run_main(main)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (1, "error: what is wrong\n")
+    assert (result.returncode, result.stderr) == (status, said)
 
 
 def test_evaluation_told_to_stop_ends_all_ranks_without_a_report(launch: Launch, sample_data, tmp_path):
