@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from training.engine.cluster import Cluster
-from training.engine.precision import gpu_of
+from training.engine.precision import has_bf16
 
 MOMENTUM = 0.95
 
@@ -102,10 +102,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """U S' V^T of a `matrix` U S V^T, the singular values S' near 1 (see `_COEFFICIENTS`), by Newton-Schulz iterations.
 
-    In bf16 on a GPU that has it, else in fp32; the result is fp32.
+    In bf16 where the device has it, else in fp32; the result is fp32.
     """
-    gpu, (a, b, c) = gpu_of(matrix.device), _COEFFICIENTS
-    x = matrix.bfloat16() if gpu is not None and gpu.has_bf16 else matrix.float()
+    a, b, c = _COEFFICIENTS
+    x = matrix.bfloat16() if has_bf16(matrix.device) else matrix.float()
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T

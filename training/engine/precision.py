@@ -45,6 +45,14 @@ def gpu_of(device: torch.device) -> GPU | None:
     return GPU(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bf16, not only emulates it."""
+    if gpu := gpu_of(device):
+        return gpu.has_bf16
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @dataclass(frozen=True)
 class Precision:
     """A format and the reason for it."""
