@@ -152,6 +152,17 @@ def word_marks() -> str:
     return "\u200c\u200d" + "".join(mark for mark in marks if unicodedata.category(mark) in ("Mn", "Mc"))
 
 
+class TooManyCharacters(UserError):
+    """A vocabulary has no room for the characters of its text. advised_size: one that has."""
+
+    def __init__(self, vocabulary_size: int, characters: int):
+        self.advised_size = characters * 2
+        super().__init__(
+            f"--vocabulary_size {vocabulary_size} has no room for the {characters} characters of the training text; "
+            f"pass at least {self.advised_size}"
+        )
+
+
 class SentencePieceTokenizer(Tokenizer):
     """Byte-pair pieces by sentencepiece; decoding gives the text back as it was, character by character."""
 
@@ -199,10 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             if not needed:
                 raise
-            raise UserError(
-                f"--vocabulary_size {vocabulary_size} has no room for the {needed[1]} characters of the training text; "
-                f"pass at least {int(needed[1]) * 2}"
-            ) from None
+            raise TooManyCharacters(vocabulary_size, int(needed[1])) from None
         return model.getvalue()
 
     @property
