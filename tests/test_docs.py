@@ -1,4 +1,4 @@
-"""README and docs/: every link leads somewhere, and every command is run on small data, or is one that can be given.
+"""README, docs/ and configs: every link leads somewhere, every command is run on small data, or can be given as it is.
 
 Whoever copies the README's commands in their order, from an empty machine, gets what it says. A command of another page
 goes through its own options, and its config must be there; the rest names the test that runs it, or why none does.
@@ -26,6 +26,7 @@ from training.base.options import CommandLine, parse
 
 README, CHINESE = ROOT / "README.md", ROOT / "docs/README.zh.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 PROGRAMS = (
     *("python", "bash", "source", "torchrun", "deepspeed", "srun", "sbatch", "pip", "git", "hf", "wandb", "cp", "for"),
     *("ollama", "vllm", "lm_eval", "llama-cli"),
@@ -34,7 +35,7 @@ PROGRAMS = (
 # Commands that are not run here, by how they begin: the test that runs them, or why none does.
 ELSEWHERE = {
     "bash launch/quickstart.sh": "tests/launch/test_scripts.py",
-    "bash tests/run.sh": "tests/launch/test_scripts.py",
+    "bash tests/run.sh": "runs this very test",
     "source .venv/bin/activate": "the tests run in an environment",
     "python -m launch.prove": "tests/launch/test_prove.py",
     "python -m launch.slurm": "tests/launch/test_slurm_submit.py",
@@ -51,7 +52,7 @@ ELSEWHERE = {
     "deepspeed": "tests/launch/test_launchers.py",
     "srun": "tests/launch/test_launchers.py",
     "sbatch": "tests/launch/test_slurm_job.py",
-    "for ": "tests/launch/test_slurm_submit.py",
+    "for ": "are loops of commands for SLURM",
     "wandb": "tests/training/engine/test_wandb.py",
     "git log": "reads the history",
     "pip install": "asks the package index",
@@ -71,8 +72,10 @@ SHORT = ("--optim.steps", "4", "--optim.warmup_steps", "1", "--log.generate_samp
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands of a page in their order: of indented blocks, and within sentences and tables."""
+    """The commands of a page in their order: of indented blocks, in sentences and tables, in comments of configs."""
     text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    if page.suffix == ".yaml":
+        return [" ".join(each.split()) for each in re.findall(r"^# +(python -m .*)$", text.replace("\\\n#", " "), re.M)]
     text = re.sub(r"(\n {4,}for .*?)\n {4,}done", lambda loop: loop[1].replace("\n", " ") + "; done", text, flags=re.S)
     text = text.replace("\\\n", " ")
     found = []
@@ -138,9 +141,8 @@ def test_every_page_is_named_in_the_readme_and_every_test_that_runs_a_command_is
 
 def test_the_chinese_readme_has_the_same_commands_and_figures():
     assert commands_of(CHINESE) == commands_of(README)
-    table = re.compile(r"\d[\d.,]*")
-    for page in (README, CHINESE):
-        assert "0.17" in table.findall(page.read_text("utf-8"))
+    figures = [sorted(re.findall(r"\d+\.\d+", page.read_text("utf-8"))) for page in (README, CHINESE)]
+    assert figures[0] == figures[1]
     blocks = [re.findall(r"^```text.*?^```$", page.read_text("utf-8"), re.M | re.S) for page in (README, CHINESE)]
     assert blocks[0] == blocks[1] and len(blocks[0]) == 2
 
@@ -149,7 +151,7 @@ class Taken(Exception):
     """A command has understood its words."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_has_options_that_its_program_knows(page: Path, monkeypatch):
     def taken(*words: Any, **more: Any) -> Any:
         parse(*words, **more)
