@@ -7,7 +7,6 @@ goes through its own options, and its config must be there; the rest names the t
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -19,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from data_prep.sources import sample_lines
 from tests.support.commands import PATIENCE_S, ROOT, prepare
 from tests.support.zygote import Forked, usual_environment
 from training.base.options import CommandLine, parse
@@ -28,7 +26,22 @@ README, CHINESE = ROOT / "README.md", ROOT / "docs/README.zh.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 PROGRAMS = (
-    *("python", "bash", "source", "torchrun", "deepspeed", "srun", "sbatch", "pip", "git", "hf", "wandb", "cp", "for"),
+    *(
+        "python",
+        "bash",
+        "source",
+        "torchrun",
+        "deepspeed",
+        "srun",
+        "sbatch",
+        "pip",
+        "git",
+        "hf",
+        "wandb",
+        "cp",
+        "sed",
+        "for",
+    ),
     *("ollama", "vllm", "lm_eval", "llama-cli"),
 )
 
@@ -82,7 +95,7 @@ def commands_of(page: Path) -> list[str]:
     for match in re.finditer(r"^ {4,}(\S.*)$|`([^`]+)`", text, re.M):
         words = re.sub(r"\s+# .*", "", " ".join((match[1] or match[2]).split()))
         first = words.split()[0].split("=")[0] if words.split() else ""
-        is_command = first in PROGRAMS and (match[1] or re.match(r"(python -m|bash|cp|torchrun|sbatch) \S", words))
+        is_command = first in PROGRAMS and (match[1] or re.match(r"(python -m|bash|cp|sed|torchrun|sbatch) \S", words))
         if is_command:
             found.append(words.strip())
         elif match[1] and page.name != "architecture.md":  # whose only block is a tree of folders
@@ -165,7 +178,7 @@ def test_every_command_has_options_that_its_program_knows(page: Path, monkeypatc
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(CommandLine, name, parsed)
     for command in commands_of(page):
-        if elsewhere(command) is not None or is_form(command) or command.startswith("cp "):
+        if elsewhere(command) is not None or is_form(command) or command.startswith(("cp ", "sed ")):
             continue
         module, words = module_of(command)
         script = importlib.import_module(module)
@@ -181,16 +194,14 @@ def clone(tmp_path_factory) -> Iterator[Path]:
     """A folder like a fresh clone in which the quickstart has been, with less to train on."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "data_prep").mkdir()
-    (folder / "data_prep/sample.tsv").write_text("\n".join(sample_lines()[:300]), "utf-8")
+    lines = (ROOT / "data_prep/sample.tsv").read_text("utf-8").splitlines(keepends=True)
+    (folder / "data_prep/sample.tsv").write_text("".join(lines[:120]), "utf-8")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "quickstart").mkdir()
     (folder / "prepared").mkdir()
     prepare(folder / "quickstart", "--source", folder / "data_prep/sample.tsv")
     shutil.move(folder / "quickstart/data", folder / "prepared/sample")
     assert run_in(folder, "tests.support.base_models", ["models/tiny-qwen2"])[0] == 0
-    pairs = [line.split("\t") for line in sample_lines()[:60]]
-    records = [{"question": f"翻译：{chinese}", "answer": english} for english, chinese, *_ in pairs]
-    (folder / "mine.jsonl").write_text("\n".join(json.dumps(each) for each in records), "utf-8")
     yield folder
 
 
@@ -207,11 +218,11 @@ def test_the_readmes_commands_work_in_their_order(clone: Path):
     for command in commands_of(README):
         if elsewhere(command) is not None or is_form(command):
             continue
+        if command.startswith(("cp ", "sed ")):
+            subprocess.run(["bash", "-c", command], cwd=clone, check=True)
+            continue
         for large, small in SMALL.items():
             command = command.replace(large, small)
-        if command.startswith("cp "):
-            subprocess.run(shlex.split(command), cwd=clone, check=True)
-            continue
         module, words = module_of(command)
         is_training = module in ("training.gpt", "training.seq2seq", "training.qlora")
         short = SHORT if is_training and "qlora" not in module else SHORT[:4] if is_training else ()
