@@ -72,8 +72,8 @@ FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run o
 MANY_DUPLICATES = 0.1  # from this share on, they make scores on the random split misleading
 VOCABULARY_LINES = 500_000  # sentences that a vocabulary is made from, at most
 
-# Pieces of a language's vocabulary by the number of training pairs, up to which it is taken. The third is that of
-# configs/seq2seq/base.yaml; the others follow from that a piece wants to be seen often.
+# Pieces of a language's vocabulary, and below how many training pairs it is taken. 4,000 is what was tried, in
+# configs/README.md; the others keep the pieces of a vocabulary about as frequent.
 VOCABULARY_SIZES = ((3_000, 1_000), (10_000, 2_000), (100_000, 4_000), (1_000_000, 8_000))
 LARGEST_VOCABULARY = 16_000
 CHOSEN = "chosen by the data"
@@ -528,11 +528,12 @@ def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> tuple[
     most = VOCABULARY_LINES // len(together[0])
     if len(split.train) > most:
         say(f"  sample    a vocabulary is made from {most:,} of {len(split.train):,} training pairs, drawn by the seed")
+    wanted = options.vocabulary_size or vocabulary_size_for(len(split.train), options.vocabularies)
     contents: dict[str, bytes] = {}
     sizes = []
     for sides in together:
         say(f"  making a vocabulary of {options.tokenizer} tokens")
-        train = partial(_train, options, pairs, {side: languages[side] for side in sides}, split.train[:most])
+        train = partial(_train, options, pairs, {side: languages[side] for side in sides}, split.train[:most], wanted)
         content, size = in_own_process(train) if len(split.train) > HEAD_ROWS else train()
         contents |= dict.fromkeys(sides, content)
         sizes.append(size)
@@ -544,23 +545,24 @@ def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> tuple[
 
 
 def _train(
-    options: PairOptions, pairs: Pairs, languages: Mapping[str, Language], rows: np.ndarray
+    options: PairOptions, pairs: Pairs, languages: Mapping[str, Language], rows: np.ndarray, size: int
 ) -> tuple[bytes, int]:
-    """The vocabulary of the texts at `rows`, of the sides that have a language here, and the size asked for."""
+    """The vocabulary of the texts at `rows`, of the sides that have a language here, and of how many pieces at most.
+
+    These are `size`, or more where nobody asked for it and the text has too many characters.
+    """
 
     def texts() -> Iterator[tuple[str, Language]]:
         return ((text, language) for side, language in languages.items() for text in texts_of(pairs, side, rows))
 
     if options.tokenizer == "word":
         return WordTokenizer.train(texts(), options.min_frequency), 0
-    size = options.vocabulary_size or vocabulary_size_for(len(rows), options.vocabularies)
     try:
         return SentencePieceTokenizer.train(texts(), size), size
     except TooManyCharacters as error:
         if options.vocabulary_size is not None:
             raise
-        size = error.advised_size
-        return SentencePieceTokenizer.train(texts(), size), size
+        return SentencePieceTokenizer.train(texts(), error.advised_size), error.advised_size
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

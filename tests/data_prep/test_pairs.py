@@ -584,9 +584,16 @@ def test_a_vocabulary_that_nobody_asked_for_has_room_for_all_characters(tmp_path
     assert [pairs.vocabulary_size_for(count, "separate") for count in (20, 24_321, 5_000_000)] == [1000, 4000, 16_000]
     assert pairs.vocabulary_size_for(24_321, "joint") == 8000, "that of configs/gpt/base.yaml"
     monkeypatch.setattr(pairs, "VOCABULARY_SIZES", ((10_000, 64),))
+    monkeypatch.setattr(pairs, "HEAD_ROWS", 500)  # the vocabulary in its own process
+    monkeypatch.setattr(pairs, "VOCABULARY_LINES", 1000)
     prepare_here("--source", "sample", "--output", tmp_path / "x")
-    meta = open_prepared(tmp_path / "x").meta
-    assert meta["options"]["vocabulary_size"] > 64 and meta["tokenizer"]["unknown_share"]["test"]["source"] == 0
+    options = open_prepared(tmp_path / "x").meta["options"]
+    assert 64 < options["vocabulary_size"] < 1000
+    with pytest.raises(UserError, match="--vocabulary_size 64 has no room"):
+        pairs.main(["--source", "sample", "--output", str(tmp_path / "y"), "--vocabulary_size", "64"])
+    monkeypatch.setattr(pairs, "VOCABULARY_SIZES", ((2000, 64), (5200, 900)))
+    prepare_here("--source", "sample", "--output", tmp_path / "z")
+    assert open_prepared(tmp_path / "z").meta["options"]["vocabulary_size"] == 900, "by all pairs, not by the sample"
 
 
 def test_a_vocabulary_is_made_from_a_seeded_sample_of_many_lines(tmp_path: Path, monkeypatch, capsys):

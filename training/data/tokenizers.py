@@ -155,12 +155,7 @@ def word_marks() -> str:
 class TooManyCharacters(UserError):
     """A vocabulary has no room for the characters of its text. advised_size: one that has."""
 
-    def __init__(self, vocabulary_size: int, characters: int):
-        self.advised_size = characters * 2
-        super().__init__(
-            f"--vocabulary_size {vocabulary_size} has no room for the {characters} characters of the training text; "
-            f"pass at least {self.advised_size}"
-        )
+    advised_size: int
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -210,7 +205,13 @@ class SentencePieceTokenizer(Tokenizer):
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             if not needed:
                 raise
-            raise TooManyCharacters(vocabulary_size, int(needed[1])) from None
+            advised_size = int(needed[1]) * 2
+            refusal = TooManyCharacters(
+                f"--vocabulary_size {vocabulary_size} has no room for the {needed[1]} characters of the training text; "
+                f"pass at least {advised_size}"
+            )
+            refusal.advised_size = advised_size
+            raise refusal from None
         return model.getvalue()
 
     @property
