@@ -9,16 +9,15 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-import shutil
 import subprocess
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.commands import PATIENCE_S, ROOT, prepare
+from tests.support.commands import PATIENCE_S, ROOT
 from tests.support.zygote import Forked, usual_environment
 from training.base.options import CommandLine, parse
 
@@ -58,7 +57,8 @@ ELSEWHERE = {
     "bash launch/setup.sh": "tests/launch/test_scripts.py",
     "python -m launch.run configs/gpt/zero2.yaml": "tests/training/engine/test_zero.py",
     "python -m tests.bench": "tests/test_bench.py",
-    "python -m tests.support.base_models": "makes the model of the README's test below",
+    "python -m tests.support.base_models": "makes the model of a test below",
+    "python -m tests.support.picture": "tests/training/report/test_pages.py",
     "python -m characters": "tests/training/test_your_own_training.py",
     "python -m launch.run --script characters": "tests/training/test_your_own_training.py",
     "torchrun": "tests/launch/test_launchers.py",
@@ -189,33 +189,28 @@ def test_every_command_has_options_that_its_program_knows(page: Path, monkeypatc
             script.main()
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Iterator[Path]:
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
     """A folder like a fresh clone in which the quickstart has been, with less to train on."""
-    folder = tmp_path_factory.mktemp("clone")
-    (folder / "data_prep").mkdir()
+    (tmp_path / "data_prep").mkdir()
     lines = (ROOT / "data_prep/sample.tsv").read_text("utf-8").splitlines(keepends=True)
-    (folder / "data_prep/sample.tsv").write_text("".join(lines[:120]), "utf-8")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "quickstart").mkdir()
-    (folder / "prepared").mkdir()
-    prepare(folder / "quickstart", "--source", folder / "data_prep/sample.tsv")
-    shutil.move(folder / "quickstart/data", folder / "prepared/sample")
-    assert run_in(folder, "tests.support.base_models", ["models/tiny-qwen2"])[0] == 0
-    yield folder
+    (tmp_path / "data_prep/sample.tsv").write_text("".join(lines[:120]), "utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return tmp_path
 
 
-def run_in(folder: Path, module: str, words: Sequence[str]) -> tuple[int, str]:
+def run_in(folder: Path, module: str, words: Sequence[str]) -> None:
     with (folder / "said").open("w+b") as said:
         kind = "chat" if re.search("records|qlora|base_models", f"{module} {words}") else "plain"
         status = Forked(kind, module, words, usual_environment(), said, said, cwd=folder).wait(PATIENCE_S)
         said.seek(0)
-        return status, said.read().decode()
+        assert status == 0, (module, words, said.read().decode())
 
 
-def test_the_readmes_commands_work_in_their_order(clone: Path):
+def follow(clone: Path, commands: Iterable[str]) -> list[str]:
+    """Runs them in their order, trainings for four steps. Returns the modules that ran."""
     ran = []
-    for command in commands_of(README):
+    for command in commands:
         if elsewhere(command) is not None or is_form(command):
             continue
         if command.startswith(("cp ", "sed ")):
@@ -224,12 +219,32 @@ def test_the_readmes_commands_work_in_their_order(clone: Path):
         for large, small in SMALL.items():
             command = command.replace(large, small)
         module, words = module_of(command)
-        is_training = module in ("training.gpt", "training.seq2seq", "training.qlora")
-        short = SHORT if is_training and "qlora" not in module else SHORT[:4] if is_training else ()
-        status, said = run_in(clone, module, [*words, *short])
-        assert status == 0, (command, said)
+        short = {"training.gpt": SHORT, "training.seq2seq": SHORT, "training.qlora": SHORT[:4]}.get(module, ())
+        run_in(clone, module, [*words, *short])
         ran.append(module)
-    assert {"data_prep.pairs", "data_prep.instructions", "training.seq2seq", "training.qlora", "training.gpt"} <= {*ran}
-    assert ran.count("training.evaluation.evaluate") == 2 and "training.evaluation.translate" in ran
+    return ran
+
+
+def is_about_records(command: str) -> bool:
+    return "records" in command or "mine.jsonl" in command
+
+
+def test_the_readmes_commands_for_sentence_pairs_work_in_their_order(clone: Path):
+    run_in(clone, "data_prep.pairs", ["--source", "data_prep/sample.tsv", "--output", "prepared/sample"])
+    ran = follow(clone, (command for command in commands_of(README) if not is_about_records(command)))
+    assert ran == [
+        *("data_prep.pairs", "training.seq2seq", "training.evaluation.evaluate", "training.evaluation.translate"),
+        "training.gpt",
+    ]
     assert (clone / "runs/mine/report.html").is_file()
+
+
+@pytest.mark.whole
+def test_the_readmes_commands_for_records_work_in_their_order(clone: Path):
+    run_in(clone, "tests.support.base_models", ["models/tiny-qwen2"])
+    ran = follow(clone, filter(is_about_records, commands_of(README)))
+    assert ran == [
+        *("data_prep.instructions", "training.qlora", "training.qlora", "training.evaluation.evaluate"),
+        *("training.evaluation.chat", "training.evaluation.export"),
+    ]
     assert list((clone / "exports/records").glob("*.gguf"))
