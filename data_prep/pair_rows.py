@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +22,16 @@ from data_prep.shards import Column, Workers
 from data_prep.tables import Row, Table, Unreadable, first_rows
 from training.base.progress import Progress
 from training.data.prepared import Ragged, id_column, ragged, write_part
-from training.data.text import Conversions, clean, has_entity, has_full_width, normalise
+from training.data.text import Conversions, clean, has_entity, has_full_width, normalise, simplify
 from training.data.tokenizers import UNK, Tokenizer
 
 HEAD_ROWS = 50_000  # in which columns are found; a smaller table is read by one process
 ROWS_PER_JOB = 10_000
+
+# Chinese is taken for traditional from this share of sentences with a traditional character on. Of Tatoeba's, 42 % have
+# one, and 93 % once all of them are written in traditional characters; of simplified ones none has.
+TRADITIONAL_SHARE = 0.75
+LOOKED_AT = 2000  # sentences, for that
 TEXTS = ("source", "target", "attribution")
 SIDES = ("source", "target")
 
@@ -103,6 +108,21 @@ class Reader:
         self._found: list[Found] = []
         self._of_table: dict[str, slice] = {}
         self._lines = 0
+
+    def choose_simplify(self, table: Table) -> float:
+        """Has Chinese simplified unless nearly all sentences of `table` have a traditional character.
+
+        Returns their share, of `LOOKED_AT` sentences of the table's first rows. To be called before anything is read.
+        """
+        head, _ = first_rows(table.rows(), HEAD_ROWS)
+        columns = find_columns(table, head, self.languages, self.asked)
+        place = columns.source if self.languages[0].variants else columns.target
+        rows = [cells for _, cells in head[columns.heading :] if not isinstance(cells, Unreadable)]
+        sentences = [cells[place] for cells in rows if len(cells) > place and cells[place]]
+        looked_at = sentences[:: max(1, len(sentences) // LOOKED_AT)]
+        traditional = sum(simplify(text) != text for text in looked_at) / max(1, len(looked_at))
+        self.conversions = replace(self.conversions, simplify=traditional < TRADITIONAL_SHARE)
+        return traditional
 
     def read(self, name: str, table: Table) -> TableCounts:
         """Adds the pairs of a table. Raises UserError for what `find_columns` refuses."""

@@ -1,9 +1,12 @@
 """Prepares sentence pairs of two languages for training.
 
-    python -m data_prep.pairs --source sample --output prepared/sample
-    python -m data_prep.pairs --source cmn.txt --output prepared/tatoeba --split grouped --tokenizer sentencepiece
+    python -m data_prep.pairs --source mine.tsv --output prepared/mine
+    python -m data_prep.pairs --source cmn.txt --output prepared/tatoeba --split grouped
     python -m data_prep.pairs --source download:fra-eng --source_language fr --output prepared/french
-    python -m data_prep.pairs --train train.zh,train.en --test test.zh,test.en --output prepared/mine
+    python -m data_prep.pairs --train train.zh,train.en --test test.zh,test.en --output prepared/given
+
+What is not given is chosen by the data, and said: the size of the vocabularies by the number of training pairs, and
+whether Chinese is simplified by the characters that it has.
 
 The output is complete or absent. The same command again finds its work done; with other options, or after the source
 was edited, it refuses to touch what is there and says what differs.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,12 +58,25 @@ from training.base.options import Options, Revision, differing_keys, parse
 from training.data.languages import Language, LanguageCode, language_of
 from training.data.prepared import FORMAT, PARTS, Prepared, list_files, open_prepared
 from training.data.text import Conversions
-from training.data.tokenizers import KINDS, SentencePieceTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from training.data.tokenizers import (
+    KINDS,
+    SentencePieceTokenizer,
+    Tokenizer,
+    TooManyCharacters,
+    WordTokenizer,
+    load_tokenizer,
+)
 
 PROG = "python -m data_prep.pairs"
 FEW_PAIRS = 3000  # the warm-up of configs/*/base.yaml does not fit into a run on much less
 MANY_DUPLICATES = 0.1  # from this share on, they make scores on the random split misleading
 VOCABULARY_LINES = 500_000  # sentences that a vocabulary is made from, at most
+
+# Pieces of a language's vocabulary, and below how many training pairs it is taken. 4,000 is what was tried, in
+# configs/README.md; the others keep the pieces of a vocabulary about as frequent.
+VOCABULARY_SIZES = ((3_000, 1_000), (10_000, 2_000), (100_000, 4_000), (1_000_000, 8_000))
+LARGEST_VOCABULARY = 16_000
+CHOSEN = "chosen by the data"
 
 # Options that came later: where they are as here, they change nothing about what is prepared.
 LATER = {
@@ -101,14 +117,16 @@ class PairOptions(Options):
         "random", description="random: the usual one, which leaks; grouped: no sentence is in two parts"
     )
     tokenizer: Literal["word", "sentencepiece"] = Field(
-        "word",
-        description="word: words, or characters where no blanks part them; sentencepiece: byte-pair pieces",
+        "sentencepiece",
+        description="sentencepiece: byte-pair pieces; word: words, or characters where no blanks part them",
     )
     vocabularies: Literal["joint", "separate"] = Field(
-        "joint", description="joint: source and target share their ids; separate: each side has its own"
+        "separate", description="separate: each side has its own ids; joint: source and target share theirs"
     )
-    vocabulary_size: int = Field(
-        8000, ge=64, description="pieces of each sentencepiece vocabulary, at most (the sample wants about 600)"
+    vocabulary_size: int | None = Field(
+        None,
+        ge=64,
+        description="pieces of each sentencepiece vocabulary, at most; null: by the number of training pairs",
     )
     min_frequency: int = Field(
         1,
@@ -118,7 +136,10 @@ class PairOptions(Options):
     tokenizers: Path | None = Field(
         None, description="a prepared data set or a run whose tokenizers are taken, so that its model can read these"
     )
-    simplify: bool = Field(False, description="convert the Chinese to simplified characters")
+    simplify: bool | None = Field(
+        None,
+        description="convert the Chinese to simplified characters; null: unless nearly all of it is traditional",
+    )
     unescape: bool = Field(False, description="convert HTML's entities, as &quot;, to their characters")
     narrow: bool = Field(False, description="convert full-width Latin letters and digits to ordinary ones")
     drop_leaked: bool = Field(
@@ -141,7 +162,10 @@ class PairOptions(Options):
             raise ValueError(f"{min(of_new_ones)} has no effect where tokenizers are taken: leave it out")
         other = "vocabulary_size" if self.tokenizer == "word" else "min_frequency"
         if other in of_new_ones:
-            raise ValueError(f"{other} has no effect with tokenizer {self.tokenizer}: leave it out")
+            instead = "sentencepiece" if self.tokenizer == "word" else "word"
+            raise ValueError(
+                f"{other} has no effect with tokenizer {self.tokenizer}: leave it out, or pass --tokenizer {instead}"
+            )
         if self.source is None and (self.train is None or self.test is None):
             raise ValueError("source is required; of a split that is given, train and test are")
         if self.source is not None and {"train", "validation", "test"} & given:
@@ -172,12 +196,20 @@ class PairOptions(Options):
             return {"train": self.source}
         return {part: name for part in PARTS if (name := getattr(self, part)) is not None}
 
+    @property
+    def open_choices(self) -> list[str]:
+        """The keys whose values the data decides."""
+        simplifies = any(language.variants for language in self.languages)
+        makes_pieces = self.tokenizers is None and self.tokenizer == "sentencepiece"
+        possible = (("simplify", simplifies), ("vocabulary_size", makes_pieces))
+        return [key for key, wanted in possible if wanted and getattr(self, key) is None]
+
     def defining(self) -> dict[str, object]:
         """The options that the prepared content depends on."""
         keys = ["simplify", "validation_share", "seed"]
         if self.tokenizers is None:
             keys += ["tokenizer", "vocabularies", "min_frequency" if self.tokenizer == "word" else "vocabulary_size"]
-        found = {key: getattr(self, key) for key in sorted(keys)}
+        found = {key: getattr(self, key) for key in sorted(keys)} | {"simplify": bool(self.simplify)}
         found["split"] = self.split if self.source is not None else "given"
         if self.tokenizers is not None:
             found["tokenizers"] = {side: each.sha256 for side, each in take_tokenizers(self.tokenizers).items()}
@@ -238,7 +270,9 @@ def _sha256(sources: Mapping[str, Source]) -> str:
 
 def _differences(existing: Prepared, options: PairOptions, sha256: str) -> list[str]:
     """What `existing` was made with and is not asked for now, each as `key: then -> now`."""
-    lines = differing_keys({**LATER, **existing.meta["options"]}, {**LATER, **options.defining()})
+    made, chosen = existing.meta["options"], existing.meta.get("chosen", {})
+    asked = options.defining() | {key: made[key] if key in chosen else CHOSEN for key in options.open_choices}
+    lines = differing_keys({**LATER, **made}, {**LATER, **asked})
     before = existing.meta["source"]
     if before["sha256"] != sha256:
         place = ", ".join(options.tables.values())
@@ -248,8 +282,14 @@ def _differences(existing: Prepared, options: PairOptions, sha256: str) -> list[
 
 def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> dict[str, Any]:
     """Fills the empty `folder` with the prepared data set and returns its meta.json, which is written last."""
-    conversions = Conversions(options.simplify, options.unescape, options.narrow)
+    conversions = Conversions(bool(options.simplify), options.unescape, options.narrow)
     reader = Reader(folder / ".texts", options.languages, conversions, options.columns, options.workers)
+    chosen: dict[str, str] = {}
+    if "simplify" in options.open_choices:
+        traditional = reader.choose_simplify(sources["train"].table)
+        options = options.model_copy(update={"simplify": reader.conversions.simplify})
+        done = "simplified characters" if options.simplify else "characters as they are"
+        chosen["simplify"] = f"{done}, since {traditional:.0%} of the Chinese sentences have traditional ones"
     found = {part: _read(reader, part, source, options) for part, source in sources.items()}
     pairs = reader.pairs()
     sides = {
@@ -259,7 +299,13 @@ def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> 
     split, dropped = split_of(options, pairs, sides)
 
     if options.tokenizers is None:
-        tokenizers = train_tokenizers(options, pairs, split)
+        tokenizers, size = train_tokenizers(options, pairs, split)
+        if "vocabulary_size" in options.open_choices:
+            options = options.model_copy(update={"vocabulary_size": size})
+            whose = "for both languages" if options.vocabularies == "joint" else "for each language"
+            chosen["vocabulary_size"] = (
+                f"at most {size:,} pieces of sentencepiece {whose}, for {len(split.train):,} training pairs"
+            )
     else:
         tokenizers = take_tokenizers(options.tokenizers)
         _check_languages(tokenizers, options)
@@ -284,6 +330,7 @@ def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> 
         "synthetic": any(source.synthetic for source in sources.values()),
         "languages": dict(zip(SIDES, map(_about_language, options.languages), strict=True)),
         "options": options.defining(),
+        "chosen": chosen,
         "source": _about_source(sources, found),
         "counts": _counts(found, duplicates, dropped),
         "rows": {part: len(own) for part, own in rows.items()},
@@ -463,10 +510,17 @@ def _check_languages(tokenizers: Mapping[str, Tokenizer], options: PairOptions) 
         )
 
 
-def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> dict[str, Tokenizer]:
-    """The source's and the target's tokenizer, made from the training part only, or from a sample of it.
+def vocabulary_size_for(pairs: int, vocabularies: str) -> int:
+    """Pieces of a vocabulary made from so many training pairs, where nobody says; of a joint one, twice as many."""
+    size = next((size for most, size in VOCABULARY_SIZES if pairs < most), LARGEST_VOCABULARY)
+    return size * 2 if vocabularies == "joint" else size
 
-    Its rows are in random order, so that the first of them are one.
+
+def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> tuple[dict[str, Tokenizer], int]:
+    """The source's and the target's tokenizer, made from the training part only, or from a sample of it; their size.
+
+    Its rows are in random order, so that the first of them are one. The size is that of `--vocabulary_size`, or the one
+    that was chosen instead: never too small for the characters of the text.
     """
     kind = KINDS[options.tokenizer]
     languages = dict(zip(SIDES, options.languages, strict=True))
@@ -474,25 +528,41 @@ def train_tokenizers(options: PairOptions, pairs: Pairs, split: Split) -> dict[s
     most = VOCABULARY_LINES // len(together[0])
     if len(split.train) > most:
         say(f"  sample    a vocabulary is made from {most:,} of {len(split.train):,} training pairs, drawn by the seed")
+    wanted = options.vocabulary_size or vocabulary_size_for(len(split.train), options.vocabularies)
     contents: dict[str, bytes] = {}
+    sizes = []
     for sides in together:
         say(f"  making a vocabulary of {options.tokenizer} tokens")
-        train = partial(_train, options, pairs, {side: languages[side] for side in sides}, split.train[:most])
-        content = in_own_process(train) if len(split.train) > HEAD_ROWS else train()
+        train = partial(_train, options, pairs, {side: languages[side] for side in sides}, split.train[:most], wanted)
+        content, size = in_own_process(train) if len(split.train) > HEAD_ROWS else train()
         contents |= dict.fromkeys(sides, content)
+        sizes.append(size)
     tokenizers = {side: kind(contents[side], languages[side]) for side in SIDES}
     size = min(tokenizer.vocabulary_size for tokenizer in tokenizers.values())
-    if options.tokenizer == "sentencepiece" and size < options.vocabulary_size:
+    if options.vocabulary_size is not None and size < options.vocabulary_size:
         warn(f"the training text has only {size:,} pieces, so a vocabulary is below --vocabulary_size")
-    return tokenizers
+    return tokenizers, max(sizes)
 
 
-def _train(options: PairOptions, pairs: Pairs, languages: Mapping[str, Language], rows: np.ndarray) -> bytes:
-    """The vocabulary of the texts at `rows`, of the sides that have a language here."""
-    texts = ((text, language) for side, language in languages.items() for text in texts_of(pairs, side, rows))
+def _train(
+    options: PairOptions, pairs: Pairs, languages: Mapping[str, Language], rows: np.ndarray, size: int
+) -> tuple[bytes, int]:
+    """The vocabulary of the texts at `rows`, of the sides that have a language here, and of how many pieces at most.
+
+    These are `size`, or more where nobody asked for it and the text has too many characters.
+    """
+
+    def texts() -> Iterator[tuple[str, Language]]:
+        return ((text, language) for side, language in languages.items() for text in texts_of(pairs, side, rows))
+
     if options.tokenizer == "word":
-        return WordTokenizer.train(texts, options.min_frequency)
-    return SentencePieceTokenizer.train(texts, options.vocabulary_size)
+        return WordTokenizer.train(texts(), options.min_frequency), 0
+    try:
+        return SentencePieceTokenizer.train(texts(), size), size
+    except TooManyCharacters as error:
+        if options.vocabulary_size is not None:
+            raise
+        return SentencePieceTokenizer.train(texts(), error.advised_size), error.advised_size
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -511,6 +581,8 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
         f"prepared {output} in {format_duration(seconds)}"
         + (" (generated text, not real data)" if meta["synthetic"] else "")
     )
+    if meta["chosen"]:
+        say(f"  chosen    {'; '.join(meta['chosen'].values())} (options of these names decide otherwise)")
     say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
     if counts["dropped_leaked"]:
         say(f"  dropped   {counts['dropped_leaked']:,} training pairs with a sentence that stands in another part")

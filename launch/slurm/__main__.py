@@ -143,7 +143,7 @@ def _read_job(argv: Sequence[str]) -> tuple[argparse.Namespace, Job]:
     if re.search(r"(^|\s)(--array|-a)\b", " ".join([arguments.sbatch, *words])):
         raise UserError(
             "--array would start all of its tasks in one run folder, of which one trains and the others are refused: "
-            "submit each run by a command of its own, with its own --run_dir (slurm/README.md has a loop for it)"
+            "submit each run by a command of its own, with its own --run_dir (docs/slurm.md has a loop for it)"
         )
     time_s, gpus, ranks_per_node = _checked(arguments)
     script = arguments.script or script_of(arguments.config)

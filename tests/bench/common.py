@@ -49,8 +49,10 @@ TATOEBA = SHARED / "tatoeba/cmn.txt"
 # The recipes that the translators are trained with for real; benches shorten them and point them elsewhere.
 BASE = ROOT / "configs/gpt/base.yaml"
 SEQ2SEQ = ROOT / "configs/seq2seq/base.yaml"
-BASE_DATA = ("--tokenizer", "sentencepiece", "--simplify", "true")
-SEQ2SEQ_DATA = (*BASE_DATA, "--vocabularies", "separate", "--vocabulary_size", "4000")
+_PIECES = ("--tokenizer", "sentencepiece", "--simplify", "true")
+BASE_DATA = (*_PIECES, "--vocabularies", "joint", "--vocabulary_size", "8000")
+WORDS = ("--tokenizer", "word", "--vocabularies", "joint", "--simplify", "false")
+SEQ2SEQ_DATA = (*_PIECES, "--vocabularies", "separate", "--vocabulary_size", "4000")
 
 # Labels that are not learned, as torch's cross-entropy has them.
 IGNORED = -100

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.common import (
+    WORDS,
     AnyWorker,
     Arguments,
     Figure,
@@ -290,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> int:
         joint, separate = Path(temporary, "joint"), Path(temporary, "separate")
         with ThreadPoolExecutor(2) as pool:
             making = [
-                pool.submit(prepare, arguments, folder, "--tokenizer", "word", "--vocabularies", folder.name)
+                pool.submit(prepare, arguments, folder, *WORDS, "--vocabularies", folder.name)
                 for folder in (joint, separate)
             ]
             for each in making:

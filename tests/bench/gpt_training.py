@@ -43,6 +43,7 @@ from tests.bench.common import (
     SENTENCES_PER_STEP,
     SPINNING,
     WAYS,
+    WORDS,
     Figure,
     Race,
     Work,
@@ -138,7 +139,7 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = Path(temporary)
         say(f"preparing {arguments.about_data}")
         with ThreadPoolExecutor(2) as pool:
-            making_words = pool.submit(prepare, arguments, folder / "words", "--tokenizer", "word")
+            making_words = pool.submit(prepare, arguments, folder / "words", *WORDS)
             making_pieces = pool.submit(prepare, arguments, folder / "pieces", *BASE_DATA)
             as_words, as_pieces = making_words.result(), making_pieces.result()
         difference = loss_difference(as_words)

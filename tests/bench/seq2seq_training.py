@@ -35,6 +35,7 @@ from tests.bench.common import (
     ROOT,
     SENTENCES_PER_STEP,
     WAYS,
+    WORDS,
     Figure,
     Race,
     Work,
@@ -125,7 +126,7 @@ def main(words: Sequence[str] | None = None) -> int:
     rounds, relay_steps, tutorial_steps = arguments.sized(whole=(3, 400, 20), quick=(1, 24, 3), smoke=(1, 2, 2))
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
-        data = prepare(arguments, Path(folder, "words"), "--tokenizer", "word", "--vocabularies", "separate")
+        data = prepare(arguments, Path(folder, "words"), *WORDS, "--vocabularies", "separate")
         difference = loss_difference(data)
         say(f"the same loss on both sides, difference {difference:.1e}")
 

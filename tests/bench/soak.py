@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 from launch.prove import Accident, Event, Training, differences, interrupt
-from tests.bench.common import Figure, prepare, read_arguments, report
+from tests.bench.common import WORDS, Figure, prepare, read_arguments, report
 from training.base.console import run_main, say
 from training.base.durations import format_duration
 from training.engine.goodput import KINDS, goodput, in_words
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     waiting: list[Accident] = []
     hours = dict.fromkeys(KINDS, 0.0)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
-        data = prepare(arguments, Path(folder, "data"))
+        data = prepare(arguments, Path(folder, "data"), *WORDS)
         training = (*map(str, TRAINING), "--data", str(data.folder))
         whole = Training(training, Path(folder, "whole"), STEPS, 2)
         whole.finish()

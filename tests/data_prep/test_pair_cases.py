@@ -164,7 +164,7 @@ def test_every_case_has_a_test():
 def test_what_was_converted_is_converted_in_the_data_sets_identity(tmp_path: Path):
     fingerprints = set()
     for words in ((), ("--unescape",), ("--narrow",), ("--source_language", "en", "--target_language", "zh")):
-        data = prepared(tmp_path / str(len(fingerprints)), "t14_html_entities.tsv", *words)
+        data = prepared(tmp_path / str(len(fingerprints)), "t14_html_entities.tsv", "--tokenizer", "word", *words)
         fingerprints.add(data.fingerprint)
     assert len(fingerprints) == 4
     assert json.loads((tmp_path / "0/x/meta.json").read_text())["options"].keys() == {

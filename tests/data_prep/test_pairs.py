@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import opencc
 import pytest
 
 from data_prep import pair_rows, pairs, sources, tables
@@ -552,13 +553,57 @@ def test_workers_change_nothing_about_what_is_prepared(tmp_path: Path, monkeypat
     assert one.meta["files"] == three.meta["files"] and one.fingerprint == three.fingerprint
 
 
+def test_what_is_not_given_is_chosen_by_the_data_and_is_as_if_given(tmp_path: Path, capsys):
+    source, chosen = tmp_path / "zh.tsv", tmp_path / "chosen"
+    lines = sample_lines()[:300]
+    source.write_text("\n".join(lines), "utf-8")
+    prepare_here("--source", source, "--output", chosen)
+    said = "simplified characters, since 0% of the Chinese sentences have traditional ones; at most 1,000 pieces"
+    assert f"  chosen    {said} of sentencepiece for each language, for 256 training" in capsys.readouterr().out
+    given = ("--tokenizer", "sentencepiece", "--vocabularies", "separate", "--vocabulary_size", 1000, "--simplify")
+    prepare_here("--source", source, "--output", tmp_path / "given", *given)
+    assert open_prepared(chosen).fingerprint == open_prepared(tmp_path / "given").fingerprint
+    capsys.readouterr()
+    prepare_here("--source", source, "--output", chosen)
+    prepare_here("--source", source, "--output", chosen, *given)
+    assert capsys.readouterr().out.count("nothing to do") == 2
+    assert_refused(prepare("--source", source, "--output", chosen, "--vocabulary_size", 900), "1000 -> 900")
+    again = prepare("--source", source, "--output", tmp_path / "given")
+    assert_refused(again, "vocabulary_size: 1000 -> chosen by the data", "simplify: true -> chosen by the data")
+
+    convert = opencc.OpenCC("s2t").convert
+    for count, simplified in ((300, False), (100, True)):  # all of it, and a third
+        output = tmp_path / f"traditional-{count}"
+        source.write_text("\n".join([*map(convert, lines[:count]), *lines[count:]]), "utf-8")
+        prepare_here("--source", source, "--output", output)
+        assert open_prepared(output).meta["options"]["simplify"] == simplified
+    assert "characters as they are, since 98% of" in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_nobody_asked_for_has_room_for_all_characters(tmp_path: Path, monkeypatch):
+    assert [pairs.vocabulary_size_for(count, "separate") for count in (20, 24_321, 5_000_000)] == [1000, 4000, 16_000]
+    assert pairs.vocabulary_size_for(24_321, "joint") == 8000, "that of configs/gpt/base.yaml"
+    monkeypatch.setattr(pairs, "VOCABULARY_SIZES", ((10_000, 64),))
+    monkeypatch.setattr(pairs, "HEAD_ROWS", 500)  # the vocabulary in its own process
+    monkeypatch.setattr(pairs, "VOCABULARY_LINES", 1000)
+    prepare_here("--source", "sample", "--output", tmp_path / "x")
+    options = open_prepared(tmp_path / "x").meta["options"]
+    assert 64 < options["vocabulary_size"] < 1000
+    with pytest.raises(UserError, match="--vocabulary_size 64 has no room"):
+        pairs.main(["--source", "sample", "--output", str(tmp_path / "y"), "--vocabulary_size", "64"])
+    monkeypatch.setattr(pairs, "VOCABULARY_SIZES", ((2000, 64), (5200, 900)))
+    prepare_here("--source", "sample", "--output", tmp_path / "z")
+    assert open_prepared(tmp_path / "z").meta["options"]["vocabulary_size"] == 900, "by all pairs, not by the sample"
+
+
 def test_a_vocabulary_is_made_from_a_seeded_sample_of_many_lines(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(pairs, "VOCABULARY_LINES", 1000)
     lines: list[tuple[str, Language]] = []
     train = WordTokenizer.train
     monkeypatch.setattr(WordTokenizer, "train", lambda texts, least: train(kept(texts, lines), least))
-    for name, words in (("joint", ()), ("separate", ("--vocabularies", "separate")), ("again", ())):
+    for name in ("joint", "separate", "again"):
         lines.clear()
+        words = ("--tokenizer", "word", "--vocabularies", "separate" if name == "separate" else "joint")
         prepare_here("--source", "sample", "--output", tmp_path / name, *words)
         assert len(lines) == (1000 if name != "separate" else 2000)
         most = "1,000" if name == "separate" else "500"

@@ -25,12 +25,13 @@ def prepared(folder: Path, *words: str) -> Prepared:
 def random(tmp_path_factory) -> Prepared:
     if not REAL_TATOEBA.exists():
         pytest.skip(f"the real Tatoeba file is not at {REAL_TATOEBA} (RELAY_DATA names the folder above it)")
-    return prepared(tmp_path_factory.mktemp("random") / "x")
+    return prepared(tmp_path_factory.mktemp("random") / "x", "--tokenizer", "word", "--simplify", "false")
 
 
 @pytest.fixture(scope="module")
 def grouped(random, tmp_path_factory) -> Prepared:
-    return prepared(tmp_path_factory.mktemp("grouped") / "x", "--split", "grouped", "--simplify", "true")
+    words = ("--tokenizer", "word", "--split", "grouped", "--simplify", "true")
+    return prepared(tmp_path_factory.mktemp("grouped") / "x", *words)
 
 
 def sentences(data: Prepared, *parts: str) -> tuple[list[str], list[str]]:

@@ -80,8 +80,7 @@ class Browser:
             self._receive()
         look = self._ask("Runtime.evaluate", expression=_LOOK, returnByValue=True)["result"]["value"]
         if picture is not None:
-            shot = self._ask("Page.captureScreenshot", captureBeyondViewport=True, format="png")
-            picture.write_bytes(base64.b64decode(shot["data"]))
+            self.shoot(picture)
         complaints, fetched = [], []
         for event in self._events:
             about = event["params"]
@@ -98,6 +97,12 @@ class Browser:
                 if address != url and not address.startswith("data:"):
                     fetched.append(address)
         return Seen(complaints, fetched, **look)
+
+    def shoot(self, picture: Path) -> None:
+        """Puts a picture of all of the open page there, in the form of its suffix (.png, .webp)."""
+        form = picture.suffix.removeprefix(".")
+        shot = self._ask("Page.captureScreenshot", captureBeyondViewport=True, format=form)
+        picture.write_bytes(base64.b64decode(shot["data"]))
 
     def run(self, expression: str) -> Any:
         """What JavaScript finds in the page that is open."""

@@ -166,9 +166,10 @@ def run(*words: object, **how: Any) -> Result:
 
 
 def prepare(folder: Path, *words: object) -> Path:
-    """A data set prepared by the real command."""
+    """A data set prepared by the real command: words and one vocabulary, unless `words` say otherwise."""
+    usual = ("--tokenizer", "word", "--vocabularies", "joint", "--simplify", "false")
     with launching(folder) as launch:
         output = folder / "data"
-        result = launch("--tokenizer", "word", "--output", output, *words, module="data_prep.pairs").wait()
+        result = launch(*usual, "--output", output, *words, module="data_prep.pairs").wait()
         assert result.status == 0, result
         return output

@@ -102,11 +102,12 @@ class Forked:
         out: BinaryIO,
         err: BinaryIO,
         ranks: int | None = None,
+        cwd: Path = ROOT,
     ):
         folder = shared_folder()
         self._log = folder / f"{kind}.log"
         self._connection = _connect(folder, kind)
-        request = {"module": module, "words": [*words], "ranks": ranks, "env": {**environment}, "folder": str(ROOT)}
+        request = {"module": module, "words": [*words], "ranks": ranks, "env": {**environment}, "folder": str(cwd)}
         socket.send_fds(self._connection, [json.dumps(request).encode()], [out.fileno(), err.fileno()])
         self.pid: int = self._answer(None)
         self.returncode: int | None = None

@@ -16,7 +16,7 @@ def test_example_is_short_and_resumes_bit_for_bit(launch: Launch, tmp_path):
     assert len([line for line in code.splitlines() if line.strip()]) <= 80
     (tmp_path / "characters.py").write_text(code, encoding="utf-8")
     words = (
-        *("--data", ROOT / "README.md", "--batch.tokens_per_micro_batch", 512),
+        *("--data", ROOT / "data_prep/sample.tsv", "--batch.tokens_per_micro_batch", 512),
         *("--optim.steps", 60, "--optim.warmup_steps", 4, "--optim.lr", 0.01, "--checkpoint.every_steps", 5),
         *("--log.every_steps", 1, "--log.validate_every_steps", 15),
     )

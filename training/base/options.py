@@ -143,7 +143,7 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
         print(help_text(cls, prog=prog, about=about))
         sys.exit(0)
     keys = all_keys(cls)
-    flags = {key for key, field in keys.items() if field.annotation is bool} | {"dry_run"}
+    flags = {key for key, field in keys.items() if field.annotation in (bool, bool | None)} | {"dry_run"}
     lists = {key for key, field in keys.items() if "words" in field.metadata}
     files, overrides, mistakes = _split_words(argv, flags, lists)
     dry_run = "false"

@@ -152,6 +152,12 @@ def word_marks() -> str:
     return "\u200c\u200d" + "".join(mark for mark in marks if unicodedata.category(mark) in ("Mn", "Mc"))
 
 
+class TooManyCharacters(UserError):
+    """A vocabulary has no room for the characters of its text. advised_size: one that has."""
+
+    advised_size: int
+
+
 class SentencePieceTokenizer(Tokenizer):
     """Byte-pair pieces by sentencepiece; decoding gives the text back as it was, character by character."""
 
@@ -199,10 +205,13 @@ class SentencePieceTokenizer(Tokenizer):
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             if not needed:
                 raise
-            raise UserError(
+            advised_size = int(needed[1]) * 2
+            refusal = TooManyCharacters(
                 f"--vocabulary_size {vocabulary_size} has no room for the {needed[1]} characters of the training text; "
-                f"pass at least {int(needed[1]) * 2}"
-            ) from None
+                f"pass at least {advised_size}"
+            )
+            refusal.advised_size = advised_size
+            raise refusal from None
         return model.getvalue()
 
     @property

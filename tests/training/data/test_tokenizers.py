@@ -184,7 +184,7 @@ def test_vocabulary_size_that_does_not_fit_the_text_is_answered(tmp_path, capsys
     (tmp_path / "cmn.txt").write_text(text, encoding="utf-8")
     words = ["--source", str(tmp_path / "cmn.txt"), "--output", str(tmp_path / "x")]
     assert pairs.main([*words, "--tokenizer", "sentencepiece", "--vocabulary_size", "30000"]) == 0
-    size = open_prepared(tmp_path / "x").source_tokenizer.vocabulary_size
+    size = open_prepared(tmp_path / "x").target_tokenizer.vocabulary_size
     assert size < 30_000 and f"only {size:,} pieces" in capsys.readouterr().err
 
 

@@ -149,7 +149,8 @@ def test_what_is_no_usable_run_is_refused_with_the_reason(run_copy, tmp_path):
 
 def test_another_tokenizer_than_the_trained_one_is_refused(run_copy, tmp_path):
     other = tmp_path / "other"
-    pairs.main(["--source", "sample", "--output", str(other), "--seed", "7", "--min_frequency", "3"])
+    words = ("--tokenizer", "word", "--vocabularies", "joint", "--seed", "7", "--min_frequency", "3")
+    pairs.main(["--source", "sample", "--output", str(other), *words])
     with pytest.raises(UserError, match=r"another tokenizer than .* was trained with"):
         evaluate.main([str(run_copy), "--data", str(other)])
     shutil.rmtree(run_copy / "tokenizer")

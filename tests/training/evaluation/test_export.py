@@ -63,7 +63,8 @@ def train(folder: Path, data: Path, *words: object, module: str = "training.gpt"
 
 
 def prepare(output: Path, source: str | Path, kind: str, *words: str) -> Path:
-    options = ["--source", str(source), "--tokenizer", kind, "--output", str(output), *words]
+    joint = ("--vocabularies", "joint", "--simplify", "false")
+    options = ["--source", str(source), "--tokenizer", kind, *joint, "--output", str(output), *words]
     assert pairs.main(options) == 0
     return output
 

@@ -62,8 +62,8 @@ SHAPES = {
     "seq2seq": ("--model.embedding_width", 32, "--model.hidden_width", 32, "--model.max_length", 60),
 }
 TRAINED = [
-    ("ar", "fr", "seq2seq", ("--tokenizer", "word")),
-    ("ja", "th", "gpt", ("--tokenizer", "sentencepiece", "--vocabulary_size", "150")),
+    ("ar", "fr", "seq2seq", ("--tokenizer", "word", "--vocabularies", "joint")),
+    ("ja", "th", "gpt", ("--vocabularies", "joint", "--vocabulary_size", "150")),
     ("en", "zh", "seq2seq", ("--tokenizer", "word", "--vocabularies", "separate")),
 ]
 

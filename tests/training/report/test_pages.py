@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import picture
 from tests.support.browser import browser
-from tests.support.commands import Launch
+from tests.support.commands import ROOT, Launch
 from tests.support.lives import Life
 from tests.support.pages import HOSTILE, Page, assert_fenced
 from tests.support.runs import SHORT_RUN, command_of, reference, status_of
@@ -215,3 +216,13 @@ def test_a_reader_sees_one_run_and_two_hundred_on_a_phone_and_a_desk_and_can_sor
         reader.open(run_dir / "report.html", width=1200)
         assert "not heard of since" in reader.run("document.getElementById('seen').textContent")
     assert page.REPORT == "report.html"
+
+
+@pytest.mark.whole
+def test_the_readmes_picture_of_a_page_is_made_light_and_dark_and_is_small(run_dir, tmp_path):
+    light, dark = picture.main(run_dir, tmp_path)
+    for made in (light, dark):
+        kept = ROOT / "docs" / made.name
+        assert made.read_bytes()[8:12] == kept.read_bytes()[8:12] == b"WEBP" and kept.stat().st_size < 80_000
+        assert made.stat().st_size > 10_000, "a page with curves, not an empty one"
+    assert light.read_bytes() != dark.read_bytes()
