@@ -20,7 +20,7 @@ import torch
 
 from launch.prove import ACCIDENTS, Training
 from tests.bench import joeynmt
-from tests.bench.common import BASE, SEQ2SEQ, config_of
+from tests.bench.common import PLAIN, SEQ2SEQ, config_of
 from tests.bench.peers import tokens_a_sentence
 from tests.support.commands import PATIENCE_S, Launch
 from tests.support.zygote import Forked, fork, usual_environment
@@ -42,7 +42,7 @@ PROMISED = {
         "notebook_padding_share",
         "peak_share",
         "peak_share_exact",
-        "base_tokens_per_s",
+        "plain_tokens_per_s",
     ],
     "seq2seq_training": [
         "sentences_ratio",
@@ -221,7 +221,7 @@ def test_quick_bench_ends_with_the_promised_figures(name: str, launch: Launch) -
     check(name, result.out, PROMISED[name])
 
 
-@pytest.mark.parametrize(("bench", "config"), [("gpt", BASE), ("seq2seq", SEQ2SEQ)])
+@pytest.mark.parametrize(("bench", "config"), [("gpt", PLAIN), ("seq2seq", SEQ2SEQ)])
 def test_sentences_are_counted_once_whether_their_sides_are_read_together_or_apart(bench, config, sample_data):
     data = open_prepared(sample_data)
     options = config_of(bench, [config], data)

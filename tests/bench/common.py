@@ -47,10 +47,10 @@ SHARED = Path(os.environ.get("RELAY_DATA", ROOT.parent / "shared/data"))
 TATOEBA = SHARED / "tatoeba/cmn.txt"
 
 # The recipes that the translators are trained with for real; benches shorten them and point them elsewhere.
-BASE = ROOT / "configs/gpt/base.yaml"
+PLAIN = ROOT / "configs/gpt/plain.yaml"
 SEQ2SEQ = ROOT / "configs/seq2seq/base.yaml"
 _PIECES = ("--tokenizer", "sentencepiece", "--simplify", "true")
-BASE_DATA = (*_PIECES, "--vocabularies", "joint", "--vocabulary_size", "8000")
+PLAIN_DATA = (*_PIECES, "--vocabularies", "joint", "--vocabulary_size", "8000")
 WORDS = ("--tokenizer", "word", "--vocabularies", "joint", "--simplify", "false")
 SEQ2SEQ_DATA = (*_PIECES, "--vocabularies", "separate", "--vocabulary_size", "4000")
 
@@ -352,9 +352,9 @@ class Speed:
     memory_mb: float
 
 
-def base_of(arguments: Arguments) -> list[object]:
-    """What trains configs/gpt/base.yaml; with --smoke an eighth of its tokens at a time."""
-    return [BASE, *arguments.sized(whole=(), quick=(), smoke=("--batch.tokens_per_micro_batch", 128))]
+def plain_of(arguments: Arguments) -> list[object]:
+    """What trains configs/gpt/plain.yaml; with --smoke an eighth of its tokens at a time."""
+    return [PLAIN, *arguments.sized(whole=(), quick=(), smoke=("--batch.tokens_per_micro_batch", 128))]
 
 
 def config_of(family: str, words: Sequence[object], data: PreparedFolder) -> Any:

@@ -1,6 +1,6 @@
 """What ZeRO by DeepSpeed saves and costs: stages 1 to 3, and 2 with the optimizer in host memory, against DDP.
 
-All train configs/gpt/base.yaml on the same data from the same seed, on two ranks under torchrun, with a quarter of its
+All train configs/gpt/plain.yaml on the same data from the same seed, on two ranks under torchrun, with a quarter of its
 tokens a micro-batch: the harder case, since what DeepSpeed adds to a step depends little on them. Each is a real
 `training.gpt` whose steps wait for their turn, so that all are at work within the same minutes; the ratio of step times
 is the median over the rounds. On two GPUs where there are so many, else on the CPU with a thread a rank: there "host
@@ -44,8 +44,8 @@ from torch import Tensor
 
 import training.gpt as gpt
 from tests.bench.common import (
-    BASE,
-    BASE_DATA,
+    PLAIN,
+    PLAIN_DATA,
     ROOT,
     Figure,
     Worker,
@@ -194,7 +194,7 @@ class Bench:
         self.rounds, self.steps = rounds, steps
         self.counted = WARM_UP_STEPS + self.rounds * self.steps
         self.words = [
-            *(BASE, "--data", data.folder, "--precision", "fp32", "--batch.tokens_per_micro_batch", tokens),
+            *(PLAIN, "--data", data.folder, "--precision", "fp32", "--batch.tokens_per_micro_batch", tokens),
             *("--optim.steps", 10_000, "--log.every_steps", 1, "--log.validate_every_steps", NEVER),
             # Whoever has had its turn waits for hours if need be.
             *("--checkpoint.background", "false", "--session.hang_timeout", 36_000),
@@ -295,7 +295,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         folder = Path(temporary)
         say(f"preparing {arguments.about_data}")
-        data = prepare(arguments, folder / "data", *BASE_DATA)
+        data = prepare(arguments, folder / "data", *PLAIN_DATA)
         bench = Bench(data, folder, rounds=rounds, steps=steps, tokens=tokens, fork=arguments.quick)
         with workers(**{side: bench.start(side, side) for side in sides}) as started:
             for side in sides:

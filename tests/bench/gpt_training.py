@@ -12,7 +12,7 @@ the same sentences with the same initial weights, 32 sentences an optimizer step
 
 Before anything is timed, both must give the same loss for the same 32 sentences and weights, to 1e-5.
 
-Part 2, `peak_share`: configs/gpt/base.yaml under torchrun, two ranks of one thread. Its real tokens a second times 6
+Part 2, `peak_share`: configs/gpt/plain.yaml under torchrun, two ranks of one thread. Its real tokens a second times 6
 times its parameters, over the speed of a plain fp32 matrix product of width 2,048 on the same two cores: two processes
 of one thread at the same moment or one process of two threads, whichever is faster. `peak_share_exact` counts the work
 that the model really does per real token instead: the output layer where tokens are scored only, and attention.
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from tests.bench.common import (
     ASLEEP,
-    BASE,
-    BASE_DATA,
     IGNORED,
+    PLAIN,
+    PLAIN_DATA,
     ROOT,
     SENTENCES_PER_STEP,
     SPINNING,
@@ -47,9 +47,9 @@ from tests.bench.common import (
     Figure,
     Race,
     Work,
-    base_of,
     checked_difference,
     config_of,
+    plain_of,
     prepare,
     read_arguments,
     report,
@@ -132,7 +132,7 @@ def loss_difference(data: Prepared) -> float:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = read_arguments("gpt_training", __doc__, words)
-    rounds, relay_steps, notebook_steps, base_steps, peak_s = arguments.sized(
+    rounds, relay_steps, notebook_steps, plain_steps, peak_s = arguments.sized(
         whole=(3, 400, 20, 40, 1.0), quick=(1, 24, 4, 3, 0.3), smoke=(1, 2, 2, 2, 0.05)
     )
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
@@ -140,7 +140,7 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"preparing {arguments.about_data}")
         with ThreadPoolExecutor(2) as pool:
             making_words = pool.submit(prepare, arguments, folder / "words", *WORDS)
-            making_pieces = pool.submit(prepare, arguments, folder / "pieces", *BASE_DATA)
+            making_pieces = pool.submit(prepare, arguments, folder / "pieces", *PLAIN_DATA)
             as_words, as_pieces = making_words.result(), making_pieces.result()
         difference = loss_difference(as_words)
         say(f"the same loss on both sides, difference {difference:.1e}")
@@ -171,19 +171,19 @@ def main(words: Sequence[str] | None = None) -> int:
             for number in range(rounds):
                 about = race.run_round(relay_steps, notebook_steps)
                 measure_peak()
-                run_dir = folder / f"base-{number}"
-                how = {"steps": base_steps, "ranks": 2, "threads": 1, "here": arguments.smoke}
-                base = timed_training("gpt", base_of(arguments), as_pieces, run_dir, **how)
-                speeds["base tokens"].append(base.tokens_per_s)
-                speeds["base flops"].append(base.flops_per_s)
+                run_dir = folder / f"plain-{number}"
+                how = {"steps": plain_steps, "ranks": 2, "threads": 1, "here": arguments.smoke}
+                plain = timed_training("gpt", plain_of(arguments), as_pieces, run_dir, **how)
+                speeds["plain tokens"].append(plain.tokens_per_s)
+                speeds["plain flops"].append(plain.flops_per_s)
                 measure_peak()
                 more = ", ".join(f"{k} {v[-1]:,.4g}" for k, v in speeds.items())
                 say(f"round {number + 1} of {rounds}: {about}, {more}")
 
         peak_gflops = median(speeds["peak"])
-        tokens, gflops = median(speeds["base tokens"]), median(speeds["base flops"]) / 1e9
-        base_model = new_model(config_of("gpt", [BASE], as_pieces), as_pieces)
-        parameters = sum(parameter.numel() for parameter in base_model.parameters())
+        tokens, gflops = median(speeds["plain tokens"]), median(speeds["plain flops"]) / 1e9
+        plain_model = new_model(config_of("gpt", [PLAIN], as_pieces), as_pieces)
+        parameters = sum(parameter.numel() for parameter in plain_model.parameters())
         seed = config_of("gpt", [SEED], as_words)
         plan = plan_of(seed, Sequences.of(as_words, "train", CONTEXT))
         report(
@@ -194,10 +194,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 Figure("padding_share", plan.padding_share(), "of the positions Relay computes in an epoch", "< 0.03"),
                 Figure("notebook_padding_share", 1 - float(plan.lengths.mean()) / CONTEXT, "of those of the notebook"),
                 Figure("loss_difference", difference, "on the same sentences with the same weights", "<= 1e-5"),
-                Figure("peak_share", tokens * 6 * parameters / 1e9 / peak_gflops, "base: 6 x parameters", ">= 0.75"),
-                Figure("peak_share_exact", gflops / peak_gflops, "base: operations that are really done"),
-                Figure("base_tokens_per_s", tokens, "torchrun, 2 ranks x 1 thread, real tokens"),
-                Figure("base_parameters", parameters, "embedding included"),
+                Figure("peak_share", tokens * 6 * parameters / 1e9 / peak_gflops, "plain: 6 x parameters", ">= 0.75"),
+                Figure("peak_share_exact", gflops / peak_gflops, "plain: operations that are really done"),
+                Figure("plain_tokens_per_s", tokens, "torchrun, 2 ranks x 1 thread, real tokens"),
+                Figure("plain_parameters", parameters, "embedding included"),
                 Figure("peak_gflops", peak_gflops, f"fp32 matrix product of width {MATRIX_WIDTH:,} on both cores"),
             ],
             notebook_way=race.best_way,

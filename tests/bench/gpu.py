@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from tests.bench.common import (
-    BASE,
-    BASE_DATA,
+    PLAIN,
+    PLAIN_DATA,
     ROOT,
     SEQ2SEQ,
     SEQ2SEQ_DATA,
@@ -73,8 +73,8 @@ class Row:
 
 CONFIGS = ROOT / "configs"
 ROWS = (
-    Row(BASE, 400),
-    Row(BASE, 200, batch=(16384, 1)),
+    Row(PLAIN, 400),
+    Row(PLAIN, 200, batch=(16384, 1)),
     Row(CONFIGS / "gpt/t4x2.yaml", 200, as_t4=True),
     Row(SEQ2SEQ, 200),
     Row(CONFIGS / "seq2seq/t4x2.yaml", 80, as_t4=True),
@@ -117,7 +117,7 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = Path(temporary)
         records = replace(arguments, data=str(RECORDS) if RECORDS.is_dir() else "sample")
         with ThreadPoolExecutor(2) as pool:
-            joint = pool.submit(prepare, arguments, folder / "joint", *BASE_DATA)
+            joint = pool.submit(prepare, arguments, folder / "joint", *PLAIN_DATA)
             separate = pool.submit(prepare, arguments, folder / "separate", *SEQ2SEQ_DATA)
             conversations = prepare_records(records, folder)
             pairs = {"gpt": joint.result(), "seq2seq": separate.result()}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.disc_law_records import FILES
-from tests.bench.common import BASE_DATA, Arguments, Figure, environment, read_arguments, report
+from tests.bench.common import PLAIN_DATA, Arguments, Figure, environment, read_arguments, report
 from tests.bench.qlora import RECORDS, TOKENIZER, drawn_text, sample_records, sentences_of
 from training.base.console import UserError, run_main
 from training.base.files import read_json
@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as temporary:
         folder = Path(temporary)
         write_pairs(folder / "pairs.tsv", PAIRS // share)
-        options = [*BASE_DATA, "--split", "grouped"]
+        options = [*PLAIN_DATA, "--split", "grouped"]
         pairs = measure(folder, "data_prep.pairs", folder / "pairs.tsv", *options)
         tokenizer = write_records(folder / "records", arguments, share)
         records = measure(folder, "data_prep.disc_law", folder / "records", "--tokenizer", tokenizer)

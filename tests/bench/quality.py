@@ -1,7 +1,7 @@
 """Translations after the same minutes of training on two cores: Relay's against JoeyNMT's, scored on the test part.
 
 Relay trains by configs/seq2seq/base.yaml, as `torchrun --nproc-per-node=2`. Then JoeyNMT's Transformer, of as many
-parameters as configs/gpt/base.yaml has, trains on the same pieces for the minutes that this took; start, validations
+parameters as configs/gpt/plain.yaml has, trains on the same pieces for the minutes that this took; start, validations
 and saving are counted on both sides. Its recipe is that of its own config for IWSLT'14 (label smoothing 0.1, AdamW)
 but for what so few minutes ask for: dropout 0.1 instead of 0.3 (--peer_dropout), batches of 64 sentences, hence more
 steps, and a learning rate that rises to 1e-3 and falls with the inverse square root of the step, instead of waiting for
@@ -26,7 +26,7 @@ from pathlib import Path
 from tests.bench import joeynmt
 from tests.bench.common import (
     ASLEEP,
-    BASE,
+    PLAIN,
     SEQ2SEQ,
     SEQ2SEQ_DATA,
     WAYS,
@@ -124,7 +124,7 @@ def measure(arguments: Arguments, folder: Path) -> None:
     data = open_prepared(folder / "data")
     ours, seconds = relay(data, folder / "run", *(QUICK if arguments.quick else ()))
     say(f"Relay trained for {seconds / 60:.1f} minutes")
-    options = config_of("gpt", [BASE], data).model
+    options = config_of("gpt", [PLAIN], data).model
     theirs = peer(data, folder / "pairs", options, arguments.more.peer_dropout, seconds, quick=arguments.quick)
     references = [[text] for text in data.part("test").target_texts][: len(theirs)]
     bleu = bleu_of(language_of(target))

@@ -1,6 +1,6 @@
 """How long a run takes from its command to its first step: resumed at step 100,000 against started at step 0.
 
-Both are `configs/gpt/base.yaml` as users start it; the clock runs until the step's line stands in metrics.jsonl. The
+Both are `configs/gpt/plain.yaml` as users start it; the clock runs until the step's line stands in metrics.jsonl. The
 resumed run verifies and loads its checkpoint, reads a record of 10,000 lines and finds its place in the data, all of
 which a new run has no need of. Its checkpoint is a real one of an early step under a later number: where a run stands
 is a number to it. With --quick the steps are a quarter as large: they are the same for both.
@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.common import (
-    BASE,
-    BASE_DATA,
+    PLAIN,
+    PLAIN_DATA,
     ROOT,
     Figure,
     environment,
@@ -46,8 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
     resumed: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
-        data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
-        training = [BASE, *batch, *TRAINING, "--data", data.folder]
+        data = prepare(arguments, Path(folder, "data"), *PLAIN_DATA)
+        training = [PLAIN, *batch, *TRAINING, "--data", data.folder]
         far = run_at_step(training, Path(folder, "far"))
         for number in range(rounds):
             for times, name in ((new, "new"), (resumed, "resumed")):

@@ -1,6 +1,6 @@
 """What a second process costs: two ranks of one thread under torchrun against one process of two threads.
 
-Both train configs/gpt/base.yaml on the same data with the same plan, so every step is the same work: two micro-batches,
+Both train configs/gpt/plain.yaml on the same data by the same plan, so every step is the same work: two micro-batches,
 one after the other on two threads, or side by side on one each with the gradients added up between the processes. Both
 are whole runs of `training.gpt`, started as users start them; their speeds stand in their own metrics.jsonl.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.common import (
-    BASE_DATA,
+    PLAIN_DATA,
     Figure,
-    base_of,
     how_to_run,
+    plain_of,
     prepare,
     ratio_by_rounds,
     read_arguments,
@@ -33,12 +33,12 @@ def main(words: Sequence[str] | None = None) -> int:
     two: list[float] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
-        data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
+        data = prepare(arguments, Path(folder, "data"), *PLAIN_DATA)
         for number in range(rounds):
             for speeds, ranks in ((two, 2), (one, 1)):
                 run_dir = Path(folder, f"run-{number}-{ranks}")
                 how = {"steps": steps, "ranks": ranks, "threads": 2 // ranks, **how_to_run(arguments)}
-                speed = timed_training("gpt", base_of(arguments), data, run_dir, **how)
+                speed = timed_training("gpt", plain_of(arguments), data, run_dir, **how)
                 speeds.append(speed.tokens_per_s)
             say(f"round {number + 1} of {rounds}: 2 ranks x 1 thread {two[-1]:,.0f} tokens/s, 1 x 2 {one[-1]:,.0f}")
     report(

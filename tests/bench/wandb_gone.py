@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.common import (
-    BASE_DATA,
+    PLAIN_DATA,
     ROOT,
     Figure,
     environment,
@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
     gone: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         say(f"preparing {arguments.about_data}")
-        data = prepare(arguments, Path(folder, "data"), *BASE_DATA)
+        data = prepare(arguments, Path(folder, "data"), *PLAIN_DATA)
         batch = "--batch.tokens_per_micro_batch", tokens, "--batch.micro_batches_per_step", batches
         training = [*TRAINING, "--data", data.folder, *batch]
         for number in range(rounds):

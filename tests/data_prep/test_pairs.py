@@ -582,7 +582,7 @@ def test_what_is_not_given_is_chosen_by_the_data_and_is_as_if_given(tmp_path: Pa
 
 def test_a_vocabulary_that_nobody_asked_for_has_room_for_all_characters(tmp_path: Path, monkeypatch):
     assert [pairs.vocabulary_size_for(count, "separate") for count in (20, 24_321, 5_000_000)] == [1000, 4000, 16_000]
-    assert pairs.vocabulary_size_for(24_321, "joint") == 8000, "that of configs/gpt/base.yaml"
+    assert pairs.vocabulary_size_for(24_321, "joint") == 8000, "that of configs/gpt/plain.yaml"
     monkeypatch.setattr(pairs, "VOCABULARY_SIZES", ((10_000, 64),))
     monkeypatch.setattr(pairs, "HEAD_ROWS", 500)  # the vocabulary in its own process
     monkeypatch.setattr(pairs, "VOCABULARY_LINES", 1000)
