@@ -153,8 +153,12 @@ class FirstRanksLogbook(Logbook):
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         self._saver.save(step, tensors, state, first=self._metrics.sync)
-        self._sessions.update(step, stalls_s=self._saver.stalls_s, saves_s=self._saver.saves_s)
+        self._sessions.update(step, **self._measured())
         self._pages.refresh()
+
+    def _measured(self) -> dict[str, list[float]]:
+        uploads_s = self._home.uploads_s if self._home else []
+        return {"stalls_s": self._saver.stalls_s, "saves_s": self._saver.saves_s, "uploads_s": uploads_s}
 
     def best_interval(self, step_s: float) -> int:
         saver = self._saver
@@ -177,12 +181,11 @@ class FirstRanksLogbook(Logbook):
         self.save_error = self._saver.error
 
     def close(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
-        saver, sessions = self._saver, self._sessions
-        home = self._home
+        sessions, home = self._sessions, self._home
         restart = restart and (home is None or home.lost is None)
         self._metrics.close()
         self._write_status(status, reason, step, best, restart=restart)
-        sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
+        sessions.end(step, reason, **self._measured())
         self._pages.close()
         if self._board is not None:
             self._board.close()

@@ -321,8 +321,9 @@ def test_a_checkpoint_is_published_only_once_all_of_it_has_arrived(begin, hasty,
     store.loses = True
     save(folder, 1)
     home.notice()
-    until(lambda: "does not take the run now (1/step-0000000001" in capsys.readouterr().err)
+    until(lambda: home._failed or home.uploads_s)
     assert newest_link(open_store(place.url)).checkpoints == {}
+    assert "does not take the run now (1/step-0000000001" in capsys.readouterr().err
     store.loses = False
     until(lambda: set(newest_link(open_store(place.url)).checkpoints) == {1})
     assert sum(name.endswith("model.safetensors") for name in store.puts) == 1, "what is there is not sent again"

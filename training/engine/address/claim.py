@@ -113,6 +113,8 @@ def take_claim(store: Store, earlier: str | None = None) -> Claim:
     )
     if not add_link(store, mine) and newest_link(store).token != mine.token:  # the answer to our own may be lost
         raise _in_use(store, newest_link(store))
+    if store.guards and store.create(_name(mine.version), mine.model_dump_json().encode()):
+        store.guards = False  # a server that takes a second file of the same name
     return Claim(store, mine)
 
 

@@ -124,9 +124,9 @@ class Home:
             return latest
 
     def _take(self) -> Claim:
+        self._claim = claim = take_claim(self._claims, self._known.get("token"))
         if not self._claims.guards:
             warn(f"there is no guard at {self.url}: see to it yourself that one machine at a time trains this run")
-        self._claim = claim = take_claim(self._claims, self._known.get("token"))
         self._note(token=claim.link.token)
         with suppress(AddressError):  # at the next start
             for number in range(max(1, claim.link.number - 3), claim.link.number):

@@ -254,3 +254,5 @@ class _Drive(Store):
     def remove(self, name: str) -> None:
         with _naming_failures(), suppress(FileNotFoundError):
             remove(self._below(name))
+        with suppress(OSError):  # where there is more
+            self._root.rmdir()
