@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -298,7 +298,7 @@ class _Run:
         self.config, self.task, self.cluster, self.engine, self.about = config, task, cluster, engine, about
         self.stop = StopFlag(config.run_dir, cluster, config.session)
         self.logbook = Logbook()  # writes nothing; the first rank has its own during a session
-        self.home = _home(config) if cluster.is_first else None
+        self.home = cluster.on_first(lambda: _home(config))
         self.window = Window(task.plan)
         self.clock = Clock()
         self.step = 0
@@ -431,6 +431,9 @@ class _Run:
             run_dir, config = self.config.run_dir, shown_config(self.about)
             with writing_to(run_dir, option="--run_dir"):
                 write_status(run_dir, "finished", self.finish, restart=False, step=self.step)
+            if self.home is not None:  # the last session may not have come to it
+                self.home.start()
+                self.home.finish(inf)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
     # The session.

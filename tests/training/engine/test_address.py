@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_machine_to_machine_with_empty_disks(launch, sample_d
     assert (tmp_path / "d/run/report.html").exists()
 
 
-@on("s3")
+@on("sftp")
 def test_a_frozen_machine_publishes_nothing_and_leaves_when_it_wakes(launch, sample_data, tmp_path, place):
     expected = reference(sample_data, *RUN)
     frozen, next_one = tmp_path / "frozen/run", tmp_path / "next/run"
@@ -141,6 +141,20 @@ def test_a_frozen_machine_publishes_nothing_and_leaves_when_it_wakes(launch, sam
     assert_same_record(next_one, expected)
     link = newest_link(open_store(place.url))
     assert all(folder.startswith(f"{number + 1}/") for folder in link.checkpoints.values())
+
+
+@on("drive")
+def test_a_run_that_gets_an_address_late_or_has_not_arrived_is_sent_when_it_is_started_again(
+    launch, sample_data, tmp_path, place
+):
+    run_dir = tmp_path / "here/run"
+    shutil.copytree(reference(sample_data, *RUN), run_dir)
+    again = machine(launch, place, run_dir, sample_data).wait()
+    assert again.status == 0 and "is finished" in again.out, again
+    assert set(newest_link(open_store(place.url)).checkpoints) == set(saved_steps(run_dir))
+    assert {"report.html", "status.json", "metrics.jsonl"} < open_store(place.url).names("1").keys()
+    other = launch(*command_of(tmp_path / "other", sample_data, *RUN, "--optim.lr", 5e-3, "--run_at", place.url)).wait()
+    assert other.status == 1 and f"{place.url} holds a run with another definition (optim.lr" in other.err, other
 
 
 # The claim, in every order.
@@ -441,7 +455,7 @@ def test_a_full_drive_costs_nothing_that_was_published(begin, hasty, tmp_path):
         home.close()
 
 
-@on("drive", "s3")
+@on("drive", pytest.param("s3", marks=pytest.mark.whole))
 def test_a_damaged_checkpoint_at_the_address_is_named_and_an_older_one_taken(begin, hasty, place, tmp_path, capsys):
     home = begin(place.url)
     for step in (1, 2):
