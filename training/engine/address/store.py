@@ -102,7 +102,11 @@ class Store:
 
     def get(self, name: str, target: Path) -> None:
         """Fetches a file. Raises FileNotFoundError."""
-        self._try(lambda fs: fs.get_file(self._path(name), str(target)), may_lack=True)
+        try:
+            self._try(lambda fs: fs.get_file(self._path(name), str(target)), may_lack=True)
+        except BaseException:
+            target.unlink(missing_ok=True)  # some libraries make it first
+            raise
 
     def read(self, name: str) -> bytes:
         """What a small file holds. Raises FileNotFoundError."""
