@@ -63,7 +63,7 @@ _BEFORE = {"chat": "plain", "deepspeed": "chat"}
 _CHAT = ("qlora", "answers", "adapters", "disc_law", "instructions", "conversations")
 
 # Variables that count while a process runs; all others might have been read when something was imported.
-_READ_LATE = ("ACCIDENTS", "AWS_", "HOME", "KAGGLE_", "MASTER_", "RELAY_", "SLURM_", "STAGED_", "WANDB_", "RANKS")
+_READ_LATE = ("ACCIDENTS", "KAGGLE_", "MASTER_", "RELAY_", "SLURM_", "STAGED_", "WANDB_", "RANKS")
 
 # How long a launcher waits for its ranks to leave, as torchrun does.
 _PATIENCE_S = 30

@@ -75,7 +75,9 @@ def machine(
     run_dir.parent.mkdir(exist_ok=True)
     around = {"ACCIDENTS": json.dumps({"folder": str(run_dir.parent), "list": accidents}), "RELAY_DEAD_AFTER_S": "1.5"}
     words = command_of(run_dir, data, *RUN, "--run_at", place.url)
-    return launch(*words, module="tests.support.faulty_training", environment={**place.variables, **around}, **how)
+    return launch(
+        *words, module="tests.support.faulty_training", environment={**place.variables, **around}, real=False, **how
+    )
 
 
 def arrived(place: Address, step: int) -> Link:
