@@ -32,7 +32,7 @@ from tests.support.runs import (
     reference,
     status_of,
 )
-from training.base.console import TryLaterError
+from training.base.console import TryLaterError, UserError
 from training.engine.address import claim as claims
 from training.engine.address import home as homes
 from training.engine.address.claim import Claim, Link, LostClaim, newest_link, take_claim
@@ -467,9 +467,33 @@ def test_a_damaged_checkpoint_at_the_address_is_named_and_an_older_one_taken(beg
     home.close()
     folder = newest_link(open_store(place.url)).checkpoints[2]
     open_store(place.url).put(tmp_path / "run/address.json", f"{folder}/model.safetensors")
-    begin(place.url, "other")
+    other = begin(place.url, "other")
     assert "step 2 at" in (said := capsys.readouterr().err) and "is damaged" in said
     assert set(saved_steps(tmp_path / "other")) == {1}
+    other.close()
+    folder = newest_link(open_store(place.url)).checkpoints[1]
+    open_store(place.url).put(tmp_path / "run/address.json", f"{folder}/model.safetensors")
+    with pytest.raises(UserError, match="none of them is whole"):
+        begin(place.url, "third")
+
+
+@on("drive")
+def test_a_run_does_not_go_back_because_what_has_come_further_cannot_be_fetched(begin, hasty, place, tmp_path):
+    home = begin(place.url)
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    home.finish(60)
+    home.close()
+    save(tmp_path / "older", 1)
+
+    class BreaksOff(_Faulty):
+        def get(self, name: str, target: Path) -> None:
+            raise AddressError("no network")
+
+    with pytest.raises(TryLaterError, match=r"has come further than .*no network"):
+        begin(place.url, "older", BreaksOff)
+    assert set(saved_steps(tmp_path / "older")) == {1}
+    assert set(newest_link(open_store(place.url)).checkpoints) == {1, 2}
 
 
 @pytest.mark.parametrize("url", ["s3://key:SECRET@bucket/run", "https://x/run?token=SECRET", "SECRET"])

@@ -27,7 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from training.base.console import TryLaterError, say, warn
+from training.base.console import TryLaterError, UserError, say, warn
 from training.base.durations import format_duration
 from training.base.files import (
     NotPlainError,
@@ -107,13 +107,13 @@ class Home:
         """Takes the claim, and fetches the run where it has come further than `latest`, the run folder's newest.
 
         check: raises UserError for a checkpoint of another run. Returns the checkpoint to go on from. Raises
-        TryLaterError where another machine holds the claim, or where nothing is here and the address cannot be reached.
+        TryLaterError where another machine holds the claim, or where nothing is here and the address cannot be reached,
+        and UserError where nothing is here and what is there is damaged.
         """
         for leftover in (self._sending, self._fetching):
             remove(leftover)
         try:
-            claim = self._take()
-            return self._go_on(claim.link, latest, check)
+            link = self._take().link
         except AddressError as error:
             if latest is None:
                 raise TryLaterError(
@@ -122,6 +122,13 @@ class Home:
                 ) from None
             self._fail(error)
             return latest
+        try:
+            return self._go_on(link, latest, check)
+        except AddressError as error:  # to go on from an older step would be to give up what is there
+            raise TryLaterError(
+                f"{self.url} has come further than {self._run_dir}, and could not be read to its end ({error}): start "
+                "again when it can be"
+            ) from None
 
     def _take(self) -> Claim:
         self._claim = claim = take_claim(self._claims, self._known.get("token"))
@@ -148,6 +155,11 @@ class Home:
             if fetched is not None:
                 self._replace(link, latest, fetched)
                 return Checkpoint(checkpoint_folder(self._run_dir, step))
+        if latest is None and link.checkpoints:
+            raise UserError(
+                f"{self.url} has checkpoints, and none of them is whole: give the run another --run_at, or to begin "
+                f"anew there, move {self.url}/claim away"
+            )
         if (there := max(link.checkpoints, default=here)) < here:
             say(f"{self._run_dir} has come to step {here:,}, {self.url} to {there:,}: what is here goes on")
         return latest
