@@ -217,7 +217,7 @@ class _InTurns:
 
 
 @pytest.mark.parametrize(
-    "place, tries", [("drive", 100), pytest.param("s3", 100, marks=pytest.mark.whole)], indirect=["place"]
+    "place, tries", [("drive", 100), pytest.param("s3", 4, marks=pytest.mark.whole)], indirect=["place"]
 )
 def test_two_machines_never_both_publish_in_whatever_order_they_act(place, tries, monkeypatch):
     clock = threading.local()  # each machine has its own, which stands still between its waits
@@ -231,6 +231,14 @@ def test_two_machines_never_both_publish_in_whatever_order_they_act(place, tries
     assert set(ends) == {"published all", "refused", "lost"}, f"all of it is to happen: {ends}"
 
 
+def _started_again(store: Any) -> Claim:
+    """Takes the claim, if need be at a third start."""
+    for _ in range(2):
+        with suppress(TryLaterError):
+            return take_claim(store)
+    return take_claim(store)
+
+
 def _both_train(url: str, turns: _Turns) -> list[str]:
     """How it ended for both of them."""
     published: list[int] = []
@@ -241,7 +249,7 @@ def _both_train(url: str, turns: _Turns) -> list[str]:
         store: Any = _InTurns(open_store(url), turns)
         first = {"A": 100, "B": 200}[name]
         try:
-            claim = take_claim(store)
+            claim = _started_again(store)
             for step in range(first, first + 4):
                 claim.update()  # as its thread does while files are sent
                 folder = f"{claim.link.number}/step-{step:010d}-{0:016x}"
@@ -256,7 +264,10 @@ def _both_train(url: str, turns: _Turns) -> list[str]:
 
     turns.run(train)
     assert len(ends) == 2
-    assert set(newest_link(open_store(url)).checkpoints) == set(published), "what is published is what was said to be"
+    there = set(newest_link(open_store(url)).checkpoints)
+    assert there >= set(published), "what was said to be published is"
+    # Who froze behind its link, before it could see that it stands, has published it without knowing.
+    assert len(there) <= len(published) + ends.count("lost")
     numbers = [number for _, number in sorted(links)]
     assert numbers == sorted(numbers), "who has lost the claim publishes nothing more"
     return ends
