@@ -1,6 +1,6 @@
 """What an address costs a training: the processor's time to send a checkpoint, beside that of the steps between two.
 
-The GPT of configs/gpt/plain.yaml is trained for some steps, and its checkpoint sent to a drive, to an SFTP server and to
+The GPT of configs/gpt/plain.yaml is trained for some steps, and its checkpoint sent to a drive, an SFTP server and
 a bucket on this machine. Counted is the processor's time of this process, all threads, so that what else the machine
 does plays no part: a training on a GPU has processors to spare for it, one on a CPU loses that much. The servers' own
 time is not counted, since an address is elsewhere.
