@@ -49,6 +49,28 @@ class Fault:
 
 
 FAULTS = (
+    # Runs that live at an address.
+    Fault(
+        "a machine that slept believes its link",
+        "training/engine/address/claim.py",
+        "if versions[-1:] != [link.version]:",
+        "if not versions:",
+        "tests/training/engine/test_address.py::test_two_machines_never_both_publish_in_whatever_order_they_act[drive-100]",
+    ),
+    Fault(
+        "a name is given twice",
+        "training/engine/address/store.py",
+        'file = target.open("xb")',
+        'file = target.open("wb")',
+        "tests/training/engine/test_address.py::test_two_machines_never_both_publish_in_whatever_order_they_act[drive-100]",
+    ),
+    Fault(
+        "a checkpoint is published before all of it has arrived",
+        "training/engine/address/home.py",
+        "if self._store.names(place) != sizes:",
+        "if not self._store.names(place):",
+        "tests/training/engine/test_address.py::test_a_checkpoint_is_published_only_once_all_of_it_has_arrived[drive]",
+    ),
     # What is learned.
     Fault(
         "GPT sees the future",

@@ -82,6 +82,7 @@ PROMISED = {
         *(f"{side}_{what}" for side in ("relay", "transformers") for what in ("tokens_per_s", "first_token_s")),
     ],
     "scaling": ["ddp_ratio", "two_ranks_one_thread_tokens_per_s", "one_rank_two_threads_tokens_per_s"],
+    "address": ["drive_share", "sftp_share", "s3_share"],
     "save_stall": ["stall_ratio", "background_stall_s", "synchronous_stall_s", "published_after_s"],
     "resume_time": ["ratio", "resumed_s", "new_s"],
     "deepspeed": [

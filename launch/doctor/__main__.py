@@ -74,6 +74,7 @@ def checks_of(asked: Asked, place: Ranks, launcher: Launcher | None, device: tor
     """
     data, base = asked.known.get("data"), asked.known.get("base_model")
     revision, wandb_mode = asked.known.get("base_revision"), asked.known.get("wandb.mode")
+    address = asked.known.get("run_at")
 
     def precision() -> Iterable[Finding]:
         return machine.precision(run.precision_of(asked.script, asked.words), device) if device is not None else ()
@@ -90,6 +91,7 @@ def checks_of(asked: Asked, place: Ranks, launcher: Launcher | None, device: tor
         Check("data", "node", lambda: run.data(Path(data), chat=base is not None) if data is not None else ()),
         Check("base model", "node", lambda: run.base_model(base, revision) if base is not None else ()),
         Check("wandb", "first", lambda: run.wandb(wandb_mode) if asked.script is not None else ()),
+        Check("address", "first", lambda: run.address(address) if address is not None else ()),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the run of a config needs on each node: the config itself, disk, data, base model, wandb.
+"""What the run of a config needs on each node: the config itself, disk, data, base model, wandb, address.
 
 A run and its data are read and never changed: what the doctor writes lies beside them and is removed.
 """
@@ -10,7 +10,9 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from launch.doctor.findings import Finding, Level, MustMatch
@@ -24,6 +26,7 @@ from training.engine.precision import PrecisionName
 from training.engine.wandb.options import mode_of
 
 _FREE_BYTES: dict[Level, float] = {"error": 0.5e9, "warning": 5e9}
+_SENT_BYTES = 8_000_000  # to an address and back
 _FREE_FILES: dict[Level, float] = {"error": 100, "warning": 10_000}
 
 
@@ -146,3 +149,41 @@ def wandb(said: str | None) -> Iterator[Finding]:
         yield Finding("ok", "wandb", "there is a key, and the server answers")
     else:
         yield Finding("warning", "wandb", f"{found}: the run will go on offline, and can be uploaded later")
+
+
+def address(url: str) -> Iterator[Finding]:
+    """Whether a run can live at the URL: written and read back, no name given twice, and who has the run."""
+    from training.engine.address.claim import newest_link
+    from training.engine.address.store import AddressError, open_store
+
+    store, own = open_store(url), f"doctor-{os.urandom(4).hex()}"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            sent, back = Path(folder, "sent"), Path(folder, "back")
+            sent.write_bytes(os.urandom(_SENT_BYTES))
+            moments = [time.monotonic()]
+            for act in (lambda: store.put(sent, f"{own}/file"), lambda: store.get(f"{own}/file", back)):
+                act()
+                moments.append(time.monotonic())
+            if back.read_bytes() != sent.read_bytes():
+                yield Finding("error", "address", f"a file sent to {url} does not come back as it was: take another")
+        created = [store.create(f"{own}/name", b"") for _ in range(2)]
+        link = newest_link(store)
+    except AddressError as error:
+        raise UserError(f"{url} cannot be used: {error}") from None
+    finally:
+        with suppress(AddressError):
+            store.remove(own)
+    up, down = (_SENT_BYTES / 1e6 / (after - before) for before, after in pairwise(moments))
+    yield Finding("ok", "address", f"written and read back: {up:,.1f} MB/s to {url}, {down:,.1f} MB/s from there")
+    if not store.guards or created != [True, False]:
+        text = "no guard there: see to it yourself that one machine at a time trains a run"
+        yield Finding("warning", "address", text)
+    newest = f"step {max(link.checkpoints):,} is published" if link.checkpoints else "nothing is published"
+    if link.free:
+        yield Finding("ok", "address", f"{newest}; no machine has the run")
+    else:
+        text = (
+            f"{newest}; {link.holder} has the run, or died with it: a start here waits {link.dead_after_s:g} s to see"
+        )
+        yield Finding("warning", "address", text)

@@ -17,12 +17,16 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from launch.scripts import read_options, script_of
 from launch.supervisor import Ending, Layout, Session, Supervisor, layout, threads_of
@@ -56,6 +60,9 @@ _ATTEMPTS_WITHOUT_PROGRESS = 3
 # NCCL hangs where the driver says that two GPUs reach each other's memory (P2P) but a virtual machine lets nothing
 # through. The gradients of these trainings are small, so that the way by the host's memory costs next to nothing.
 _NCCL = {"NCCL_P2P_DISABLE": "1"}
+
+# What an S3 bucket's library reads.
+_SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"}
 
 
 @dataclass(frozen=True)
@@ -182,6 +189,24 @@ class Disk:
 # The training.
 
 
+def reach_address(url: str) -> None:
+    """Gives the library that serves the run's address its credentials, the notebook's secrets by the variables' names.
+
+    A library that the image lacks is installed. A secret that is not there is not missed: another may do.
+    """
+    from training.engine.address.store import CLIENTS
+
+    with suppress(ImportError):
+        from kaggle_secrets import UserSecretsClient
+
+        for name in _SECRETS - os.environ.keys():
+            with suppress(Exception):  # it has classes of its own
+                os.environ[name] = UserSecretsClient().get_secret(name)
+    client = CLIENTS.get(urlsplit(url).scheme)
+    if client is not None and find_spec(client.partition("==")[0]) is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", client], check=False)  # else the run says so
+
+
 @dataclass
 class Training:
     """The sessions of a training, which watch the clock and the disk."""
@@ -226,6 +251,8 @@ class ThisKernelRun:
     def __init__(self, script: str, words: Sequence[str], expected_step: int, previous: Sequence[str]):
         self.working = kaggle_working()
         self.options = read_options(script, words)
+        if self.options.run_at is not None:
+            reach_address(self.options.run_at)
         self.run_dir = self.working / self.options.run_dir.name
         self.source = previous_run(kaggle_input(), self.run_dir.name, previous)
         self.disk = Disk(self.working, self.run_dir, self.source)

@@ -329,3 +329,15 @@ def test_options_without_a_config_or_script_and_unknown_scripts_are_errors():
     for script in ("training.none", "training.translation"):
         with pytest.raises(UserError, match=f"{script}.*--script"):
             list(run.config(script, []))
+
+
+def test_an_address_is_written_to_read_back_and_left_as_it_was(launch, sample_data, tmp_path):
+    (tmp_path / "drive").mkdir()
+    words = ("--script", "training.gpt", "--run_dir", tmp_path / "run", "--data", sample_data, "--run_at")
+    result = launch(*words, f"file://{tmp_path}/drive/run", module=DOCTOR).wait()
+    found = lines_of(result)["address"]
+    assert [level for level, _ in found] == ["ok", "ok"], result.out
+    assert "written and read back" in found[0][1] and "no machine has the run" in found[1][1]
+    assert list((tmp_path / "drive").iterdir()) == []
+    result = launch(*words, f"file://{tmp_path}/elsewhere/run", module=DOCTOR).wait()
+    assert_said(result, "error", "address", "cannot be used", f"there is no folder {tmp_path}/elsewhere")

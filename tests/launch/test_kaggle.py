@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import pytest
 
-from launch.kaggle import notebook
+from launch.kaggle import kernel_run, notebook
 from launch.kaggle.dataset import CODE, CONTENT, DATA, content_hash, content_of, write_dataset
 from launch.kaggle.kernel_run import (
     Disk,
@@ -673,3 +674,14 @@ def test_archives_that_kaggle_has_unpacked_serve_as_well(unpacking, config, samp
     names = names_in(tmp_path / "again/dataset" / CODE)
     assert {"launch/kaggle/kernel_run.py", "configs/gpt/run.yaml", "requirements.txt"} < names
     assert {"training/report/page.html", "training/evaluation/exports/card.md"} < names
+
+
+def test_a_run_with_an_address_gets_its_credentials_from_the_secrets_of_the_notebook(monkeypatch):
+    secrets = {"AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "word"}
+    stand_in = SimpleNamespace(UserSecretsClient=lambda: SimpleNamespace(get_secret=lambda name: secrets[name]))
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", stand_in)
+    for name in kernel_run._SECRETS:
+        monkeypatch.setenv(name, "")  # so that it is taken back at the end
+        monkeypatch.delenv(name)
+    kernel_run.reach_address("s3://bucket/run")
+    assert secrets.items() <= os.environ.items() and "AWS_ENDPOINT_URL" not in os.environ

@@ -54,7 +54,7 @@ def go_back(run_dir: Path, latest: Checkpoint, step: int) -> Checkpoint:
             f"{run_dir} has no valid checkpoint of step {step:,} or before, from which a run of another length could "
             "go on: begin a new run from its weights (--init_from), or give its length back to it"
         )
-    aside = _set_aside(run_dir, latest)
+    aside = set_aside(run_dir, latest)
     say(f"{run_dir} goes back to step {target.step:,} to become a run of another length; what it was is in {aside}")
     leave_record(run_dir, target)
     for name in _OF_THE_WHOLE:
@@ -98,7 +98,7 @@ def set_aside_from(folder: Path) -> Path | None:
     return folder.with_name(found[1]) if found else None
 
 
-def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
+def set_aside(run_dir: Path, latest: Checkpoint) -> Path:
     """Copies the run, checkpoints as hard links where the file system has them, to a folder beside it."""
     place, manifest = run_dir.resolve(), read_plain(latest.folder / MANIFEST)
     first = f"{place.name}-at-{latest.step}"
@@ -116,12 +116,12 @@ def _set_aside(run_dir: Path, latest: Checkpoint) -> Path:
                 copy_tree(each, folder / each.name, hidden=False)
         (folder / "checkpoints").mkdir()
         for each in (place / "checkpoints").iterdir():  # which may be a link itself, to a larger disk
-            copy_tree(each, folder / "checkpoints" / each.name, _link_or_copy, hidden=False)
+            copy_tree(each, folder / "checkpoints" / each.name, link_or_copy, hidden=False)
         publish_folder(folder, aside)
     return aside
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """A checkpoint's file: it never changes, so two names may stand for it."""
     try:
         target.hardlink_to(source)

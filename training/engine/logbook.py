@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.base.console import say, warn
 from training.base.durations import format_duration
@@ -32,6 +32,10 @@ from training.engine.task import RunOptions
 from training.engine.tensorboard import Board
 from training.engine.wandb.tracker import WandbTracker
 
+if TYPE_CHECKING:
+    from training.engine.address.home import Home
+
+INTERRUPTED = "interrupted twice"
 ON_END_LIMIT_S = 15.0
 PAGES_EVERY_S = 15.0
 
@@ -85,12 +89,17 @@ class FirstRanksLogbook(Logbook):
         best: Best,
         wandb_id: str | None,
         show: Callable[[Path], None],
+        home: Home | None = None,
     ):
-        """about: what goes into every manifest. steps: of the whole run. show: see `Task`."""
+        """about: what goes into every manifest. steps: of the whole run. show: see `Task`. home: the run's address."""
         self._run_dir, self._steps, self._on_end = config.run_dir, steps, config.session.on_end
         self._checkpoint, self._device = config.checkpoint, cluster.device.type
-        self._saver = saver = Saver(config.run_dir, config.checkpoint, {**about, "commit": commit()})
-        stop.reserve_s, stop.saves_fail = lambda: saver.seconds, lambda: saver.gives_up
+        self._home, self._left_s = home, stop.left_s
+        kept = {**about, "commit": commit()}
+        self._saver = saver = Saver(config.run_dir, config.checkpoint, kept, home.notice if home else lambda: None)
+        stop.reserve_s, stop.saves_fail = lambda: saver.seconds + (home.seconds if home else 0), lambda: saver.gives_up
+        if home is not None:
+            stop.is_taken = lambda: home.lost is not None
         self._usable_s = stop.usable_s()
         self._metrics = MetricsFile(config.run_dir, resumed_step=step, validated_step=validated_step)
         if self._metrics.reached > step:
@@ -126,6 +135,8 @@ class FirstRanksLogbook(Logbook):
         self._write_status("running", "training", step, best, restart=True)
         self._pages = Pages(config.run_dir, show)
         self._pages.refresh()
+        if home is not None:
+            home.start()
 
     def line(self, kind: str, step: int, **values: Any) -> None:
         written = self._metrics.write(kind, step, **values)
@@ -142,8 +153,12 @@ class FirstRanksLogbook(Logbook):
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         self._saver.save(step, tensors, state, first=self._metrics.sync)
-        self._sessions.update(step, stalls_s=self._saver.stalls_s, saves_s=self._saver.saves_s)
+        self._sessions.update(step, **self._measured())
         self._pages.refresh()
+
+    def _measured(self) -> dict[str, list[float]]:
+        uploads_s = self._home.uploads_s if self._home else []
+        return {"stalls_s": self._saver.stalls_s, "saves_s": self._saver.saves_s, "uploads_s": uploads_s}
 
     def best_interval(self, step_s: float) -> int:
         saver = self._saver
@@ -166,10 +181,11 @@ class FirstRanksLogbook(Logbook):
         self.save_error = self._saver.error
 
     def close(self, status: Status, reason: str, step: int, best: Best, *, restart: bool) -> None:
-        saver, sessions = self._saver, self._sessions
+        sessions, home = self._sessions, self._home
+        restart = restart and (home is None or home.lost is None)
         self._metrics.close()
         self._write_status(status, reason, step, best, restart=restart)
-        sessions.end(step, reason, stalls_s=saver.stalls_s, saves_s=saver.saves_s)
+        sessions.end(step, reason, **self._measured())
         self._pages.close()
         if self._board is not None:
             self._board.close()
@@ -178,6 +194,8 @@ class FirstRanksLogbook(Logbook):
         self._tracker.close(status, reason, {**best, "goodput": round(goodput(hours)[1], 4)})
         if word is not None:
             word.wait()
+        if home is not None and reason != INTERRUPTED:
+            home.finish(self._left_s())
         say(in_words(hours))
         if status == "finished":
             trained = format_duration(sum(session["seconds"] for session in sessions.all))

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
-from math import isfinite
-from typing import Any
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from training.engine.checkpoint import Checkpoint, MeasuredInterval, RunState, b
 from training.engine.cluster import Cluster, means_lost_peer, peer_error
 from training.engine.generating import GeneratedScores
 from training.engine.goodput import Clock
-from training.engine.logbook import FirstRanksLogbook, Logbook, shown_config
+from training.engine.logbook import INTERRUPTED, FirstRanksLogbook, Logbook, shown_config
 from training.engine.metrics import Window, memory_mb, read_metrics
 from training.engine.optim import Course, build_optimizer, learning_rate, optimizer_bytes
 from training.engine.parallel import DataParallel, Parallel
@@ -54,6 +54,9 @@ from training.engine.task import MAY_CHANGE, RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
 from training.engine.weights import Origin
 from training.engine.zero import Zero, state_bytes
+
+if TYPE_CHECKING:
+    from training.engine.address.home import Home
 
 # This many gradients in a row that are not finite, and the run stops: more steps would not mend it.
 SKIPPED_STEPS_LIMIT = 5
@@ -86,7 +89,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
         return _dry_run(config, task, engine, cluster)
 
     run = _Run(config, task, cluster, engine, _about(config, task, data))
-    with closing(RunFolder(config.run_dir)) as folder:  # free again at the end: a notebook may go on in this process
+    with closing(RunFolder(config.run_dir, run.home)) as folder:  # free again: a notebook may go on in this process
         run.open(folder, data, shapes)
         if run.is_finished:
             run.confirm_finished()
@@ -96,7 +99,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
         try:
             return run.session()
         except KeyboardInterrupt:
-            run.abandon("resumable", "interrupted twice", restart=False)
+            run.abandon("resumable", INTERRUPTED, restart=False)
             raise
         except Exception as error:
             seen = peer_error(error) if means_lost_peer(error) else error
@@ -279,6 +282,15 @@ def _about(config: RunOptions, task: Task, data: Data) -> dict[str, Any]:
     }
 
 
+def _home(config: RunOptions) -> Home | None:
+    """The run's address. Raises UserError where a library for it is missing."""
+    if config.run_at is None:
+        return None
+    from training.engine.address.home import Home  # what few runs need
+
+    return Home(config.run_at, config.run_dir)
+
+
 class _Run:
     """The state of the loop: the step, and which parts of its boundary are done."""
 
@@ -286,6 +298,7 @@ class _Run:
         self.config, self.task, self.cluster, self.engine, self.about = config, task, cluster, engine, about
         self.stop = StopFlag(config.run_dir, cluster, config.session)
         self.logbook = Logbook()  # writes nothing; the first rank has its own during a session
+        self.home = cluster.on_first(lambda: _home(config))
         self.window = Window(task.plan)
         self.clock = Clock()
         self.step = 0
@@ -418,6 +431,9 @@ class _Run:
             run_dir, config = self.config.run_dir, shown_config(self.about)
             with writing_to(run_dir, option="--run_dir"):
                 write_status(run_dir, "finished", self.finish, restart=False, step=self.step)
+            if self.home is not None:  # the last session may not have come to it
+                self.home.start()
+                self.home.finish(inf)
             send_the_rest(self.config.wandb, run_dir, self.wandb_id, config, read_metrics(run_dir), self.best)
 
     # The session.
@@ -461,6 +477,7 @@ class _Run:
                 best=self.best,
                 wandb_id=self.wandb_id,
                 show=self.task.show,
+                home=self.home,
             )
         self.wandb_id = self.logbook.wandb_id
 

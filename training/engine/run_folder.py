@@ -8,6 +8,7 @@ runs/NAME/
   sessions.json                        every session: when, where, from which step to which, why it ended
   status.json                          running, finished, resumable or failed, and why
   kept_steps.json                      see training.engine.checkpoint
+  address.json                         see training.engine.address, of a run that lives at an address
   report.html  summary.json            see training.report
   lock                                 held by the running session
 """
@@ -24,7 +25,7 @@ from io import FileIO
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
@@ -56,6 +57,9 @@ from training.engine.status import (
     read_status,
 )
 from training.engine.surroundings import commit
+
+if TYPE_CHECKING:
+    from training.engine.address.home import Home
 
 CONFIG = "config.yaml"
 
@@ -94,8 +98,8 @@ def keep_private(run_dir: Path) -> None:
 class RunFolder:
     """The folder of a run that is about to train here. Used on one rank only."""
 
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, home: Home | None = None):
+        self.run_dir, self.home = run_dir, home
         self._lock: FileIO | None = None
 
     def open(
@@ -108,7 +112,9 @@ class RunFolder:
         may_change: set[str],
         shared_steps: Callable[[Checkpoint], int] = lambda checkpoint: checkpoint.step,
     ) -> Checkpoint | None:
-        """Locks the folder and finds the newest valid checkpoint, here or in `source`, whose run is then copied here.
+        """Locks the folder and finds the newest valid checkpoint, here, at the run's address, or in `source`.
+
+        Where the run there has come further it is copied here.
 
         about: the definition of the run: task, config (without the keys `may_change`), data, and what it is built on.
         shared_steps: up to which step the run that made a checkpoint is this one, which may have another length. Where
@@ -127,6 +133,8 @@ class RunFolder:
             latest = newest_valid(self.run_dir)
             if latest is not None:
                 _check_same_run(latest, about, may_change)
+            if (home := self.home) is not None:
+                latest = home.open(latest, lambda found: _check_same_run(found, about, may_change, home.url))
             if source is not None:
                 if not (source / "checkpoints").is_dir():
                     raise UserError(f"--resume_from {source} is not a run folder: there is no folder checkpoints in it")
@@ -157,7 +165,9 @@ class RunFolder:
         return latest
 
     def close(self) -> None:
-        """Gives the folder free for another run, in this process or in another."""
+        """Gives the folder free for another run, in this process or in another, and the run for another machine."""
+        if self.home is not None:
+            self.home.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -266,12 +276,16 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
         )
 
 
-def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[str]) -> None:
+def _check_same_run(
+    latest: Checkpoint, about: dict[str, Any], may_change: set[str], address: str | None = None
+) -> None:
+    """Raises UserError where the checkpoint is another run's. address: from where it comes, if not from its folder."""
+    place, option = (address, "--run_at") if address is not None else (latest.folder.parents[1], "--run_dir")
     lacking = sorted(RunState.__required_keys__ - latest.state().keys())
     if lacking:
         raise UserError(
-            f"{latest.folder} was saved by another version of Relay{_made_with(latest)}, without {', '.join(lacking)}: "
-            "go on with that one, or choose another --run_dir; nothing was changed"
+            f"{address or latest.folder} was saved by another version of Relay{_made_with(latest)}, without "
+            f"{', '.join(lacking)}: go on with that one, or choose another {option}; nothing was changed"
         )
     schedule = about["config"]["optim"]["schedule"]
     length = {f"optim.{key}" for key in LENGTH}
@@ -290,17 +304,16 @@ def _check_same_run(latest: Checkpoint, about: dict[str, Any], may_change: set[s
         others.append(f"it was trained on other data than --data {now}: {before}, as that was then")
         differences = others
     if differences:
-        run_dir = latest.folder.parents[1]
-        longer = ""
+        run_dir, longer = latest.folder.parents[1], ""
         asked = {line.partition(":")[0] for line in differences}
-        if was not in EXTENDABLE and asked & {*length, "optim.schedule"}:
+        if address is None and was not in EXTENDABLE and asked & {*length, "optim.schedule"}:
             longer = (
                 f". With optim.schedule {was} every step depends on the length: train on from these weights "
                 f"in a new run (--init_from {run_dir}), and with --optim.schedule wsd if that may become longer"
             )
         raise UserError(
-            f"{run_dir} holds a run with another definition ({'; '.join(differences)}): restore these keys to continue "
-            f"it{_made_with(latest)}, or choose another --run_dir; nothing was changed{longer}"
+            f"{place} holds a run with another definition ({'; '.join(differences)}): restore these keys to continue "
+            f"it{_made_with(latest)}, or choose another {option}; nothing was changed{longer}"
         )
 
 

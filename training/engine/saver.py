@@ -111,8 +111,15 @@ def write_s(tensors: Mapping[str, Tensors]) -> float:
 class Saver:
     """Saves a run's checkpoints; used on one rank only."""
 
-    def __init__(self, run_dir: Path, options: CheckpointOptions, about: Mapping[str, Any]):
-        self._run_dir, self._options, self._about = run_dir, options, about
+    def __init__(
+        self,
+        run_dir: Path,
+        options: CheckpointOptions,
+        about: Mapping[str, Any],
+        published: Callable[[], object] = lambda: None,
+    ):
+        """published: is called in the background when a checkpoint is."""
+        self._run_dir, self._options, self._about, self._published = run_dir, options, about, published
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._estimate_s = 1.0
@@ -234,6 +241,7 @@ class Saver:
             raise
         self.failures, self.error = 0, None
         self.saves_s.append(time.monotonic() - began)
+        self._published()
         if len(self.saves_s) == 1:
             self._compare_with_time_to_leave()
 

@@ -63,6 +63,8 @@ class Session(TypedDict):
     saves: NotRequired[Steps]  # that were published
     stall_s: NotRequired[Seconds]  # how long a save kept the training waiting, in the mean
     save_s: NotRequired[Seconds]  # how long a save took until it was published, in the mean
+    uploads: NotRequired[Steps]  # checkpoints that have arrived at the run's address
+    upload_s: NotRequired[Seconds]  # how long one took, in the mean
     began: NotRequired[Moment]  # when its process did, seconds since 1970
     hours: NotRequired[dict[Kind, Seconds]]  # seconds since then by kind, up to its last save or its end
     last_sign: NotRequired[Moment]  # of one that was killed: when its last line was written
@@ -281,21 +283,25 @@ class Sessions:
         self.all.append(self.current)
         self._write()
 
-    def update(self, step: int, *, stalls_s: Sequence[float], saves_s: Sequence[float]) -> None:
+    def update(
+        self, step: int, *, stalls_s: Sequence[float], saves_s: Sequence[float], uploads_s: Sequence[float] = ()
+    ) -> None:
         """Notes the step that the session has come to. stalls_s, saves_s: of its saves, see `Saver`."""
         current = self.current
         current["step"], current["seen"], current["saves"] = step, _now(), len(saves_s)
         if saves_s:
             current["stall_s"], current["save_s"] = round(mean(stalls_s), 4), round(mean(saves_s), 4)
+        if uploads_s:
+            current["uploads"], current["upload_s"] = len(uploads_s), round(mean(uploads_s), 4)
         current["seconds"] = round(time.monotonic() - self._began, 1)
         current["hours"] = self._clock.seconds()
         with contextlib.suppress(OSError):  # a full disk costs this note, not the training
             self._write()
 
-    def end(self, step: int, reason: str, *, stalls_s: Sequence[float], saves_s: Sequence[float]) -> None:
+    def end(self, step: int, reason: str, **measured: Sequence[float]) -> None:
         """Notes how the session ended; the rest as in `update`."""
         self.current["ended"], self.current["reason"] = _now(), reason
-        self.update(step, stalls_s=stalls_s, saves_s=saves_s)
+        self.update(step, **measured)
 
     def hours(self) -> dict[str, float]:
         """Where the time of all sessions went, up to now."""

@@ -31,7 +31,7 @@ from training.engine.status import STOP_FILE
 _AGREE_EVERY_S = 0.02
 
 # Reasons to stop beside signals, as numbers above theirs: the ranks agree on the largest.
-_FILE, _TIME, _SAVES, _LAUNCHER, _NOTICE = 1001, 1002, 1003, 1004, 1005
+_FILE, _TIME, _SAVES, _LAUNCHER, _NOTICE, _TAKEN = 1001, 1002, 1003, 1004, 1005, 1006
 
 T = TypeVar("T")
 
@@ -89,6 +89,7 @@ class StopFlag:
         self._deadline = _deadline(options) if cluster.is_first else math.inf
         self.reserve_s: Callable[[], float] = lambda: 0.0  # what the end of the session will take: a save
         self.saves_fail: Callable[[], bool] = lambda: False
+        self.is_taken: Callable[[], bool] = lambda: False  # whether another machine has the run
         self._notices = Notices() if options.notices and cluster.ranks.local_rank == 0 else None
         names = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGXCPU", *([options.stop_signal] if options.stop_signal else [])]
         for name in names + ([] if is_ignored(signal.SIGHUP) else ["SIGHUP"]):
@@ -125,6 +126,8 @@ class StopFlag:
             raise Stopped(self._words(int(asked)))
 
     def _own_reason(self, now: float) -> int:
+        if self.is_taken():
+            return _TAKEN
         launcher = self._cluster.launcher
         if not self._asked and launcher is not None and launcher.is_gone():
             return _LAUNCHER
@@ -144,6 +147,7 @@ class StopFlag:
             _TIME: "the time limit",
             _SAVES: "failing saves",
             _LAUNCHER: "the end of the launcher",
+            _TAKEN: "another machine, which has the run now",
             _NOTICE: f"a notice of preemption by {(self._notices and self._notices.found) or 'a cloud'}",
         }
         return others.get(reason) or f"signal {signal.Signals(reason).name}"
@@ -165,6 +169,10 @@ class StopFlag:
         if self._deadline == math.inf:
             return None
         return max(1.0, self._deadline - time.monotonic() - self._options.margin - self.reserve_s())
+
+    def left_s(self) -> float:
+        """The seconds until this session has to be over; infinite without a time limit."""
+        return self._deadline - time.monotonic()
 
     def clear(self) -> bool:
         """Whether somebody wants the run to rest, so that no launcher should start it again by itself.

@@ -57,6 +57,11 @@ class RunOptions(Options):
     private: bool = Field(
         False, description="what the run leaves is for this user alone (0600, folders 0700), whatever the umask is"
     )
+    run_at: str | None = Field(
+        None,
+        description="URL (s3://, sftp://, file:// and others) where the run lives: each session goes on from what is "
+        "there, and sends its checkpoints there; see docs/addresses.md",
+    )
     resume_from: Path | None = Field(
         None, description="a run folder, read-only perhaps, to continue in run_dir where it has come further"
     )
@@ -85,6 +90,16 @@ class RunOptions(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_plain_address(self) -> RunOptions:
+        # The value is in neither message: it may be a secret.
+        scheme, _, rest = (self.run_at or "file:///").partition("://")
+        if not scheme.isalnum() or not rest or set(rest) & set("?#"):
+            raise ValueError("run_at: expected a URL without a query, such as s3://BUCKET/RUN or file:///mnt/drive/RUN")
+        if ":" in rest.partition("/")[0].rpartition("@")[0]:
+            raise ValueError("run_at: no password in the URL, which the run would keep; see docs/addresses.md")
+        return self
+
     @property
     def spreads_weights(self) -> bool:
         """Whether the weights themselves are spread over the ranks, so that all must call the model equally often."""
@@ -98,8 +113,8 @@ class RunOptions(Options):
 
 # Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
 MAY_CHANGE = {
-    *("run_dir", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from", "init_from"),
-    *("checkpoint", "log", "session", "wandb"),
+    *("run_dir", "run_at", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from"),
+    *("init_from", "checkpoint", "log", "session", "wandb"),
 }
 
 
