@@ -424,9 +424,9 @@ def test_what_a_run_was_is_not_taken_to_be_in_a_folder_that_somebody_else_has_fi
     planted = tmp_path / f"runs/gpt-at-4/checkpoints/{latest.folder.name}"
     planted.mkdir(parents=True)
     shutil.copy(latest.folder / MANIFEST, planted)
-    aside = fork._set_aside(run_dir, latest)
+    aside = fork.set_aside(run_dir, latest)
     assert aside.name == "gpt-at-4-2" and checkpoints(aside)[-1].verify() is None
-    assert fork._set_aside(run_dir, latest) == aside, "after a kill, the same"
+    assert fork.set_aside(run_dir, latest) == aside, "after a kill, the same"
     for name in (".gpt-at-4.partial", ".gpt-at-home-at-4.partial"):
         (tmp_path / "runs" / name).mkdir()
     fork.remove_unfinished(run_dir)
