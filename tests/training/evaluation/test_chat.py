@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -285,9 +286,9 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_then_the_program_and_ctrl_d_end
         parent, child = pty.openpty()
         words = [sys.executable, "-m", "training.evaluation.chat", str(law_run()), "--max_new_tokens", "2000"]
         at_terminal = {"stdin": child, "stdout": child, "stderr": child, "start_new_session": True}
-        # What is typed there is a signal only for those whose terminal it is.
-        take = partial(fcntl.ioctl, child, termios.TIOCSCTTY, 0)
-        process = subprocess.Popen(words, cwd=ROOT, env=usual_environment(), preexec_fn=take, **at_terminal)
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=usual_environment(), preexec_fn=partial(take_terminal, child), **at_terminal
+        )
         os.close(child)
         screen = Screen(parent)
         screen.wait_for("> ")
@@ -302,9 +303,14 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_then_the_program_and_ctrl_d_end
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
         assert process.returncode == status
-        end = screen.rest().rpartition("> ")[2]
+        end = screen.rest().rpartition("> ")[2].replace("^C", "")  # the terminal's echo of one more
         assert "Traceback" not in screen.text and end.split() == (["interrupted"] if status else []), screen.text
         os.close(parent)
+
+
+def take_terminal(terminal: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)  # what is typed there is a signal only for those whose terminal it is
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
 
 
 class Screen:
