@@ -355,6 +355,7 @@ def test_a_checkpoint_is_published_only_once_all_of_it_has_arrived(begin, hasty,
     store.loses = False
     until(lambda: set(newest_link(open_store(place.url)).checkpoints) == {1})
     assert sum(name.endswith("model.safetensors") for name in store.puts) == 1, "what is there is not sent again"
+    until(lambda: not home._failed)  # a failure is told once
     store.refuses = True
     save(folder, 2)
     home.notice()
