@@ -25,23 +25,8 @@ README, CHINESE = ROOT / "README.md", ROOT / "docs/README.zh.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 PROGRAMS = (
-    *(
-        "python",
-        "bash",
-        "source",
-        "torchrun",
-        "deepspeed",
-        "srun",
-        "sbatch",
-        "pip",
-        "git",
-        "hf",
-        "wandb",
-        "cp",
-        "sed",
-        "for",
-    ),
-    *("ollama", "vllm", "lm_eval", "llama-cli"),
+    *("python", "bash", "source", "pip", "git", "cp", "sed", "for", "torchrun", "deepspeed", "srun", "sbatch"),
+    *("hf", "wandb", "ollama", "vllm", "lm_eval", "llama-cli"),
 )
 
 # Commands that are not run here, by how they begin: the test that runs them, or why none does.

@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tests.bench.common import NO_RUN, Figure, read_arguments, report
+from tests.bench.common import NO_RUN, PLAIN, Figure, read_arguments, report
 from tests.support.addresses import bucket, sftp_server
 from training.base.console import run_main, say
+from training.base.options import parse
 from training.engine.address.home import Home
 from training.engine.checkpoint import bytes_of, publish, tensors_of
-from training.models.gpt import GPT, GPTOptions, Vocabularies
+from training.gpt import GPTConfig
+from training.models.gpt import GPT, Vocabularies
 
-MODEL = GPTOptions(layers=4, heads=4, width=256, context=128)
 VOCABULARY = 8000
 EVERY_STEPS, MICRO_BATCHES, SENTENCES, WORDS = 250, 4, 40, 25  # 1,000 tokens a micro-batch
 
@@ -76,7 +77,8 @@ def main(words: Sequence[str] | None = None) -> int:
     steps, times = arguments.sized(whole=(10, 5), quick=(4, 3), smoke=(1, 1))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = GPT(MODEL, Vocabularies(VOCABULARY))
+    config, _ = parse(GPTConfig, [str(PLAIN)], prog="python -m training.gpt", about="")
+    model = GPT(config.model, Vocabularies(VOCABULARY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     step_s = processor_s(model, optimizer, steps)
     tensors = tensors_of(model, optimizer)

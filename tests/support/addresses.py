@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.supervisor import free_port
 from tests.support.debian import program
 
 _BUCKET_SERVER = """
@@ -30,11 +31,6 @@ class Address:
 
     url: str
     variables: Mapping[str, str] = field(default_factory=dict)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def wait_for_port(port: int) -> None:

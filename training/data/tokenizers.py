@@ -155,7 +155,7 @@ def word_marks() -> str:
 class TooManyCharacters(UserError):
     """A vocabulary has no room for the characters of its text. advised_size: one that has."""
 
-    advised_size: int
+    advised_size: int  # no __init__ sets it: an exception with one of its own does not pass between processes
 
 
 class SentencePieceTokenizer(Tokenizer):

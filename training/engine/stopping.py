@@ -168,7 +168,7 @@ class StopFlag:
         """The seconds that this session has left for training; None without a time limit."""
         if self._deadline == math.inf:
             return None
-        return max(1.0, self._deadline - time.monotonic() - self._options.margin - self.reserve_s())
+        return max(1.0, self.left_s() - self._options.margin - self.reserve_s())
 
     def left_s(self) -> float:
         """The seconds until this session has to be over; infinite without a time limit."""

@@ -92,8 +92,10 @@ class RunOptions(Options):
 
     @model_validator(mode="after")
     def _has_plain_address(self) -> RunOptions:
+        if self.run_at is None:
+            return self
         # The value is in neither message: it may be a secret.
-        scheme, _, rest = (self.run_at or "file:///").partition("://")
+        scheme, _, rest = self.run_at.partition("://")
         if not scheme.isalnum() or not rest or set(rest) & set("?#"):
             raise ValueError("run_at: expected a URL without a query, such as s3://BUCKET/RUN or file:///mnt/drive/RUN")
         if ":" in rest.partition("/")[0].rpartition("@")[0]:
