@@ -21,12 +21,13 @@ from training.base.environment import staged
 from training.base.options import parse
 from training.data.prepared import Part, Prepared, open_prepared
 from training.data.tokenizers import EOS, PAD
+from training.engine.budget import within_budget
 from training.engine.loop import train
 from training.engine.task import RunOptions
 from training.engine.watchdog import watched_ranks
 from training.models.decoders import GPTDecoder
 from training.models.gpt import GPT, GPTOptions, Vocabularies
-from training.translation import Pairs, Translating, TranslationLoss
+from training.translation import Pairs, Translating, TranslationChooser, TranslationLoss
 
 
 class LossOptions(TranslationLoss):
@@ -116,14 +117,19 @@ def main() -> int:
         each.check(f"model.context ({config.model.context})")
 
     with watched_ranks(config) as cluster:
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
-        model = GPT(config.model, pairs.vocabularies)
-        prompt, written = float(pairs.prompts.mean()), float(pairs.target_tokens.mean())
-        scored = written + (prompt - 1 if config.loss.source_weight else 0)
-        flops = model.flops_per_token(prompt, written - 1, scored)
-        decoder, tokenizer = GPTDecoder(model), data.target_tokenizer
-        task = Translating("gpt", config, decoder, pairs, held_out, tokenizer, cluster, flops)
-        return train(config, task, data, cluster, dry_run=dry_run)
+
+        def build(config: GPTConfig) -> Translating:
+            torch.manual_seed(config.seed)  # the same initial weights on every rank
+            model = GPT(config.model, pairs.vocabularies)
+            prompt, written = float(pairs.prompts.mean()), float(pairs.target_tokens.mean())
+            scored = written + (prompt - 1 if config.loss.source_weight else 0)
+            flops = model.flops_per_token(prompt, written - 1, scored)
+            decoder, tokenizer = GPTDecoder(model), data.target_tokenizer
+            return Translating("gpt", config, decoder, pairs, held_out, tokenizer, cluster, flops)
+
+        chooser = TranslationChooser(pairs)
+        config = within_budget(config, build, data, cluster, sys.argv[1:], chooser, dry_run=dry_run)
+        return train(config, build(config), data, cluster, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from training.data.conversations import (
     open_conversations,
 )
 from training.data.prepared import Ragged
-from training.engine.batch_plan import BatchPlan, Mixture, batches_by_length
+from training.engine.batch_plan import BatchOptions, BatchPlan, Mixture, batches_by_length
+from training.engine.budget import within_budget
 from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.loop import train
@@ -50,7 +51,14 @@ from training.models.base_model import (
     read_config,
 )
 from training.models.generation import generate
-from training.models.memory_estimate import MemoryOptions, checked_memory
+from training.models.memory_estimate import (
+    BatchThatFits,
+    MemoryEstimate,
+    MemoryOptions,
+    card_of,
+    checked_memory,
+    memory_of,
+)
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("transformers", "peft", "bitsandbytes")
@@ -290,7 +298,8 @@ def main() -> int:
     data = open_conversations(staged(config.data))
     pad_id = data.meta["tokenizer"]["pad_id"]
     answers, held_out = (Answers(data.part(name), pad_id, data.mixture) for name in ("train", "validation"))
-    plan = plan_of(config, answers)
+    if config.budget is None:
+        plan_of(config, answers)  # says before a base model is fetched where a conversation is too long
     folder = find_base_model(config.base_model, config.base_revision)
     if commit := commit_of(folder):
         say(f"base model {config.base_model} at {commit}")
@@ -307,20 +316,34 @@ def main() -> int:
             )
         precision = choose_precision(config.precision, cluster.device)
         compute_type = COMPUTE_TYPES[precision.name]
-        memory = cluster.on_first(lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run=dry_run))
-        torch.manual_seed(config.seed)  # the same adapters on every rank
-        tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
-        supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
-        samples = config.samples_to_generate(0)
-        task = Answering(answers, held_out, data, cluster, precision, tokens, samples)
-        spreading = Spreading(config.zero, cluster) if config.spreads_weights else None
-        task.model = build_model(config, folder, compute_type, cluster.device, spreading=spreading)
-        task.plan = plan
-        task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
-        if memory is not None:  # on the first rank, which is the one that prints
-            task.memory = f"{memory.tensors / 1e9:.2f} GB of tensors a process"
-        task.built_on = {"base_model": fingerprint_of(folder)}
-        return train(config, task, data, cluster, dry_run=dry_run)
+
+        def build(config: QLoRAConfig) -> Answering:
+            plan = plan_of(config, answers)
+            memory = cluster.on_first(
+                lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run=dry_run)
+            )
+            torch.manual_seed(config.seed)  # the same adapters on every rank
+            tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
+            supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
+            samples = config.samples_to_generate(0)
+            task = Answering(answers, held_out, data, cluster, precision, tokens, samples)
+            spreading = Spreading(config.zero, cluster) if config.spreads_weights else None
+            task.model = build_model(config, folder, compute_type, cluster.device, spreading=spreading)
+            task.plan = plan
+            task.flops_per_token = flops_per_token(about, float(answers.lengths.mean()), supervised)
+            if memory is not None:  # on the first rank, which is the one that prints
+                task.memory = f"{memory.tensors / 1e9:.2f} GB of tensors a process"
+            task.built_on = {"base_model": fingerprint_of(folder)}
+            return task
+
+        def memory_for(batch: BatchOptions) -> MemoryEstimate:
+            tried = config.model_copy(update={"batch": batch})
+            return memory_of(tried, about, plan_of(tried, answers), compute_type, device_type, cluster.world_size)
+
+        gpu_bytes, device_type = card_of(config.memory, cluster)
+        chooser = BatchThatFits(int(answers.lengths.max()), memory_for, gpu_bytes)
+        config = within_budget(config, build, data, cluster, sys.argv[1:], chooser, dry_run=dry_run)
+        return train(config, build(config), data, cluster, dry_run=dry_run)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from training.base.environment import staged
 from training.base.options import parse
 from training.data.prepared import Part, open_prepared
 from training.data.tokenizers import EOS, PAD, SOS
+from training.engine.budget import within_budget
 from training.engine.loop import train
 from training.engine.task import RunOptions
 from training.engine.watchdog import watched_ranks
 from training.models.attention_gru import AttentionGRU, AttentionGRUOptions
 from training.models.decoders import AttentionGRUDecoder
-from training.translation import Pairs, Translating, TranslationLoss
+from training.translation import Pairs, Translating, TranslationChooser, TranslationLoss
 
 
 class LossOptions(TranslationLoss):
@@ -94,13 +95,18 @@ def main() -> int:
         each.check(f"model.max_length ({config.model.max_length})")
 
     with watched_ranks(config) as cluster:
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
-        sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
-        model = AttentionGRU(config.model, *sizes)
-        flops = model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean()))
-        decoder, tokenizer = AttentionGRUDecoder(model), data.target_tokenizer
-        task = Translating("seq2seq", config, decoder, pairs, held_out, tokenizer, cluster, flops, calls_vary=True)
-        return train(config, task, data, cluster, dry_run=dry_run)
+
+        def build(config: Seq2SeqConfig) -> Translating:
+            torch.manual_seed(config.seed)  # the same initial weights on every rank
+            sizes = data.source_tokenizer.vocabulary_size, data.target_tokenizer.vocabulary_size
+            model = AttentionGRU(config.model, *sizes)
+            flops = model.flops_per_token(float(pairs.source_tokens.mean()), float(pairs.target_tokens.mean()))
+            decoder, tokenizer = AttentionGRUDecoder(model), data.target_tokenizer
+            return Translating("seq2seq", config, decoder, pairs, held_out, tokenizer, cluster, flops, calls_vary=True)
+
+        chooser = TranslationChooser(pairs)
+        config = within_budget(config, build, data, cluster, sys.argv[1:], chooser, dry_run=dry_run)
+        return train(config, build(config), data, cluster, dry_run=dry_run)
 
 
 if __name__ == "__main__":

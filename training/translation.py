@@ -18,6 +18,7 @@ from training.data.prepared import Part
 from training.data.tokenizers import Tokenizer
 from training.data.translation_metrics import bleu_obstacle, bleu_of
 from training.engine.batch_plan import BatchOptions, BatchPlan, batches_by_length
+from training.engine.budget import Choice, Chooser
 from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.optim import OptimOptions
@@ -109,6 +110,37 @@ class Pairs(ABC, Generic[LossOptionsT]):
             )
         if self.left_out:
             say(f"{self.left_out:,} {self.part.name} pairs are longer than {bound}: left out")
+
+
+class TranslationChooser(Chooser):
+    """What a run with a `--budget` learns with: the oftener it can read its pairs, the harder learning is made.
+
+    The bounds come from the trials in configs/README.md, where little time was too little for R-Drop, which reads each
+    pair twice, and short runs liked less dropout than long ones.
+    """
+
+    keys = ("model.dropout", "loss.r_drop")
+    tries_bf16 = True
+
+    def __init__(self, pairs: Pairs[Any]):
+        super().__init__(int(pairs.lengths.reshape(len(pairs.rows), -1).sum(axis=1).max()))
+
+    def by_passes(self, config: TranslationRun, passes: float) -> list[Choice]:
+        """See `Chooser`."""
+        readings = passes * config.loss.readings
+        dropout = next(value for bound, value in DROPOUTS if readings < bound)
+        reason = f"there is time to read each pair {readings:.2g} times"
+        few, often = f"fewer than {R_DROP_READINGS}", f"{R_DROP_READINGS} or more"
+        r_drop = 1.0 if readings >= R_DROP_READINGS else 0.0
+        return [
+            Choice("model.dropout", dropout, reason),
+            Choice("loss.r_drop", r_drop, f"these are {often if r_drop else few}, and it takes two for one"),
+        ]
+
+
+# Dropout by how often each pair is read, up to a bound; and from how many readings on R-Drop pays.
+DROPOUTS = ((4, 0.1), (12, 0.2), (60, 0.3), (float("inf"), 0.4))
+R_DROP_READINGS = 20
 
 
 def plan_of(config: TranslationRun, pairs: Pairs[Any]) -> BatchPlan:

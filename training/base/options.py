@@ -43,6 +43,23 @@ Duration = Annotated[
 ]
 
 
+def _with_unit(value: object) -> object:
+    if not isinstance(value, str) or not re.search(r"[dhms:]", value):
+        raise ValueError("say the unit, as in 40m or 1h30m")
+    return parse_duration(value)
+
+
+# The same where a number alone would be a mistake: nobody means ten seconds by 10.
+DurationWithUnit = Annotated[
+    float,
+    BeforeValidator(_with_unit),
+    PlainSerializer(
+        lambda value: text if parse_duration(text := format_duration(value)) == value else f"{value:.15g}s"
+    ),
+    "duration",
+]
+
+
 # Texts of a key that takes all words up to the next key, and more wherever it stands again: --source a b.
 Words = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), "words"
@@ -193,6 +210,23 @@ def raw_values(argv: Sequence[str]) -> dict[str, Any]:
     if mistakes:
         raise UserError("; ".join(mistakes))
     return values
+
+
+def named_keys(argv: Sequence[str]) -> set[str]:
+    """The keys that the command line itself sets, with their dots, whatever a config file says besides."""
+    return {key for key, _ in _split_words(without_local_rank(argv), None)[1]}
+
+
+def with_values(options: OptionsType, values: dict[str, Any]) -> OptionsType:
+    """The same options but for `values`, by dotted key. Raises pydantic's ValidationError where one does not fit."""
+    content = options.model_dump()
+    for key, value in values.items():
+        *groups, last = key.split(".")
+        place = content
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    return type(options).model_validate(content)
 
 
 def _split_words(

@@ -73,6 +73,8 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     then says `failed`.
     """
     _check_world_size(config, cluster)
+    if config.budget is not None and config.optim.steps is None:
+        raise UserError(f"{task.name} cannot go by --budget: its script does not call training.engine.budget")
     _check_patience(config, task)
     _check_best_by(config, task)
     if cluster.world_size == 1:
@@ -81,7 +83,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))
     shapes = {name: tensor.shape for name, tensor in model_state(task.model).items()}
-    engine = _parallel(config, task, cluster, precision)
+    engine = parallel_of(config, task, cluster, precision)
     if dry_run:
         if config.init_from is not None:
             origin = Origin(config.init_from, task.read_foreign)
@@ -107,7 +109,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
             raise
 
 
-def _parallel(config: RunOptions, task: Task, cluster: Cluster, precision: Precision) -> Parallel:
+def parallel_of(config: RunOptions, task: Task, cluster: Cluster, precision: Precision) -> Parallel:
     """The model on this rank's device, with its optimizer, under the strategy that the config names."""
     model = task.model.to(cluster.device)
     optimizer = build_optimizer(model, config.optim, task.plan.steps, cluster)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from training.base.options import Options
+from training.base.options import DurationWithUnit, Options
 from training.engine.batch_plan import BatchOptions, BatchPlan
 from training.engine.generating import GeneratedScores
 from training.engine.generating import OwnPart as OwnPart
@@ -45,6 +45,12 @@ class RunOptions(Options):
     data: Path = Field(description="prepared data set, made by data_prep")
     training: str | None = Field(
         None, description="the module that a config file is for; null: training.NAME for configs/NAME/..."
+    )
+    budget: DurationWithUnit | None = Field(
+        None,
+        gt=0,
+        description="how long the run may take in all (40m): its length and what goes with that is then measured and "
+        "chosen, once, where the command line does not say it; null: as the options are",
     )
     seed: int = Field(1234, ge=0, description="fixes initial weights, order of data and dropout")
     precision: PrecisionName = Field("auto", description="auto: bf16 from sm_80 on, fp16 below, fp32 on a CPU")

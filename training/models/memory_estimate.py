@@ -7,6 +7,7 @@ kernels need for themselves while they run is left out, but for `_COPYING`.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from training.base.console import UserError, say, warn
 from training.base.options import Options
 from training.engine.batch_plan import BatchOptions, BatchPlan
+from training.engine.budget import Choice, Chooser
 from training.engine.cluster import Cluster
 from training.engine.optim import OptimOptions, optimizer_bytes
 from training.engine.zero import ZeroOptions, deepspeed_config
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 # What is assumed to lie on a card besides tensors: CUDA's context and kernels, NCCL's buffers, gaps between blocks.
 OVERHEAD = 900_000_000
+
+# By what share a step has taken more than its estimate, at most, see docs/results.md.
+ESTIMATE_ERROR = 0.08
 
 # Of bitsandbytes: weights that share a scale, and scales that share one in turn where they are quantised too.
 _BLOCK, _SCALES_BLOCK = 64, 256
@@ -120,9 +125,9 @@ class MemoryEstimate:
         """Bytes that a GPU of so many bytes has left for activations; negative where the rest does not fit either."""
         return gpu_bytes - OVERHEAD - self.held
 
-    def fits(self, gpu_bytes: float) -> bool:
-        """Whether a GPU of so many bytes has room for all of it."""
-        return self.tensors <= gpu_bytes - OVERHEAD
+    def fits(self, gpu_bytes: float, error: float = 0.0) -> bool:
+        """Whether a GPU of so many bytes has room for all of it, and by such a share more."""
+        return self.tensors * (1 + error) <= gpu_bytes - OVERHEAD
 
     def shortage(self, gpu_bytes: float) -> str:
         """Why it does not fit, in words."""
@@ -144,13 +149,9 @@ def checked_memory(
     about: of the base model. In a dry run a card that is too small is a UserError: nothing has been loaded yet, and
     nothing need be.
     """
-    gpu_bytes = options.memory.card_gb * 1e9 if options.memory.card_gb else None
-    # With a card to plan for, the estimate is about that one, even on a machine without any.
-    device_type = "cuda" if gpu_bytes else cluster.device.type
+    gpu_bytes, device_type = card_of(options.memory, cluster)
     memory = memory_of(options, about, plan, compute_type, device_type, cluster.world_size)
     say(f"memory: {memory}")
-    if gpu_bytes is None and cluster.device.type == "cuda":
-        gpu_bytes = torch.cuda.get_device_properties(cluster.device).total_memory
     if gpu_bytes is not None and not memory.fits(gpu_bytes):
         helps = "; ".join(advice(options, memory, gpu_bytes, cluster.world_size))
         problem = f"{memory.shortage(gpu_bytes)}. What helps: {helps}"
@@ -158,6 +159,58 @@ def checked_memory(
             raise UserError(problem)
         warn(problem)
     return memory
+
+
+def card_of(options: MemoryOptions, cluster: Cluster) -> tuple[float | None, str]:
+    """The bytes of the card to plan for, None where there is none, and the type of device that the estimate is about.
+
+    With a card to plan for, that is the card, even on a machine without any.
+    """
+    if options.card_gb:
+        return options.card_gb * 1e9, "cuda"
+    if cluster.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(cluster.device).total_memory), "cuda"
+    return None, cluster.device.type
+
+
+class BatchThatFits(Chooser):
+    """Chooses micro-batches for which the card has room. A step's tokens stay those of the config.
+
+    They are never larger than in the config: of fewer micro-batches a step would have fewer classes of length.
+    """
+
+    def __init__(self, longest: int, memory_for: Callable[[BatchOptions], MemoryEstimate], gpu_bytes: float | None):
+        """longest: tokens of the longest sample. gpu_bytes: None where there is no card to plan for."""
+        super().__init__(longest)
+        self._memory_for, self._gpu_bytes = memory_for, gpu_bytes
+
+    def batch(self, config: LoraRun, cluster: Cluster) -> list[Choice]:
+        """See `Chooser`."""
+        options, ranks = config.batch, cluster.world_size
+        tokens, gpu_bytes = options.tokens_per_micro_batch, self._gpu_bytes
+        if tokens is None or gpu_bytes is None:
+            return super().batch(config, cluster)
+        found = cluster.on_first(lambda: self._fitting(options, tokens, ranks, gpu_bytes))
+        (choices, *_) = cluster.gather(found or [], list[Choice])
+        return choices
+
+    def _fitting(self, options: BatchOptions, tokens: int, ranks: int, gpu_bytes: float) -> list[Choice]:
+        total = tokens * options.micro_batches_per_step
+        count = math.lcm(options.micro_batches_per_step, ranks)
+        while True:
+            size = max(self.longest, -(-total // count))
+            tried = options.model_copy(update={"micro_batches_per_step": count, "tokens_per_micro_batch": size})
+            memory = self._memory_for(tried)
+            fits = memory.fits(gpu_bytes, error=ESTIMATE_ERROR)
+            if fits or size == self.longest:
+                break
+            count *= 2
+        card = f"a card of {gpu_bytes / 1e9:.1f} GB"
+        room = f"{card} has room for it: {memory}" if fits else f"so many has the longest sample; {card} is too small"
+        return [
+            Choice("batch.micro_batches_per_step", count, f"about {total:,} tokens a step, as in the config"),
+            Choice("batch.tokens_per_micro_batch", size, room),
+        ]
 
 
 def memory_of(

@@ -39,7 +39,7 @@ from training.base.files import (
     remove,
     write_atomically,
 )
-from training.engine.address.claim import Claim, Link, LostClaim, take_claim
+from training.engine.address.claim import Claim, Link, LostClaim, newest_link, take_claim
 from training.engine.address.store import AddressError, open_store
 from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints
 from training.engine.fork import link_or_copy, set_aside
@@ -69,6 +69,25 @@ _PAUSES_S = (2.0, 60.0)
 
 # How long letting go of the claim may keep a process that ends.
 _RELEASE_S = 10.0
+
+
+def config_at(url: str) -> dict[str, Any] | None:
+    """The config in the newest checkpoint at an address, which is only read; None where there is none.
+
+    Raises TryLaterError where the address cannot be reached.
+    """
+    store = open_store(url)
+    try:
+        published = newest_link(store).checkpoints
+        for step in sorted(published, reverse=True):
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+                found: dict[str, Any] = json.loads(store.read(f"{published[step]}/{MANIFEST}"))["config"]
+                return found
+    except AddressError as error:
+        raise TryLaterError(
+            f"--run_at {url} cannot be reached ({error}): start again when it can be; nothing was changed"
+        ) from None
+    return None
 
 
 class Home:
