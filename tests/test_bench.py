@@ -101,6 +101,7 @@ PROMISED = {
         "joeynmt_gru_parameters",
         "loss_difference",
     ],
+    "budget": ["used_ratio", "minutes", "steps"],
     "quality": ["minutes"],  # after as few steps the scores may be 0
     "preparing": [
         f"{what}_{figure}"
@@ -119,7 +120,7 @@ NOT_IN_SMOKE = {
 
 
 # What these measure is processes of their own, or takes as long as --quick: they have no smaller size than that.
-NO_SMOKE = ("deepspeed", "resume_time", "wandb_gone", "quality", "qlora", "preparing", "turns")
+NO_SMOKE = ("budget", "deepspeed", "resume_time", "wandb_gone", "quality", "qlora", "preparing", "turns")
 
 
 def check(name: str, printed: str, promised: list[str]) -> None:
