@@ -203,10 +203,16 @@ def _wait_for(file: FileIO, run_dir: Path) -> None:
 
 
 def has_another_length(run_dir: Path, asked: OptimOptions) -> bool:
-    """Whether the run in a folder was to end elsewhere than these options say; false where its config does not tell."""
+    """Whether the run in a folder was to end elsewhere than these options say; false where its config does not tell.
+
+    False for one with a budget, whose length was chosen for good.
+    """
     try:
-        kept = read_yaml(read_plain(run_dir / CONFIG).decode())["optim"]
-        return any(value != kept[key] for key, value in asked.model_dump(include={*LENGTH, "patience"}).items())
+        config = read_yaml(read_plain(run_dir / CONFIG).decode())
+        kept = config["optim"]
+        return config["budget"] is None and any(
+            value != kept[key] for key, value in asked.model_dump(include={*LENGTH, "patience"}).items()
+        )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
 

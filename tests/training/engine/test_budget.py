@@ -21,6 +21,7 @@ from training.engine.batch_plan import BatchOptions
 from training.engine.budget import FEWEST_STEPS, Measured, length_of, shared_out, warmup_of
 from training.engine.checkpoint import checkpoints
 from training.engine.cluster import Cluster
+from training.engine.run_folder import has_another_length
 from training.gpt import GPTConfig, Sequences
 from training.models.memory_estimate import OVERHEAD, BatchThatFits, MemoryEstimate
 from training.translation import TranslationChooser
@@ -140,6 +141,14 @@ def test_a_run_that_was_begun_keeps_its_choice_before_its_first_checkpoint_unles
     assert budget._chosen_before(config_of((*command, "--model.dropout", 0.5)), data, named) is None
     (tmp_path / "run/data.json").write_text("{}")
     assert budget._chosen_before(config, data, keys) is None, "the data was prepared anew"
+
+
+def test_a_run_with_a_budget_is_not_taken_for_one_that_is_to_be_longer(tmp_path: Path):
+    command = command_of(tmp_path, tmp_path, "--budget", "10m")
+    for text, longer in (("10m", False), ("null", True)):
+        chosen = with_values(config_of((*command, "--budget", text)), {"optim.steps": 1234})
+        (tmp_path / "config.yaml").write_text(to_yaml(chosen))
+        assert has_another_length(tmp_path, config_of(command).optim) is longer
 
 
 def test_dry_run_says_what_would_be_chosen_and_writes_nothing(launch: Launch, sample_data: Path, tmp_path: Path):
