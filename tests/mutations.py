@@ -49,6 +49,23 @@ class Fault:
 
 
 FAULTS = (
+    # Runs with a budget.
+    Fault(
+        "what another run chose is taken for one's own",
+        "training/engine/budget.py",
+        "if any(key not in free and",
+        "if all(key not in free and",
+        "tests/training/engine/test_budget.py::test_a_run_that_was_begun_keeps_its_choice_before_its_first_checkpoint_"
+        "unless_it_is_another_run",
+    ),
+    Fault(
+        "a later start chooses again",
+        "training/engine/budget.py",
+        "if values:",
+        "if not values and known:",
+        "tests/training/engine/test_budget.py::test_run_with_a_budget_is_bit_for_bit_that_with_its_choices_written_out_"
+        "and_keeps_them_when_killed",
+    ),
     # Runs that live at an address.
     Fault(
         "a machine that slept believes its link",

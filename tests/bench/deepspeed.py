@@ -176,12 +176,12 @@ def train(output: str, held_file: str, *words: str) -> int:
     with Path(output).open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    usual = loop._parallel
+    usual = loop.parallel_of
 
     def in_turns(config: Any, task: Any, cluster: Cluster, precision: Any) -> Any:
         return Turns(usual(config, task, cluster, precision), cluster, Path(held_file), answers)
 
-    loop._parallel = in_turns
+    loop.parallel_of = in_turns
     sys.argv[1:] = words
     return gpt.main()
 

@@ -182,9 +182,9 @@ def length_of(
             f"{format_duration(m.validation_s)}, a step {m.step_s:.2g} s; give it {_minutes(2 * least_s)} or more"
         )
     parts = {
-        f"steps of {m.step_s:.3g} s, with their saves": steps * step_s,
-        f"{count} validation(s)": count * each_s,
-        "starting and measuring": m.spent_s + m.setup_s,
+        f"for steps of {m.step_s:.3g} s with their saves": steps * step_s,
+        f"for {count} validation(s)": count * each_s,
+        "for starting and measuring": m.spent_s + m.setup_s,
         "to spare": margin_s,
     }
     reason = ", ".join(f"{format_duration(seconds)} {words}" for words, seconds in parts.items())
@@ -244,11 +244,11 @@ def _chosen_before(config: RunOptions, data: Data, open_keys: Sequence[str]) -> 
     Raises UserError where there is a run with another budget, or none.
     """
     asked = config.model_dump(mode="json")
-    found = _of_newest_checkpoint(config)
+    place, found = _of_newest_checkpoint(config)
     if found is not None and found.get("budget") != asked["budget"]:
         (difference,) = differing_keys({"budget": found.get("budget")}, {"budget": asked["budget"]})
         raise UserError(
-            f"{config.run_dir} holds a run with another definition ({difference}): the length of a run is chosen once, "
+            f"{place} holds a run with another definition ({difference}): the length of a run is chosen once, "
             "at its first start; restore this key to continue it, or choose another --run_dir; nothing was changed"
         )
     if found is None:
@@ -267,18 +267,17 @@ def _chosen_before(config: RunOptions, data: Data, open_keys: Sequence[str]) -> 
     return None
 
 
-def _of_newest_checkpoint(config: RunOptions) -> dict[str, Any] | None:
-    """The config in the newest manifest of the run, wherever it lives; None where it has no checkpoint."""
+def _of_newest_checkpoint(config: RunOptions) -> tuple[object, dict[str, Any] | None]:
+    """Where the run has its newest checkpoint, and the config in it; None where it has none."""
     for folder in (config.run_dir, config.resume_from):
         for checkpoint in reversed(checkpoints(folder)) if folder is not None else ():
             with suppress(OSError, ValueError):
-                found: dict[str, Any] = checkpoint.manifest["config"]
-                return found
+                return folder, checkpoint.manifest["config"]
     if config.run_at is None:
-        return None
+        return None, None
     from training.engine.address.home import config_at  # what few runs need
 
-    return config_at(config.run_at)
+    return config.run_at, config_at(config.run_at)
 
 
 def _begun(run_dir: Path, asked: dict[str, Any], data: Data, open_keys: Sequence[str]) -> dict[str, Any] | None:
