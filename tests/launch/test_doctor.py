@@ -6,7 +6,6 @@ Two nodes are imitated by two tasks of srun, each with a host name of its own.
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import shutil
 import socket
