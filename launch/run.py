@@ -20,12 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.scripts import read_options, script_of
+from launch.scripts import last_step, read_options, script_of
 from launch.supervisor import Ending, Supervisor, layout, threads_of
 from training.base.console import TryLaterError, UserError, run_main, say
 from training.base.environment import job_nodes, read_ranks
 from training.base.options import CommandLine, raw_values
-from training.engine.status import saved_steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +85,11 @@ def _train(
     chosen = layout(options.batch.micro_batches_per_step, processes)
     say(str(chosen))
 
-    def newest_step() -> int:
-        return max(saved_steps(options.run_dir), default=0)
-
     def session() -> Ending:
         check_free(options.run_dir)
         return supervisor.run([script, *words], chosen.processes, threads=chosen.threads)
 
-    return supervisor.run_to_the_end(session, newest_step, failure_limit=failure_limit)
+    return supervisor.run_to_the_end(session, lambda: last_step(options.run_dir), failure_limit=failure_limit)
 
 
 def _check_place() -> None:

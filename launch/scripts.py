@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.base.console import UserError
 from training.base.options import meant_for, parse, raw_values
+from training.engine.status import saved_steps
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -67,6 +68,11 @@ def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
     if missing:
         raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
     return Path(said["run_dir"]), Path(said["data"])
+
+
+def last_step(run_dir: Path) -> int:
+    """The step of a run's newest checkpoint, 0 without one."""
+    return max(saved_steps(run_dir), default=0)
 
 
 def digest_of(run_dir: Path) -> str:

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.scripts import job_name, read_options, script_of
-from launch.slurm.job import JOBS, last_step, note
+from launch.scripts import job_name, last_step, read_options, script_of
+from launch.slurm.job import JOBS, note
 from launch.slurm.status import jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
