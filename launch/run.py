@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.scripts import last_step, read_options, script_of
-from launch.supervisor import Ending, Supervisor, layout, threads_of
+from launch.supervisor import Ending, Supervisor, layout
 from training.base.console import TryLaterError, UserError, run_main, say
 from training.base.environment import job_nodes, read_ranks
 from training.base.options import CommandLine, raw_values
@@ -72,8 +72,7 @@ def _once(supervisor: Supervisor, words: Sequence[str], processes: int | None) -
         found = None
     if found is None:
         raise UserError(f"there is no module {words[0]}")
-    count = processes or layout().processes
-    return supervisor.run(words, count, threads=threads_of(count))
+    return supervisor.run(words, processes or layout().processes)
 
 
 def _train(
@@ -87,7 +86,7 @@ def _train(
 
     def session() -> Ending:
         check_free(options.run_dir)
-        return supervisor.run([script, *words], chosen.processes, threads=chosen.threads)
+        return supervisor.run([script, *words], chosen.processes)
 
     return supervisor.run_to_the_end(session, lambda: last_step(options.run_dir), failure_limit=failure_limit)
 

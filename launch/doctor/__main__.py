@@ -33,18 +33,9 @@ from training.engine.cluster import Cluster
 _AFTER_THE_FIRST_S = 30.0
 
 
-def read_command_line(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The training's module, None without a config, and its options, the config file in front."""
-    parser = CommandLine(
-        "python -m launch.doctor", __doc__, usage="%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]"
-    )
-    parser.add_argument("--script", help="the training (default: what the config says)")
-    arguments, words = parser.parse_known_args(without_local_rank(argv))
-    has_config = bool(words) and not words[0].startswith("--")
-    return arguments.script or (script_of(Path(words[0])) if has_config else None), words
-
-
-def checks_of(script: str | None, words: Sequence[str], said: Mapping[str, str], place: Ranks) -> list[Check]:
+def checks_of(
+    script: str | None, words: Sequence[str], said: Mapping[str, str], run_dir: Path, place: Ranks
+) -> list[Check]:
     """What a rank can find out without the others. said: what can be read of the options `words`, by key.
 
     Every rank has the same checks, since the reports are merged by their order; a check that does not apply finds
@@ -60,7 +51,7 @@ def checks_of(script: str | None, words: Sequence[str], said: Mapping[str, str],
         Check("GPUs", "node", lambda: machine.gpus(place)),
         Check("GPU", "rank", lambda: machine.gpu(place.local_rank)),
         Check("config", "node", lambda: run.config(script, words)),
-        Check("disk", "node", lambda: run.disk(run_dir_of(said))),
+        Check("disk", "node", lambda: run.disk(run_dir)),
         Check("data", "node", named("data", lambda name: run.data(Path(name), chat=is_chat))),
         Check("base model", "node", named("base_model", lambda name: run.base_model(name, revision))),
         Check("address", "first", named("run_at", run.address)),
@@ -69,14 +60,21 @@ def checks_of(script: str | None, words: Sequence[str], said: Mapping[str, str],
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    script, words = read_command_line(sys.argv[1:] if argv is None else argv)
+    usage = "%(prog)s [CONFIG.yaml] [--script MODULE] [--key value ...]"
+    parser = CommandLine("python -m launch.doctor", __doc__, usage=usage)
+    parser.add_argument("--script", help="the training (default: what the config says)")
+    arguments, words = parser.parse_known_args(without_local_rank(sys.argv[1:] if argv is None else argv))
+    script = arguments.script
+    if script is None and words and not words[0].startswith("--"):
+        script = script_of(Path(words[0]))
     said: dict[str, str] = {}
     with suppress(UserError):  # the check of the config says what is wrong with it
         said = peek(words)
     place, host = read_ranks(), socket.gethostname()
     # NCCL's own watchdog would end the process; a thread of ours watches over it and can tell more.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    checks = checks_of(script, words, said, place)
+    run_dir = Path(said.get("run_dir", "runs"))
+    checks = checks_of(script, words, said, run_dir, place)
     report = examine(checks, place, host)
     findings: list[Finding] = []
     try:
@@ -84,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reports = cluster.gather(report, DoctorReport)
             findings += merge(checks, reports)
             names = [each.name for each in reports]
-            if cluster.world_size > 1:
-                findings += ranks.shared_folder(cluster, names, run_dir_of(said))
+            findings += ranks.shared_folder(cluster, names, run_dir)
             found, failed = ranks.collectives(cluster, names)  # last, because they may hang
             nodes = len({each.host for each in reports})
             status = print_report([*findings, found], f"{nodes} node(s), {len(reports)} rank(s)")
@@ -107,10 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = f". {ranks.WHAT_TO_TRY}" if not isinstance(error, UserError) else ""
         alone = Finding("error", "ranks", f"they do not come together: {reason}{advice}")
         return print_report([*(findings or merge(checks, [report])), alone], host)
-
-
-def run_dir_of(said: Mapping[str, str]) -> Path:
-    return Path(said.get("run_dir", "runs"))
 
 
 if __name__ == "__main__":

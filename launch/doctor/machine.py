@@ -26,8 +26,7 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]
         if torch.distributed.is_nccl_available():
             build["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     for name, found in build.items():
-        advice = "the ranks must run the same libraries: give all nodes the same environment"
-        yield MustMatch("versions", name, found, "error", advice)
+        yield MustMatch("versions", name, found, "error", "give all nodes the same environment")
     lines = [line.partition("==") for line in requirements.read_text(encoding="utf-8").splitlines()]
     pinned = {name: wanted for name, _, wanted in lines if wanted and not name.startswith("#")}
     as_pinned = 0

@@ -45,7 +45,8 @@ WHAT_TO_TRY = (
 def shared_folder(cluster: Cluster, names: Sequence[str], run_dir: Path) -> list[Finding]:
     """Whether every rank sees a file that the first one writes where `run_dir` is to be, and feels its lock.
 
-    Nothing where the first one cannot write: its check of the disk says so.
+    Where there are no locks the first one does not feel its own. Nothing where it cannot write: its check of the disk
+    says so.
     """
     folder, name = None, None
     with ExitStack() as stack:
@@ -58,34 +59,31 @@ def shared_folder(cluster: Cluster, names: Sequence[str], run_dir: Path) -> list
         name = cluster.gather(name, str | None)[0]
         if name is None:
             return []
-        seen_s, is_free = _see(folder / name / "held") if folder is not None else (None, False)
-        every = cluster.gather((seen_s, is_free), tuple[float | None, bool])  # the file stays until all have looked
-    blind = [name for name, (seen_s, _) in zip(names, every, strict=True) if seen_s is None]
+        seen = _see(folder / name / "held") if folder is not None else (False, False)
+        every = cluster.gather(seen, tuple[bool, bool])  # the file stays until all have looked
+    blind = [name for name, (is_there, _) in zip(names, every, strict=True) if not is_there]
     free = [name for name, (_, is_free) in zip(names, every, strict=True) if is_free]
     if blind:
         text = f"a file of the first rank is not seen by {names_of(blind)}: choose a --run_dir that all nodes share"
         found = [Finding("error", "run folder", f"{text}; each rank reads the run's checkpoints")]
     else:
-        longest_s = max(seen_s or 0.0 for seen_s, _ in every)
-        late = " (a network file system that remembers too long)" if longest_s > 1 else ""
-        found = [Finding("ok", "run folder", f"all see within {longest_s:.1f} s what one rank writes{late}")]
+        found = [Finding("ok", "run folder", "all see what one rank writes")]
     if free:
         text = f"a lock of the first rank is not felt by {names_of(free)}: make sure that no two runs share a folder"
         found.append(Finding("warning", "run folder", text))
     return found
 
 
-def _see(path: Path) -> tuple[float | None, bool]:
-    """Seconds until the file is there, None if it does not come; and whether anybody may lock it."""
+def _see(path: Path) -> tuple[bool, bool]:
+    """Whether the file comes to be seen, and whether its lock keeps nobody out."""
     began = time.monotonic()
     while not path.exists():
         if time.monotonic() - began > _SEEN_WITHIN_S:
-            return None, False
+            return False, False
         time.sleep(0.05)
-    seen_s = time.monotonic() - began
     with suppress(OSError), path.open("r+") as file:
-        return seen_s, lock(file)
-    return seen_s, False
+        return True, lock(file)
+    return True, False
 
 
 def bus_bandwidth(size: int, seconds: float, ranks: int) -> float:
@@ -102,7 +100,6 @@ class Trial:
 
     stage: str = "its own work"
     seconds: float | None = None  # of an all-reduce; None until it has done them all
-    is_right: bool = True  # what the first one gave
     error: str | None = None
 
 
@@ -118,31 +115,23 @@ def collectives(cluster: Cluster, names: Sequence[str]) -> tuple[Finding, bool]:
     every: list[Trial] = cluster.gather(trial, Trial)
     ranks, kind = cluster.world_size, cluster.device.type
     backend = "NCCL" if kind == "cuda" else "gloo"
-    times_s = [each.seconds for each in every if each.seconds is not None]
-    if len(times_s) < ranks:
-        failure = f"{backend} failed ({LIMIT_S:g} s at most): {_where_they_are(every, names)}. {WHAT_TO_TRY}"
+    stuck: dict[str, list[str]] = {}
+    for each, name in zip(every, names, strict=True):
+        if each.seconds is None:
+            said = f"ended in {each.stage}: {each.error}" if each.error else f"still waits in {each.stage}"
+            stuck.setdefault(said, []).append(name)
+    if stuck:
+        where = "; ".join(f"{names_of(who)} {said}" for said, who in stuck.items())
+        failure = f"{backend} failed ({LIMIT_S:g} s at most): {where}. {WHAT_TO_TRY}"
         return Finding("error", "collectives", failure), True
     if ranks == 1:
         return Finding("ok", "collectives", "one rank has none: start as many as the run will have"), False
-    if wrong := [name for each, name in zip(every, names, strict=True) if not each.is_right]:
-        text = f"{backend} gave a wrong sum to {names_of(wrong)}: {WHAT_TO_TRY}"
-        return Finding("error", "collectives", text), False
-    size, seconds = _ALL_REDUCE_BYTES[kind], max(times_s)
+    size, seconds = _ALL_REDUCE_BYTES[kind], max(each.seconds or 0.0 for each in every)
     text = (
         f"{backend} over {ranks} ranks gives the right sums; {size >> 20} MiB in {1e3 * seconds:.1f} ms: "
         f"{bus_bandwidth(size, seconds, ranks):.2f} GB/s bus bandwidth"
     )
     return Finding("ok", "collectives", text), False
-
-
-def _where_they_are(every: Sequence[Trial], names: Sequence[str]) -> str:
-    """The ranks that have not come to the end, by where they are."""
-    places: dict[str, list[str]] = {}
-    for each, name in zip(every, names, strict=True):
-        if each.seconds is None:
-            said = f"ended in {each.stage}: {each.error}" if each.error else f"still waits in {each.stage}"
-            places.setdefault(said, []).append(name)
-    return "; ".join(f"{names_of(who)} {said}" for said, who in places.items())
 
 
 def _try(cluster: Cluster, trial: Trial) -> None:
@@ -151,7 +140,7 @@ def _try(cluster: Cluster, trial: Trial) -> None:
             torch.cuda.set_device(cluster.device)  # each thread begins at the first one
         _own_work(cluster.device)
         trial.stage = "an all-reduce"
-        _all_reduce(cluster, trial)
+        trial.seconds = _all_reduce_s(cluster)
     except Exception as error:
         trial.error = first_words(error)
 
@@ -164,26 +153,28 @@ def _own_work(device: torch.device) -> None:
         _wait_for(device)
     except RuntimeError as error:
         kernels = ", ".join(torch.cuda.get_arch_list())
-        raise UserError(
-            f"try another GPU, or a torch with kernels for it (not {kernels}): {first_words(error)}"
-        ) from None
+        advice = f"try another GPU, or a torch that has kernels for it; this one has {kernels}"
+        raise UserError(f"{advice} ({first_words(error)})") from None
 
 
-def _all_reduce(cluster: Cluster, trial: Trial) -> None:
-    """Whether the sum is right, and the mean seconds of an all-reduce."""
+def _all_reduce_s(cluster: Cluster) -> float:
+    """The mean seconds of an all-reduce. Raises UserError where a sum is wrong."""
     # Whole numbers below 2^24, which fp32 holds exactly.
     count = _ALL_REDUCE_BYTES[cluster.device.type] // 4
     pattern = torch.arange(count, device=cluster.device, dtype=torch.float32) % 251
     ranks = cluster.world_size
     summed: Tensor = cluster.sum(pattern + cluster.rank)
-    trial.is_right = torch.equal(summed, pattern * ranks + ranks * (ranks - 1) / 2)
+    is_right = torch.equal(summed, pattern * ranks + ranks * (ranks - 1) / 2)
     summed.zero_()
     _wait_for(cluster.device)
     began = time.perf_counter()
     for _ in range(_ALL_REDUCES):
         cluster.sum(summed)
     _wait_for(cluster.device)
-    trial.seconds = (time.perf_counter() - began) / _ALL_REDUCES
+    seconds = (time.perf_counter() - began) / _ALL_REDUCES
+    if not is_right:  # said only now, so that the others need not wait for this rank
+        raise UserError("it gave a wrong sum")
+    return seconds
 
 
 def _wait_for(device: torch.device) -> None:

@@ -5,7 +5,6 @@ A run and its data are read and never changed: what the doctor writes lies besid
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -52,7 +51,7 @@ def existing_folder(path: Path) -> Path:
 
 
 def disk(run_dir: Path) -> Iterator[Finding]:
-    """Whether `run_dir` has room for a run, and files there can be written, brought to the disk and locked."""
+    """Whether `run_dir` has room for a run, and files there can be written and brought to the disk."""
     folder = existing_folder(run_dir)
     free = shutil.disk_usage(folder).free
     level: Level = next((level for level, least in _FREE_BYTES.items() if free < least), "ok")
@@ -63,15 +62,8 @@ def disk(run_dir: Path) -> Iterator[Finding]:
         writing_to(folder, option="--run_dir"),
         tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as own,
     ):
-        path = Path(own, "file")
-        write_atomically(path, os.urandom(1 << 20))
+        write_atomically(Path(own, "file"), os.urandom(1 << 20))
         yield Finding("ok", "disk", "written, brought to the disk and renamed")
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                text = f"no file locks at {folder} ({error.strerror}): make sure that no two runs share a folder"
-                yield Finding("warning", "disk", text)
 
 
 def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:

@@ -163,12 +163,6 @@ def end(run_dir: Path, job: str, **what_happened: Any) -> int:
     return exit_status
 
 
-def _time_is_over() -> bool:
-    """Whether SLURM ended the job because of its time limit. It never requeues such a job by itself."""
-    left = time_left()
-    return left is not None and left[0] <= 0
-
-
 def _error_to_mend() -> str | None:
     """The error of this session that the user has to mend, if any. It is told once."""
     path = relay_error_file()
@@ -202,14 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if over is not None:
             say(f"{arguments.run_dir} is {over.outcome}: {over.reason}; nothing to do")
         return EXIT_NOTHING_TO_DO if over is not None else 0
-    return end(
-        arguments.run_dir,
-        job,
-        exit_status=arguments.status,
-        taken=arguments.taken and not _time_is_over(),
-        to_mend=_error_to_mend(),
-        failure_limit=arguments.failure_limit,
-    )
+    # A job that SLURM ended because of its time limit it never requeues by itself.
+    taken = arguments.taken and ((left := time_left()) is None or left[0] > 0)
+    how = {"exit_status": arguments.status, "failure_limit": arguments.failure_limit}
+    return end(arguments.run_dir, job, taken=taken, to_mend=_error_to_mend(), **how)
 
 
 if __name__ == "__main__":
