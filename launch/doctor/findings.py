@@ -31,12 +31,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class MustMatch:
-    """A value that must be the same for all who look."""
+    """A value that must be the same for all who look; a difference is an error."""
 
     subject: str
     name: str
     value: str
-    level: Level  # of a difference
     advice: str
 
 
@@ -109,7 +108,7 @@ def merge(checks: Sequence[Check], reports: Sequence[DoctorReport]) -> list[Find
         for must, by_value in values.items():
             if len(by_value) > 1:
                 parts = ", ".join(f"{value} [{names_of(names)}]" for value, names in by_value.items())
-                merged.append(Finding(must.level, must.subject, f"{must.name} differs: {parts}; {must.advice}"))
+                merged.append(Finding("error", must.subject, f"{must.name} differs: {parts}; {must.advice}"))
     return merged
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from launch.doctor.findings import Finding, MustMatch
+from launch.doctor.findings import Finding
 from training.base.environment import Ranks, gpus_of_node
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
@@ -18,15 +18,13 @@ REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 _GPU_IN_USE_BYTES = 1e9
 
 
-def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]:
-    """What is installed, against what requirements.txt pins."""
-    build: dict[str, str] = {"torch": torch.__version__}
+def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
+    """What is installed, against what requirements.txt pins; where nodes differ, each has a line of its own."""
+    build = {"Python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda is not None:
         build["CUDA"] = torch.version.cuda
         if torch.distributed.is_nccl_available():
             build["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    for name, found in build.items():
-        yield MustMatch("versions", name, found, "error", "give all nodes the same environment")
     lines = [line.partition("==") for line in requirements.read_text(encoding="utf-8").splitlines()]
     pinned = {name: wanted for name, _, wanted in lines if wanted and not name.startswith("#")}
     as_pinned = 0
@@ -41,7 +39,7 @@ def versions(requirements: Path = REQUIREMENTS) -> Iterator[Finding | MustMatch]
         else:
             text = f"{name} {installed} is installed, {wanted} was tested: pip install {name}=={wanted}"
             yield Finding("warning", "versions", text)
-    words = ", ".join(f"{name} {found}" for name, found in {"Python": platform.python_version(), **build}.items())
+    words = ", ".join(f"{name} {found}" for name, found in build.items())
     yield Finding("ok", "versions", f"{words}; {as_pinned} of {len(pinned)} packages as in {requirements.name}")
 
 
@@ -63,15 +61,13 @@ def gpus(ranks: Ranks) -> Iterator[Finding]:
         yield Finding("ok", "GPUs", used)
 
 
-def gpu(local_rank: int) -> Iterator[Finding | MustMatch]:
+def gpu(local_rank: int) -> Iterator[Finding]:
     """This rank's own GPU: what it is, and whether it is free. Whether torch can use it shows in the collectives."""
     if not torch.cuda.is_available():
         return
     device = local_rank % torch.cuda.device_count()  # srun may show each task its own only
     about = torch.cuda.get_device_properties(device)
     yield Finding("ok", "GPU", f"{about.name}, sm_{about.major}{about.minor}, {about.total_memory / 1e9:.1f} GB")
-    advice = "the slowest sets the pace of all; ask for one type (SLURM: --gres=gpu:TYPE:N, or --constraint)"
-    yield MustMatch("GPU", "type", about.name, "warning", advice)
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
     if taken > _GPU_IN_USE_BYTES:

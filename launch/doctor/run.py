@@ -71,7 +71,7 @@ def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:
     opened = open_conversations(staged(folder)) if chat else open_prepared(staged(folder))
     yield Finding("ok", "data", f"{folder} opens")
     for name, value in opened.identity.items():
-        yield MustMatch("data", name, value[:12], "error", "bring the same prepared data to all nodes")
+        yield MustMatch("data", name, value[:12], "bring the same prepared data to all nodes")
 
 
 def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]:
@@ -90,7 +90,7 @@ def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]
     folder = find_base_model(name, revision)
     yield Finding("ok", "base model", f"{folder} is complete")
     fingerprint = fingerprint_of(folder)[:12]
-    yield MustMatch("base model", "fingerprint", fingerprint, "error", "bring the same model to all nodes")
+    yield MustMatch("base model", "fingerprint", fingerprint, "bring the same model to all nodes")
 
 
 def address(url: str) -> Iterator[Finding]:

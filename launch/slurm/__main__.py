@@ -6,8 +6,8 @@
     python -m launch.slurm stop runs/gpt-base
 
 The job saves before its time is over and goes back into the queue until the run is finished. Where requeueing is not
-allowed, --chain N submits N jobs that follow each other. The batch script is slurm/run.sbatch with its
-#SBATCH lines filled in. Options that this command does not know go to the training. The same command continues a run.
+allowed, --chain N submits N jobs that follow each other. The batch script is slurm/run.sbatch, and --print shows how it
+would be submitted. Options that this command does not know go to the training. The same command continues a run.
 """
 
 from __future__ import annotations
@@ -26,26 +26,20 @@ from pathlib import Path
 
 from launch.scripts import job_name, last_step, read_options, script_of
 from launch.slurm.job import JOBS, note
-from launch.slurm.status import ask_slurm, jobs_of, last_with_pace, print_status, queue, stop
+from launch.slurm.status import ask_slurm, jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import open_in_place, writing_to
 from training.base.options import FLAG, CommandLine, raw_values, unprintable
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
-_TEMPLATE = Path("slurm", "run.sbatch")
-
 # SLURM's signal comes so long before the end of a job, so that the step and the save under way can end.
 _LEAD_S = 300
 
 _LEAST = {"nodes": 1, "cpus_per_rank": 1, "chain": 0, "failure_limit": 1}
 
-# Variables of a job around this shell: sbatch would take them for the new job's, over its #SBATCH lines.
-_NOT_OURS = (
-    "SLURM_",
-    *("SBATCH_TIMELIMIT", "SBATCH_JOB_NAME", "SBATCH_OUTPUT", "SBATCH_SIGNAL", "SBATCH_OPEN_MODE"),
-    *("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_GPUS_PER_NODE", "SBATCH_EXPORT"),
-)
+# Variables of a job around this shell, which sbatch would take for the new job's.
+_NOT_OURS = ("SLURM_", "SBATCH_GPUS_PER_NODE", "SBATCH_EXPORT")
 
 # What a session needs before its first step and keeps free after its last, where nothing better is known.
 _START_S, _MARGIN_S = 60.0, 30.0
@@ -71,49 +65,36 @@ class Job:
         return int(self.asked.nodes) * self.ranks_per_node
 
     @property
-    def more_of_sbatch(self) -> list[str]:
-        """What sbatch and srun are asked for beside nodes, cores and time."""
-        named = {"gpus-per-node": self.asked.gpus_per_node if self.gpus else None}
-        named |= {"partition": self.asked.partition, "account": self.asked.account}
-        return [*(f"--{name}={value}" for name, value in named.items() if value), *shlex.split(self.asked.sbatch)]
+    def settings(self) -> dict[str, str]:
+        """Variables of the batch script."""
+        asked = self.asked
+        found = {"RANKS_PER_NODE": self.ranks_per_node, "FAILURE_LIMIT": asked.failure_limit}
+        found |= {"PREFLIGHT": int(not asked.no_preflight), "STAGE_TO": asked.stage_to, "SCRIPT": asked.script}
+        return {name: str(value) for name, value in found.items() if value is not None}
 
-    def text(self) -> str:
-        """The batch script: the template with its #SBATCH lines, the run and the settings filled in."""
+    def sbatch(self, *more: str) -> list[str]:
+        """The command that submits a job."""
         asked, (minutes, seconds) = self.asked, divmod(self.time_s, 60)
-        # SLURM looks every 30 s only: of a job of a minute, a longer lead would take half.
-        lead_s = min(_LEAD_S, max(1, self.time_s // 20))
-        header = [
-            f"--job-name={shlex.quote(job_name(self.run_dir))}",  # SLURM starts one job of a name at a time
-            f"--nodes={asked.nodes}",
-            "--ntasks-per-node=1",
-            f"--cpus-per-task={asked.cpus_per_rank * self.ranks_per_node}",
-            f"--time={minutes}:{seconds:02d}",
-            f"--signal=B:USR1@{lead_s}",
-            "--no-requeue" if asked.chain else "--requeue",
-            "--open-mode=append",
-            f"--chdir={shlex.quote(str(Path.cwd()))}",
-            f"--output={shlex.quote(str(self.run_dir / 'slurm-%j.log'))}",
-            *map(shlex.quote, self.more_of_sbatch),
-        ]
-        if problems := unprintable(header):  # a line feed would end SLURM's comment, and begin a command
-            raise UserError("; ".join(problems))
-        settings = {
-            "RANKS_PER_NODE": self.ranks_per_node,
-            "FAILURE_LIMIT": asked.failure_limit,
-            "PREFLIGHT": int(not asked.no_preflight),
-            "STAGE_TO": asked.stage_to,
-            "SCRIPT": asked.script,
+        gpus = asked.gpus_per_node if self.gpus else None
+        options = {
+            "job-name": job_name(self.run_dir),  # SLURM starts one job of a name at a time
+            "nodes": asked.nodes,
+            "ntasks-per-node": 1,
+            "cpus-per-task": asked.cpus_per_rank * self.ranks_per_node,
+            "time": f"{minutes}:{seconds:02d}",
+            # SLURM looks every 30 s only: of a job of a minute, a longer lead would take half.
+            "signal": f"B:USR1@{min(_LEAD_S, max(1, self.time_s // 20))}",
+            "open-mode": "append",
+            "chdir": Path.cwd(),
+            "output": self.run_dir / "slurm-%j.log",
+            **{"gpus-per-node": gpus, "partition": asked.partition, "account": asked.account},
         }
-        lines = _TEMPLATE.read_text(encoding="utf-8").splitlines()
-        at = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-        filled = [
-            *(f"#SBATCH {option}" for option in header),
-            "",
-            *(f"export {name}={shlex.quote(str(value))}" for name, value in settings.items() if value is not None),
-            f"set -- {shlex.join(self.words)}",
-        ]
-        after = [line for line in lines[at:] if not line.lstrip("#").startswith("SBATCH")]
-        return "\n".join([*lines[:at], *filled, *after]) + "\n"
+        given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        requeue = "--no-requeue" if asked.chain else "--requeue"
+        words = [*given, requeue, *shlex.split(asked.sbatch)]
+        if problems := unprintable(words):
+            raise UserError("; ".join(problems))
+        return ["sbatch", *more, *words, "slurm/run.sbatch", *self.words]
 
 
 def _time_limit(text: str) -> int:
@@ -143,7 +124,7 @@ def _read_job(argv: Sequence[str]) -> Job:
     add("--no-preflight", **FLAG, help="leave out launch.doctor before the first session")
     add("--no-dry-run", **FLAG, help="do not try a step here first")
     add("--script", help="module that trains (default: what the config says)")
-    add("--print", **FLAG, help="print the batch script and do nothing")
+    add("--print", **FLAG, help="print the command that submits, and do nothing")
     asked, words = parser.parse_known_args(argv)
     raw_values([str(asked.config)])  # says what is wrong with the file
     time_s, gpus = _checked(asked, words)
@@ -201,20 +182,20 @@ def _pace(job: Job) -> tuple[int, float, str] | None:
 
     From the run's own sessions, else from a dry run here.
     """
-    status, last = read_status(job.run_dir) or {}, last_with_pace(read_sessions(job.run_dir))
-    if last is not None and "steps" in status:
-        before = last["world_size"]
-        known_from = f"session {last['number']}, with {before} rank(s)"
-        return status["steps"], (pace_s(last) or 0) * before / job.ranks, known_from
+    import torch  # long since imported by the script that read the options
+
+    steps = (read_status(job.run_dir) or {}).get("steps")
+    paces = [(pace, session) for session in read_sessions(job.run_dir) if (pace := pace_s(session))]
+    if paces and steps is not None:
+        pace, last = paces[-1]
+        known_from = f"session {last['number']}, with {last['world_size']} rank(s)"
+        return steps, pace * last["world_size"] / job.ranks, known_from
     if job.asked.no_dry_run:
         return None
+    if job.gpus and not torch.cuda.is_available():
+        say("no GPU here to try a step on: how many steps a job does is known after the first session")
+        return None
     trial = ["-m", job.script, *job.words, "--dry-run"]
-    if job.gpus:
-        import torch
-
-        if not torch.cuda.is_available():
-            say("no GPU here to try a step on: how many steps a job does is known after the first session")
-            return None
     say(f"trying two steps here with one process: python {shlex.join(trial)}")
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.asked.cpus_per_rank)}
     tried = subprocess.run([sys.executable, *trial], env=environment, capture_output=True, text=True)
@@ -253,10 +234,10 @@ def _print_plan(job: Job) -> None:
 
 
 def submit(argv: Sequence[str]) -> int:
-    """Checks config and resources, shows the plan, and submits; with --print only shows the script."""
+    """Checks config and resources, shows the plan, and submits; with --print only shows the command."""
     job = _read_job(argv)
     if job.asked.print:
-        print(job.text(), end="")
+        print(shlex.join(["env", *(f"{name}={value}" for name, value in job.settings.items()), *job.sbatch()]))
         return 0
     if (read_status(job.run_dir) or {}).get("status") == "finished":
         from training.engine.run_folder import has_another_length  # slow to import
@@ -291,10 +272,10 @@ def submit(argv: Sequence[str]) -> int:
     return 0
 
 
-def _sbatch(job: Job, *options: str) -> subprocess.CompletedProcess[str]:
+def _sbatch(job: Job, *more: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(_NOT_OURS)}
     refusal = "SLURM does not take the job: {}; nothing more was submitted"
-    return ask_slurm("sbatch", *options, refusal=refusal, input=job.text(), env=kept)
+    return ask_slurm(*job.sbatch(*more), refusal=refusal, env={**kept, **job.settings})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

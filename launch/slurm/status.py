@@ -23,7 +23,6 @@ from training.engine.goodput import goodput
 from training.engine.status import (
     METRICS,
     STOP_FILE,
-    Session,
     metrics_line,
     pace_s,
     read_sessions,
@@ -52,7 +51,7 @@ def ask_slurm(*words: str, refusal: str, **how: Any) -> subprocess.CompletedProc
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True, **how)
     except FileNotFoundError:
-        where = "run this on the cluster's login node (a submission's --print shows the script anywhere)"
+        where = "run this on the cluster's login node (a submission's --print works anywhere)"
         raise UserError(f"there is no {words[0]} on this machine: {where}") from None
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
@@ -133,8 +132,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
     last = _last_train_line(run_dir)
     state = _state(run_dir, status, jobs)
     step, steps = max(status.get("step", 0), last.get("step", 0)), status.get("steps")
-    paced = last_with_pace(sessions)
-    step_s = pace_s(paced) if paced is not None else None
+    step_s = next((pace for session in reversed(sessions) if (pace := pace_s(session))), None)
     end = ""
     if step_s is not None and steps is not None and state != "finished":
         left_s = (steps - step) * step_s
@@ -151,11 +149,6 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
         end,
         ", ".join(f"{job.number} {job.state.lower()} {job.reason}" for job in jobs),
     )
-
-
-def last_with_pace(sessions: Sequence[Session]) -> Session | None:
-    """The last session of which it is known how long a step took, see `pace_s`."""
-    return next((session for session in reversed(sessions) if pace_s(session)), None)
 
 
 def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str:

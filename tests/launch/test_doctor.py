@@ -226,9 +226,9 @@ def test_what_all_find_is_said_once_and_what_some_find_with_their_names():
     full, same = Finding("error", "disk", "full"), Finding("ok", "disk", "there")
     busy = Finding("warning", "GPU", "in use")
     reports = [
-        DoctorReport("a", 0, ((same,), (busy, MustMatch("GPU", "type", "T4", "warning", "take one")))),
-        DoctorReport("a", 1, (None, (MustMatch("GPU", "type", "T4", "warning", "take one"),))),
-        DoctorReport("b", 2, ((same, full), (MustMatch("GPU", "type", "P100", "warning", "take one"),))),
+        DoctorReport("a", 0, ((same,), (busy, MustMatch("GPU", "type", "T4", "take one")))),
+        DoctorReport("a", 1, (None, (MustMatch("GPU", "type", "T4", "take one"),))),
+        DoctorReport("b", 2, ((same, full), (MustMatch("GPU", "type", "P100", "take one"),))),
     ]
     assert [each.text for each in merge(checks, reports)] == [
         "there",
