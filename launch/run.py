@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.scripts import last_step, read_options, script_of
+from launch.scripts import last_step, note_killed, read_options, script_of
 from launch.supervisor import Ending, Supervisor, layout
 from training.base.console import TryLaterError, UserError, run_main, say
 from training.base.environment import job_nodes, read_ranks
@@ -85,7 +85,9 @@ def _train(
 
     def session() -> Ending:
         check_free(options.run_dir)
-        return supervisor.run([script, *words], chosen.processes)
+        ending = supervisor.run([script, *words], chosen.processes)
+        note_killed(options.run_dir, ending.reason)
+        return ending
 
     return supervisor.run_to_the_end(session, lambda: last_step(options.run_dir), failure_limit=failure_limit)
 

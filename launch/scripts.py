@@ -5,6 +5,7 @@ Importing this costs no torch; `read_options` imports it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base.console import UserError
+from training.base.files import open_plain
 from training.base.options import meant_for, parse, raw_values
-from training.engine.status import saved_steps
+from training.engine.status import read_status, saved_steps, write_status
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -73,6 +75,25 @@ def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
 def last_step(run_dir: Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
     return max(saved_steps(run_dir), default=0)
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a session holds the run folder now; true where file locks cannot tell."""
+    try:
+        with open_plain(run_dir / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def note_killed(run_dir: Path, reason: str) -> None:
+    """Writes into status.json why a session is over that could not do so itself: it would say `running` for good."""
+    if (read_status(run_dir) or {}).get("status") == "running" and not is_held(run_dir):
+        with suppress(OSError):
+            write_status(run_dir, "resumable", reason, restart=True)
 
 
 def digest_of(run_dir: Path) -> str:

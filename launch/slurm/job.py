@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from launch.scripts import last_step, run_and_data, script_of
+from launch.scripts import last_step, note_killed, run_and_data, script_of
 from launch.supervisor import read_error
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, relay_error_file, time_left
@@ -158,6 +158,7 @@ def end(run_dir: Path, job: str, **what_happened: Any) -> int:
     verdict = judge(run_dir, **what_happened)
     from_step, step = _began(read_events(run_dir))["step"], last_step(run_dir)
     note(run_dir, "ended", job, outcome=verdict.outcome, reason=verdict.reason, from_step=from_step, step=step)
+    note_killed(run_dir, verdict.reason)
     exit_status, what_next = _ENDINGS[verdict.outcome]
     say(f"{run_dir}, step {step:,}: {verdict.reason}{what_next}")
     return exit_status

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.scripts import job_name
+from launch.scripts import is_held, job_name
 from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
@@ -159,19 +158,7 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
     if status["status"] != "running":
         return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
     # "running" may be the last word of a session that was killed.
-    return "running" if _is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
-
-
-def _is_held(run_dir: Path) -> bool:
-    """Whether a session holds the run folder now; true where file locks cannot tell."""
-    try:
-        with open_plain(run_dir / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    return "running" if is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
 
 
 def _last_train_line(run_dir: Path) -> dict[str, Any]:
