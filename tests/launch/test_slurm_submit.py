@@ -26,6 +26,8 @@ from tests.support.lives import RUN, SLOW
 from tests.support.runs import assert_same_model, assert_same_record, reference, status_of
 from tests.support.slurm_cluster import write_config
 from training.base.console import UserError
+from training.engine.address.claim import newest_link
+from training.engine.address.store import open_store
 from training.engine.status import read_status
 
 SCRIPT = "slurm/run.sbatch"
@@ -128,7 +130,7 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
 
 def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config, cluster, tmp_path):
     words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch=--comment='two words'")
-    result = submission(*words, "--print", "--optim.lr", "2e-3")
+    result = submission(*words, "--print", "--optim.lr", "2e-3", "--run_at", "file:///drive/run")
     assert result.status == 0 and result.err == ""
     held = int(cluster.ask("bash", "-c", result.out.replace(" sbatch ", " sbatch --hold --parsable ")))
     cluster.ask("scancel", held)
@@ -142,7 +144,7 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
         "JobName=run-",
     ):
         assert part in about, part
-    assert result.out.endswith(f" {SCRIPT} {config} --optim.lr 2e-3\n")
+    assert result.out.endswith(f" {SCRIPT} {config} --optim.lr 2e-3 --run_at file:///drive/run\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -269,12 +271,16 @@ def test_submission_is_not_bent_by_variables_of_this_shell_nor_by_an_old_stop_fi
     (run_dir / "STOP").touch()
     around = {"SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "7", "SBATCH_TIMELIMIT": "7", "SLURM_JOB_ID": "1"}
     words = (config, "--time", "5", "--cpus-per-rank", 1, "--no-preflight", "--no-dry-run", "--sbatch=--mem=500M")
-    words += ("--optim.steps", 12)
+    words += ("--optim.steps", 12, "--run_at", f"file://{tmp_path}/address")
     result = cluster.relay(*words, environment=around)
     (job,) = submitted(result)
     assert cluster.about(job, "TimeLimit") == "00:05:00"
     assert cluster.wait_for(job) == "COMPLETED", (run_dir / f"slurm-{job}.log").read_text()
     assert status_of(run_dir)["status"] == "finished"
+    # The run's address reaches the training as its other options do, and is nothing to what SLURM's side reads.
+    link = newest_link(open_store(f"file://{tmp_path}/address"))
+    assert max(link.checkpoints) == 12 and link.free
+    assert row(run_dir, [])[1:4] == ("finished", "12 of 12", "1")
     again = cluster.relay(*words)
     assert again.status == 0 and f"{run_dir} is finished" in again.out and "submitted" not in again.out
 
