@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,20 +28,12 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def peek(words: Sequence[str]) -> dict[str, str]:
-    """Every text that the options `words` set, by its dotted key, unchecked and without defaults.
+    """Every text that the options `words` set, by its key, unchecked, without defaults, and without groups of keys.
 
     For what has to be known of a run before its script reads the options. Raises UserError where the config file cannot
     be read or a word has no place.
     """
-    return dict(_texts(raw_values(words)))
-
-
-def _texts(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _texts(value, f"{prefix}{key}.")
-        elif isinstance(value, str):
-            yield f"{prefix}{key}", value
+    return {key: value for key, value in raw_values(words).items() if isinstance(value, str)}
 
 
 def script_of(config: Path) -> str:

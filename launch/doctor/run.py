@@ -58,10 +58,7 @@ def disk(run_dir: Path) -> Iterator[Finding]:
     amount = f"{free / 1e9:,.0f} GB" if free >= 10e9 else f"{free / 1e6:,.1f} MB"
     advice = "" if level == "ok" else ": free some room, or choose another --run_dir"
     yield Finding(level, "disk", f"{amount} are free at {folder}{advice}")
-    with (
-        writing_to(folder, option="--run_dir"),
-        tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as own,
-    ):
+    with writing_to(folder, option="--run_dir"), tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as own:
         write_atomically(Path(own, "file"), os.urandom(1 << 20))
         yield Finding("ok", "disk", "written, brought to the disk and renamed")
 
