@@ -554,7 +554,7 @@ FAULTS = (
     Fault(
         "SLURM job is judged by an earlier session's status",
         "launch/slurm/job.py",
-        'wrote = status.get("time") is not None and status["time"] != began.get("status_time")',
+        'wrote = status.get("time") is not None and status["time"] != began["status_time"]',
         'wrote = status.get("time") is not None',
         "tests/launch/test_slurm_job.py::test_status_of_an_earlier_session_is_not_taken_for_this_ones",
     ),
