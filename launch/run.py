@@ -20,12 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.scripts import read_options, script_of
-from launch.supervisor import Ending, Supervisor, layout, threads_of
+from launch.scripts import last_step, note_killed, read_options, script_of
+from launch.supervisor import Ending, Supervisor, layout
 from training.base.console import TryLaterError, UserError, run_main, say
 from training.base.environment import job_nodes, read_ranks
 from training.base.options import CommandLine, raw_values
-from training.engine.status import saved_steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option, value in (("--processes", arguments.processes), ("--failure-limit", arguments.failure_limit)):
         if value is not None and value < 1:
             raise UserError(f"{option} must be at least 1, got {value}")
-    _check_place()
+    _check_place(words if at == len(given) else ())
     supervisor, command = Supervisor(), given[at + 1 :]
     if at < len(given):
         if words:
@@ -51,11 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("name a module behind -m, as in: launch.run -m training.evaluation.evaluate runs/gpt-base")
         ending = _once(supervisor, command, arguments.processes)
     else:
-        if not words or (words[0].startswith("-") and arguments.script is None):
+        if words and not words[0].startswith("-"):
+            raw_values(words[:1])  # says what is wrong with the file
+        elif arguments.script is None:
             raise UserError("name a config file first, as in: python -m launch.run configs/gpt/sample.yaml")
-        _check_alone(words)
-        if not words[0].startswith("-") and not Path(words[0]).is_file():
-            raw_values(words[:1])  # says so, with what is near
         script = arguments.script or script_of(Path(words[0]))
         ending = _train(supervisor, script, words, arguments.processes, arguments.failure_limit)
     if ending.outcome == "crashed":
@@ -73,8 +71,7 @@ def _once(supervisor: Supervisor, words: Sequence[str], processes: int | None) -
         found = None
     if found is None:
         raise UserError(f"there is no module {words[0]}")
-    count = processes or layout().processes
-    return supervisor.run(words, count, threads=threads_of(count))
+    return supervisor.run(words, processes or layout().processes)
 
 
 def _train(
@@ -86,31 +83,28 @@ def _train(
     chosen = layout(options.batch.micro_batches_per_step, processes)
     say(str(chosen))
 
-    def newest_step() -> int:
-        return max(saved_steps(options.run_dir), default=0)
-
     def session() -> Ending:
         check_free(options.run_dir)
-        return supervisor.run([script, *words], chosen.processes, threads=chosen.threads)
+        ending = supervisor.run([script, *words], chosen.processes)
+        note_killed(options.run_dir, ending.reason)
+        return ending
 
-    return supervisor.run_to_the_end(session, newest_step, failure_limit=failure_limit)
+    return supervisor.run_to_the_end(session, lambda: last_step(options.run_dir), failure_limit=failure_limit)
 
 
-def _check_place() -> None:
-    """Raises UserError where this process is itself one of several ranks; srun may start it once on each node."""
-    here = read_ranks()
+def _check_place(words: Sequence[str]) -> None:
+    """Raises UserError where this process is itself one of several ranks. srun may start it once on each node.
+
+    words: of a training, which has one node.
+    """
+    here, nodes = read_ranks(), job_nodes()
     if here.launched:
         raise UserError(
             "RANK and WORLD_SIZE are set, as by torchrun: start launch.run alone, or the training by torchrun"
         )
     if here.local_world_size > 1:
         raise UserError(f"srun has started this {here.local_world_size} times on a node: take --ntasks-per-node=1")
-
-
-def _check_alone(words: Sequence[str]) -> None:
-    """Raises UserError where the training is to run on several machines."""
-    nodes = job_nodes()
-    if nodes > 1 or any(word.startswith("--nnodes") for word in words):
+    if words and (nodes > 1 or any(word.startswith("--nnodes") for word in words)):
         raise UserError(
             f"launch.run trains on one machine{f', and this job has {nodes}' if nodes > 1 else ''}; for several submit "
             "slurm/run.sbatch CONFIG by sbatch, or start torchrun --nnodes=N ... -m training.gpt CONFIG on each"

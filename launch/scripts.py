@@ -5,17 +5,20 @@ Importing this costs no torch; `read_options` imports it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base.console import UserError
+from training.base.files import open_plain
 from training.base.options import meant_for, parse, raw_values
+from training.engine.status import read_status, saved_steps, write_status
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -25,20 +28,12 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def peek(words: Sequence[str]) -> dict[str, str]:
-    """Every text that the options `words` set, by its dotted key, unchecked and without defaults.
+    """Every text that the options `words` set, by its key, unchecked, without defaults, and without groups of keys.
 
     For what has to be known of a run before its script reads the options. Raises UserError where the config file cannot
     be read or a word has no place.
     """
-    return dict(_texts(raw_values(words)))
-
-
-def _texts(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _texts(value, f"{prefix}{key}.")
-        elif isinstance(value, str):
-            yield f"{prefix}{key}", value
+    return {key: value for key, value in raw_values(words).items() if isinstance(value, str)}
 
 
 def script_of(config: Path) -> str:
@@ -67,6 +62,30 @@ def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
     if missing:
         raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
     return Path(said["run_dir"]), Path(said["data"])
+
+
+def last_step(run_dir: Path) -> int:
+    """The step of a run's newest checkpoint, 0 without one."""
+    return max(saved_steps(run_dir), default=0)
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a session holds the run folder now; true where file locks cannot tell."""
+    try:
+        with open_plain(run_dir / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def note_killed(run_dir: Path, reason: str) -> None:
+    """Writes into status.json why a session is over that could not do so itself: it would say `running` for good."""
+    if (read_status(run_dir) or {}).get("status") == "running" and not is_held(run_dir):
+        with suppress(OSError):
+            write_status(run_dir, "resumable", reason, restart=True)
 
 
 def digest_of(run_dir: Path) -> str:

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,7 +32,7 @@ from training.base.console import is_ignored, warn
 from training.base.durations import format_duration
 from training.base.environment import LAUNCHER, cores, cores_seen, read_ranks, relay_error_file
 from training.base.files import read_plain
-from training.base.processes import family_of, handles, kill_all
+from training.base.processes import family_of, handles, kill_all, signal_all
 from training.engine.status import EXIT_RESUMABLE
 
 # What asks for a stop; the ranks know what to do about each.
@@ -139,7 +138,6 @@ class Session:
 
     def __init__(self, words: Sequence[str], processes: int, environment: Mapping[str, str]):
         """words: a module and what it is told. environment: all variables, but those of a rank."""
-        self._told = False
         # In sessions of their own, so that they get a terminal's signal once: from the supervisor.
         self._ranks = [
             subprocess.Popen(
@@ -159,9 +157,7 @@ class Session:
 
     def pause(self, number: int) -> None:
         """Sends SIGSTOP or SIGCONT to the ranks and all that they have started."""
-        for pid in self._family():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        signal_all(self._family(), number)
 
     def kill(self) -> None:
         """Ends all that still runs, and what it has started, at once."""
@@ -177,6 +173,7 @@ class Session:
         """Each rank's place and exit status, in the order in which they ended. look: called all the while."""
         ended: dict[int, int] = {}
         failed: float | None = None
+        told = False
         while True:
             new = {place: rank.poll() for place, rank in enumerate(self._ranks) if place not in ended}
             # Who was killed is the cause, and whoever noticed in the same moment is not.
@@ -187,17 +184,14 @@ class Session:
                 return list(ended.items())
             if failed is None and any(ended.values()):
                 failed = time.monotonic()
-            if failed is not None:
-                self._end_the_others(time.monotonic() - failed)
+            since_s = time.monotonic() - failed if failed is not None else 0.0
+            if since_s > _KILL_S:
+                self.kill()
+            elif since_s > _NOTICE_S and not told:
+                told = True
+                self.signal(signal.SIGTERM)
             look()
             time.sleep(_LOOK_EVERY_S)
-
-    def _end_the_others(self, since_s: float) -> None:
-        if since_s > _KILL_S:
-            self.kill()
-        elif since_s > _NOTICE_S and not self._told:
-            self._told = True
-            self.signal(signal.SIGTERM)
 
 
 class Supervisor:
@@ -233,7 +227,6 @@ class Supervisor:
         words: Sequence[str],
         processes: int,
         *,
-        threads: int | None = None,
         environment: Mapping[str, str] | None = None,
         look: Callable[[Session], None] = lambda session: None,
     ) -> Ending:
@@ -241,7 +234,7 @@ class Supervisor:
         if self.asked:
             return Ending("stopped", _NOTHING_YET)
         around = {**os.environ, **(environment or {})}
-        if threads is not None:
+        if (threads := threads_of(processes)) is not None:
             around.setdefault("OMP_NUM_THREADS", str(threads))
         with tempfile.TemporaryDirectory() as folder:
             errors = relay_error_file() or Path(folder, "error")  # the batch scripts look for it themselves

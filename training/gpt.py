@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -42,14 +42,6 @@ class GPTConfig(RunOptions):
     model: GPTOptions = Field(default_factory=GPTOptions)
     loss: LossOptions = Field(default_factory=LossOptions)
 
-    @model_validator(mode="after")
-    def _source_is_predicted(self) -> GPTConfig:
-        if self.loss.source_weight and self.model.source == "both":
-            raise ValueError(
-                "loss.source_weight needs model.source causal: a token that is seen from both sides is not predicted"
-            )
-        return self
-
 
 class Sequences(Pairs[LossOptions]):
     """`<sos> source <sep> target` of every pair that fits the context; `<eos>` is predicted but never an input.
@@ -62,8 +54,7 @@ class Sequences(Pairs[LossOptions]):
         super().__init__(part, lengths <= context)
         self.vocabularies = vocabularies
         self.lengths = lengths[self.rows]
-        self.prompts = part.source.lengths[self.rows] + 2
-        self.source_tokens = self.prompts - 1
+        self.source_tokens = part.source.lengths[self.rows] + 1
 
     @classmethod
     def of(cls, data: Prepared, part: str, context: int) -> Sequences:
@@ -78,10 +69,10 @@ class Sequences(Pairs[LossOptions]):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Pairs`."""
         source_weight = options.source_weight if options else 0.0
-        batch = *self.batch(samples, with_source=source_weight > 0), torch.from_numpy(self.prompts[samples])
-        inputs, scored, labels, is_target, prompts = (tensor.to(device, non_blocking=True) for tensor in batch)
+        batch = self.batch(samples, with_source=source_weight > 0)
+        inputs, scored, labels, is_target = (tensor.to(device, non_blocking=True) for tensor in batch)
         weights = torch.where(is_target, 1.0, source_weight) if source_weight else None
-        return model(inputs, scored, prompts), labels, weights
+        return model(inputs, scored), labels, weights
 
     def batch(self, samples: np.ndarray, *, with_source: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs [B, T], padded on the right, and the N positions that are scored.
@@ -121,9 +112,8 @@ def main() -> int:
         def build(config: GPTConfig) -> Translating:
             torch.manual_seed(config.seed)  # the same initial weights on every rank
             model = GPT(config.model, pairs.vocabularies)
-            prompt, written = float(pairs.prompts.mean()), float(pairs.target_tokens.mean())
-            scored = written + (prompt - 1 if config.loss.source_weight else 0)
-            flops = model.flops_per_token(prompt, written - 1, scored)
+            scored = pairs.target_tokens + (pairs.source_tokens if config.loss.source_weight else 0)
+            flops = model.flops_per_token(float(pairs.lengths.mean()), float(scored.mean()))
             decoder, tokenizer = GPTDecoder(model), data.target_tokenizer
             return Translating("gpt", config, decoder, pairs, held_out, tokenizer, cluster, flops)
 

@@ -31,12 +31,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class MustMatch:
-    """A value that must be the same for all who look."""
+    """A value that must be the same for all who look; a difference is an error."""
 
     subject: str
     name: str
     value: str
-    level: Level  # of a difference
     advice: str
 
 
@@ -87,37 +86,29 @@ def first_words(error: Exception) -> str:
 
 
 def merge(checks: Sequence[Check], reports: Sequence[DoctorReport]) -> list[Finding]:
-    """All reports as one list of findings, in the order of the checks."""
+    """All reports as one list, in the order of the checks. What not all found who looked is followed by their names."""
     merged: list[Finding] = []
     for index, check in enumerate(checks):
-        merged += say_once(
-            [
-                (report.name if check.asked == "rank" else report.host, found)
-                for report in reports
-                if (found := report.found[index]) is not None
-            ]
-        )
-    return merged
-
-
-def say_once(said: Sequence[tuple[str, Sequence[Finding | MustMatch]]]) -> list[Finding]:
-    """The findings of several, each with the name of who found them, without repeating what all of them found."""
-    finders: dict[Finding, list[str]] = {}
-    values: dict[MustMatch, dict[str, list[str]]] = {}
-    for name, found in said:
-        for each in found:
-            if isinstance(each, Finding):
-                finders.setdefault(each, []).append(name)
-            else:
-                values.setdefault(replace(each, value=""), {}).setdefault(each.value, []).append(name)
-    merged = [
-        each if len(names) == len(said) else replace(each, text=f"{each.text} [{names_of(names)}]")
-        for each, names in finders.items()
-    ]
-    for each, by_value in values.items():
-        if len(by_value) > 1:
-            parts = ", ".join(f"{value} [{names_of(names)}]" for value, names in by_value.items())
-            merged.append(Finding(each.level, each.subject, f"{each.name} differs: {parts}; {each.advice}"))
+        said = [
+            (report.name if check.asked == "rank" else report.host, found)
+            for report in reports
+            if (found := report.found[index]) is not None
+        ]
+        finders: dict[Finding, list[str]] = {}
+        values: dict[MustMatch, dict[str, list[str]]] = {}
+        for name, found in said:
+            for each in found:
+                if isinstance(each, Finding):
+                    finders.setdefault(each, []).append(name)
+                else:
+                    values.setdefault(replace(each, value=""), {}).setdefault(each.value, []).append(name)
+        for finding, names in finders.items():
+            everybody = len(names) == len(said)
+            merged.append(finding if everybody else replace(finding, text=f"{finding.text} [{names_of(names)}]"))
+        for must, by_value in values.items():
+            if len(by_value) > 1:
+                parts = ", ".join(f"{value} [{names_of(names)}]" for value, names in by_value.items())
+                merged.append(Finding("error", must.subject, f"{must.name} differs: {parts}; {must.advice}"))
     return merged
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launch.scripts import read_options, script_of
-from launch.supervisor import Ending, Layout, Session, Supervisor, layout, threads_of
+from launch.supervisor import Ending, Layout, Session, Supervisor, layout
 from training.base.console import Terminated, TryLaterError, UserError, run_main, say, warn
 from training.base.durations import format_duration
 from training.base.environment import (
@@ -233,9 +233,8 @@ class Training:
                 too_large = True
                 session.signal(signal.SIGTERM)
 
-        threads = threads_of(self.processes)
         around = {**_NCCL, **os.environ}
-        ending = supervisor.run((*self.words, *words), self.processes, threads=threads, environment=around, look=look)
+        ending = supervisor.run((*self.words, *words), self.processes, environment=around, look=look)
         self.disk.tidy()
         left = time_left()
         if left is not None and left[0] < 2 * self.margin and ending.outcome == "crashed":

@@ -19,31 +19,33 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from pydantic import BaseModel, ValidationError
 
-from launch.scripts import run_and_data, script_of
+from launch.scripts import last_step, note_killed, run_and_data, script_of
 from launch.supervisor import read_error
 from training.base.console import UserError, run_main, say
 from training.base.environment import job_id, relay_error_file, time_left
 from training.base.files import NotPlainError, open_in_place, read_plain, writing_to
 from training.base.options import FLAG, CommandLine
-from training.engine.status import EXIT_RESUMABLE, read_status, saved_steps
+from training.engine.status import EXIT_RESUMABLE, read_status
 
 JOBS = "slurm.jsonl"
 EXIT_NOTHING_TO_DO = 3
 EXIT_RESTING = 76
 
-Outcome = Literal[
-    "finished",  # all steps done
-    "again",  # another session is needed
-    "resting",  # the user stopped it
-    "failed",  # another session would not help
-    "taken",  # SLURM itself ended the job, and decides whether it comes back
-]
+Outcome = Literal["finished", "again", "resting", "failed", "taken"]
 _FINAL: tuple[Outcome, ...] = ("finished", "resting", "failed")
+
+# The exit status of `end`, and what it says behind the reason.
+_ENDINGS: dict[Outcome, tuple[int, str]] = {
+    "finished": (0, ""),
+    "again": (EXIT_RESUMABLE, "; another session is needed"),
+    "resting": (EXIT_RESTING, "; not continued by itself: submit it again when it is to go on"),  # the user stopped it
+    "failed": (1, "; not continued by itself: submit it again when it is to go on"),  # another session would not help
+    "taken": (EXIT_RESTING, ", and alone decides whether it is queued again"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,42 +56,25 @@ class Verdict:
     reason: str
 
 
-# A run's jobs, written down.
+class _Event(BaseModel):
+    """A line of slurm.jsonl: a job was submitted, or a session of it began or ended."""
 
-
-class _Submitted(TypedDict):
-    event: Literal["submitted"]
+    event: Literal["submitted", "began", "ended"]
     job: str
-
-
-class _Began(TypedDict):
-    event: Literal["began"]
-    job: str
-    step: int
-    status_time: NotRequired[str | None]  # of the status that it found
-
-
-class _Ended(TypedDict):
-    event: Literal["ended"]
-    job: str
-    outcome: Outcome
-    reason: str
-    from_step: int
-    step: int
-
-
-_EVENT: TypeAdapter[_Submitted | _Began | _Ended] = TypeAdapter(
-    Annotated[_Submitted | _Began | _Ended, Field(discriminator="event")]
-)
+    step: int = 0  # of the newest checkpoint
+    status_time: str | None = None  # of the status that it found when it began
+    from_step: int = 0  # where the session that has ended had begun
+    outcome: Outcome | None = None  # of one that has ended
+    reason: str = ""
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """All events, oldest first; a line that a crash cut off, or that is no event, is left out."""
     found: list[dict[str, Any]] = []
     with suppress(FileNotFoundError, NotPlainError):
-        for line in read_plain(run_dir / JOBS).decode("utf-8", "replace").splitlines():
+        for line in read_plain(run_dir / JOBS).splitlines():
             with suppress(ValidationError):
-                found.append(dict(_EVENT.validate_json(line)))
+                found.append(_Event.model_validate_json(line).model_dump())
     return found
 
 
@@ -104,14 +89,6 @@ def note(run_dir: Path, event: Literal["submitted", "began", "ended"], job: str,
             file.write(b"\n" * cut_off + json.dumps(about).encode() + b"\n")
 
 
-def last_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, 0 without one."""
-    return max(saved_steps(run_dir), default=0)
-
-
-# Before and after a session.
-
-
 def begin(run_dir: Path, job: str) -> Verdict | None:
     """Notes that the job begins a session; or returns why there is nothing left for it to do.
 
@@ -119,12 +96,10 @@ def begin(run_dir: Path, job: str) -> Verdict | None:
     stopped by the user. A job that was submitted after that end trains.
     """
     events = read_events(run_dir)
-    ends = [index for index, event in enumerate(events) if event["event"] == "ended" and event["outcome"] in _FINAL]
+    submitted = [place for place, each in enumerate(events) if each["event"] == "submitted" and each["job"] == job]
+    ends = [each for each in events[submitted[0] :] if each["outcome"] in _FINAL] if submitted else []
     if ends:
-        submitted = [i for i, event in enumerate(events) if event["event"] == "submitted" and event["job"] == job]
-        if submitted and submitted[0] < ends[-1]:
-            end = events[ends[-1]]
-            return Verdict(end["outcome"], f"job {end['job']} ended it: {end['reason']}")
+        return Verdict(ends[-1]["outcome"], f"job {ends[-1]['job']} ended it: {ends[-1]['reason']}")
     status = read_status(run_dir) or {}
     note(run_dir, "began", job, step=last_step(run_dir), status_time=status.get("time"))
     return None
@@ -146,10 +121,9 @@ def judge(
     """
     if to_mend is not None:
         return Verdict("failed", to_mend)
-    events = read_events(run_dir)
+    events, status = read_events(run_dir), read_status(run_dir) or {}
     began = _began(events)
-    status = read_status(run_dir) or {}
-    wrote = status.get("time") is not None and status["time"] != began.get("status_time")
+    wrote = status.get("time") is not None and status["time"] != began["status_time"]
     if wrote and status["status"] == "finished":
         return Verdict("finished", status["reason"])
     if wrote and not status["restart"]:
@@ -164,21 +138,18 @@ def judge(
         reason = status["reason"]
     step = last_step(run_dir)
     fruitless = 1 + _sessions_without_progress(events) if step <= began["step"] else 0
-    if fruitless >= failure_limit:
-        return Verdict(
-            "failed", f"{fruitless} sessions in a row came no further than step {step:,}; the last: {reason}"
-        )
-    return Verdict("again", reason)
+    if fruitless < failure_limit:
+        return Verdict("again", reason)
+    return Verdict("failed", f"{fruitless} sessions in a row came no further than step {step:,}; the last: {reason}")
 
 
 def _sessions_without_progress(events: Sequence[dict[str, Any]]) -> int:
     """How many sessions have ended without a checkpoint of a later step since the last that had one."""
     count = 0
-    for event in reversed(events):
-        if event["event"] == "ended":
-            if event["outcome"] in _FINAL or event["step"] > event["from_step"]:
-                break
-            count += event["outcome"] == "again"
+    for event in reversed([event for event in events if event["event"] == "ended"]):
+        if event["outcome"] in _FINAL or event["step"] > event["from_step"]:
+            break
+        count += event["outcome"] == "again"
     return count
 
 
@@ -187,28 +158,14 @@ def end(run_dir: Path, job: str, **what_happened: Any) -> int:
     verdict = judge(run_dir, **what_happened)
     from_step, step = _began(read_events(run_dir))["step"], last_step(run_dir)
     note(run_dir, "ended", job, outcome=verdict.outcome, reason=verdict.reason, from_step=from_step, step=step)
-    where = f"{run_dir}, step {step:,}"
-    if verdict.outcome == "finished":
-        say(f"{where}: finished")
-        return 0
-    if verdict.outcome in ("resting", "failed"):
-        say(f"{where}: {verdict.reason}; not continued by itself: submit it again when it is to go on")
-        return EXIT_RESTING if verdict.outcome == "resting" else 1
-    if verdict.outcome == "taken":
-        say(f"{where}: {verdict.reason}, and alone decides whether it is queued again")
-        return EXIT_RESTING
-    say(f"{where}: {verdict.reason}; another session is needed")
-    return EXIT_RESUMABLE
-
-
-def _time_is_over() -> bool:
-    """Whether SLURM ended the job because of its time limit. It never requeues such a job by itself."""
-    left = time_left()
-    return left is not None and left[0] <= 0
+    note_killed(run_dir, verdict.reason)
+    exit_status, what_next = _ENDINGS[verdict.outcome]
+    say(f"{run_dir}, step {step:,}: {verdict.reason}{what_next}")
+    return exit_status
 
 
 def _error_to_mend() -> str | None:
-    """The error of this session that the user has to mend, if any."""
+    """The error of this session that the user has to mend, if any. It is told once."""
     path = relay_error_file()
     said = read_error(path) if path is not None else None
     if path is not None and said is not None:
@@ -216,29 +173,22 @@ def _error_to_mend() -> str | None:
     return said
 
 
-def _print_run(words: Sequence[str]) -> int:
-    """Prints the training script, the run's folder and its data, which the batch scripts need before it runs."""
-    if not words or words[0].startswith("--"):
-        raise UserError("name a config file: sbatch slurm/run.sbatch configs/gpt/base.yaml [--key value ...]")
-    for each in (script_of(Path(words[0])), *run_and_data(words)):
-        say(str(each))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandLine("python -m launch.slurm.job", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("run", add_help=False)
-    for name in ("begin", "end"):
-        verb = verbs.add_parser(name)
+    for verb in (verbs.add_parser("begin"), ending := verbs.add_parser("end")):
         verb.add_argument("run_dir", type=Path)
-        if name == "end":
-            verb.add_argument("--status", type=int, required=True)
-            verb.add_argument("--taken", **FLAG)
-            verb.add_argument("--failure-limit", type=int, default=3)
+    ending.add_argument("--status", type=int, required=True)
+    ending.add_argument("--taken", **FLAG)
+    ending.add_argument("--failure-limit", type=int, default=3)
     arguments, words = parser.parse_known_args(argv)
     if arguments.verb == "run":
-        return _print_run(words)
+        if not words or words[0].startswith("--"):
+            raise UserError("name a config file: sbatch slurm/run.sbatch configs/gpt/base.yaml [--key value ...]")
+        for each in (script_of(Path(words[0])), *run_and_data(words)):
+            say(str(each))
+        return 0
     job = job_id()
     if job is None:
         raise UserError("there is no SLURM_JOB_ID: this is for the batch scripts in slurm/")
@@ -247,14 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if over is not None:
             say(f"{arguments.run_dir} is {over.outcome}: {over.reason}; nothing to do")
         return EXIT_NOTHING_TO_DO if over is not None else 0
-    return end(
-        arguments.run_dir,
-        job,
-        exit_status=arguments.status,
-        taken=arguments.taken and not _time_is_over(),
-        to_mend=_error_to_mend(),
-        failure_limit=arguments.failure_limit,
-    )
+    # A job that SLURM ended because of its time limit it never requeues by itself.
+    taken = arguments.taken and ((left := time_left()) is None or left[0] > 0)
+    how = {"exit_status": arguments.status, "failure_limit": arguments.failure_limit}
+    return end(arguments.run_dir, job, taken=taken, to_mend=_error_to_mend(), **how)
 
 
 if __name__ == "__main__":

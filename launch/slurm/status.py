@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.scripts import job_name
+from launch.scripts import is_held, job_name
 from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
@@ -22,7 +22,6 @@ from training.engine.goodput import goodput
 from training.engine.status import (
     METRICS,
     STOP_FILE,
-    Session,
     metrics_line,
     pace_s,
     read_sessions,
@@ -46,17 +45,24 @@ class Queued:
     name: str
 
 
-def queue() -> list[Queued]:
-    """All jobs of the user that wait or run. Raises UserError where SLURM does not answer."""
-    words = ["squeue", "--me", "--noheader", "--format", "%A|%T|%R|%j"]
+def ask_slurm(*words: str, refusal: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """What a command of SLURM's answers. Raises UserError, as `refusal` with SLURM's own words in it."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+        return subprocess.run(words, capture_output=True, text=True, check=True, **how)
     except FileNotFoundError:
-        raise UserError("there is no squeue on this machine: run this on the cluster's login node") from None
+        where = "run this on the cluster's login node (a submission's --print works anywhere)"
+        raise UserError(f"there is no {words[0]} on this machine: {where}") from None
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
-        raise UserError(f"SLURM does not answer ({said}): try again in a minute") from None
-    return [Queued(*line.split("|", 3)) for line in done.stdout.splitlines()]
+        said = re.sub(r"^(\w+|allocation failure): (error: )?", "", said, flags=re.M)
+        raise UserError(refusal.format(said.replace("\n", "; "))) from None
+
+
+def queue() -> list[Queued]:
+    """All jobs of the user that wait or run. Raises UserError where SLURM does not answer."""
+    words = ("squeue", "--me", "--noheader", "--format", "%A|%T|%R|%j")
+    answer = ask_slurm(*words, refusal="SLURM does not answer ({}): try again in a minute", timeout=60)
+    return [Queued(*line.split("|", 3)) for line in answer.stdout.splitlines()]
 
 
 def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
@@ -81,7 +87,7 @@ def stop(argv: Sequence[str]) -> int:
     # The numbers stand in a file of the run folder, which may be a stranger's.
     waiting = [job.number for job in pending if job.name == job_name(run_dir)]
     if waiting:
-        subprocess.run(["scancel", *waiting], check=True)
+        ask_slurm("scancel", *waiting, refusal="SLURM does not cancel the jobs: {}")
         say(f"taken out of the queue: job {', '.join(waiting)}")
     for job in pending:
         if job.number not in waiting:
@@ -106,20 +112,17 @@ def print_status(argv: Sequence[str]) -> int:
     except UserError as error:
         warn(f"no jobs are shown: {error}")
     rows: list[tuple[str, ...]] = [COLUMNS]
-    rows += [_row_or_why_none(run_dir, queued) for run_dir in runs]
+    for run_dir in runs:
+        try:
+            rows.append(row(run_dir, jobs_of(run_dir, queued)))
+        except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
+            # A run whose files say odd things must not hide the others.
+            rows.append((str(run_dir), f"unreadable: {type(error).__name__}", *[""] * (len(COLUMNS) - 2)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for each in rows:
         line = "  ".join(text.ljust(width) for text, width in zip(each, widths, strict=True))
         say(line.rstrip().replace("\n", "\\n"))
     return 0
-
-
-def _row_or_why_none(run_dir: Path, queued: Sequence[Queued]) -> tuple[str, ...]:
-    """A run whose files say odd things must not hide the others."""
-    try:
-        return row(run_dir, jobs_of(run_dir, queued))
-    except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
-        return str(run_dir), f"unreadable: {type(error).__name__}", *[""] * (len(COLUMNS) - 2)
 
 
 def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
@@ -128,7 +131,7 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
     last = _last_train_line(run_dir)
     state = _state(run_dir, status, jobs)
     step, steps = max(status.get("step", 0), last.get("step", 0)), status.get("steps")
-    step_s = _step_s(sessions, last)
+    step_s = next((pace for session in reversed(sessions) if (pace := pace_s(session))), None)
     end = ""
     if step_s is not None and steps is not None and state != "finished":
         left_s = (steps - step) * step_s
@@ -147,14 +150,6 @@ def row(run_dir: Path, jobs: Sequence[Queued]) -> tuple[str, ...]:
     )
 
 
-def _step_s(sessions: Sequence[Session], last: dict[str, Any]) -> float | None:
-    """Seconds a step takes: in the session under way, by its last line of metrics.jsonl; else in the last one."""
-    if sessions and sessions[-1]["ended"] is None and last.get("step", 0) > sessions[-1]["from_step"]:
-        began = datetime.strptime(sessions[-1]["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-        return max(0.0, last["time"] - began) / (last["step"] - sessions[-1]["from_step"])
-    return next((found for session in reversed(sessions) if (found := pace_s(session))), None)
-
-
 def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str:
     if not status:
         return ("starting" if any(job.state == "RUNNING" for job in jobs) else "waiting") if jobs else "not begun"
@@ -163,21 +158,7 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
     if status["status"] != "running":
         return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
     # "running" may be the last word of a session that was killed.
-    return "running" if _is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
-
-
-def _is_held(run_dir: Path) -> bool:
-    """Whether a session holds the run folder now; true where file locks cannot tell."""
-    try:
-        import fcntl
-
-        with open_plain(run_dir / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except (OSError, ImportError):
-        return True
-    return False
+    return "running" if is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
 
 
 def _last_train_line(run_dir: Path) -> dict[str, Any]:

@@ -91,9 +91,8 @@ def translate_plainly(
     limit = 2 * len(source) + 10
     if isinstance(model, GPT):
         prompt = model.vocabularies.prompt(source).tolist()
-        prompts = torch.tensor([len(prompt)])
         return _token_by_token(
-            lambda produced: model(torch.tensor([[*prompt, *produced]]), prompts=prompts)[0, -1],
+            lambda produced: model(torch.tensor([[*prompt, *produced]]))[0, -1],
             min(limit, model.options.context - len(prompt)),
             length,
             steps,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from launch.prove import Accident, Event, Training, differences, interrupt
+from launch.prove import Event, Training, differences, interrupt
 from tests.bench.common import WORDS, Figure, prepare, read_arguments, report
 from training.base.console import run_main, say
 from training.base.durations import format_duration
@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
     dice = random.Random(more.random_seed)
     events: list[Event] = []
     lost, runs, began = 0, 0, time.monotonic()
-    waiting: list[Accident] = []
+    waiting: list[str] = []
     hours = dict.fromkeys(KINDS, 0.0)
     with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
         data = prepare(arguments, Path(folder, "data"), *WORDS)

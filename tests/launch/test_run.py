@@ -28,7 +28,7 @@ from tests.support.slurm_cluster import write_config
 from training.base.console import TryLaterError, UserError
 from training.base.processes import children, handles
 from training.engine import run_folder
-from training.engine.status import read_sessions
+from training.engine.status import read_sessions, read_status, write_status
 
 
 class Command:
@@ -288,6 +288,23 @@ def test_a_folder_in_use_ends_a_second_start_at_once(command, monkeypatch, handl
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(TryLaterError, match="is in use by process 7 on there: wait or stop it"):
             run.main(["--script", "training.gpt", str(command.config)])
+
+
+def test_a_session_that_was_killed_does_not_leave_a_status_that_says_running(command, monkeypatch, handlers):
+    reason = "rank 0 was ended by SIGKILL"
+    monkeypatch.setattr(Supervisor, "run", lambda *_, **__: Ending("crashed", reason))
+    command.run_dir.mkdir()
+
+    def after_a_start() -> tuple[str, str, bool, int]:
+        with pytest.raises(TryLaterError, match=reason):
+            run.main(["--script", "training.gpt", "--failure-limit", "1", str(command.config)])
+        status = read_status(command.run_dir)
+        return status["status"], status["reason"], status["restart"], status["step"]
+
+    for before in (("running", "training", True, 5), ("failed", "gradients", False, 7)):
+        status, why, restart, step = before
+        write_status(command.run_dir, status, why, restart=restart, step=step)
+        assert after_a_start() == (("resumable", reason, True, 5) if status == "running" else before)
 
 
 def test_ctrl_z_makes_the_ranks_stand_still_and_fg_go_on(tmp_path, monkeypatch, handlers):

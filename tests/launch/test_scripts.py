@@ -44,8 +44,8 @@ def test_a_config_starts_no_module_that_nobody_here_has_put_beside_relays(tmp_pa
 def test_what_is_said_of_a_run_is_known_without_its_script(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("run_dir: runs/x\nseed: 5\nwandb: {mode: auto}\n", encoding="utf-8")
-    said = {"run_dir": "runs/x", "wandb.mode": "online", "no.such": "key"}
-    assert peek([str(config), "--wandb.mode", "online", "--no.such=key"]) == said
+    said = {"run_dir": "runs/x", "run_at": "s3://b/r", "no_such": "key"}
+    assert peek([str(config), "--run_at", "s3://b/r", "--no_such=key"]) == said
     assert [str(path) for path in run_and_data([str(config), "--data", "prepared/x"])] == ["runs/x", "prepared/x"]
     with pytest.raises(UserError, match=r"mine.yaml and the options do not say data"):
         run_and_data([str(config)])

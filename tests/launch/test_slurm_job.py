@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import subprocess
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from launch.scripts import note_killed
 from launch.slurm import job as slurm_job
 from launch.slurm.job import EXIT_RESTING, JOBS, begin, end, judge, note, read_events
 from launch.slurm.status import row
 from tests.support.commands import ROOT
 from tests.support.disks import not_as_root
 from training.base.console import UserError, tell_launcher
-from training.engine.status import EXIT_RESUMABLE, write_status
+from training.engine.status import EXIT_RESUMABLE, read_status, write_status
 
 JOB = "17"
 _LATER = itertools.count()
@@ -66,6 +68,16 @@ def test_status_file_and_not_the_exit_status_decides(tmp_path, status, reason, r
         assert end(run_dir, JOB, exit_status=step_exit) == exit_status
         last = read_events(run_dir)[-1]
         assert (last["event"], last["outcome"], last["from_step"], last["step"]) == ("ended", outcome, 0, 5)
+        kept = read_status(run_dir) or {}
+        assert (kept["status"], kept["reason"]) == ("resumable" if status == "running" else status, expected)
+
+
+def test_status_of_a_run_that_somebody_holds_is_left_to_who_does(tmp_path):
+    leave(tmp_path, "running", "training", restart=True)
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        note_killed(tmp_path, "killed")
+        assert (read_status(tmp_path) or {})["status"] == "running"
 
 
 def test_status_of_an_earlier_session_is_not_taken_for_this_ones(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from tests.support.lives import RUN, SLOW
 from tests.support.runs import assert_same_model, assert_same_record, reference, status_of
 from tests.support.slurm_cluster import write_config
 from training.base.console import UserError
+from training.engine.address.claim import newest_link
+from training.engine.address.store import open_store
 from training.engine.status import read_status
 
 SCRIPT = "slurm/run.sbatch"
@@ -127,12 +130,9 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
 
 def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config, cluster, tmp_path):
     words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch=--comment='two words'")
-    result = submission(*words, "--print", "--optim.lr", "2e-3")
+    result = submission(*words, "--print", "--optim.lr", "2e-3", "--run_at", "file:///drive/run")
     assert result.status == 0 and result.err == ""
-    script = tmp_path / "script"
-    script.write_text(result.out)
-    assert cluster.run("sbatch", "--test-only", SCRIPT).status == 0
-    held = cluster.submit("--hold", script)
+    held = int(cluster.ask("bash", "-c", result.out.replace(" sbatch ", " sbatch --hold --parsable ")))
     cluster.ask("scancel", held)
     about = cluster.ask("scontrol", "show", "job", held)
     for part in (
@@ -144,7 +144,7 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
         "JobName=run-",
     ):
         assert part in about, part
-    assert f"set -- {config} --optim.lr 2e-3" in result.out
+    assert result.out.endswith(f" {SCRIPT} {config} --optim.lr 2e-3 --run_at file:///drive/run\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -153,7 +153,8 @@ def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
 
     def name_of(run_dir: str | Path) -> str:
         slurm.main(["configs/gpt/sample.yaml", "--time", "5", "--run_dir", str(run_dir), "--print"])
-        return re.search(r"^#SBATCH --job-name=(.*)$", capsys.readouterr().out, flags=re.M)[1]
+        words = shlex.split(capsys.readouterr().out)
+        return next(word.removeprefix("--job-name=") for word in words if word.startswith("--job-name="))
 
     clones = [tmp_path / clone / run for clone in ("one", "two") for run in ("runs/a-b", "runs/a/b", "runs/中文")]
     names = [name_of(each) for each in clones]
@@ -162,7 +163,7 @@ def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
     assert name_of(tmp_path / "link/a-b") == name_of(os.path.relpath(clones[0])) == names[0]
 
 
-def test_no_option_ends_slurms_comment_and_begins_a_command(tmp_path, monkeypatch):
+def test_no_option_ends_a_line_and_begins_a_command(tmp_path, monkeypatch):
     config = tmp_path / "gpt/mine.yaml"
     config.parent.mkdir()
     config.write_text('data: prepared/x\nrun_dir: "runs/x\\ntouch pwned"\n')
@@ -270,12 +271,16 @@ def test_submission_is_not_bent_by_variables_of_this_shell_nor_by_an_old_stop_fi
     (run_dir / "STOP").touch()
     around = {"SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "7", "SBATCH_TIMELIMIT": "7", "SLURM_JOB_ID": "1"}
     words = (config, "--time", "5", "--cpus-per-rank", 1, "--no-preflight", "--no-dry-run", "--sbatch=--mem=500M")
-    words += ("--optim.steps", 12)
+    words += ("--optim.steps", 12, "--run_at", f"file://{tmp_path}/address")
     result = cluster.relay(*words, environment=around)
     (job,) = submitted(result)
     assert cluster.about(job, "TimeLimit") == "00:05:00"
     assert cluster.wait_for(job) == "COMPLETED", (run_dir / f"slurm-{job}.log").read_text()
     assert status_of(run_dir)["status"] == "finished"
+    # The run's address reaches the training as its other options do, and is nothing to what SLURM's side reads.
+    link = newest_link(open_store(f"file://{tmp_path}/address"))
+    assert max(link.checkpoints) == 12 and link.free
+    assert row(run_dir, [])[1:4] == ("finished", "12 of 12", "1")
     again = cluster.relay(*words)
     assert again.status == 0 and f"{run_dir} is finished" in again.out and "submitted" not in again.out
 

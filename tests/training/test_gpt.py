@@ -10,7 +10,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.data.prepared import Part, Ragged
@@ -105,7 +104,7 @@ def test_selected_rows_of_the_cache_go_on_as_they_were():
 @torch.no_grad()
 def test_attention_maps_sum_to_one_and_see_no_future(positions, norm):
     model, tokens = model_of(positions, norm, layers=3), tokens_of(11)
-    maps = model.attention_maps(tokens, prompt=4)
+    maps = model.attention_maps(tokens)
     assert [layer.shape for layer in maps] == [(2, 11, 11)] * 3
     for layer in maps:
         torch.testing.assert_close(layer.sum(-1), torch.ones(2, 11))
@@ -119,90 +118,23 @@ def test_attention_maps_are_what_the_model_attends_with(positions, norm):
     """With the maps put in the place of the fused kernel, the first layer's attention gives the same output."""
     model, tokens = model_of(positions, norm), tokens_of(11)
     block = model.blocks[0]
-    x, rotation = model._embed(tokens[None], torch.arange(11), None)
+    x, rotation = model._embed(tokens[None], torch.arange(11))
     normed = block.attention_norm(x)
     _, _, value = block.attention.project(normed, rotation)
-    weighted = block.attention.merge(model.attention_maps(tokens, prompt=4)[0] @ value)
-    torch.testing.assert_close(weighted, block.attention(normed, rotation, None), rtol=1e-5, atol=1e-5)
+    weighted = block.attention.merge(model.attention_maps(tokens)[0] @ value)
+    torch.testing.assert_close(weighted, block.attention(normed, rotation), rtol=1e-5, atol=1e-5)
 
 
-# Prompts of different lengths, each with a target behind it: the source is read both ways.
-PROMPTS, TARGET = torch.tensor([3, 9, 1, 6]), 7
-
-
-def read_both_ways(positions: str) -> tuple[GPT, list[Tensor], Tensor]:
-    """A model, four sequences as they are, and the same in a batch, padded on the right."""
-    model = model_of(positions, source="both", layers=3)
-    alone = [tokens_of(4, 9 + TARGET)[row, : prompt + TARGET] for row, prompt in enumerate(PROMPTS)]
-    return model, alone, pad_sequence(alone, batch_first=True, padding_value=PAD)
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-@torch.no_grad()
-def test_a_source_read_both_ways_sees_all_of_itself_and_nothing_of_the_target(positions):
-    model, alone, _ = read_both_ways(positions)
-    tokens, prompt = alone[1][None], PROMPTS[1:2]
-    logits = model(tokens, prompts=prompt)
-    for place in range(tokens.shape[1]):
-        changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 7) % VOCABULARY
-        moved = (model(changed, prompts=prompt) - logits).abs().amax(dim=(0, 2)) > 1e-4
-        expected = torch.arange(len(moved)) >= (0 if place < prompt else place)
-        assert moved.tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-@torch.no_grad()
-def test_sources_read_both_ways_are_the_same_alone_and_beside_longer_ones(positions):
-    model, alone, batch = read_both_ways(positions)
-    logits = model(batch, prompts=PROMPTS)
-    for row, sequence in enumerate(alone):
-        expected = model(sequence[None], prompts=PROMPTS[row : row + 1])[0]
-        torch.testing.assert_close(logits[row, : len(sequence)], expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-@torch.no_grad()
-def test_decoding_a_source_read_both_ways_with_the_cache_equals_the_whole_forward_pass(positions):
-    model, _, batch = read_both_ways(positions)
-    whole, rows = model(batch, prompts=PROMPTS), torch.arange(4)
-    prompts = batch[:, :9].masked_fill(torch.arange(9) >= PROMPTS[:, None], PAD)
-    logits, cache = model.prefill(prompts, PROMPTS, capacity=9 + TARGET)
-    torch.testing.assert_close(logits, whole[rows, PROMPTS - 1], rtol=1e-5, atol=1e-5)
-    order = torch.tensor([2, 0, 3, 1])  # as a beam reorders it
-    cache, whole, batch = cache.select(order), whole[order], batch[order]
-    for place in range(TARGET):
-        at = PROMPTS[order] + place
-        logits = model.extend(batch[rows, at], cache)
-        torch.testing.assert_close(logits, whole[rows, at], rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_attention_maps_show_what_a_source_read_both_ways_sees():
-    model, alone, _ = read_both_ways("rotary")
-    tokens, prompt = alone[1], int(PROMPTS[1])
-    seen = torch.ones(len(tokens), len(tokens)).tril().bool()
-    seen[:prompt, :prompt] = True
-    maps = model.attention_maps(tokens, prompt)
-    for layer in maps:
-        assert torch.equal(layer > 0, seen.expand_as(layer))
-    block = model.blocks[0]
-    x, rotation = model._embed(tokens[None], torch.arange(len(tokens)), PROMPTS[1:2])
-    normed = block.attention_norm(x)
-    weighted = block.attention.merge(maps[0] @ block.attention.project(normed, rotation)[2])
-    torch.testing.assert_close(weighted, block.attention(normed, rotation, seen[None, None]), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("source", "seen"), [("causal", 28 * 29 / 2), ("both", 12 * 12 + 16 * 12 + 16 * 17 / 2)])
-def test_operations_are_counted(source, seen):
+def test_operations_are_counted():
     """Against torch's own counter, which knows the weights' products alone, and the attention pair by pair."""
-    model = model_of(source=source, vocabularies=APART, context=32)
+    model = model_of(vocabularies=APART, context=32)
     tokens, scored = tokens_of(1, 28), torch.arange(11, 28)
-    per_token = model.flops_per_token(12, 16, len(scored))
+    per_token = model.flops_per_token(28, len(scored))
     weights = 2 * 12 * 32**2 * 28 + VOCABULARY * 32 * len(scored)
+    seen = 28 * 29 / 2
     assert per_token * 28 == pytest.approx(6 * weights + 3 * 2 * 4 * 32 * seen, rel=0.03)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, scored, torch.tensor([12])).sum().backward()
+        model(tokens, scored).sum().backward()
     pairs = 28 * 28  # the counter takes attention for what a plain implementation computes
     assert counter.get_total_flops() == 6 * weights + 3 * 2 * 4 * 32 * pairs
 
@@ -231,8 +163,8 @@ def test_bf16_gives_the_gradients_of_fp32_up_to_its_precision():
 def test_attention_in_bf16_is_computed_in_fp32_on_a_cpu():
     inputs = torch.randn(3, 2, 2, 9, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        attended = attend(*inputs, None)
-    assert torch.equal(attended, attend(*inputs.float(), None))
+        attended = attend(*inputs)
+    assert torch.equal(attended, attend(*inputs.float()))
 
 
 @torch.no_grad()
@@ -240,7 +172,7 @@ def test_rotary_attention_depends_on_distance_alone():
     """Su et al. 2021, eq. 16: the score of two equal tokens is a function of how far apart they stand."""
     model = model_of("rotary", layers=1, heads=1)
     block = model.blocks[0]
-    x, rotation = model._embed(torch.full((1, 20), 7), torch.arange(20), None)
+    x, rotation = model._embed(torch.full((1, 20), 7), torch.arange(20))
     query, key, _ = block.attention.project(block.attention_norm(x), rotation)
     scores = (query @ key.transpose(-2, -1))[0, 0]
     for distance in range(-19, 20):
@@ -344,7 +276,7 @@ def plain_mean_loss(model: GPT, sequences: Sequences, rows: list[int], options: 
     total = weights = 0.0
     for row in rows:
         sequence, prompt = whole_sequence(sequences, row), len(SOURCES[row]) + 2
-        logits = model(torch.tensor([sequence[:-1]]), prompts=torch.tensor([prompt]))
+        logits = model(torch.tensor([sequence[:-1]]))
         log_probabilities = logits[0].double().log_softmax(-1)
         for position, label in enumerate(sequence[1:]):
             weight = 1.0 if position >= prompt - 1 else options.source_weight
@@ -357,25 +289,14 @@ def plain_mean_loss(model: GPT, sequences: Sequences, rows: list[int], options: 
     return total / weights
 
 
-KINDS_OF_MODEL = {
-    "causal": ("causal", JOINT),
-    "two vocabularies": ("causal", APART),
-    "both ways": ("both", JOINT),
-    "both ways, two vocabularies": ("both", APART),
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "source_weight"), [*((kind, 0.0) for kind in KINDS_OF_MODEL), ("causal", 0.3), ("causal", 1.0)]
-)
+@pytest.mark.parametrize(("vocabularies", "source_weight"), [(JOINT, 0.0), (JOINT, 0.3), (JOINT, 1.0), (APART, 0.0)])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("r_drop", [0.0, 5.0])  # without dropout both passes say the same
 @torch.no_grad()
-def test_loss_of_a_step_is_the_mean_over_all_its_tokens(kind, source_weight, label_smoothing, r_drop):
+def test_loss_of_a_step_is_the_mean_over_all_its_tokens(vocabularies, source_weight, label_smoothing, r_drop):
     """Never a mean of means: the micro-batches of a step differ much in how many tokens they score."""
-    source, vocabularies = KINDS_OF_MODEL[kind]
     sequences = sequences_of(vocabularies)
-    model = model_of(context=CONTEXT, source=source, vocabularies=vocabularies)
+    model = model_of(context=CONTEXT, vocabularies=vocabularies)
     options = LossOptions(source_weight=source_weight, label_smoothing=label_smoothing, r_drop=r_drop)
     batches = BatchOptions(tokens_per_micro_batch=40, micro_batches_per_step=3)
     plan = BatchPlan(sequences.lengths, sequences.weights(options), batches, seed=1, epochs=2)
@@ -389,8 +310,8 @@ def test_loss_of_a_step_is_the_mean_over_all_its_tokens(kind, source_weight, lab
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_gradient_reaches_every_parameter(positions):
-    for source, vocabularies in KINDS_OF_MODEL.values():
-        model = model_of(positions, context=CONTEXT, source=source, vocabularies=vocabularies)
+    for vocabularies in (JOINT, APART):
+        model = model_of(positions, context=CONTEXT, vocabularies=vocabularies)
         sequences = sequences_of(vocabularies)
         summed_loss(model, sequences, np.arange(11), LossOptions(), torch.device("cpu")).backward()
         assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []

@@ -243,8 +243,8 @@ def test_fp16_keeps_its_scaler_and_resumes_to_the_same_weights(launch: Launch, s
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.whole)])
-def test_muon_and_a_source_read_both_ways_resume_to_the_same_weights(ranks, launch, two_vocabularies, tmp_path):
-    options = (*SHORT_RUN, "--model.source", "both", "--optim.kind", "muon", "--optim.epochs", 0.4)
+def test_muon_resumes_to_the_same_weights(ranks, launch, two_vocabularies, tmp_path):
+    options = (*SHORT_RUN, "--optim.kind", "muon", "--optim.epochs", 0.4)
     options = (*options, "--checkpoint.every_steps", 5, "--batch.micro_batches_per_step", 4)
     whole = reference(two_vocabularies, *options, ranks=ranks)
     life = Life(launch, tmp_path, two_vocabularies, ranks, run=options)

@@ -2,11 +2,9 @@
 
 Pre-norm blocks, exact GELU, tied input and output embeddings; learned or rotary positions, LayerNorm or RMSNorm.
 
-A sequence is a prompt, `<sos> source <sep>`, and a target, padded on the right only. With `model.source causal` every
-token sees those before it, so no real position ever sees padding and training needs no mask. With `both` the prompt
-also sees what is behind, as an encoder does (a prefix language model: Liu et al. 2018, section 4.2.3; Raffel et al.
-2020, section 3.2.1), and positions count from 0 again in the target, which an embedding of the side tells from the
-prompt. Decoding writes new tokens over a prompt's padding (see `Cache`).
+A sequence is a prompt, `<sos> source <sep>`, and a target, padded on the right only. Every token sees those before it,
+so no real position ever sees padding and training needs no mask. Decoding writes new tokens over a prompt's padding
+(see `Cache`).
 """
 
 from __future__ import annotations
@@ -36,9 +34,6 @@ class GPTOptions(Options):
     width: int = Field(128, ge=1, description="width of the residual stream")
     context: int = Field(
         128, ge=4, description="longest sequence in tokens; longer training pairs are left out, counted"
-    )
-    source: Literal["causal", "both"] = Field(
-        "causal", description="what a source token sees of the source: those before it, or both sides"
     )
     positions: Literal["learned", "rotary"] = Field("rotary", description="how positions enter the model")
     norm: Literal["layer", "rms"] = Field("layer", description="LayerNorm or RMSNorm")
@@ -90,26 +85,24 @@ class Cache:
 
     keys: list[Tensor]  # of each layer: [B, heads, capacity, width / heads]
     values: list[Tensor]  # the same
-    prompts: Tensor  # of these, how many are the prompt's, [B]
     lengths: Tensor  # real positions of each row, [B]
 
     def select(self, rows: Tensor) -> Cache:
         """The cache of `rows` (indices [B'] or mask [B]): to drop finished sentences, or to reorder beams."""
         keys, values = ([each[rows] for each in layers] for layers in (self.keys, self.values))
-        return Cache(keys, values, self.prompts[rows], self.lengths[rows])
+        return Cache(keys, values, self.lengths[rows])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax attention, each [B, heads, T, D], through PyTorch's fused kernel; `visible`: see `GPT.visible`.
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal softmax attention, each [B, heads, T, D], through PyTorch's fused kernel.
 
     bf16 on a CPU is computed in fp32: the kernel's backward pass takes seven times as long in bf16 there, a third of a
     whole step.
     """
-    causal = visible is None
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(query, key, value, visible, is_causal=causal)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), visible, is_causal=causal)
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
 
 
 class SelfAttention(nn.Module):
@@ -133,9 +126,9 @@ class SelfAttention(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return query, key, value
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         query, key, value = self.project(x, rotation)
-        return self.merge(attend(query, key, value, visible))
+        return self.merge(attend(query, key, value))
 
     def merge(self, per_head: Tensor) -> Tensor:
         """[B, heads, T, width / heads] -> [B, T, width], mixed by the output projection."""
@@ -155,8 +148,8 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * options.width, options.width)
         self.dropout = Dropout(options.dropout)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, visible))
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
         return x + self.dropout(self.feed_forward(x))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -173,7 +166,6 @@ class GPT(nn.Module):
         self.options = options
         self.vocabularies = vocabularies
         self.embedding = nn.Embedding(vocabularies.total, options.width)
-        self.side_embedding = nn.Embedding(2, options.width) if options.source == "both" else None
         learned = options.positions == "learned"
         self.position_embedding = nn.Embedding(options.context, options.width) if learned else None
         self.dropout = Dropout(options.dropout)
@@ -197,45 +189,22 @@ class GPT(nn.Module):
             for layer in (block.attention.output, block.contract):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.options.layers))
 
-    def forward(self, tokens: Tensor, scored: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, scored: Tensor | None = None) -> Tensor:
         """tokens [B, T] -> logits [B, T, target vocabulary].
 
         With `scored` [N], indices into the B*T positions, only those logits are computed: [N, target vocabulary]. The
-        output layer is the widest of the model, so positions without a loss are left out of it. prompts [B]: how long
-        each row's is, which has to be known where the source is read both ways.
+        output layer is the widest of the model, so positions without a loss are left out of it.
         """
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        visible = self.visible(columns, prompts)
-        x, rotation = self._embed(tokens, columns, prompts)
+        x, rotation = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
-            x = block(x, rotation, visible)
+            x = block(x, rotation)
         if scored is not None:
             x = x.flatten(0, 1)[scored]
         return self._logits(x)
 
-    def visible(self, columns: Tensor, prompts: Tensor | None) -> Tensor | None:
-        """What each of the `columns` [T] sees in rows whose prompts have so many tokens [B]: [B, 1, T, T].
-
-        None: itself and those before it.
-        """
-        if self.options.source == "causal":
-            return None
-        assert prompts is not None, "where the source is read both ways, prompts have to be told from targets"
-        return ((columns < prompts[:, None, None]) | (columns <= columns[:, None]))[:, None]
-
-    def _embed(
-        self, tokens: Tensor, columns: Tensor, prompts: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Embeddings [B, T, width] of the tokens [B, T], and the rotation of their positions.
-
-        columns: where they stand, [T] or [B, T].
-        """
-        x, positions = self.embedding(tokens), columns
-        if self.side_embedding is not None:
-            assert prompts is not None
-            in_target = columns >= prompts[:, None]
-            positions = columns - prompts[:, None] * in_target
-            x = x + self.side_embedding(in_target.long())
+    def _embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Embeddings [B, T, width] of the tokens [B, T] at `positions` ([T] or [B, T]), and the rotation of these."""
+        x = self.embedding(tokens)
         if self.position_embedding is not None:
             return self.dropout(x + self.position_embedding(positions)), None
         cosine, sine = self.rotations[:, positions]
@@ -251,24 +220,22 @@ class GPT(nn.Module):
         positions per row (at most the model's context).
         """
         batch, width = prompts.shape
-        columns = torch.arange(width, device=prompts.device)
-        visible = self.visible(columns, lengths)
-        x, rotation = self._embed(prompts, columns, lengths)
+        x, rotation = self._embed(prompts, torch.arange(width, device=prompts.device))
         keys, values = [], []
         for block in self.blocks:
             query, key, value = block.attention.project(block.attention_norm(x), rotation)
-            x = x + block.attention.merge(attend(query, key, value, visible))
+            x = x + block.attention.merge(attend(query, key, value))
             x = x + block.feed_forward(x)
             keys.append(_with_room(key, capacity))
             values.append(_with_room(value, capacity))
         last = x[torch.arange(batch, device=x.device), lengths - 1]
-        return self._logits(last), Cache(keys, values, lengths, lengths.clone())
+        return self._logits(last), Cache(keys, values, lengths.clone())
 
     def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Appends one token per row, tokens [B], to the cache in place; returns the logits behind it [B, vocab]."""
         slots = cache.lengths
         rows = torch.arange(len(tokens), device=tokens.device)
-        x, rotation = self._embed(tokens[:, None], slots[:, None], cache.prompts)
+        x, rotation = self._embed(tokens[:, None], slots[:, None])
         shortest, longest = (int(length) for length in slots.aminmax())
         filled = longest + 1
         visible = None  # rows of one length see every slot: attention without a mask is quicker
@@ -286,16 +253,11 @@ class GPT(nn.Module):
         cache.lengths = slots + 1
         return self._logits(x[:, 0])
 
-    def attention_maps(self, tokens: Tensor, prompt: int) -> list[Tensor]:
-        """Attention weights of one sequence, tokens [T], of which `prompt` are its prompt's: [heads, T, T] per layer.
-
-        Row t sums to 1 over what it sees.
-        """
-        columns = torch.arange(len(tokens), device=tokens.device)
-        prompts = torch.tensor([prompt], device=tokens.device)
-        x, rotation = self._embed(tokens[None], columns, prompts)
-        visible = self.visible(columns, prompts)
-        hidden = columns > columns[:, None] if visible is None else ~visible
+    def attention_maps(self, tokens: Tensor) -> list[Tensor]:
+        """Attention weights of one sequence, tokens [T]: [heads, T, T] per layer. Row t sums to 1 over what it sees."""
+        positions = torch.arange(len(tokens), device=tokens.device)
+        x, rotation = self._embed(tokens[None], positions)
+        hidden = positions > positions[:, None]
         maps = []
         for block in self.blocks:
             query, key, value = block.attention.project(block.attention_norm(x), rotation)
@@ -306,19 +268,17 @@ class GPT(nn.Module):
             x = x + block.feed_forward(x)
         return maps
 
-    def flops_per_token(self, prompt: float, target: float, scored: float) -> float:
+    def flops_per_token(self, length: float, scored: float) -> float:
         """Floating-point operations of a forward and backward pass per real token, padding not counted.
 
-        prompt, target: tokens of a sequence, of which so many are `scored`. 6 per weight of the blocks, 6 per weight of
-        the output layer on the share of positions that are scored, and the two products of attention over what is seen:
-        half of the positions, and with the source read both ways the prompt's other half. Look-ups cost none.
+        length: tokens of a sequence, of which so many are `scored`. 6 per weight of the blocks, 6 per weight of
+        the output layer on the share of positions that are scored, and the two products of attention over what is seen,
+        half of the positions. Look-ups cost none.
         """
         options = self.options
-        length = prompt + target
         blocks = 12 * options.layers * options.width**2
         output = self.vocabularies.target * options.width * scored / length
-        seen = length / 2 + (prompt**2 / (2 * length) if options.source == "both" else 0)
-        attention = 4 * options.layers * options.width * seen  # a product takes 2, backward twice as many as forward
+        attention = 2 * options.layers * options.width * length  # a product takes 2, backward twice as many as forward
         return 6 * (blocks + output) + 3 * attention
 
 

@@ -56,7 +56,7 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
 
         def logits(source: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
             prompt = model.vocabularies.prompt(source)
-            return model(torch.tensor([[*prompt, *ids]]), prompts=torch.tensor([len(prompt)]))[0, -1]
+            return model(torch.tensor([[*prompt, *ids]]))[0, -1]
 
         return GPTTranslator(model), logits
 
@@ -74,11 +74,11 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
         return Ensemble([decoder for decoder, _ in members]), logits
 
     return {
-        "ensemble": together(of_gpt(tiny_gpt(APART, source="both")), of_gru(tiny_gru())),
+        "ensemble": together(of_gpt(tiny_gpt(APART)), of_gru(tiny_gru())),
         "gpt": of_gpt(tiny_gpt()),
         "gpt, learned positions": of_gpt(tiny_gpt(positions="learned")),
         "gpt, RMSNorm": of_gpt(tiny_gpt(norm="rms", heads=4, layers=3)),
-        "gpt, source read both ways": of_gpt(tiny_gpt(APART, source="both")),
+        "gpt, two vocabularies": of_gpt(tiny_gpt(APART)),
         "seq2seq": of_gru(tiny_gru()),
         "seq2seq, two layers": of_gru(tiny_gru(layers=2, bidirectional=False)),
         "seq2seq, no attention": of_gru(tiny_gru(attention="none", tied_output=False)),
@@ -86,7 +86,7 @@ def decoders() -> dict[str, tuple[Decoder, Logits]]:
 
 
 KINDS = [
-    *("gpt", "gpt, learned positions", "gpt, RMSNorm", "gpt, source read both ways"),
+    *("gpt", "gpt, learned positions", "gpt, RMSNorm", "gpt, two vocabularies"),
     *("seq2seq", "seq2seq, two layers", "seq2seq, no attention", "ensemble"),
 ]
 

@@ -456,9 +456,9 @@ def test_a_model_that_transformers_does_not_have_is_refused_with_the_reason(run,
     unknown = with_another_model(open_trained(run, device=CPU), positions="learned", norm="rms")
     with pytest.raises(UserError, match="no architecture with learned positions and rms norm"):
         translator.export(unknown, tmp_path / "export")
-    both_ways = with_another_model(open_trained(run, device=CPU), source="both")
-    with pytest.raises(UserError, match="no architecture that reads a prompt both ways"):
-        translator.export(both_ways, tmp_path / "export")
+    apart = GPT(GPTOptions(**SHAPE), Vocabularies(unknown.target_tokenizer.vocabulary_size, 40))
+    with pytest.raises(UserError, match="no architecture with a vocabulary for each side"):
+        translator.export(replace(unknown, model=apart), tmp_path / "export")
     small = ("--model.embedding_width", 16, "--model.hidden_width", 16)
     seq2seq = train(tmp_path, pieces, *small, module="training.seq2seq")
     assert "holds a seq2seq model: transformers has no architecture" in refused(seq2seq, tmp_path / "export")

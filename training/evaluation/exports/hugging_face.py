@@ -11,8 +11,7 @@ approximated.
 | rotary    | RMSNorm   | ArceeForCausalLM with exact GELU and biases                                   |
 | learned   | RMSNorm   | none                                                                          |
 
-Only of a GPT with `model.source causal` and one vocabulary: none reads a prompt both ways, or writes fewer ids than it
-reads.
+Only of a GPT with one vocabulary: none writes fewer ids than it reads.
 """
 
 from __future__ import annotations
@@ -73,11 +72,10 @@ def model_of(gpt: GPT) -> PreTrainedModel:
     context.
     """
     options = gpt.options
-    if options.source == "both" or gpt.vocabularies.source is not None:
+    if gpt.vocabularies.source is not None:
         raise UserError(
-            "transformers has no architecture that reads a prompt both ways or has a vocabulary for each side, so this "
-            "model cannot be exported; those with model.source causal and data prepared with --vocabularies joint can "
-            "(configs/gpt/sample.yaml)"
+            "transformers has no architecture with a vocabulary for each side, so this model cannot be exported; those "
+            "with data prepared with --vocabularies joint can (configs/gpt/sample.yaml)"
         )
     convert = {("learned", "layer"): _gpt2, ("rotary", "layer"): _gpt_neox, ("rotary", "rms"): _arcee}.get(
         (options.positions, options.norm)

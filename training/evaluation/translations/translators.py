@@ -47,7 +47,7 @@ class GPTTranslator(GPTDecoder):
             return None
         labels = [*source_tokenizer.token_texts(begin), *target_tokenizer.token_texts(end)]
         tokens = torch.tensor([*self.model.vocabularies.prompt(source), *end], device=self.device)
-        return attention_sheet(self.model.attention_maps(tokens, len(begin)), labels, separator=len(source) + 1)
+        return attention_sheet(self.model.attention_maps(tokens), labels, separator=len(source) + 1)
 
 
 class AttentionGRUTranslator(AttentionGRUDecoder):
