@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "GPT sees the future",
         "training/models/gpt.py",
-        "return F.scaled_dot_product_attention(query, key, value, visible, is_causal=causal)",
-        "return F.scaled_dot_product_attention(query, key, value, visible)",
+        "return F.scaled_dot_product_attention(query, key, value, is_causal=True)",
+        "return F.scaled_dot_product_attention(query, key, value)",
         "tests/training/test_gpt.py::test_later_tokens_change_nothing_earlier[rotary-layer]",
     ),
     Fault(
