@@ -378,13 +378,16 @@ def test_a_slow_server_is_sent_the_newest_and_a_checkpoint_that_is_being_sent_st
     save(folder, 1)
     home.notice()
     until(lambda: store.puts)
+    sending = time.monotonic()
     for step in (2, 3, 4, 5):
         save(folder, step)
         home.notice()
     assert time.monotonic() - began < 30 and set(saved_steps(folder)) == {4, 5}, "nobody waited"
     home.finish(0.1)
+    slow_s = time.monotonic() - sending
     store.is_open.set()
     until(lambda: home._all_arrived)
+    assert home.seconds >= slow_s, "so much time is kept free at the end of a session"
     sent = {name.split("/")[1][:15] for name in store.puts if "step-" in name}
     assert sent == {"step-0000000001", "step-0000000004", "step-0000000005"}, "older ones give way"
     assert set(newest_link(open_store(place.url)).checkpoints) == {4, 5}
