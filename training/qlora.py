@@ -298,8 +298,8 @@ def main() -> int:
     data = open_conversations(staged(config.data))
     pad_id = data.meta["tokenizer"]["pad_id"]
     answers, held_out = (Answers(data.part(name), pad_id, data.mixture) for name in ("train", "validation"))
-    if config.budget is None:
-        plan_of(config, answers)  # says before a base model is fetched where a conversation is too long
+    # Made before a base model is fetched, since it says where a conversation is too long.
+    plan_as_given = plan_of(config, answers) if config.budget is None else None
     folder = find_base_model(config.base_model, config.base_revision)
     if commit := commit_of(folder):
         say(f"base model {config.base_model} at {commit}")
@@ -318,7 +318,7 @@ def main() -> int:
         compute_type = COMPUTE_TYPES[precision.name]
 
         def build(config: QLoRAConfig) -> Answering:
-            plan = plan_of(config, answers)
+            plan = plan_of(config, answers) if plan_as_given is None else plan_as_given
             memory = cluster.on_first(
                 lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run=dry_run)
             )

@@ -44,7 +44,7 @@ from training.engine.loop import forward_backward, parallel_of
 from training.engine.optim import Course, learning_rate
 from training.engine.precision import PrecisionName, choose_precision, has_bf16
 from training.engine.run_folder import CONFIG, Data
-from training.engine.saver import best_interval
+from training.engine.saver import best_interval, copied_to_host
 from training.engine.task import MAY_CHANGE, RunOptions, Task
 
 # What is chosen in every training; a `Chooser` has more.
@@ -290,11 +290,10 @@ def _begun(run_dir: Path, asked: dict[str, Any], data: Data, open_keys: Sequence
         return None
     if not isinstance(found, dict) or not same_data:
         return None
-    free = {*open_keys, *(f"{key}." for key in MAY_CHANGE), *MAY_CHANGE} - {"data", "data."}
-    differing = [line.partition(":")[0] for line in differing_keys(found, asked)]
-    if any(key not in free and f"{key.partition('.')[0]}." not in free for key in differing):
-        return None
-    return found
+    free = MAY_CHANGE - {"data"}
+    before, now = ({key: value for key, value in each.items() if key not in free} for each in (found, asked))
+    differing = {line.partition(":")[0] for line in differing_keys(before, now)}
+    return found if differing <= set(open_keys) else None
 
 
 class _Decision(Generic[Config]):
@@ -477,10 +476,7 @@ class _Trial:
         run_dir: where, if anything may be left there; None: in the system's folder for temporary files.
         """
         began = time.monotonic()
-        tensors = {
-            name: {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in part.items()}
-            for name, part in self._engine.tensors().items()
-        }
+        tensors = copied_to_host(self._engine.tensors())
         stall_s = time.monotonic() - began
         nothing: dict[str, Any] = {"task": "none", "config": {}, "data": {}, "versions": {}}
 

@@ -103,6 +103,17 @@ def price_of_a_kill(every_steps: int, best_steps: int, step_s: float, hours_betw
     )
 
 
+def copied_to_host(tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """Copies in host memory, ready to be written.
+
+    Copied on a CPU, too: some optimizers share a table among all parameters, which cannot be written as such.
+    """
+    return {
+        name: {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in part.items()}
+        for name, part in tensors.items()
+    }
+
+
 def write_s(tensors: Mapping[str, Tensors]) -> float:
     """A guess at how long such tensors take to the disk, in seconds, before the first save is measured."""
     return 1 + bytes_of(tensors) / _ASSUMED_SPEED
@@ -202,11 +213,7 @@ class Saver:
     def _copied(self, tensors: Mapping[str, Tensors]) -> tuple[Mapping[str, Tensors], torch.cuda.Event | None]:
         """A copy in host memory, and the event after which it is complete if a GPU is still copying."""
         if not self._options.background:
-            # Copied on a CPU, too: some optimizers share a table among all parameters, which cannot be written as such.
-            return {
-                name: {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in part.items()}
-                for name, part in tensors.items()
-            }, None
+            return copied_to_host(tensors), None
         if _names(tensors) != _names(self._buffers):
             self.prepare(tensors)
             self.drain()
