@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from data_prep.tables import CSVTable, JSONTable, Row, Table, Unreadable
 from training.base.console import UserError
@@ -24,6 +25,7 @@ EXTRA_TAB = "3 columns where others without an attribution have 2"
 # What a heading calls sides, attribution and scores.
 _SIDES = {"source": 0, "src": 0, "target": 1, "tgt": 1, "translation": 1}
 _ATTRIBUTIONS = ("attribution", "author", "authors", "licence", "license", "credit")
+_OTHER_FORMS = (".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")  # whose content tells them
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?")
 
 Languages = tuple[Language, Language]  # of source and target
@@ -165,7 +167,7 @@ class _Finder:
         raise self._no_column(word, self.names or [str(number + 1) for number in range(self.width)])
 
     def _no_column(self, word: str, names: Sequence[str]) -> UserError:
-        shown = ", ".join(name[:40] for name in names[:10])
+        shown = ", ".join(name[:40] if name.isdigit() else repr(name[:40]) for name in names[:10])
         return UserError(f"{self.table.place} has no column {word} (--columns); it has {shown}")
 
     # --- by what is there
@@ -223,7 +225,7 @@ class _Finder:
         missing = [str(each) for each, columns in zip(self.languages, fitting, strict=True) if not columns]
         raise self._unknown(
             f"most of its lines have no {' and no '.join(missing) or 'pair'} in any column of their own ("
-            f"{', '.join(looks)}); is it another language's file?"
+            f"{', '.join(looks)})"
         )
 
     def _fits(self, column: int, language: Language) -> bool:
@@ -244,6 +246,10 @@ class _Finder:
                 "it looks like JSON: call the file .jsonl; records of questions and answers are for "
                 "data_prep.instructions"
             )
+        elif text.startswith("version https://git-lfs"):
+            advice = "it is the pointer to a file that git-lfs keeps: `git lfs pull` fetches that"
+        elif Path(self.table.place).suffix.lower() in _OTHER_FORMS:
+            advice = "it is not what its name says: fetch it again"
         elif "," in text or ";" in text:
             advice = "if its columns are separated by commas or semicolons (CSV), call the file .csv"
         else:

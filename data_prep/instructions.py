@@ -98,6 +98,14 @@ class InstructionOptions(ConversationOptions):
             raise ValueError("template_options has no effect with learn text, which needs no chat template")
         return self
 
+    @model_validator(mode="after")
+    def _of_data_sets(self) -> InstructionOptions:
+        named = sorted({"subset", "split", "revision"} & self.model_fields_set)
+        places = [_weighted(word)[0] for word in self.source]
+        if named and not any(place.startswith(HUB) or Path(place).expanduser().is_dir() for place in places):
+            raise ValueError(f"{named[0]} is that of a data set, hub:NAME or a folder: leave it out")
+        return self
+
     @field_validator("roles")
     @classmethod
     def _known_roles(cls, roles: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +254,7 @@ def open_corpus(options: InstructionOptions) -> Instructions:
 
 def _weighted(word: str) -> tuple[str, float]:
     """A source, and the weight behind it."""
-    found = re.fullmatch(r"(.+):(\d+\.?\d*)", word)
+    found = re.fullmatch(r"(.+):(-?\d+\.?\d*(?:e-?\d+)?|nan)", word)
     if found is None or Path(word).expanduser().exists():
         return word, 1.0
     weight = float(found[2])

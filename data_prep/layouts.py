@@ -152,11 +152,13 @@ def _read_layout(values: dict[str, Any], keys: Keys, read: Conversation) -> None
             "--answer_key chosen the preferred one is"
         )
     if questions and not answers:
-        raise Malformed(f"no answer ({', '.join(ANSWERS)}) beside {_names(values)}"[:300])
+        raise Malformed(f"no answer ({keys.answer or ', '.join(ANSWERS)}) beside {_names(values)}"[:300])
     if not answers and "text" in values:
         raise Malformed("it has a text and no question: with --learn text whole texts are learned")
     if not questions and not (answers and isinstance(values[answers[0]], list)):
         raise Malformed(f"no layout has the keys {_names(values)}: name them (--question_key, --answer_key)"[:300])
+    if keys.question and not values.keys() & set(keys.question) and not isinstance(values[answers[0]], list):
+        raise Malformed(f"no question ({', '.join(keys.question)}) beside {_names(values)}"[:300])
     if HISTORY in values:
         _read_turns(HISTORY, _list_of(HISTORY, values.pop(HISTORY)), keys, read)
     answer = values.pop(answers[0])

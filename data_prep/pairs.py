@@ -39,7 +39,7 @@ from data_prep.preparing import (
     write_meta,
 )
 from data_prep.shards import in_own_process
-from data_prep.sources import Source, address_of, download_of, open_source
+from data_prep.sources import Source, address_of, download_of, is_dataset, open_source
 from data_prep.splits import (
     TEST_SHARE,
     Side,
@@ -178,6 +178,8 @@ class PairOptions(Options):
             raise ValueError("test_share has no effect where test is given: leave it out")
         if self.validation is not None and {"validation_share", "split"} & given:
             raise ValueError("validation_share and split have no effect where validation is given: leave them out")
+        if {"subset", "revision"} & given and not any(map(is_dataset, self.tables.values())):
+            raise ValueError("subset and revision are those of a data set, hub:NAME or a folder: leave them out")
         if self.source_language == self.target_language:
             raise ValueError(f"source_language and target_language are both {self.source_language}")
         if self.simplify and not any(language.variants for language in self.languages):
@@ -474,9 +476,9 @@ def split_of(options: PairOptions, pairs: Pairs, sides: Mapping[str, Side]) -> t
     dropped = len(given["train"]) - len(rows)
     if options.validation is not None:
         order = np.random.RandomState(options.seed).permutation(len(rows))
-        return Split(rows[order], given["validation"], given["test"]).checked(), dropped
+        return Split(rows[order], given["validation"], given["test"]).checked(dropped), dropped
     divided = _divided(options, rows, sides, 0.0)
-    return replace(divided, test=given["test"]).checked(), dropped
+    return replace(divided, test=given["test"]).checked(dropped), dropped
 
 
 def _divided(options: PairOptions, rows: np.ndarray, sides: Mapping[str, Side], test_share: float) -> Split:

@@ -192,7 +192,7 @@ def build(
 def _check_records(records: Records, options: ConversationOptions, corpus: Corpus) -> None:
     found = records.lines - records.blank
     if found == 0:
-        raise UserError(f"the files of --source {corpus.about()['place']} hold blank lines only")
+        raise UserError(f"the files of --source {corpus.about()['place']} hold no record")
     if len(records.malformed) > options.max_malformed_share * found:
         reason, count = Counter(str(entry["reason"]) for entry in records.malformed).most_common(1)[0]
         first = records.malformed[0]

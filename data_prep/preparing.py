@@ -63,6 +63,15 @@ def claim_output(
     return output, existing
 
 
+def refuse_prepared(source: Path) -> None:
+    """Raises UserError where a source is a folder that such a command has made."""
+    if (source / META).is_file() and all((source / part).is_dir() for part in PARTS):
+        raise UserError(
+            f"--source {source} is prepared already: a training takes it as it is, --data {source}; what it was made "
+            f"from stands in its {META}"
+        )
+
+
 def is_done(existing: PreparedFolder, differences: list[str], overwrite: bool) -> bool:
     """Whether `existing` is what is asked for, which is then said.
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from data_prep.layouts import Keys, is_turn, is_turns
 from data_prep.packing import open_unpacked, packing_of
+from data_prep.preparing import refuse_prepared
 from data_prep.records import Lines, Malformed, SourceFile, decoded, kind_of
 from training.base.console import UserError
 from training.base.files import check_there, nearest_folder, sha256_of
@@ -32,6 +33,7 @@ Form = Literal["lines", "values", "csv", "parquet", "text", "dataset"]
 
 # What the files of other formats begin with, and what to do about them.
 NO_RECORDS = {
+    b"version https://git-lfs": "it is the pointer to a file that git-lfs keeps; `git lfs pull` fetches that",
     b"PK\x03\x04": "it is a zip file or a spreadsheet; unpack it, or export it as CSV",
     b"\xff\xfe": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
     b"\xfe\xff": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
@@ -90,6 +92,7 @@ def files_in(place: Path, word: str, keys: Keys, *, text: bool) -> list[RecordFi
     endings = (*ENDINGS, *TEXT_ENDINGS) if text else ENDINGS
     paths = [place]
     if place.is_dir():
+        refuse_prepared(place)
         found = sorted(path for path in place.iterdir() if not path.name.startswith("."))
         paths = [path for path in found if _plain_name(path).endswith(endings) and not path.is_dir()]
         check_there(paths)
@@ -106,7 +109,7 @@ def _plain_name(path: Path) -> str:
 
 def _file(path: Path, keys: Keys, *, text: bool) -> RecordFile:
     with path.open("rb") as opened:
-        begin = opened.read(8)
+        begin = opened.read(max(map(len, NO_RECORDS)))
     packed = packing_of(begin)
     for magic, mend in NO_RECORDS.items():
         if begin.startswith(magic):
@@ -166,6 +169,8 @@ def split_of(dataset: Any, name: str, split: str, word: str) -> RecordFile:
 
 def from_hub(name: str, config: str | None, split: str, revision: str, word: str) -> RecordFile:
     """A split of the data set `name` on the Hugging Face hub. Raises UserError where it cannot be had."""
+    if not name:
+        raise UserError(f"--source {word} names no data set: expected hub:OWNER/NAME")
     import datasets  # slow to import
 
     datasets.disable_progress_bars()

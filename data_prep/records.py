@@ -52,7 +52,9 @@ class ConversationOptions(Options):
 
     def load_tokenizer(self) -> TextTokenizer:
         """The tokenizer that these options name. Raises UserError."""
-        return load_chat_tokenizer(self.tokenizer, self.template_options)
+        tokenizer = load_chat_tokenizer(self.tokenizer, self.template_options)
+        tokenizer.check_template_options()
+        return tokenizer
 
     def defining(self) -> dict[str, object]:
         """The options that the prepared content depends on; source and tokenizer are compared by theirs."""
@@ -239,7 +241,7 @@ def json_value(line: bytes) -> Any:
     try:
         return json.loads(decoded(line))
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON: {error}") from None
+        raise Malformed(f"not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def json_object(line: bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.columns import Languages
+from data_prep.preparing import refuse_prepared
 from data_prep.tables import Row, Table, open_dataset, open_file, open_parallel, open_text
 from training.base.console import UserError, say
 from training.base.files import open_atomically, sha256_of, writing_to
@@ -129,15 +130,32 @@ def open_source(
         _check_download(download[0], languages)
         path = _downloaded(download[0], downloads)
         return Source("download", open_text(path, place=address_of(download[0])))
+    if name.startswith("download:"):
+        raise UserError(
+            f"--source {name}: manythings.org has pairs under codes of three letters, as in download:fra-eng"
+        )
+    if "://" in name:
+        raise UserError(
+            f"--source {name} is an address: fetch the file first (`curl -LO ADDRESS`), and pass its path; a data set "
+            "of huggingface.co is hub:OWNER/NAME"
+        )
+    if name == "hub:":
+        raise UserError("--source hub: names no data set: expected hub:OWNER/NAME")
     if name.startswith("hub:"):
         return Source("hub", open_dataset(name, subset, revision, part))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if is_dataset(name):
+        refuse_prepared(path)
         return Source("folder", open_dataset(str(path), subset, revision, part))
     if not path.exists() and name.count(",") == 1:
         first, second = (_existing(Path(each.strip()).expanduser()) for each in name.split(","))
         return Source("file", open_parallel((first, second), _sides((first, second), languages)))
     return Source("file", open_file(_existing(path)))
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a source is read by `datasets`."""
+    return name.startswith("hub:") or Path(name).expanduser().is_dir()
 
 
 def _existing(path: Path) -> Path:

@@ -40,13 +40,18 @@ class Split:
         """Row numbers of the part called train, validation or test."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[part]
 
-    def checked(self) -> Split:
-        """Itself. Raises UserError where a part is empty."""
+    def checked(self, dropped: int = 0) -> Split:
+        """Itself. Raises UserError where a part is empty. dropped: pairs that stood in another part."""
         empty = [part for part in PARTS if len(self.rows(part)) == 0]
         if empty:
             rows = sum(len(self.rows(part)) for part in PARTS)
             grouped = "" if self.groups is None else f" (they are in {self.groups:,} groups that share sentences)"
             mend = "pass a larger file or `--source sample`" + ("" if self.groups is None else ", or --split random")
+            if dropped:
+                grouped, mend = (
+                    f", without the {dropped:,} that --drop_leaked left out",
+                    "leave --drop_leaked out, or pass other pairs",
+                )
             raise UserError(
                 f"{rows:,} sentence pairs are too few for this split{grouped}: nothing is left for "
                 f"{' and '.join(empty)}; {mend}"

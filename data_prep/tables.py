@@ -191,7 +191,7 @@ def _flat(line: str) -> dict[str, str] | str:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
+        return f"not JSON: {getattr(error, 'msg', error)}"
     if not isinstance(values, dict):
         return "no JSON object"
     found: dict[str, str] = {}
@@ -332,6 +332,9 @@ class DatasetTable(Table):
         yield from enumerate(chain.from_iterable(cells_of(batch, names) for batch in batches), 1)
 
 
+_PASS_FILE = "; if one of its files holds the sentence pairs, pass that"
+
+
 def open_dataset(name: str, subset: str | None, revision: str | None, split: str) -> DatasetTable:
     """The split of a data set: of a folder, or, called hub:NAME, of the Hugging Face hub.
 
@@ -356,9 +359,11 @@ def open_dataset(name: str, subset: str | None, revision: str | None, split: str
                 builder.info.splits
             )
     except Exception as error:  # whatever the library at work raises: no network, no such name, no data in a folder
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         by_hand = f"; by hand: `hf download {shlex.quote(hub)} --repo-type dataset --local-dir FOLDER`, and pass FOLDER"
-        raise UserError(f"{name} cannot be read as a data set ({reason}){by_hand if name != hub else ''}") from None
+        raise UserError(
+            f"{name} cannot be read as a data set ({reason}){by_hand if name != hub else _PASS_FILE}"
+        ) from None
     if splits.get(split) is None:
         raise UserError(f"{name} has no split {split}; it has {', '.join(splits)}")
     dataset = splits[split]

@@ -61,7 +61,7 @@ def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
     missing = [key for key in ("run_dir", "data") if key not in said]
     if missing:
         raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
-    return Path(said["run_dir"]), Path(said["data"])
+    return Path(said["run_dir"]).expanduser(), Path(said["data"]).expanduser()
 
 
 def last_step(run_dir: Path) -> int:

@@ -306,13 +306,19 @@ def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path)
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(lines_of([qa(1), qa(2)]))[:-20])
     (tmp_path / "endless.jsonl.gz").write_bytes(gzip.compress(bytes(70 << 20)))
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "pointer.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     (tmp_path / "wide.jsonl").write_text(json.dumps(qa(1)), encoding="utf-16")
     for name, expected in (
         ("nothing.jsonl", "does not exist: pass a file of records, a folder"),
         ("folder", r"holds no \.jsonl, .* file"),
-        ("blank.jsonl", "blank lines only"),
+        ("blank.jsonl", "hold no record"),
+        ("none.json", "hold no record"),
+        ("none.json:nan", "a weight is above 0"),
+        ("none.json:-1", "a weight is above 0"),
+        ("pointer.parquet", "`git lfs pull`"),
         ("half.jsonl.gz", "half.jsonl.gz is a damaged gzip file .*: delete it and fetch it again"),
         ("endless.jsonl.gz", "unpacks to more than 67,108,864, which no text does"),
         ("sheet.xlsx", "a spreadsheet; .*export it as CSV"),
@@ -321,6 +327,17 @@ def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path)
     ):
         with pytest.raises(UserError, match=expected):
             make(tmp_path / name, output=tmp_path / "x")
+    make([qa(number) for number in range(30)], output=tmp_path / "made")
+    with pytest.raises(UserError, match="is prepared already: a training takes it as it is, --data"):
+        make(tmp_path / "made", output=tmp_path / "x")
+    for words, said in (
+        (("--question_key", "asked"), r"no question \(asked\) beside "),
+        (("--answer_key", "said"), r"no answer \(said\) beside "),
+        (("--split", "test"), "split is that of a data set"),
+        (("--template_options", "enable_thinkin=false"), "reads nothing of that name"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make([qa(1)], *words, output=tmp_path / "x")
     with pytest.raises(UserError, match=r"3 records in 1 tasks, with 1 different questions, are too few"):
         make([{"question": "why?", "answer": str(number)} for number in range(3)], output=tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -74,7 +74,7 @@ BAD_SOURCES = {
     "gbk": (CORPUS.encode("gb18030"), "iconv -f GB18030 -t UTF-8"),
     "utf16": (CORPUS.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
     "binary": (bytes(range(256)) * 9, "is not UTF-8 text (line 3)"),
-    "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "is it another language's file?"),
+    "another_language": (b"Go.\tVa !\tx\nHi.\tSalut !\tx\n", "(1: English, 2: English, 3: English). Pass"),
     "some_swapped": (f"{CORPUS}\n嗨。\tHi.\n跑。\tRun.\n走。\tGo.\n".encode(), "in the order of the others"),
     "commas": ("Hi.,嗨。\nRun.,跑。\n".encode(), "separated by commas or semicolons (CSV), call the file .csv"),
     "cut_gzip": (gzip.compress(CORPUS.encode())[:-20], "is a damaged gzip file"),
@@ -137,7 +137,27 @@ def test_missing_source_and_folder_as_source_say_what_to_pass(tmp_path):
     missing = prepare("--source", tmp_path / "nothing.txt", "--output", tmp_path / "x")
     assert_refused(missing, "there is no file", "--source download", "--source sample")
     folder = prepare("--source", tmp_path, "--output", tmp_path / "x")
-    assert_refused(folder, "cannot be read as a data set", "doesn't contain any data files")
+    assert_refused(folder, "cannot be read as a data set", "doesn't contain any data files", "holds the sentence pairs")
+
+
+def test_what_is_no_source_is_called_what_it_is(tmp_path):
+    source = small_corpus(tmp_path / "cmn.txt")
+    prepare_here("--source", source, "--output", tmp_path / "made")
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "page.tsv.gz").write_text("404\n")
+    for words, said in (
+        (("--source", tmp_path / "made"), "is prepared already: a training takes it as it is, --data"),
+        (("--source", tmp_path / "pointer.parquet"), "`git lfs pull`"),
+        (("--source", tmp_path / "page.tsv.gz"), "it is not what its name says: fetch it again"),
+        (("--source", "https://example.com/x.tsv"), "is an address: fetch the file first"),
+        (("--source", "download:fr-en"), "as in download:fra-eng"),
+        (("--source", "hub:"), "expected hub:OWNER/NAME"),
+        (("--source", source, "--subset", "zh-en"), "are those of a data set"),
+        (("--train", source, "--test", source, "--drop_leaked"), "leave --drop_leaked out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare_here(*words, "--output", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_more_malformed_lines_than_the_threshold_are_refused_fewer_are_listed(tmp_path):

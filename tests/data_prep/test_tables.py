@@ -207,7 +207,7 @@ def test_columns_are_taken_by_name_or_number_where_that_is_asked_for(tmp_path: P
     )
     by_name = prepared(tmp_path / "heading", str(tmp_path / "b.tsv"), "--columns", "left,right")
     assert texts(by_name) == set(PAIRS) and by_name.meta["counts"]["malformed_listed"][0]["reason"] == "a heading"
-    assert "has no column wrong (--columns); it has left, mid, right, by" in refused(
+    assert "has no column wrong (--columns); it has 'left', 'mid', 'right', 'by'" in refused(
         tmp_path, tmp_path / "a.jsonl", "--columns", "wrong,right"
     )
     assert "names 1 columns" in refused(tmp_path, tmp_path / "a.jsonl", "--columns", "left")

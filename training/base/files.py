@@ -295,7 +295,9 @@ def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
 
 
 def check_folder_of(path: Path, option: str = "--output") -> None:
-    """Raises UserError where the folder is not there in which the file `path` is to be made; option: what names it."""
+    """Raises UserError where `path` is a folder, or its own is not there; option: what names the file to be made."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file in it")
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first")
 

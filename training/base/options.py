@@ -12,13 +12,22 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -32,6 +41,12 @@ class Options(BaseModel):
     """Base of all option groups: unknown keys are mistakes, values do not change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """A path that begins with ~/, which the shell does not read in a file, in quotes or behind an `=`."""
+        return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
 
 
 # Seconds, written as people write them: 90s, 30m, 11h30m, 1d12h, 4:00:00, or a number of seconds.
@@ -76,7 +91,7 @@ def _pairs(value: object) -> object:
     try:
         return {key: read_yaml(text) for key, _, text in (word.partition("=") for word in words)}
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML behind the = ({error})") from None
+        raise ValueError(f"not YAML behind the = ({getattr(error, 'problem', None) or error})") from None
 
 
 # A dictionary that is written as words on the command line: --template_options enable_thinking=false.
@@ -162,7 +177,7 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
     keys = all_keys(cls)
     flags = {key for key, field in keys.items() if field.annotation in (bool, bool | None)} | {"dry_run"}
     lists = {key for key, field in keys.items() if "words" in field.metadata}
-    files, overrides, mistakes = _split_words(argv, flags, lists)
+    files, overrides, mistakes = _split_words(argv, flags, lists, keys)
     dry_run = "false"
     values: dict[str, Any] = {}
     origin = "the command line"
@@ -181,7 +196,7 @@ def parse(cls: type[OptionsType], argv: Sequence[str], *, prog: str, about: str)
     try:
         options = cls.model_validate(values)
     except ValidationError as error:
-        mistakes += [_explain(cls, detail) for detail in error.errors()]
+        mistakes += _explain(cls, error.errors())
     if files and prog.startswith("python -m training."):
         meant = meant_for(Path(origin), values)
         is_said = values.get("training") or (mistakes and find_spec(meant) is not None)
@@ -230,12 +245,13 @@ def with_values(options: OptionsType, values: dict[str, Any]) -> OptionsType:
 
 
 def _split_words(
-    argv: Sequence[str], flags: Collection[str] | None, lists: Collection[str] = ()
+    argv: Sequence[str], flags: Collection[str] | None, lists: Collection[str] = (), known: Collection[str] = ()
 ) -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """Config files, overrides (key, text) and mistakes.
 
     flags: the keys that are true where they stand alone; None: it is not known which, so every key that has no value.
-    lists: the keys that take several words; each is an override of its own.
+    lists: the keys that take several words; each is an override of its own. known: those that need a value; of others
+    that have none it is for the caller to say that there is no such key.
     """
     files: list[str] = []
     overrides: list[tuple[str, str]] = []
@@ -250,10 +266,10 @@ def _split_words(
             if not equals and (alone if flags is None else key in flags):
                 text = words.pop(0) if words and words[0].lower() in _TRUE_OR_FALSE else "true"
             elif not equals:
-                if alone:
+                if alone and key in known:
                     mistakes.append(f"--{name} has no value (write --{name} VALUE)")
                     continue
-                text = words.pop(0)
+                text = "true" if alone else words.pop(0)
             if not text:
                 mistakes.append(f"--{name} has an empty value (write --{name} VALUE, or leave it out)")
                 continue
@@ -289,27 +305,28 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    stray = "" if path.suffix in (".yaml", ".yml") else " (a word that belongs to no option is the config file)"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), [str(p) for p in Path("configs").glob("*/*.yaml")], n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"there is no config file {path}.{hint}") from None
+        raise UserError(f"there is no config file {path}{stray}.{hint}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a .yaml file in it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file; a config is YAML text") from None
+        raise UserError(f"{path} is not a UTF-8 text file; a config is YAML text{stray}") from None
     try:
         values = read_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise UserError(f"{path}{where} is not valid YAML: {problem}") from None
+        raise UserError(f"{path}{where} is not valid YAML: {problem}{stray}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, not `key: value` lines")
+        raise UserError(f"{path} holds a {type(values).__name__}, not `key: value` lines{stray}")
     if problems := unprintable(values):
         raise UserError(f"{path}: {'; '.join(problems)}")
     return values
@@ -345,33 +362,43 @@ def all_keys(cls: type[Options], prefix: str = "") -> dict[str, FieldInfo]:
     return keys
 
 
-def _explain(cls: type[Options], detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        if isinstance(detail["input"], dict) and detail["input"]:  # an unknown group: name the keys in it
-            inner: list[Any] = [
-                {**detail, "loc": (*detail["loc"], name), "input": value} for name, value in detail["input"].items()
+def _explain(cls: type[Options], details: Iterable[Any]) -> list[str]:
+    """Pydantic's errors in our words, one for each key; of a key with several types it has one for each of them."""
+    keys = all_keys(cls)
+    by_key: dict[str, list[Any]] = {}
+    for detail in details:
+        name = ".".join(map(str, detail["loc"]))
+        key = next((key for key in accumulate(map(str, detail["loc"]), "{}.{}".format) if key in keys), name)
+        by_key.setdefault(key, []).append(detail)
+    return [mistake for key, found in by_key.items() for mistake in _explain_key(keys, key, found)]
+
+
+def _explain_key(keys: dict[str, FieldInfo], key: str, details: list[Any]) -> list[str]:
+    kind, value = details[0]["type"], details[0]["input"]
+    if kind == "extra_forbidden":
+        if isinstance(value, dict) and value:  # an unknown group: name the keys in it
+            return [
+                each
+                for name, inner in value.items()
+                for each in _explain_key(keys, f"{key}.{name}", [{**details[0], "input": inner}])
             ]
-            return "; ".join(_explain(cls, each) for each in inner)
-        keys = list(all_keys(cls))
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         if not near:  # the right last name under the wrong group, or without its group
             last = {name.rsplit(".", 1)[-1]: name for name in keys}
             near = [last[match] for match in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
-        return f"there is no key {key}" + (f" (nearest: {near[0]})" if near else "")
-    if detail["type"] == "missing":
-        return f"{key} is required"
-    inner = [name for name in all_keys(cls) if name.startswith(f"{key}.")]
-    if inner and not isinstance(detail["input"], dict):
-        some = ", ".join(inner[:3]) + (", ..." if len(inner) > 3 else "")
-        return f"{key} is a group of keys ({some}), which takes no value of its own, got {detail['input']!r}"
-    field = all_keys(cls).get(key)
-    expected = f" (expected {_field_type(field)})" if field is not None else ""
-    message: str = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    value = detail["input"]
-    if not key:  # a check across several keys; its message names them
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}{expected}"
+        return [f"there is no key {key}" + (f" (nearest: {near[0]})" if near else "")]
+    if kind == "missing":
+        return [f"{key} is required"]
+    said = [each["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ") for each in details]
+    inside = [name for name in keys if name.startswith(f"{key}.")]
+    if inside and not isinstance(value, dict):
+        some = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
+        return [f"{key} is a group of keys ({some}), which takes no value of its own, got {value!r}"]
+    if inside or not key:  # a check across several keys; its message names them
+        return said
+    message = " or ".join(f"{each[0].lower()}{each[1:]}" for each in said)
+    expected = f" (expected {_field_type(keys[key])})" if key in keys else ""
+    return [f"{key}: {message}, got {value!r}{expected}"]
 
 
 def _field_type(field: FieldInfo) -> str:
@@ -380,7 +407,7 @@ def _field_type(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if annotation == Duration:
+    if annotation in (Duration, DurationWithUnit):
         return "duration"
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:

@@ -237,6 +237,14 @@ class ChatTokenizer(TextTokenizer):
             )
         super().__init__(tokenizer, name, folder)
 
+    def check_template_options(self) -> None:
+        """Raises UserError for an option whose name the template never mentions: misspelt, it would do nothing."""
+        words = set(re.findall(r"\w+", str(self._tokenizer.chat_template)))
+        if unread := self.template_options.keys() - words:
+            raise UserError(
+                f"--template_options {min(unread)}: the chat template of {self.name} reads nothing of that name"
+            )
+
     def refusal(self, turns: Sequence[Message], tools: Tools | None = None) -> str | None:
         """Why the template makes no prompt of turns of this form, such as a system's; None if it does."""
         form = (tuple(map(_form, turns)), len(tools or ()))

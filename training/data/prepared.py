@@ -292,6 +292,13 @@ def read_meta(folder: Path, format: str, make: str) -> dict[str, Any]:
     try:
         meta = read_json(folder / META)
     except FileNotFoundError:
+        others = sorted({path.name for path in folder.iterdir()} - {*PARTS, "tokenizer"})
+        if others:
+            what = "a run's folder" if "checkpoints" in others else "no prepared data set"
+            raise UserError(
+                f"{folder} is {what} (it holds {', '.join(others[:3])}): name the folder that `"
+                f"{make.format(folder='FOLDER')}` made, by --data"
+            ) from None
         raise UserError(f"{folder} has no {META}, so it is no complete prepared data set; {again}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / META} cannot be read ({error}); {again}") from None

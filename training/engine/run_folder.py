@@ -63,6 +63,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 
+# Files of folders that are no run's.
+_FOREIGN = ("meta.json", "config.json", "adapter_config.json")
+
 # A session that was told to stop may still be writing its checkpoint when the next one starts.
 _LOCK_PATIENCE_S = 10.0
 
@@ -123,6 +126,7 @@ class RunFolder:
         A new run has no checkpoint yet; its folder gets `config` (YAML) and what the run keeps of its data. Raises
         UserError when the folder is in use or is another run's.
         """
+        _refuse_foreign_folder(self.run_dir)
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -272,6 +276,16 @@ def _lacks(found: object, expected: object) -> bool:
     )
 
 
+def _refuse_foreign_folder(run_dir: Path) -> None:
+    """Raises UserError for prepared data, a model or an export, which a run would be mixed up with."""
+    found = [name for name in _FOREIGN if (run_dir / name).is_file()]
+    if found and not (run_dir / "checkpoints").is_dir():
+        raise UserError(
+            f"--run_dir {run_dir} holds prepared data or a model ({found[0]}), and a run has a folder of its own: "
+            "choose another one; nothing was changed"
+        )
+
+
 def _refuse_lost_checkpoints(run_dir: Path) -> None:
     """Raises UserError if the run has had checkpoints: it would train again over the record of what they held."""
     finished = (read_status(run_dir) or {}).get("status") == "finished"
@@ -287,6 +301,11 @@ def _check_same_run(
 ) -> None:
     """Raises UserError where the checkpoint is another run's. address: from where it comes, if not from its folder."""
     place, option = (address, "--run_at") if address is not None else (latest.folder.parents[1], "--run_dir")
+    if (task := latest.manifest["task"]) != about["task"]:
+        raise UserError(
+            f"{place} holds a run of another training ({task}, not {about['task']}): choose another {option}; "
+            "nothing was changed"
+        )
     lacking = sorted(RunState.__required_keys__ - latest.state().keys())
     if lacking:
         raise UserError(
@@ -300,7 +319,7 @@ def _check_same_run(
 
     def definition(about: dict[str, Any]) -> dict[str, Any]:
         config = {key: value for key, value in about["config"].items() if key not in may_change}
-        return {"task": about["task"], **config, "data": about["data"], "built_on": about.get("built_on", {})}
+        return {**config, "data": about["data"], "built_on": about.get("built_on", {})}
 
     differences = differing_keys(definition(latest.manifest), definition(about))
     differences = [line for line in differences if line.partition(":")[0] not in may_differ]

@@ -52,7 +52,7 @@ class RunOptions(Options):
         description="how long the run may take in all (40m): its length and what goes with that is then measured and "
         "chosen, once, where the command line does not say it; null: as the options are",
     )
-    seed: int = Field(1234, ge=0, description="fixes initial weights, order of data and dropout")
+    seed: int = Field(1234, ge=0, lt=2**63, description="fixes initial weights, order of data and dropout")
     precision: PrecisionName = Field("auto", description="auto: bf16 from sm_80 on, fp16 below, fp32 on a CPU")
     deterministic: bool = Field(
         False, description="on a GPU, only kernels that give the same bits every time (slower); a CPU does so anyway"

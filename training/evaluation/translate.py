@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)  # sentences may stand behind options, too
     if arguments.input and arguments.sentences:
         raise UserError("both sentences and --input were given; leave one out")
+    if arguments.output is not None:
+        check_folder_of(arguments.output)
+        if arguments.input is not None and arguments.output.resolve() == arguments.input.resolve():
+            raise UserError(f"--output {arguments.output} would replace what --input reads: name another file")
     search = search_of(arguments)
     if kind_of(arguments.run_dir) == QLORA:
         raise UserError(
@@ -72,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for translation in translations:
                 say(translation)
             return 0
-        check_folder_of(arguments.output)
         with writing_to(arguments.output), open_atomically(arguments.output) as output:
             for translation in translations:
                 output.write(translation.encode() + b"\n")

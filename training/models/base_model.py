@@ -79,11 +79,20 @@ def find_base_model(name: str, revision: str | None) -> Path:
             f"{folder} holds adapters ({_ADAPTERS}), which would be taken into the model in silence: name the base "
             "model itself, or merge them into a model first (python -m training.evaluation.export RUN --merge)"
         )
+    if (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} is a run, and base_model is a model: to train on from its weights pass --init_from {folder} "
+            "beside the base model that it has, or make a model of it (python -m training.evaluation.export --merge)"
+        )
     missing = _missing(folder)
     if missing == _WHOLE and any(folder.glob("*.bin")):
         raise UserError(
             f"the base model in {folder} has its weights as .bin files, which may hold code: fetch a version with "
             ".safetensors, or convert it (load it by transformers and call save_pretrained)"
+        )
+    if missing == CONFIG and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no model: name a folder with config.json, weights (.safetensors) and tokenizer"
         )
     if missing:
         raise UserError(
@@ -155,7 +164,8 @@ def read_config(folder: Path, quantisation: QuantisationOptions) -> PretrainedCo
                 f"the model in {folder} needs code of its own, which is never run here: name a model that transformers "
                 "knows"
             ) from None
-        raise UserError(f"{folder / CONFIG} describes no model that transformers knows ({error})") from None
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{folder / CONFIG} describes no model that transformers knows ({said})") from None
     if config.is_encoder_decoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise UserError(f"the base model in {folder} ({config.model_type}) is no decoder-only language model")
     if getattr(config, "quantization_config", None) is not None:

@@ -75,6 +75,28 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--checkpoint.every_steps", "0"), "a mistake in the options"),  # a key of two types
+        (("--checkpoint.every_steps", "0"), "or input should be 'auto', got '0' (expected int|auto)."),
+        (("--model.heads", "5"), ": model.heads (5) must divide model.width (128)."),
+        (("--offline",), ": there is no key offline."),
+        (("--budget", "1y"), "say the unit, as in 40m or 1h30m, got '1y' (expected duration|null)."),
+        (("--seed", "9" * 30), "seed: input should be less than"),
+        (("maybe",), "there is no config file maybe (a word that belongs to no option is the config file)."),
+    ],
+)
+def test_a_mistake_is_said_once_and_without_what_pydantic_calls_things(words, said):
+    assert said in refusal(*REQUIRED, *words)
+
+
+def test_a_path_below_the_home_folder_is_found_where_no_shell_has_read_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = read("--run_dir=~/runs/x", "--data", "~me/x", "--resume_from", "x/~")
+    assert (options.run_dir, options.data, options.resume_from) == (Path("/home/me/runs/x"), Path("~me/x"), Path("x/~"))
+
+
 def test_config_of_another_training_is_named_as_that(tmp_path):
     for config in (ROOT / "configs/seq2seq/sample.yaml", ROOT / "configs/qlora/tiny.yaml"):
         name = config.parent.name

@@ -106,6 +106,16 @@ def test_half_written_folder_is_refused(copy):
         open_prepared(copy)
 
 
+def test_folder_of_another_kind_is_not_to_be_prepared_again(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"is a run's folder \(it holds checkpoints\): name the folder that"):
+        open_prepared(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"is no prepared data set \(it holds config.json\)"):
+        open_prepared(tmp_path)
+
+
 def test_lacking_part_is_named(copy, sample):
     shutil.rmtree(copy / "validation")
     with pytest.raises(UserError, match="lacks validation"):

@@ -73,6 +73,14 @@ def test_a_run_follows_no_link_that_was_planted_where_it_writes(tmp_path, home, 
     assert not any(path.is_symlink() for path in run_dir.rglob("*"))
 
 
+@pytest.mark.parametrize("name", ["meta.json", "config.json", "adapter_config.json"])
+def test_a_run_is_not_begun_in_prepared_data_a_model_or_an_export(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="a run has a folder of its own"):
+        RunFolder(tmp_path).open({}, None, config="", source=None, may_change=set())  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_temporary_name_is_made_anew_whatever_lies_there(tmp_path, home):
     (tmp_path / ".file.partial").symlink_to(home / "key")
     write_atomically(tmp_path / "file", "content")

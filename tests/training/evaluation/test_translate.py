@@ -168,6 +168,14 @@ def test_what_is_no_search_is_refused_before_anything_is_loaded(tmp_path, launch
     assert (result.status, result.out, len(result.error_lines)) == (1, "", 1) and "Traceback" not in result.err, result
 
 
+def test_an_output_that_is_the_input_or_a_folder_is_refused_and_the_input_stays(run, tmp_path):
+    (tmp_path / "chinese.txt").write_text("你好\n")
+    words = ("--input", tmp_path / "chinese.txt", "--output")
+    assert "would replace what --input reads" in refused(run, *words, tmp_path / "chinese.txt")
+    assert "is a folder: name a file in it" in refused(run, *words, tmp_path)
+    assert (tmp_path / "chinese.txt").read_text() == "你好\n"
+
+
 def test_a_run_that_has_not_what_is_needed_is_refused_with_what_to_do(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     for which in ("best:99", "last:99"):

@@ -87,6 +87,21 @@ def test_adapters_in_the_folder_are_not_loaded_in_silence(folder):
         find_base_model(str(folder), None)
 
 
+def test_a_run_or_other_data_is_not_a_model_to_fetch_again(tmp_path):
+    with pytest.raises(UserError, match="holds no model: name a folder"):
+        find_base_model(str(tmp_path), None)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"is a run, and base_model is a model: .* pass --init_from"):
+        find_base_model(str(tmp_path), None)
+
+
+def test_an_unknown_kind_of_model_is_one_line(folder):
+    change(folder / "config.json", model_type="foo9", architectures=["Foo9"])
+    with pytest.raises(UserError, match=r"describes no model that transformers knows \(.*foo9.*") as caught:
+        read_config(folder, QuantisationOptions())
+    assert "\n" not in str(caught.value)
+
+
 def test_every_byte_counts_in_the_fingerprint(folder):
     path = folder / "model.safetensors"
     before, content = fingerprint_of(folder), bytearray(path.read_bytes())

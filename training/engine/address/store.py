@@ -70,6 +70,10 @@ class Store:
         try:
             self._class: Any = fsspec.get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
+            if scheme not in fsspec.available_protocols():
+                raise UserError(
+                    f"--run_at {scheme}://... is no kind of address that fsspec knows: s3://, sftp:// and file:// are"
+                ) from None
             client = CLIENTS.get(scheme)
             how = f"pip install {client}" if client else " ".join(str(error).split())
             raise UserError(f"--run_at {scheme}://... needs a library that is not here: {how}") from None
