@@ -26,6 +26,8 @@ EXTRA_TAB = "3 columns where others without an attribution have 2"
 _SIDES = {"source": 0, "src": 0, "target": 1, "tgt": 1, "translation": 1}
 _ATTRIBUTIONS = ("attribution", "author", "authors", "licence", "license", "credit")
 _OTHER_FORMS = (".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")  # whose content tells them
+# Words that most English texts have some of, and those of other languages in Latin letters none.
+_ENGLISH = re.compile(r"\b(?:the|you|this|they|what|with)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?")
 
 Languages = tuple[Language, Language]  # of source and target
@@ -133,10 +135,9 @@ class _Finder:
         self.rows = rows[1:] if self.heading else rows
         if not self.rows:
             raise UserError(f"{table.place} holds a heading only; expected sentence pairs")
-        # Rows that name Tatoeba do not count: pairs without an attribution may have been added to them.
-        plain = Counter(len(cells) for cells in self.rows if not names_tatoeba(cells[-1]))
-        self.plain, self.counts = plain, Counter(map(len, self.rows))
-        self.width = len(table.names) if table.names is not None else (plain or self.counts).most_common(1)[0][0]
+        self.plain = Counter(len(cells) for cells in self.rows if not names_tatoeba(cells[-1]))
+        self.counts = Counter(map(len, self.rows))
+        self.width = len(table.names) if table.names is not None else self.counts.most_common(1)[0][0]
         self.like = [cells for cells in self.rows if len(cells) == self.width]
 
     # --- by request
@@ -179,10 +180,11 @@ class _Finder:
         if places is not None:
             return self._columns("their names", *places)
         if self._of_manythings():
-            english_first = self.languages[0].code == "en"
-            return self._columns("the form of manythings.org", *((0, 1) if english_first else (1, 0)))
+            return self._columns("the form of manythings.org", *self._with_english_in(self._english_column() or 0))
         if self.languages[0].shares_script(self.languages[1]):
-            places = self._by_sides()
+            places, english = self._by_sides(), self._english_column()
+            if places is None and english is not None:
+                return self._columns("their English words", *self._with_english_in(english))
             if places is None:
                 raise self._unknown(f"{self.languages[0]} and {self.languages[1]} cannot be told apart by their script")
             return self._columns("their names", *places)
@@ -205,6 +207,18 @@ class _Finder:
     def _of_manythings(self) -> bool:
         tatoeba = sum(len(cells) == 3 and names_tatoeba(cells[2]) for cells in self.rows)
         return "en" in (language.code for language in self.languages) and 2 * tatoeba > len(self.rows)
+
+    def _english_column(self) -> int | None:
+        """Which of two columns, or of the first two of three, has English words; None where that is unclear."""
+        if self.width > 3 or "en" not in (language.code for language in self.languages):
+            return None
+        counts = [sum(_ENGLISH.search(cells[column]) is not None for cells in self.like) for column in (0, 1)]
+        clear = max(counts) > 4 * min(counts) and 20 * max(counts) >= len(self.like)
+        return counts.index(max(counts)) if clear else None
+
+    def _with_english_in(self, column: int) -> tuple[int, int]:
+        """The columns of source and target, of the first two, where English stands in `column`."""
+        return (column, 1 - column) if self.languages[0].code == "en" else (1 - column, column)
 
     def _by_script(self) -> tuple[int, int]:
         """The columns in which at least half of the cells are written in the one and the other language."""

@@ -377,9 +377,9 @@ def _read(reader: Reader, part: str, source: Source, options: PairOptions) -> Ta
     for side, language in zip(SIDES, columns.languages, strict=True):
         with_script = found.counts[f"{side}_script"]
         if 2 * with_script < found.pairs:
-            said = f"{place}: only {with_script:,} of {found.pairs:,} lines have {language} in {columns.names[side]}"
+            said = f"{place}: {with_script:,} of {found.pairs:,} lines have {language} in {columns.names[side]}"
             if options.columns is None:
-                raise UserError(f"{said}; is it another language's file?")
+                raise UserError(f"{said}: pass --source_language and --target_language, such as fr and en")
             warn(said)
         if with_script == found.pairs - 1 and not has_script(found.first[SIDES.index(side)], language):
             warn(

@@ -3,6 +3,10 @@
 #   bash launch/quickstart.sh
 # Safe to stop (Ctrl-C) and to run again: it continues where it stopped. Options go to the training (--run_dir runs/mine).
 set -euo pipefail
+if [[ " $* " =~ \ (-h|--help)\  ]]; then
+    sed -n 's/^# \?//p' "$0" | sed 1d
+    exit
+fi
 cd "$(dirname "$0")/.."
 source launch/setup.sh
 

@@ -232,6 +232,22 @@ def test_languages_of_one_script_are_told_by_names_or_asked_for(tmp_path: Path):
     assert texts(found) == set(rows) and "CC BY 2.0" in found.meta["source"]["licence"]
 
 
+def test_english_is_told_from_languages_of_its_script_by_its_words(tmp_path: Path):
+    rows = [(f"This is the line number {n}.", f"C'est la ligne numéro {n}.") for n in range(80)]
+    french_first = [f"{fr}\t{en}" for en, fr in rows]
+    credited = [f"{line}\tCC-BY 2.0 (France) Attribution: tatoeba.org #1" for line in french_first]
+    headed = ["Français\tAnglais\tSource", *credited]
+    one_stray = [*credited[:40], "Une ligne sans traduction", *credited[40:]]
+    for name, lines in {"plain": french_first, "credited": credited, "headed": headed, "stray": one_stray}.items():
+        path = tmp_path / f"{name}.tsv"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        found = prepared(tmp_path / name, str(path), "--source_language", "fr", "--max_malformed_share", "0.02")
+        assert texts(found) == set(rows), name
+    assert "0 of 80 lines have Chinese in column 1: pass --source_language" in refused(
+        tmp_path, tmp_path / "credited.tsv"
+    )
+
+
 BAD = {
     "bad.csv": (b'Hi.,"a"b\n', "is no CSV from line 1 on"),
     "open.csv": ('"Hi.","嗨。"\n"Go.,"走。"\n'.encode(), "is no CSV from line 2 on"),

@@ -76,7 +76,7 @@ LANGUAGES = (
         bleu="zh",
         headings=("中文", "汉语", "漢語", "mandarin", "cn"),
     ),
-    Language("en", "English", ("eng",), LATIN, headings=("英文", "英语", "英語")),
+    Language("en", "English", ("eng",), LATIN, headings=("英文", "英语", "英語", "anglais", "englisch", "inglés")),
     Language("ja", "Japanese", ("jpn",), HAN + KANA, blanks=False, bleu="ja-mecab", headings=("日本語",)),
     Language("ko", "Korean", ("kor",), HANGUL, bleu="ko-mecab", headings=("한국어",)),
     Language("yue", "Cantonese", (), HAN, blanks=False, bleu="zh"),

@@ -195,9 +195,10 @@ def _minutes(seconds: float) -> str:
     return f"{math.ceil(seconds / 60)}m"
 
 
-def warmup_of(steps: int) -> int:
-    """Steps of the warm-up of a run: a twentieth, but at least 50 where that is no more than a fifth."""
-    return max(1, min(500, max(steps // 20, min(50, steps // 5))))
+def warmup_of(steps: int) -> tuple[int, str]:
+    """Steps of the warm-up of a run, and why: a twentieth of its steps, but 50 to 500, and a fifth at most."""
+    least = min((50, "as few as it ever has"), (max(1, steps // 5), "a fifth"))
+    return min((500, "as many as it ever has"), max((steps // 20, "a twentieth"), least))
 
 
 def within_budget(
@@ -389,7 +390,7 @@ class _Decision(Generic[Config]):
         steps, self._passes = found.steps, trial.task.plan.epoch(found.steps)
         self.take(
             Choice("optim.steps", steps, found.reason),
-            Choice("optim.warmup_steps", warmup_of(steps), "a twentieth, at least 50 where that is at most a fifth"),
+            Choice("optim.warmup_steps", *warmup_of(steps)),
             Choice(
                 "log.validate_every_steps",
                 -(-steps // found.validations),
