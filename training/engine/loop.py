@@ -597,7 +597,7 @@ class _Run:
         more = "".join(f", {name} {score:.1f}" for name, score in generated.scores.items())
         say(
             f"step {self.step:,}/{self.course.steps:,}: validation loss {result.loss:.4f}, "
-            f"token accuracy {result.accuracy:.2%}{more}" + (" (best)" if is_best else "")
+            f"token accuracy {result.accuracy:.2%}{more}" + (f" (best {by})" if is_best else "")
         )
         return is_best
 
