@@ -272,7 +272,7 @@ def test_base_model_is_looked_for_and_never_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
     (found,) = run.base_model("nobody/nothing", None)
     assert isinstance(found, Finding) and found.level == "warning" and "hf download nobody/nothing" in found.text
-    with pytest.raises(UserError, match="is incomplete"):
+    with pytest.raises(UserError, match="holds no model"):
         list(run.base_model(str(tmp_path), None))
 
 

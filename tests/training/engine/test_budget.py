@@ -257,7 +257,7 @@ def test_micro_batches_suit_the_ranks_and_the_longest_sample(ranks, longest, cho
         (("--budget", "soon"), ("budget", "got 'soon'")),
         (("--budget", "-5m"), ("budget", "-5m")),
         (("--budget", "0s"), ("budget", "greater than 0")),
-        (("--budget", "0.1s"), ("--budget 0s is too short: starting took", "give it 1m or more")),
+        (("--budget", "0.001s"), ("--budget 0s is too short: starting took", "give it 1m or more")),
         (("--budget", "10m", "--optim.steps", 50), ("--budget 10m00s chooses the length", "--optim.steps: leave one")),
         (("--budget", "10m", "--optim.epochs", 2), ("--budget 10m00s chooses the length", "--optim.epochs")),
     ],
