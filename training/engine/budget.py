@@ -222,7 +222,12 @@ def within_budget(
     named = named_keys(words)
     budget = format_duration(config.budget)
     if lengths := sorted(named & {"optim.steps", "optim.epochs"}):
-        raise UserError(f"--budget {budget} chooses the length of the run, and so does --{lengths[0]}: leave one out")
+        other = (
+            "leave one out"
+            if "budget" in named
+            else "leave that out, or take the budget of the config away (--budget null)"
+        )
+        raise UserError(f"--budget {budget} chooses the length of the run, and so does --{lengths[0]}: {other}")
     if "budget" not in named and config.optim.steps is not None:
         return config  # from the config.yaml of a run: all is chosen
     open_keys = [key for key in (*KEYS, *chooser.keys) if key not in named]

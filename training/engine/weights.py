@@ -93,11 +93,19 @@ def check_is_there(run_dir: Path) -> None:
         raise UserError(f"there is no run folder {run_dir}{near}; a run is made by one of the training scripts")
 
 
+_OTHER_KINDS = {
+    "meta.json": "prepared data",
+    "adapter_config.json": "an export of adapters",
+    "config.json": "a model or an export",
+}
+
+
 def check_run_folder(run_dir: Path) -> None:
     """Raises UserError unless the folder is that of a run."""
     check_is_there(run_dir)
     if not (run_dir / "checkpoints").is_dir():
-        raise UserError(f"{run_dir} is not a run folder: there is no folder checkpoints in it")
+        kind = next((f", but {kind}" for name, kind in _OTHER_KINDS.items() if (run_dir / name).is_file()), "")
+        raise UserError(f"{run_dir} is not a run folder{kind}: there is no folder checkpoints in it")
 
 
 # What a new run begins with.
@@ -206,7 +214,7 @@ def _check_fits(
     differences += differing_keys(before, now)
     if found != shapes:
         differing = sum(found.get(name) != shapes.get(name) for name in found.keys() | shapes.keys())
-        differences.append(f"{differing} of {len(shapes)} tensors in name or shape")
+        differences.append(f"{differing} tensors in name or shape")
     if differences:
         raise UserError(
             f"--init_from: a new run cannot begin with the weights of {run_dir}, from which it differs in "

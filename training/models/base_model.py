@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field
 from pydantic_core import from_json
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from training.base.console import UserError
@@ -239,9 +240,14 @@ def load_base_model(
             bnb_4bit_use_double_quant=quantisation.double,
             bnb_4bit_compute_dtype=compute_type,
         )
-    with _quiet(transformers), nullcontext() if take is None else _weight_by_weight(take):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+    with (
+        _naming_damage(folder),
+        _quiet(transformers),
+        nullcontext() if take is None else _weight_by_weight(take),
+    ):
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=compute_type,
             # Every process holds the whole model on a device of its own: "auto" would spread it over all.
             device_map={"": str(device)},
@@ -249,6 +255,10 @@ def load_base_model(
             trust_remote_code=False,
             use_safetensors=True,
             **more,
+        )
+    if lacking := sorted(found["missing_keys"]):  # the library would make them up
+        raise UserError(
+            f"the weights in {folder} lack {len(lacking)} that its {CONFIG} asks for ({lacking[0]}): fetch both again"
         )
     for module in model.modules():
         # On a CPU with AVX512-BF16, a model in evaluation mode would convert its weights in place to a layout that
@@ -260,6 +270,19 @@ def load_base_model(
     if gpu is not None and not gpu.has_flash_attention:
         repeat_heads_in_attention()
     return model
+
+
+@contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    """Raises UserError for what the libraries raise in this block over files that are damaged or not of one model."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"the weights in {folder} are damaged or not all there ({error}): fetch them again") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"the weights in {folder} are not those of its {CONFIG}: fetch both again") from None
 
 
 def repeat_heads_in_attention() -> None:

@@ -360,7 +360,7 @@ def refused(run: Path, output: Path, *words: object) -> str:
 def test_what_cannot_be_exported_is_refused_in_one_line(run, run_copy, base, tmp_path):
     output = tmp_path / "export"
     assert "there is no run folder" in refused(tmp_path / "nowhere", output)
-    assert "is not a run folder" in refused(base, output)
+    assert "is not a run folder, but a model or an export: " in refused(base, output)
     assert "has no effect on adapters" in refused(run, output, "--dtype", "float16")
     assert "names no weights: best, last" in refused(run, output, "--checkpoint", "newest")
     assert "there is no such folder" in refused(run, output, "--base_model", tmp_path / "gone/model/folder")

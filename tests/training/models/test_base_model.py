@@ -7,11 +7,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.base_models import make_model, make_tokenizer
 from training.base.console import UserError
 from training.data.chat import load_chat_tokenizer
-from training.models.base_model import QuantisationOptions, find_base_model, fingerprint_of, read_config
+from training.models.base_model import (
+    QuantisationOptions,
+    find_base_model,
+    fingerprint_of,
+    load_base_model,
+    read_config,
+)
 
 SHAPE = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 400},
@@ -100,6 +107,20 @@ def test_an_unknown_kind_of_model_is_one_line(folder):
     with pytest.raises(UserError, match=r"describes no model that transformers knows \(.*foo9.*") as caught:
         read_config(folder, QuantisationOptions())
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_cut_off_or_another_models_are_one_line(folder):
+    plain, cpu = QuantisationOptions(kind="none"), torch.device("cpu")
+    change(folder / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    with pytest.raises(UserError, match=r"lack \d+ that its config\.json asks for \(model\.layers\.2\."):
+        load_base_model(folder, plain, torch.float32, cpu)
+    change(folder / "config.json", hidden_size=128)
+    with pytest.raises(UserError, match=r"are not those of its config\.json: fetch both again"):
+        load_base_model(folder, plain, torch.float32, cpu)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"are damaged or not all there \(.*\): fetch them again"):
+        load_base_model(folder, plain, torch.float32, cpu)
 
 
 def test_every_byte_counts_in_the_fingerprint(folder):
