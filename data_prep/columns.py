@@ -183,11 +183,11 @@ class _Finder:
             return self._columns("the form of manythings.org", *self._with_english_in(self._english_column() or 0))
         if self.languages[0].shares_script(self.languages[1]):
             places, english = self._by_sides(), self._english_column()
-            if places is None and english is not None:
+            if places is not None:
+                return self._columns("their names", *places)
+            if english is not None:
                 return self._columns("their English words", *self._with_english_in(english))
-            if places is None:
-                raise self._unknown(f"{self.languages[0]} and {self.languages[1]} cannot be told apart by their script")
-            return self._columns("their names", *places)
+            raise self._unknown(f"{self.languages[0]} and {self.languages[1]} cannot be told apart by their script")
         return self._columns("their script", *self._by_script())
 
     def _by_names(self) -> tuple[int, int] | None:

@@ -62,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
     check_folder_of(output)
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it, for example {output / 'train.jsonl'}")
     data = open_conversations(arguments.prepared)
     part, columns = data.part(arguments.part), data.columns(arguments.part)
     tools = Texts(columns["tools"]) if "tools" in columns else [""] * len(part)

@@ -37,6 +37,7 @@ from data_prep.records import (
     unread_keys,
     written_text,
 )
+from data_prep.sources import is_dataset
 from training.base.console import UserError, run_main
 from training.base.options import Pairs, Revision, Words, parse
 from training.data.chat import TextTokenizer, assistant, load_text_tokenizer
@@ -101,8 +102,7 @@ class InstructionOptions(ConversationOptions):
     @model_validator(mode="after")
     def _of_data_sets(self) -> InstructionOptions:
         named = sorted({"subset", "split", "revision"} & self.model_fields_set)
-        places = [_weighted(word)[0] for word in self.source]
-        if named and not any(place.startswith(HUB) or Path(place).expanduser().is_dir() for place in places):
+        if named and not any(is_dataset(_weighted(word)[0]) for word in self.source):
             raise ValueError(f"{named[0]} is that of a data set, hub:NAME or a folder: leave it out")
         return self
 

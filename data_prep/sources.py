@@ -144,7 +144,7 @@ def open_source(
     if name.startswith("hub:"):
         return Source("hub", open_dataset(name, subset, revision, part))
     path = Path(name).expanduser()
-    if is_dataset(name):
+    if path.is_dir():
         refuse_prepared(path)
         return Source("folder", open_dataset(str(path), subset, revision, part))
     if not path.exists() and name.count(",") == 1:

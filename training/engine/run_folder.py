@@ -57,14 +57,12 @@ from training.engine.status import (
     read_status,
 )
 from training.engine.surroundings import commit
+from training.engine.weights import other_kind
 
 if TYPE_CHECKING:
     from training.engine.address.home import Home
 
 CONFIG = "config.yaml"
-
-# Files of folders that are no run's.
-_FOREIGN = ("meta.json", "config.json", "adapter_config.json")
 
 # A session that was told to stop may still be writing its checkpoint when the next one starts.
 _LOCK_PATIENCE_S = 10.0
@@ -278,11 +276,10 @@ def _lacks(found: object, expected: object) -> bool:
 
 def _refuse_foreign_folder(run_dir: Path) -> None:
     """Raises UserError for prepared data, a model or an export, which a run would be mixed up with."""
-    found = [name for name in _FOREIGN if (run_dir / name).is_file()]
-    if found and not (run_dir / "checkpoints").is_dir():
+    if kind := other_kind(run_dir):
         raise UserError(
-            f"--run_dir {run_dir} holds prepared data or a model ({found[0]}), and a run has a folder of its own: "
-            "choose another one; nothing was changed"
+            f"--run_dir {run_dir} holds {kind}, and a run has a folder of its own: choose another one; nothing was "
+            "changed"
         )
 
 

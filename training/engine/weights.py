@@ -100,12 +100,20 @@ _OTHER_KINDS = {
 }
 
 
+def other_kind(folder: Path) -> str | None:
+    """What a folder holds instead of a run, by its files; None where it is a run's, or nothing tells."""
+    if (folder / "checkpoints").is_dir():
+        return None
+    return next((kind for name, kind in _OTHER_KINDS.items() if (folder / name).is_file()), None)
+
+
 def check_run_folder(run_dir: Path) -> None:
     """Raises UserError unless the folder is that of a run."""
     check_is_there(run_dir)
     if not (run_dir / "checkpoints").is_dir():
-        kind = next((f", but {kind}" for name, kind in _OTHER_KINDS.items() if (run_dir / name).is_file()), "")
-        raise UserError(f"{run_dir} is not a run folder{kind}: there is no folder checkpoints in it")
+        kind = other_kind(run_dir)
+        instead = f", but {kind}" if kind else ""
+        raise UserError(f"{run_dir} is not a run folder{instead}: there is no folder checkpoints in it")
 
 
 # What a new run begins with.
