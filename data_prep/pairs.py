@@ -18,9 +18,10 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -30,12 +31,14 @@ from data_prep.columns import EXTRA_TAB, HEADING, NO_TAB, SWAPPED, Languages, ha
 from data_prep.pair_rows import HEAD_ROWS, SIDES, Pairs, Reader, TableCounts, texts_of, write_parts
 from data_prep.preparing import (
     LISTED_MALFORMED,
+    MOST_MALFORMED,
     claim_output,
     is_done,
-    resolved,
     say_malformed,
     sha256_of_json,
+    too_many_malformed,
     versions,
+    warn_of_few,
     write_meta,
 )
 from data_prep.shards import in_own_process
@@ -54,7 +57,7 @@ from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration
 from training.base.environment import cores_seen
 from training.base.files import nearest_folder, publish_folder, temporary_folder, writing_to
-from training.base.options import Options, Revision, differing_keys, parse
+from training.base.options import Options, Revision, differing_keys, parse, to_yaml
 from training.data.languages import Language, LanguageCode, language_of
 from training.data.prepared import FORMAT, PARTS, Prepared, list_files, open_prepared
 from training.data.text import Conversions
@@ -147,8 +150,11 @@ class PairOptions(Options):
     )
     test_share: float = Field(TEST_SHARE, gt=0, lt=0.5, description="test's share of the pairs that are split here")
     validation_share: float = Field(0.05, gt=0, lt=0.5, description="validation's share of what is not test")
-    max_malformed_share: float = Field(
-        0.01, ge=0, le=1, description="refuse a source with more lines that are no pair than this share"
+    max_malformed_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description=f"refuse a source with more lines that are no pair than this share; {MOST_MALFORMED}",
     )
     seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
     workers: int = Field(cores_seen(), ge=1, description="processes that read and tokenise; by default one per core")
@@ -244,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
         if dry_run:
             addresses = ", ".join(address_of(pair) for pair, _ in missing)
-            say(f"would download {addresses} to {downloads} and prepare {output} with:\n{resolved(options)}")
+            say(f"would download {addresses} to {downloads} and prepare {output} with:\n{to_yaml(options)}")
             return 0
     sources = {
         part: open_source(name, options.languages, downloads, part, options.subset, options.revision)
@@ -253,9 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if existing and is_done(existing, _differences(existing, options, _sha256(sources)), options.overwrite):
         return 0
     if dry_run:
-        for source in sources.values():
-            say(f"{source.table.place}: {source.table.bytes:,} bytes")
-        say(f"would prepare {output} with:\n{resolved(options)}")
+        with TemporaryDirectory(prefix="relay-") as temporary:
+            reading = read(Path(temporary) / "texts", options, sources)
+        _say_chosen(reading.chosen)
+        options = reading.options
+        say(f"would prepare {output} with:\n{to_yaml(options)}")
         return 0
     with writing_to(output), temporary_folder(output) as temporary:
         meta = build(temporary, options, sources)
@@ -282,10 +290,20 @@ def _differences(existing: Prepared, options: PairOptions, sha256: str) -> list[
     return lines
 
 
-def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """Fills the empty `folder` with the prepared data set and returns its meta.json, which is written last."""
+@dataclass(frozen=True)
+class Reading:
+    """The pairs of all sources, with what was chosen by them and why, and what was found in the source of each part."""
+
+    reader: Reader
+    options: PairOptions
+    chosen: dict[str, str]
+    found: dict[str, TableCounts]
+
+
+def read(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> Reading:
+    """Reads every source; the sentences lie in `folder`. Raises UserError where one is not what it should be."""
     conversions = Conversions(bool(options.simplify), options.unescape, options.narrow)
-    reader = Reader(folder / ".texts", options.languages, conversions, options.columns, options.workers)
+    reader = Reader(folder, options.languages, conversions, options.columns, options.workers)
     chosen: dict[str, str] = {}
     if "simplify" in options.open_choices:
         traditional = reader.choose_simplify(sources["train"].table)
@@ -293,7 +311,14 @@ def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> 
         done = "simplified characters" if options.simplify else "characters as they are"
         chosen["simplify"] = f"{done}, since {traditional:.0%} of the Chinese sentences have traditional ones"
     found = {part: _read(reader, part, source, options) for part, source in sources.items()}
-    pairs = reader.pairs()
+    return Reading(reader, options, chosen, found)
+
+
+def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Fills the empty `folder` with the prepared data set and returns its meta.json, which is written last."""
+    reading = read(folder / ".texts", options, sources)
+    options, chosen, found = reading.options, reading.chosen, reading.found
+    pairs = reading.reader.pairs()
     sides = {
         side: Side(language, pairs.same[side], pairs.alike[side])
         for side, language in zip(SIDES, options.languages, strict=True)
@@ -317,7 +342,7 @@ def build(folder: Path, options: PairOptions, sources: Mapping[str, Source]) -> 
     made = write_parts(folder, pairs, rows, tokenizers, options.workers)
     duplicates = len(pairs) - len(np.unique(pairs.pair))
     leaks = leakage(split, sides["source"], sides["target"])
-    del pairs, reader
+    del pairs, reading
     shutil.rmtree(folder / ".texts")
 
     identity = {
@@ -401,10 +426,11 @@ def _read(reader: Reader, part: str, source: Source, options: PairOptions) -> Ta
     return found
 
 
-def _check_malformed(place: str, found: TableCounts, max_malformed_share: float) -> None:
+def _check_malformed(place: str, found: TableCounts, most_share: float | None) -> None:
     reasons = {reason: count for reason, count in found.reasons.items() if reason != HEADING}
     total, malformed = found.pairs + found.counts["malformed"], sum(reasons.values())
-    if malformed <= max_malformed_share * total:
+    too_many = too_many_malformed(malformed, total, most_share)
+    if too_many is None:
         return
     reason = max(reasons, key=lambda each: reasons[each])
     example = found.examples[reason]
@@ -417,8 +443,8 @@ def _check_malformed(place: str, found: TableCounts, max_malformed_share: float)
         advice = "if a tab stands inside a sentence, take it out; if notes stand behind these pairs, take those out"
     raise UserError(
         f"{place}: {malformed:,} of {total:,} lines are not sentence pairs like the others (mostly: {reason}, "
-        f"{reasons[reason]:,}; the first of them is line {example['line']}: {example['text']!r}), more than "
-        f"--max_malformed_share {max_malformed_share}; {advice}"
+        f"{reasons[reason]:,}; the first of them is line {example['line']}: {example['text']!r}), {too_many}; "
+        f"{advice}"
     )
 
 
@@ -577,14 +603,18 @@ def _statistics(lengths: np.ndarray) -> dict[str, float]:
     return {"total": int(lengths.sum()), "mean": mean, "p50": p50, "p95": p95, "p99": p99, "max": int(lengths.max())}
 
 
+def _say_chosen(chosen: Mapping[str, str]) -> None:
+    if chosen:
+        say(f"  chosen    {'; '.join(chosen.values())} (options of these names decide otherwise)")
+
+
 def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
     tokenizer, lengths, counts = meta["tokenizer"], meta["lengths"]["train"], meta["counts"]
     say(
         f"prepared {output} in {format_duration(seconds)}"
         + (" (generated text, not real data)" if meta["synthetic"] else "")
     )
-    if meta["chosen"]:
-        say(f"  chosen    {'; '.join(meta['chosen'].values())} (options of these names decide otherwise)")
+    _say_chosen(meta["chosen"])
     say("  rows      " + ", ".join(f"{part} {meta['rows'][part]:,}" for part in PARTS))
     if counts["dropped_leaked"]:
         say(f"  dropped   {counts['dropped_leaked']:,} training pairs with a sentence that stands in another part")
@@ -607,9 +637,10 @@ def _report(output: Path, meta: dict[str, Any], seconds: float) -> None:
     if counts["pairs"] < FEW_PAIRS:
         warn(
             f"{counts['pairs']:,} pairs are few: with less than about {FEW_PAIRS:,} a run by configs/*/base.yaml is "
-            "shorter than its warm-up (--optim.warmup_steps shortens that), and little can be learned"
+            "shorter than its warm-up (--budget 10m chooses a length and warm-up that fit), and little can be learned"
         )
     say_malformed(counts)
+    warn_of_few(meta["rows"])
     say(f"  identity  {meta['fingerprint'][:16]}")
 
 

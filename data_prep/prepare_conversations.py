@@ -32,19 +32,20 @@ from data_prep.preparing import (
     LISTED_MALFORMED,
     claim_output,
     is_done,
-    resolved,
     say_malformed,
     sha256_of_json,
+    too_many_malformed,
     versions,
+    warn_of_few,
     write_meta,
 )
 from data_prep.records import ConversationOptions, Corpus, Learn
 from data_prep.shards import Workers, scratch_folder, shard_folder
-from data_prep.splits import StratifiedSplit, stratified_split, wanted_rows
+from data_prep.splits import StratifiedSplit, stratified_split, validation_share_of, wanted_rows
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
 from training.base.files import publish_folder, temporary_folder, writing_to
-from training.base.options import differing_keys
+from training.base.options import differing_keys, to_yaml
 from training.data.chat import TextTokenizer
 from training.data.conversations import FORMAT, Conversations, open_conversations
 from training.data.prepared import PARTS, list_files
@@ -80,7 +81,7 @@ def prepare(
         if done(known):
             return 0
         if dry_run:
-            say(f"would fetch {known.about()['place']} and prepare {output} with:\n{resolved(options)}")
+            say(f"would fetch {known.about()['place']} and prepare {output} with:\n{to_yaml(options)}")
             return 0
     corpus = find()
     if done(corpus):
@@ -88,7 +89,7 @@ def prepare(
     for file in corpus.files:
         say(str(file))
     if dry_run:
-        say(f"would prepare {output} with:\n{resolved(options)}")
+        say(f"would prepare {output} with:\n{to_yaml(options)}")
         return 0
     with writing_to(output), scratch_folder(output) as scratch:
         corpus.unpack(scratch)
@@ -138,8 +139,9 @@ def build(
     with shard_folder(output, {**content, "rows_per_shard": ROWS_PER_SHARD, "versions": made_by}) as shards:
         records = read_records(workers, corpus)
         _check_records(records, options, corpus)
-        split = stratified_split(records.task, records.group, options.validation_share, options.seed)
-        _warn_of_shares(split, records, options)
+        share = options.validation_share or validation_share_of(len(records.task))
+        split = stratified_split(records.task, records.group, share, options.seed)
+        _warn_of_shares(split, records, share)
         if corpus.learn == "all":
             leave_out_trained_prompts(records, split)
         questions = choose_questions(records, split) if corpus.learn != "text" else []
@@ -193,14 +195,13 @@ def _check_records(records: Records, options: ConversationOptions, corpus: Corpu
     found = records.lines - records.blank
     if found == 0:
         raise UserError(f"the files of --source {corpus.about()['place']} hold no record")
-    if len(records.malformed) > options.max_malformed_share * found:
+    if too_many := too_many_malformed(len(records.malformed), found, options.max_malformed_share):
         reason, count = Counter(str(entry["reason"]) for entry in records.malformed).most_common(1)[0]
         first = records.malformed[0]
         mostly = "" if first["reason"] == reason else f"mostly: {reason}, {count:,}; "
         raise UserError(
-            f"{len(records.malformed):,} of {found:,} lines are no {corpus.record_name}, more than "
-            f"--max_malformed_share {options.max_malformed_share} ({mostly}the first is {first['file']} line "
-            f"{first['line']}: {first['reason']}); {corpus.advice}"
+            f"{len(records.malformed):,} of {found:,} lines are no {corpus.record_name}, {too_many} "
+            f"({mostly}the first is {first['file']} line {first['line']}: {first['reason']}); {corpus.advice}"
         )
     if len(records.tasks) > MAX_TASKS:
         raise UserError(
@@ -209,10 +210,10 @@ def _check_records(records: Records, options: ConversationOptions, corpus: Corpu
         )
 
 
-def _warn_of_shares(split: StratifiedSplit, records: Records, options: ConversationOptions) -> None:
+def _warn_of_shares(split: StratifiedSplit, records: Records, validation_share: float) -> None:
     """Says where a part has other than its share of the records, since groups stay together."""
     strata = len(np.unique(split.strata))
-    for part, wanted in wanted_rows(len(records.task), options.validation_share).items():
+    for part, wanted in wanted_rows(len(records.task), validation_share).items():
         found = len(split.rows(part))
         if abs(found - wanted) > max(strata, 0.25 * wanted):
             largest = int(np.unique(records.group, return_counts=True)[1].max())
@@ -289,6 +290,7 @@ def _report(output: Path, meta: dict[str, Any], corpus: Corpus, seconds: float) 
         + (f", {counts['left_out']:,} of {', '.join(corpus.left_out)}" if counts["left_out"] else "")
     )
     say_malformed(counts)
+    warn_of_few(meta["rows"])
     if counts["unread_keys"]:
         keys = [f"{key} (in {count:,} records)" for key, count in counts["unread_keys"].items()]
         more = ", ... (meta.json lists them)" if len(keys) > NAMED_KEYS else ""

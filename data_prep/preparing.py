@@ -9,19 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from training.base.console import UserError, say, warn
 from training.base.files import recover, write_atomically
-from training.base.options import Options
 from training.data.prepared import META, PARTS, PreparedFolder
 
 OUR_NAMES = {*PARTS, "tokenizer", META}
 LISTED_MALFORMED = 100  # lines that meta.json lists, of those that cannot be read
 NAMED_MALFORMED = 3  # of them, those that the report names
+
+# How many of them are left out where nobody says: such a share, and in a small source so many, up to a tenth of it.
+_MALFORMED_SHARE, _FEW_MALFORMED = 0.01, 10
+
+MOST_MALFORMED = "null: 0.01, or in a small source 10 lines, up to a tenth of it"
+
+# By fewer rows than these no checkpoint is told from the next.
+_FEW_TO_VALIDATE = 20
 
 Opened = TypeVar("Opened", bound=PreparedFolder)
 
@@ -87,9 +94,25 @@ def is_done(existing: PreparedFolder, differences: list[str], overwrite: bool) -
     return not differences
 
 
-def resolved(options: Options) -> str:
-    """The options in force, one a line."""
-    return "\n".join(f"  {key}: {value}" for key, value in options.model_dump(mode="json").items())
+def too_many_malformed(malformed: int, lines: int, most_share: float | None) -> str | None:
+    """Why so many of so many lines cannot be left out, in words; None where they can. most_share: None: by `lines`."""
+    most = max(_MALFORMED_SHARE * lines, min(_FEW_MALFORMED, lines / 10)) if most_share is None else most_share * lines
+    if malformed <= most:
+        return None
+    return (
+        f"more than the {int(most):,} that are left out without --max_malformed_share"
+        if most_share is None
+        else (f"more than --max_malformed_share {most_share}")
+    )
+
+
+def warn_of_few(rows: Mapping[str, int]) -> None:
+    """Warns where the validation part, of so many rows, says little. rows: of each part."""
+    if rows["validation"] < _FEW_TO_VALIDATE:
+        warn(
+            f"validation has {rows['validation']:,} rows, by which the best checkpoint can hardly be told: pass more "
+            "data, or a larger --validation_share"
+        )
 
 
 def say_malformed(counts: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from data_prep.preparing import sha256_of_json
+from data_prep.preparing import MOST_MALFORMED, sha256_of_json
 from training.base.environment import cores_seen
 from training.base.options import Options, Pairs
 from training.data.chat import Message, TextTokenizer, load_chat_tokenizer
@@ -42,9 +42,18 @@ class ConversationOptions(Options):
     fraction: float = Field(1.0, gt=0, le=1, description="share of every part and task to keep; smaller are in larger")
     min_answer_characters: int = Field(1, ge=1, description="drop records with shorter answers")
     max_length: int = Field(1024, ge=64, description="tokens of prompt and answer, at most")
-    validation_share: float = Field(0.01, gt=0, lt=0.5, description="validation's share of what is not test (10 %)")
-    max_malformed_share: float = Field(
-        0.01, ge=0, le=1, description="refuse a source with more lines that are no record than this share"
+    validation_share: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="validation's share of what is not test (10 %); null: 0.01, or of few records as much as makes "
+        "50, up to 0.1",
+    )
+    max_malformed_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description=f"refuse a source with more lines that are no record than this share; {MOST_MALFORMED}",
     )
     seed: int = Field(1234, ge=0, lt=2**32, description="seed of the split")
     workers: int = Field(cores_seen(), ge=1, description="processes that read and tokenise; by default one per core")

@@ -231,6 +231,11 @@ def stratified_split(strata: np.ndarray, groups: np.ndarray, validation_share: f
     return split
 
 
+def validation_share_of(rows: int) -> float:
+    """Validation's share of what is not test, of so many records, where nobody says."""
+    return max(0.01, min(0.1, 50 / ((1 - TEST_SHARE) * max(1, rows))))
+
+
 def wanted_rows(rows: int, validation_share: float) -> dict[str, float]:
     """How many of so many rows a stratified split is asked to hold out."""
     return {"test": TEST_SHARE * rows, "validation": validation_share * (1 - TEST_SHARE) * rows}

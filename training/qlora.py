@@ -52,7 +52,7 @@ from training.models.base_model import (
 )
 from training.models.generation import generate
 from training.models.memory_estimate import (
-    BatchThatFits,
+    FineTuningChooser,
     MemoryEstimate,
     MemoryOptions,
     card_of,
@@ -300,7 +300,7 @@ def main() -> int:
     answers, held_out = (Answers(data.part(name), pad_id, data.mixture) for name in ("train", "validation"))
     # Made before a base model is fetched, since it says where a conversation is too long.
     plan_as_given = plan_of(config, answers) if config.budget is None else None
-    folder = find_base_model(config.base_model, config.base_revision)
+    folder = find_base_model(config.base_model, config.base_revision, weights=not dry_run)
     if commit := commit_of(folder):
         say(f"base model {config.base_model} at {commit}")
     about = read_config(folder, config.quantisation)
@@ -322,6 +322,8 @@ def main() -> int:
             memory = cluster.on_first(
                 lambda: checked_memory(config, about, plan, compute_type, cluster, dry_run=dry_run)
             )
+            if dry_run:  # not before it was said whether they fit
+                find_base_model(config.base_model, config.base_revision or commit_of(folder))
             torch.manual_seed(config.seed)  # the same adapters on every rank
             tokens = config.batch.tokens_per_micro_batch or int(plan.lengths.max())
             supervised = float(answers.answer_tokens.sum() / answers.lengths.sum())
@@ -341,7 +343,9 @@ def main() -> int:
             return memory_of(tried, about, plan_of(tried, answers), compute_type, device_type, cluster.world_size)
 
         gpu_bytes, device_type = card_of(config.memory, cluster)
-        chooser = BatchThatFits(int(answers.lengths.max()), memory_for, gpu_bytes)
+        lengths, mixture = answers.lengths, answers.mixture
+        samples = len(lengths) if mixture is None else sum(mixture.drawn())
+        chooser = FineTuningChooser(int(lengths.max()), int(samples * lengths.mean()), memory_for, gpu_bytes)
         config = within_budget(config, build, data, cluster, sys.argv[1:], chooser, dry_run=dry_run)
         return train(config, build(config), data, cluster, dry_run=dry_run)
 

@@ -73,15 +73,16 @@ def data(folder: Path, *, chat: bool) -> Iterator[Finding | MustMatch]:
 
 def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]:
     """Whether the base model's files are here; nothing is fetched."""
-    from training.models.base_model import find_base_model, fingerprint_of
+    from training.models.base_model import find_base_model, fingerprint_of, missing_file
 
     if not Path(name).expanduser().is_dir() and name.count("/") == 1 and name[0] not in "./~":
         from huggingface_hub import try_to_load_from_cache
 
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(cached, str) and missing_file(Path(cached).parent) is None:
             yield Finding("ok", "base model", f"{name} is in the hub's cache")
         else:
-            text = f"{name} is no folder here and not in the hub's cache: the training will fetch it over the network"
+            text = f"{name} is no folder here and not whole in the hub's cache: the training will fetch it"
             yield Finding("warning", "base model", f"{text}; `hf download {name}` does so beforehand")
         return
     folder = find_base_model(name, revision)

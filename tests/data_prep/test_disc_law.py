@@ -228,7 +228,7 @@ def test_template_that_training_cannot_use_is_refused(name, tmp_path, source):
 def test_answers_that_the_template_changes_are_left_out_by_name(tmp_path, source, make, law):
     template = CHATML.replace("message['content']", "message['content'] | replace('LABEL', 'label')")
     tokenizer = make_tokenizer(tmp_path / "tokenizer", template)
-    with pytest.raises(UserError, match=r"--max_malformed_share 0.01 .*the chat template changes the answer"):
+    with pytest.raises(UserError, match=r"more than the 10 .*the chat template changes the answer"):
         make(source, tokenizer=tokenizer)
     others = make(source, "--max_malformed_share", 0.1, "--max_length", 300, tokenizer=tokenizer)
     listed = others.meta["counts"]["malformed_listed"]
@@ -450,7 +450,7 @@ def test_every_task_gives_a_tenth_to_test_and_its_share_to_validation(law, tmp_p
     big = make(write_source(tmp_path / "law", per_task=100), "--validation_share", 0.1)
     for task, count in big.meta["counts"]["tasks"].items():
         assert (count["train"], count["validation"], count["test"]) == (81, 9, 10), task
-    assert law.meta["rows"] == {"train": 12 * 26, "validation": 12, "test": 36}
+    assert law.meta["rows"] == {"train": 12 * 24, "validation": 36, "test": 36}
 
 
 def test_other_seed_is_another_split(law, make, source):

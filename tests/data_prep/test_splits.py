@@ -7,7 +7,8 @@ import pytest
 from sklearn.model_selection import train_test_split
 
 from data_prep import pairs
-from data_prep.splits import connected_groups, grouped_split, random_split
+from data_prep.preparing import too_many_malformed
+from data_prep.splits import connected_groups, grouped_split, random_split, validation_share_of, wanted_rows
 from tests.support.commands import REAL_TATOEBA
 from training.data.languages import language_of
 from training.data.prepared import PARTS, Prepared, open_prepared
@@ -59,6 +60,25 @@ def test_random_split_of_any_size_is_scikit_learns(count, seed, share):
     split = random_split(count, 0.05, seed, share)
     np.testing.assert_array_equal(split.test, test)
     np.testing.assert_array_equal(np.concatenate([split.validation, split.train]), train)
+
+
+@pytest.mark.parametrize(("records", "rows"), [(200, 18), (1000, 50), (5000, 50), (285_781, 2572)])
+def test_few_records_have_a_validation_part_that_tells_checkpoints_apart(records, rows):
+    assert round(wanted_rows(records, validation_share_of(records))["validation"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("malformed", "lines", "share", "refused"),
+    [
+        *((4, 157, None, False), (11, 157, None, True), (2, 20, None, False), (3, 20, None, True)),
+        *((10, 1000, None, False), (11, 1000, None, True), (500, 50_000, None, False), (501, 50_000, None, True)),
+        *((1, 157, 0, True), (4, 157, 0.01, True), (20, 100, 0.2, False)),
+    ],
+)
+def test_a_few_malformed_lines_of_a_small_source_are_left_out_and_many_or_more_than_was_said_refused(
+    malformed, lines, share, refused
+):
+    assert (too_many_malformed(malformed, lines, share) is not None) == refused
 
 
 def test_validation_share_does_not_move_a_test_row():

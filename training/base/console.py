@@ -71,6 +71,13 @@ def say_as_any_rank(text: str) -> None:
     print(harmless(text), file=sys.stderr, flush=True)
 
 
+def say_in_handler(text: str) -> None:
+    """Prints a line from within a signal handler, where this process may be in the middle of printing another."""
+    if speaks():
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+
+
 def harmless(text: str) -> str:
     """`text` with a terminal's control characters spelled out: a stranger's file name must not command the terminal."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

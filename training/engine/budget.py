@@ -61,7 +61,7 @@ KEYS = (
 
 # Shares of the budget: kept free, since no machine is equally fast all the time; and for the steps that are measured,
 # once to choose what they are to be and once as they are then. Few are enough.
-MARGIN, LOOKING, MEASURING = 0.05, 0.02, 0.03
+MARGIN, LOOKING, MEASURING = 0.08, 0.02, 0.03
 _FEWEST_MEASURED, _MOST_MEASURED = 4, 60
 
 # On a CPU bf16 is taken where its steps take less than such a share of those in fp32, which is exact.
@@ -96,6 +96,7 @@ class Chooser:
     """What a training chooses besides what all have in common. This one adds nothing."""
 
     keys: tuple[str, ...] = ()  # of the options that it chooses
+    most_passes = math.inf  # over the data: a run that would read it oftener ends before its budget does
     tries_bf16 = False  # whether on a CPU its steps may be faster in bf16, and learn as much
 
     def __init__(self, longest: int):
@@ -392,9 +393,14 @@ class _Decision(Generic[Config]):
             every = best_interval(m.step_s, m.stall_s, m.save_s, hours, self.cluster.device.type)
         validate_every = None if "log.validate_every_steps" in self.open_keys else config.log.validate_every_steps
         found = length_of(self.budget_s, m, save_every=every, validate_every=validate_every)
-        steps, self._passes = found.steps, trial.task.plan.epoch(found.steps)
+        plan, most, steps, reason = trial.task.plan, self.chooser.most_passes, found.steps, found.reason
+        if plan.epoch(steps) > most:
+            steps = math.ceil(most * plan.micro_batches_per_epoch / plan.micro_batches_per_step)
+            took = format_duration(m.spent_s + m.setup_s + steps * m.step_s + found.validations * m.validation_s)
+            reason = f"{most:g} passes over the data, about {took}: more would learn it by heart"
+        self._passes = plan.epoch(steps)
         self.take(
-            Choice("optim.steps", steps, found.reason),
+            Choice("optim.steps", steps, reason),
             Choice("optim.warmup_steps", *warmup_of(steps)),
             Choice(
                 "log.validate_every_steps",
@@ -505,7 +511,7 @@ class _Trial:
 def _in_turns(trials: Sequence[_Trial], seconds: float) -> list[float]:
     """How long a step of each takes. They take turns for so many seconds, so that a busy moment meets all of them.
 
-    The mean of the middle half: what the machine does besides now and then does not count.
+    The mean without the tenths that were slowest and fastest: what happens but once does not count.
     """
     times: list[list[float]] = [[] for _ in trials]
     spent_s = 0.0
@@ -515,4 +521,4 @@ def _in_turns(trials: Sequence[_Trial], seconds: float) -> list[float]:
         for trial, own in zip(trials, times, strict=True):
             own.append(trial.step_s())
             spent_s += own[-1]
-    return [mean(sorted(own)[len(own) // 4 : -(-3 * len(own) // 4)]) for own in times]
+    return [mean(sorted(own)[len(own) // 10 : -(-9 * len(own) // 10)]) for own in times]

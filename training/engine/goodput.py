@@ -105,6 +105,6 @@ def in_words(hours: Mapping[str, float]) -> str:
         return ""
     shares = ", ".join(f"{hours[kind] / whole:.1%} {words}" for kind, words in KINDS.items() if hours[kind] > 0)
     return (
-        f"goodput {goodput(hours)[1]:.1%} of the sessions' time; of {format_duration(whole)} from the first start on: "
-        f"{shares}"
+        f"goodput: {goodput(hours)[1]:.1%} of the sessions' time went into steps that count; of "
+        f"{format_duration(whole)} from the first start on: {shares}"
     )

@@ -147,7 +147,7 @@ def build_optimizer(
         raise UserError(
             f"optim.warmup_steps is {options.warmup_steps}, but the whole run has {steps} steps: "
             f"shorten the warm-up or train longer (--optim.warmup_steps {steps // 10} fits, or raise optim.epochs, "
-            "optim.steps)"
+            "optim.steps), or let --budget 1h, or as long as you have, choose both"
         )
     stacked = stacked_matrices(model) if options.kind == "muon" else {}
     alike: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)  # by whether they decay, and `stacked`

@@ -77,9 +77,9 @@ def choose_precision(wanted: PrecisionName, device: torch.device) -> Precision:
     if gpu is None:
         if wanted == "auto":
             return Precision("fp32", "on a CPU fp32 is the fastest of the exact choices", device)
-        return Precision(wanted, "as asked for", device)
+        return Precision(wanted, "as the config says", device)
     if wanted == "auto":
         return Precision("bf16" if gpu.has_bf16 else "fp16", f"{gpu}, bf16 needs sm_80", device)
     if wanted == "bf16" and not gpu.has_bf16:
         raise UserError(f"precision bf16: {gpu} and only emulates bf16, slowly; use --precision fp16 or auto")
-    return Precision(wanted, "as asked for", device)
+    return Precision(wanted, "as the config says", device)

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from training.base.console import is_ignored, say
+from training.base.console import is_ignored, say, say_in_handler
 from training.base.durations import format_duration
 from training.base.environment import process_age_s, time_left
 from training.base.options import Duration, Options
@@ -100,6 +100,7 @@ class StopFlag:
             if self._interrupted:
                 raise KeyboardInterrupt  # asked twice: leave at once, the last checkpoint stands
             self._interrupted = True  # a launcher may send SIGTERM in between
+            say_in_handler("stopping behind this step, with a checkpoint; Ctrl-C again leaves at once, without one")
         self._asked = number
 
     def check(self) -> None:

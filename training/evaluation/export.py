@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 import torch
 
-from training.base.console import UserError, run_main
+from training.base.console import UserError, run_main, warn
 from training.base.options import FLAG, CommandLine
+from training.engine.status import read_status
 from training.evaluation.exports.folder import add_output_options, needing, output_of
 from training.evaluation.exports.gguf_file import KINDS
 from training.evaluation.runs import QLORA, TRANSLATION, kind_of
@@ -56,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--gguf merges by itself, and says the type: leave --merge and --dtype out")
     if arguments.dtype and not arguments.merge:
         raise UserError("--dtype has no effect on adapters, which are in fp32: add --merge, or leave it out")
+    status = read_status(arguments.run_dir)
+    if status is not None and status["status"] != "finished":
+        warn(
+            f"{arguments.run_dir} is not finished ({status['reason']}): this exports what it has come to; export it "
+            "again, with --overwrite, when it is"
+        )
     output = output_of(arguments, example="exports/law" if kind == QLORA else "exports/gpt")
     # What one kind needs is imported for that kind only.
     if kind != QLORA:

@@ -40,7 +40,7 @@ CONFIG = "config.json"
 _ADAPTERS = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_ABOUT = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 # What a name in the index may be: a file beside it whose tensors can be read without running code.
 _WEIGHTS = re.compile(r"\w[\w.-]*\.safetensors")
@@ -59,10 +59,11 @@ class QuantisationOptions(Options):
     double: bool = Field(True, description="quantise the scales of the blocks too, which saves 0.4 bits a weight")
 
 
-def find_base_model(name: str, revision: str | None) -> Path:
+def find_base_model(name: str, revision: str | None, *, weights: bool = True) -> Path:
     """The folder of the model called `name`: a folder, or a name on the Hugging Face hub, fetched if need be.
 
-    Raises UserError where it is not there, and says how to get it.
+    weights: whether they must be there, too, or only what says what the model is. Raises UserError where it is not
+    there, and says how to get it.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -73,7 +74,10 @@ def find_base_model(name: str, revision: str | None) -> Path:
                 "Qwen/Qwen2.5-3B-Instruct); name a folder with config.json, weights (.safetensors) and tokenizer"
             )
         folder = fetch_snapshot(
-            name, revision=revision, patterns=_WANTED, is_complete=lambda found: _missing(found) is None
+            name,
+            revision=revision,
+            patterns=[*_ABOUT, *(["*.safetensors"] if weights else [])],
+            is_complete=lambda found: missing_file(found, weights) is None,
         )
     if (folder / _ADAPTERS).is_file():
         raise UserError(
@@ -85,7 +89,7 @@ def find_base_model(name: str, revision: str | None) -> Path:
             f"{folder} is a run, and base_model is a model: to train on from its weights pass --init_from {folder} "
             "beside the base model that it has, or make a model of it (python -m training.evaluation.export --merge)"
         )
-    missing = _missing(folder)
+    missing = missing_file(folder, weights)
     if missing == _WHOLE and any(folder.glob("*.bin")):
         raise UserError(
             f"the base model in {folder} has its weights as .bin files, which may hold code: fetch a version with "
@@ -117,8 +121,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _missing(folder: Path) -> str | None:
-    return next((path.name for path in (folder / CONFIG, *_weight_files(folder)) if not path.is_file()), None)
+def missing_file(folder: Path, weights: bool = True) -> str | None:
+    """The first of the model's files that `folder` lacks; None where all are there. weights: whether they count."""
+    wanted = (folder / CONFIG, *(_weight_files(folder) if weights else ()))
+    return next((path.name for path in wanted if not path.is_file()), None)
 
 
 def fingerprint_of(folder: Path) -> str:

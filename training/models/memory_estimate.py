@@ -152,7 +152,9 @@ def checked_memory(
     gpu_bytes, device_type = card_of(options.memory, cluster)
     memory = memory_of(options, about, plan, compute_type, device_type, cluster.world_size)
     say(f"memory: {memory}")
-    if gpu_bytes is not None and not memory.fits(gpu_bytes):
+    if gpu_bytes is not None and memory.fits(gpu_bytes):
+        say(f"a card of {gpu_bytes / 1e9:.1f} GB has room for it, with {OVERHEAD / 1e9:.1f} GB for CUDA itself")
+    elif gpu_bytes is not None:
         helps = "; ".join(advice(options, memory, gpu_bytes, cluster.world_size))
         problem = f"{memory.shortage(gpu_bytes)}. What helps: {helps}"
         if dry_run:
@@ -173,44 +175,66 @@ def card_of(options: MemoryOptions, cluster: Cluster) -> tuple[float | None, str
     return None, cluster.device.type
 
 
-class BatchThatFits(Chooser):
-    """Chooses micro-batches for which the card has room. A step's tokens stay those of the config.
+class FineTuningChooser(Chooser):
+    """Chooses micro-batches for which the card has room, and steps small enough for what there is to learn from.
 
-    They are never larger than in the config: of fewer micro-batches a step would have fewer classes of length.
+    A step has the tokens of the config, or as many fewer as give `WANTED_STEPS` in all passes. Micro-batches are never
+    larger than in the config: of fewer micro-batches a step would have fewer classes of length.
     """
 
-    def __init__(self, longest: int, memory_for: Callable[[BatchOptions], MemoryEstimate], gpu_bytes: float | None):
-        """longest: tokens of the longest sample. gpu_bytes: None where there is no card to plan for."""
+    most_passes = 3.0  # as LLaMA-Factory and Alpaca have it: a chat model soon knows its records by heart
+
+    def __init__(
+        self,
+        longest: int,
+        tokens: int,
+        memory_for: Callable[[BatchOptions], MemoryEstimate],
+        gpu_bytes: float | None,
+    ):
+        """longest: tokens of the longest sample. tokens: of all samples of a pass. gpu_bytes: None: no card."""
         super().__init__(longest)
-        self._memory_for, self._gpu_bytes = memory_for, gpu_bytes
+        self._tokens, self._memory_for, self._gpu_bytes = tokens, memory_for, gpu_bytes
 
     def batch(self, config: LoraRun, cluster: Cluster) -> list[Choice]:
         """See `Chooser`."""
         options, ranks = config.batch, cluster.world_size
-        tokens, gpu_bytes = options.tokens_per_micro_batch, self._gpu_bytes
-        if tokens is None or gpu_bytes is None:
+        tokens = options.tokens_per_micro_batch
+        if tokens is None:
             return super().batch(config, cluster)
-        found = cluster.on_first(lambda: self._fitting(options, tokens, ranks, gpu_bytes))
+        found = cluster.on_first(lambda: self._fitting(options, tokens, ranks))
         (choices, *_) = cluster.gather(found or [], list[Choice])
         return choices
 
-    def _fitting(self, options: BatchOptions, tokens: int, ranks: int, gpu_bytes: float) -> list[Choice]:
-        total = tokens * options.micro_batches_per_step
+    def _fitting(self, options: BatchOptions, tokens: int, ranks: int) -> list[Choice]:
         count = math.lcm(options.micro_batches_per_step, ranks)
+        total = tokens * options.micro_batches_per_step
+        reason = f"about {total:,} tokens a step, as in the config"
+        few = int(self.most_passes * self._tokens / WANTED_STEPS)
+        if few < total:
+            total = max(few, ranks * self.longest)
+            reason = f"about {total:,} tokens a step, so that {self.most_passes:g} passes have {WANTED_STEPS} steps"
+            shared = (each for each in range(count, 0, -1) if count % each == each % ranks == 0)
+            count = next((each for each in shared if total >= each * self.longest), ranks)
         while True:
             size = max(self.longest, -(-total // count))
             tried = options.model_copy(update={"micro_batches_per_step": count, "tokens_per_micro_batch": size})
             memory = self._memory_for(tried)
-            fits = memory.fits(gpu_bytes, error=ESTIMATE_ERROR)
+            fits = self._gpu_bytes is None or memory.fits(self._gpu_bytes, error=ESTIMATE_ERROR)
             if fits or size == self.longest:
                 break
             count *= 2
-        card = f"a card of {gpu_bytes / 1e9:.1f} GB"
-        room = f"{card} has room for it: {memory}" if fits else f"so many has the longest sample; {card} is too small"
+        room = "so many has the longest sample" if size == self.longest else "shared out equally"
+        if self._gpu_bytes is not None:
+            card = f"a card of {self._gpu_bytes / 1e9:.1f} GB"
+            room = f"{card} has room for it: {memory}" if fits else f"{room}; {card} is too small"
         return [
-            Choice("batch.micro_batches_per_step", count, f"about {total:,} tokens a step, as in the config"),
+            Choice("batch.micro_batches_per_step", count, reason),
             Choice("batch.tokens_per_micro_batch", size, room),
         ]
+
+
+# Steps of a run on few records: with one for all of them it would learn nothing.
+WANTED_STEPS = 100
 
 
 def memory_of(

@@ -29,19 +29,19 @@ FILES = {
     "tokenizer.json": b"{}",
     "pytorch_model.bin": b"not wanted",
 }
-# It forks when everything is imported: the model's name, and how many processes look for it at once.
+# It forks when everything is imported: the model's name, how many processes look for it at once, and what for.
 SCRIPT = """
 import os, sys, time
 from training.base.console import run_main
 from training.models.base_model import find_base_model
-name, processes = sys.argv[1], int(sys.argv[2])
+name, processes, weights = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "weights"
 others = []
 while len(others) < processes - 1 and (not others or others[-1]):
     others.append(os.fork())
 def main():
     began = time.monotonic()
     try:
-        print(find_base_model(name, None), flush=True)
+        print(find_base_model(name, None, weights=weights), flush=True)
     except BaseException:
         print("failed after", time.monotonic() - began)
         raise
@@ -110,6 +110,7 @@ def start(
     name: str = NAME,
     processes: int = 1,
     offline: bool = False,
+    weights: bool = True,
 ) -> Result:
     """What they print, a folder each, and how they end."""
     proxies = {f"{scheme}_proxy": "" for scheme in ("http", "https", "HTTP", "HTTPS")}
@@ -121,7 +122,7 @@ def start(
         "HF_HUB_DISABLE_XET": "1",
     }
     environment["HF_HUB_OFFLINE"] = "1" if offline else "0"
-    command = [sys.executable, "-c", SCRIPT, name, str(processes)]
+    command = [sys.executable, "-c", SCRIPT, name, str(processes), "weights" if weights else "config"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -151,6 +152,14 @@ def test_three_processes_fetch_every_file_once_need_no_network_then_and_complete
     online = start(tmp_path, hub.address)
     assert Path(online.out.splitlines()[-1], "model.safetensors").read_bytes() == FILES["model.safetensors"], online
     assert hub.asked["model.safetensors"] == 2
+
+
+@pytest.mark.whole
+def test_what_a_model_is_can_be_known_before_its_weights_are_fetched(hub: Hub, tmp_path: Path):
+    about = start(tmp_path, hub.address, weights=False)
+    assert about.status == 0 and set(hub.asked) == {"config.json", "tokenizer.json"}, about
+    assert start(tmp_path, hub.address).status == 0
+    assert hub.asked == Counter({"config.json": 1, "model.safetensors": 1, "tokenizer.json": 1})
 
 
 def test_hub_that_cannot_be_reached_is_named_within_seconds(tmp_path: Path):

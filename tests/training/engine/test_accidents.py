@@ -217,6 +217,7 @@ def test_stop_signal_can_be_chosen_or_none_and_a_second_ctrl_c_leaves_at_once(
     # Two signals that are sent at once may arrive as one; people do not press keys that quickly.
     time.sleep(1)
     assert session.process.poll() is None, "once is a polite stop"
+    assert "stopping behind this step" in session.printed()
     session.process.send_signal(signal.SIGINT)
     result = session.wait()
     assert result.status == 130, result

@@ -23,7 +23,7 @@ from training.engine.checkpoint import checkpoints
 from training.engine.cluster import Cluster
 from training.engine.run_folder import has_another_length
 from training.gpt import GPTConfig, Sequences
-from training.models.memory_estimate import OVERHEAD, BatchThatFits, MemoryEstimate
+from training.models.memory_estimate import OVERHEAD, WANTED_STEPS, FineTuningChooser, MemoryEstimate
 from training.translation import TranslationChooser
 
 RUN = (
@@ -169,9 +169,13 @@ def test_qlora_goes_by_a_budget_and_keeps_what_it_chose(launch: Launch, tmp_path
     life = Life(launch, tmp_path, law_data(), ranks=None, run=run, module="training.qlora")
     printed = life.kill_at(4).printed()
     chosen = chosen_in(config_in(life.run_dir), ("optim.steps", "optim.warmup_steps", "log.validate_every_steps"))
-    assert f"\n  optim.steps {chosen['optim.steps']} " in printed
+    assert f"\n  optim.steps {chosen['optim.steps']} " in printed and "3 passes over the data, about" in printed
     assert "resuming at step 2" in life.kill_at(6).printed()
     assert chosen_in(config_in(life.run_dir), tuple(chosen)) == chosen
+
+
+def memory_for(batch: BatchOptions) -> MemoryEstimate:
+    return MemoryEstimate(0, 0, 0, 0, (batch.tokens_per_micro_batch or 0) * 1_000_000, 0)
 
 
 @pytest.mark.parametrize(
@@ -180,16 +184,27 @@ def test_qlora_goes_by_a_budget_and_keeps_what_it_chose(launch: Launch, tmp_path
 def test_micro_batches_of_qlora_are_those_for_which_the_card_has_room_and_a_step_keeps_its_tokens(
     card_gb, count, tokens
 ):
-    def memory_for(batch: BatchOptions) -> MemoryEstimate:
-        return MemoryEstimate(0, 0, 0, 0, (batch.tokens_per_micro_batch or 0) * 1_000_000, 0)
-
     config: Any = SimpleNamespace(batch=BatchOptions(tokens_per_micro_batch=4096, micro_batches_per_step=8))
-    chooser = BatchThatFits(700, memory_for, None if card_gb is None else card_gb * 1e9)
+    chooser = FineTuningChooser(700, 10**9, memory_for, None if card_gb is None else card_gb * 1e9)
     choices = {each.key: each.value for each in chooser.batch(config, Cluster())}
     found = config.batch.model_copy(update={key.removeprefix("batch."): value for key, value in choices.items()})
     assert (found.micro_batches_per_step, found.tokens_per_micro_batch) == (count, tokens)
     if card_gb is not None and tokens > 700:
         assert memory_for(found).tensors <= card_gb * 1e9 - OVERHEAD
+
+
+@pytest.mark.parametrize(
+    ("ranks", "records", "count", "tokens"),
+    [(1, 200, 4, 75), (2, 200, 4, 75), (1, 20, 1, 60), (3, 20, 3, 60), (1, 5000, 8, 938), (1, 50_000, 8, 4096)],
+)
+def test_few_records_are_learned_in_small_steps_so_that_three_passes_have_a_hundred(ranks, records, count, tokens):
+    config: Any = SimpleNamespace(batch=BatchOptions(tokens_per_micro_batch=4096, micro_batches_per_step=8))
+    cluster: Any = SimpleNamespace(world_size=ranks, on_first=lambda work: work(), gather=lambda found, kind: [found])
+    chooser = FineTuningChooser(60, 50 * records, memory_for, None)
+    found = {each.key.partition(".")[2]: each.value for each in chooser.batch(config, cluster)}
+    assert found == {"micro_batches_per_step": count, "tokens_per_micro_batch": tokens}
+    if ranks * 60 * WANTED_STEPS <= 3 * 50 * records <= 4096 * 8 * WANTED_STEPS:
+        assert 3 * 50 * records / (count * tokens) == pytest.approx(WANTED_STEPS, rel=0.01)
 
 
 # --- what is chosen -------------------------------------------------------------------------------------------------

@@ -123,5 +123,8 @@ def test_dry_run_tells_what_to_change_before_anything_is_loaded(tmp_path: Path, 
     assert small.status == 1
     (line,) = small.error_lines
     assert "a card of 0.9 GB is too small" in line
+    (base / "model.safetensors").unlink()
+    without = launch(*options, 2, module="training.qlora").wait()
+    assert "a card of 2.0 GB has room for it" in without.out and "model.safetensors is missing" in without.err, without
     assert "--memory.checkpoint_layers true" in line
     assert not (tmp_path / "run").exists()
