@@ -28,7 +28,7 @@ _MALFORMED_SHARE, _FEW_MALFORMED = 0.01, 10
 MOST_MALFORMED = "null: 0.01, or in a small source 10 lines, up to a tenth of it"
 
 # By fewer rows than these no checkpoint is told from the next.
-_FEW_TO_VALIDATE = 20
+_FEW_TO_VALIDATE = 10
 
 Opened = TypeVar("Opened", bound=PreparedFolder)
 
