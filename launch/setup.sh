@@ -38,3 +38,4 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
 fi
 install_all
 source .venv/bin/activate
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then echo "All is installed. In each new shell: source .venv/bin/activate"; fi

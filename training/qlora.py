@@ -38,6 +38,7 @@ from training.engine.cluster import Cluster
 from training.engine.generating import GeneratedScores, OwnPart, answers_of, drawn
 from training.engine.loop import train
 from training.engine.precision import Precision, choose_precision
+from training.engine.run_folder import refuse_other_options
 from training.engine.task import RunOptions, Task, Validation
 from training.engine.watchdog import watched_ranks
 from training.engine.zero import Spreading
@@ -67,6 +68,9 @@ LIBRARIES = ("transformers", "peft", "bitsandbytes")
 class QLoRAConfig(RunOptions):
     """All options of a QLoRA training."""
 
+    # Compared by content, or without consequence for the result.
+    may_change = RunOptions.may_change | {"base_model", "base_revision", "memory"}
+
     base_model: str = Field(description="folder of the chat model, or its name on the Hugging Face hub")
     base_revision: Revision | None = Field(None, description="its commit on the hub; null: what is here, or the newest")
     quantisation: QuantisationOptions = Field(default_factory=QuantisationOptions)
@@ -92,10 +96,6 @@ class QLoRAConfig(RunOptions):
                 "before their gradients are there; take --memory.checkpoint_layers true, or --zero.stage 2"
             )
         return self
-
-
-# Compared by content, or without consequence for the result.
-MAY_CHANGE = frozenset({"base_model", "base_revision", "memory"})
 
 
 class Answers:
@@ -192,7 +192,6 @@ class Answering(Task):
     """A training on conversations."""
 
     name = "qlora"
-    may_change = MAY_CHANGE
     libraries = LIBRARIES
 
     model: AdaptedModel
@@ -347,6 +346,8 @@ def main() -> int:
         samples = len(lengths) if mixture is None else sum(mixture.drawn())
         chooser = FineTuningChooser(int(lengths.max()), int(samples * lengths.mean()), memory_for, gpu_bytes)
         config = within_budget(config, build, data, cluster, sys.argv[1:], chooser, dry_run=dry_run)
+        if not dry_run:
+            cluster.on_first(lambda: refuse_other_options(config))  # before minutes are spent on loading
         return train(config, build(config), data, cluster, dry_run=dry_run)
 
 

@@ -23,15 +23,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.scripts import job_name, last_step, read_options, script_of
 from launch.slurm.job import JOBS, note
-from launch.slurm.status import ask_slurm, jobs_of, print_status, queue, stop
+from launch.slurm.status import ask_slurm, jobs_of, print_status, queue, stop, trains_elsewhere
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import open_in_place, writing_to
 from training.base.options import FLAG, CommandLine, raw_values, unprintable
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
+
+if TYPE_CHECKING:
+    from training.engine.task import RunOptions
 
 # SLURM's signal comes so long before the end of a job, so that the step and the save under way can end.
 _LEAD_S = 300
@@ -40,6 +44,9 @@ _LEAST = {"nodes": 1, "cpus_per_rank": 1, "chain": 0, "failure_limit": 1}
 
 # Variables of a job around this shell, which sbatch would take for the new job's.
 _NOT_OURS = ("SLURM_", "SBATCH_GPUS_PER_NODE", "SBATCH_EXPORT")
+
+# Of sbatch: one job of a name, even of several submissions.
+ONE_AT_A_TIME = "--dependency=singleton"
 
 # What a session needs before its first step and keeps free after its last, where nothing better is known.
 _START_S, _MARGIN_S = 60.0, 30.0
@@ -52,9 +59,13 @@ class Job:
     asked: argparse.Namespace  # the command's own options
     script: str
     words: tuple[str, ...]  # config and options of the training
-    run_dir: Path
+    options: RunOptions  # as its script reads them
     gpus: int  # of a node
     time_s: int  # the limit of the job
+
+    @property
+    def run_dir(self) -> Path:
+        return self.options.run_dir
 
     @property
     def ranks_per_node(self) -> int:
@@ -131,7 +142,7 @@ def _read_job(argv: Sequence[str]) -> Job:
     script = asked.script or script_of(asked.config)
     words = [str(asked.config), *words]
     options = read_options(script, words)
-    job = Job(asked, script, tuple(words), options.run_dir, gpus, time_s)
+    job = Job(asked, script, tuple(words), options, gpus, time_s)
     count = options.batch.micro_batches_per_step
     if count % job.ranks:
         fitting = ", ".join(str(ranks) for ranks in range(1, count + 1) if count % ranks == 0)
@@ -184,7 +195,7 @@ def _pace(job: Job) -> tuple[int, float, str] | None:
     """
     import torch  # long since imported by the script that read the options
 
-    steps = (read_status(job.run_dir) or {}).get("steps")
+    steps = job.options.optim.steps or (read_status(job.run_dir) or {}).get("steps")
     paces = [(pace, session) for session in read_sessions(job.run_dir) if (pace := pace_s(session))]
     if paces and steps is not None:
         pace, last = paces[-1]
@@ -237,21 +248,26 @@ def submit(argv: Sequence[str]) -> int:
     """Checks config and resources, shows the plan, and submits; with --print only shows the command."""
     job = _read_job(argv)
     if job.asked.print:
-        print(shlex.join(["env", *(f"{name}={value}" for name, value in job.settings.items()), *job.sbatch()]))
+        settings = (f"{name}={value}" for name, value in job.settings.items())
+        print(shlex.join(["mkdir", "-p", str(job.run_dir)]))
+        print("\n".join([shlex.join(["env", *settings, *job.sbatch(ONE_AT_A_TIME)])] * (job.asked.chain or 1)))
         return 0
-    if (read_status(job.run_dir) or {}).get("status") == "finished":
-        from training.engine.run_folder import has_another_length  # slow to import
+    from training.engine.run_folder import has_another_length, refuse_other_options  # slow to import
 
-        if not has_another_length(job.run_dir, read_options(job.script, list(job.words)).optim):
-            say(f"{job.run_dir} is finished; to train anew choose another --run_dir")
-            return 0
+    refuse_other_options(job.options)
+    status = (read_status(job.run_dir) or {}).get("status")
+    if status == "finished" and not has_another_length(job.run_dir, job.options.optim):
+        say(f"{job.run_dir} is finished; to train anew choose another --run_dir")
+        return 0
     queued = [f"job {each.number} ({each.state.lower()})" for each in jobs_of(job.run_dir, queue())]
+    stopping = f"to change something stop it first: python -m launch.slurm stop {job.run_dir}"
+    if (job.run_dir / STOP_FILE).exists():
+        stopping = "it was told to stop and is still saving: try again in a moment"
     if queued and not job.asked.chain:
-        raise UserError(
-            f"{job.run_dir} is in the queue already, {', '.join(queued)}; stop it first to change something: "
-            f"python -m launch.slurm stop {job.run_dir}"
-        )
-    accepted = _sbatch(job, "--test-only").stderr.strip().removeprefix("sbatch: ")
+        raise UserError(f"{job.run_dir} is in the queue already, {', '.join(queued)}; {stopping}")
+    if not queued and trains_elsewhere(job.run_dir):
+        raise UserError(f"{job.run_dir} is trained by a session that is no job of its own; {stopping}")
+    accepted = re.sub(r"^sbatch: Job \d+", "a job is", _sbatch(job, "--test-only").stderr.strip())
     _print_plan(job)
     say(f"SLURM: {accepted}")
     numbers = []
@@ -261,8 +277,7 @@ def submit(argv: Sequence[str]) -> int:
         if not queued:
             (job.run_dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for a session that did not live to see it
     for _ in range(job.asked.chain or 1):
-        # singleton: one at a time, even of several submissions
-        numbers.append(_sbatch(job, "--parsable", "--dependency=singleton").stdout.strip().partition(";")[0])
+        numbers.append(_sbatch(job, "--parsable", ONE_AT_A_TIME).stdout.strip().partition(";")[0])
         note(job.run_dir, "submitted", numbers[-1])
     first, command = numbers[0], "python -m launch.slurm"
     say(f"\nsubmitted {'job' if len(numbers) == 1 else 'jobs'} {', '.join(numbers)}")
@@ -274,7 +289,7 @@ def submit(argv: Sequence[str]) -> int:
 
 def _sbatch(job: Job, *more: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(_NOT_OURS)}
-    refusal = "SLURM does not take the job: {}; nothing more was submitted"
+    refusal = "SLURM does not take the job: {}" + ("" if "--test-only" in more else "; nothing more was submitted")
     return ask_slurm(*job.sbatch(*more), refusal=refusal, env={**kept, **job.settings})
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.scripts import is_held, job_name
+from launch.scripts import is_held, job_name, last_step
 from launch.slurm.job import JOBS, read_events
 from training.base.console import UserError, say, warn
 from training.base.durations import format_duration
@@ -72,15 +72,16 @@ def jobs_of(run_dir: Path, queued: Sequence[Queued]) -> list[Queued]:
 
 
 def stop(argv: Sequence[str]) -> int:
-    """`stop RUN_DIR`; says what it did. Raises UserError if the run has no jobs on record."""
+    """`stop RUN_DIR`; says what it did. Raises UserError if the run has no jobs on record and does not train."""
     about = "A running session saves and ends, and waiting jobs are taken out of the queue."
     parser = CommandLine("python -m launch.slurm stop", about)
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args(argv).run_dir
-    if not (run_dir / JOBS).exists():
+    trains = trains_elsewhere(run_dir)
+    if not (run_dir / JOBS).exists() and not trains:
         raise UserError(f"no job of {run_dir} is known ({JOBS}); a file {run_dir}/{STOP_FILE} stops any session")
     jobs = jobs_of(run_dir, queue())
-    if not jobs:
+    if not jobs and not trains:
         say(f"{run_dir} has no job in the queue")
         return 0
     pending = [job for job in jobs if job.state == "PENDING"]
@@ -92,10 +93,15 @@ def stop(argv: Sequence[str]) -> int:
     for job in pending:
         if job.number not in waiting:
             say(f"job {job.number} ({job.name}) has not the run's name: if it is the run's, scancel {job.number}")
-    if len(pending) < len(jobs):
+    if len(pending) < len(jobs) or trains:
         open_in_place(run_dir / STOP_FILE).close()
-        say(f"{run_dir} saves at its next step and stops; the command that submitted it continues it")
+        say(f"{run_dir} saves at its next step and stops (`status` shows when); the same command continues it")
     return 0
+
+
+def trains_elsewhere(run_dir: Path) -> bool:
+    """Whether a session trains the run now, which need not be one of its jobs'."""
+    return (read_status(run_dir) or {}).get("status") == "running" and is_held(run_dir)
 
 
 def print_status(argv: Sequence[str]) -> int:
@@ -154,11 +160,20 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
     if not status:
         return ("starting" if any(job.state == "RUNNING" for job in jobs) else "waiting") if jobs else "not begun"
     if status["status"] == "failed":
-        return f"failed: {' '.join(status['reason'].split())[:60]}"
+        return _failed(status["reason"])
+    if status["status"] == "resumable" and jobs:
+        return f"resumable, job {jobs[0].state.lower()}"
     if status["status"] != "running":
-        return f"{status['status']}, waiting" if jobs and status["status"] == "resumable" else status["status"]
+        last = next(reversed(read_events(run_dir)), None)
+        if not jobs and last is not None and last["outcome"] == "failed" and last["step"] >= last_step(run_dir):
+            return _failed(last["reason"])
+        return str(status["status"])
     # "running" may be the last word of a session that was killed.
     return "running" if is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
+
+
+def _failed(reason: str) -> str:
+    return f"failed: {' '.join(reason.split())[:60]}"
 
 
 def _last_train_line(run_dir: Path) -> dict[str, Any]:

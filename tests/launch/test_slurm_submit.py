@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -131,7 +132,7 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
 def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config, cluster, tmp_path):
     words = (config, "--nodes", 2, "--time", "1-12", "--cpus-per-rank", 3, "--sbatch=--comment='two words'")
     result = submission(*words, "--print", "--optim.lr", "2e-3", "--run_at", "file:///drive/run")
-    assert result.status == 0 and result.err == ""
+    assert result.status == 0 and result.err == "" and not (tmp_path / "run").exists()
     held = int(cluster.ask("bash", "-c", result.out.replace(" sbatch ", " sbatch --hold --parsable ")))
     cluster.ask("scancel", held)
     about = cluster.ask("scontrol", "show", "job", held)
@@ -145,7 +146,8 @@ def test_print_shows_what_would_be_submitted_and_nothing_else(submission, config
     ):
         assert part in about, part
     assert result.out.endswith(f" {SCRIPT} {config} --optim.lr 2e-3 --run_at file:///drive/run\n")
-    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run").is_dir(), "SLURM writes the log there, and ends a job in silence where it cannot"
+    assert submission(*words, "--print", "--chain", 3).out.count(" sbatch --dependency=singleton ") == 3
 
 
 def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
@@ -236,6 +238,10 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     assert read_events(run_dir)[-1]["outcome"] == "resting"
     assert re.search(r"run  +resumable +\d+ of 60 +1 .* to go$", status(), flags=re.M), status()
     assert "has no job in the queue" in submission("stop", run_dir).out
+    refused = submission(*words, "--optim.lr", 1e-5)
+    assert refused.status == 1 and "another definition (optim.lr: " in refused.err and "submitted" not in refused.out
+    note(run_dir, "ended", str(job), outcome="failed", reason="torn to\npieces", step=10, from_step=10)
+    assert "failed: torn to pieces" in status()
 
     # One that waits is taken out of the queue, and nothing is left that would stop the next session.
     blocker = cluster.submit("--exclusive", "-N", 2, "-o", "/dev/null", "--wrap", "sleep 600")
@@ -246,7 +252,7 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     note(foreign, "submitted", str(waiting))
     assert "has not the run's name" in submission("stop", foreign).out
     assert cluster.state(waiting) == "PENDING", "whoever names a job cancels it"
-    assert re.search(rf"resumable, waiting .* {waiting} pending \(", status()), status()
+    assert re.search(rf"resumable, job pending .* {waiting} pending \(", status()), status()
     assert "taken out of the queue" in submission("stop", run_dir).out
     assert cluster.wait_for(waiting) == "CANCELLED"
     cluster.ask("scancel", blocker)
@@ -256,6 +262,12 @@ def test_stop_saves_and_rests_and_status_tells_how_runs_stand(submission, config
     content = {**status_of(run_dir), "status": "running"}
     (run_dir / "status.json").write_text(json.dumps(content))
     assert "interrupted" in status()
+    with (run_dir / "lock").open() as held:  # one that is no job of SLURM's
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "is trained by a session that is no job" in submission(*words).err
+        assert "saves at its next step" in submission("stop", run_dir).out
+        assert "told to stop and is still saving" in submission(*words).err
+    (run_dir / "STOP").unlink()
 
     # What is damaged, or missing, is no reason to say nothing.
     (run_dir / "status.json").write_text('{"x": 1}')

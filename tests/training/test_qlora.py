@@ -329,6 +329,10 @@ def test_another_base_model_is_refused_on_resume_and_the_moved_one_is_not(
     moved = shutil.copytree(base, tmp_path / "moved")
     result = launch(*command_of(run_dir, data, "--base_model", moved, *RUN), module="training.qlora").wait()
     assert result.status == 0 and "is finished" in result.out, result
+    changed = command_of(run_dir, data, "--base_model", base, *RUN, "--lora.dropout", 0.3)
+    result = launch(*changed, module="training.qlora").wait()
+    assert_only_one_line_is_said(result, "another definition (lora.dropout: ", "nothing was changed")
+    assert "memory: " not in result.out, "the base model was loaded first"
 
 
 @pytest.mark.parametrize(

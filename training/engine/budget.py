@@ -45,7 +45,7 @@ from training.engine.optim import Course, learning_rate
 from training.engine.precision import PrecisionName, choose_precision, has_bf16
 from training.engine.run_folder import CONFIG, Data
 from training.engine.saver import best_interval, copied_to_host
-from training.engine.task import MAY_CHANGE, RunOptions, Task
+from training.engine.task import RunOptions, Task
 
 # What is chosen in every training; a `Chooser` has more.
 KEYS = (
@@ -259,7 +259,7 @@ def _chosen_before(config: RunOptions, data: Data, open_keys: Sequence[str]) -> 
             "at its first start; restore this key to continue it, or choose another --run_dir; nothing was changed"
         )
     if found is None:
-        found = _begun(config.run_dir, asked, data, open_keys)
+        found = _begun(config, asked, data, open_keys)
     if found is None:
         return None
     values = {}
@@ -287,8 +287,9 @@ def _of_newest_checkpoint(config: RunOptions) -> tuple[object, dict[str, Any] | 
     return config.run_at, config_at(config.run_at)
 
 
-def _begun(run_dir: Path, asked: dict[str, Any], data: Data, open_keys: Sequence[str]) -> dict[str, Any] | None:
+def _begun(config: RunOptions, asked: dict[str, Any], data: Data, open_keys: Sequence[str]) -> dict[str, Any] | None:
     """The config.yaml of a run that was begun with these very options and this data, and has no checkpoint yet."""
+    run_dir = config.run_dir
     kept = [(run_dir / name, path) for name, path in data.kept.items() if path.is_file()]
     try:
         found = read_yaml(read_plain(run_dir / CONFIG).decode())
@@ -297,7 +298,7 @@ def _begun(run_dir: Path, asked: dict[str, Any], data: Data, open_keys: Sequence
         return None
     if not isinstance(found, dict) or not same_data:
         return None
-    free = MAY_CHANGE - {"data"}
+    free = config.may_change - {"data"}
     before, now = ({key: value for key, value in each.items() if key not in free} for each in (found, asked))
     differing = {line.partition(":")[0] for line in differing_keys(before, now)}
     return found if differing <= set(open_keys) else None

@@ -50,7 +50,7 @@ from training.engine.status import (
 )
 from training.engine.stopping import StopFlag, Stopped
 from training.engine.surroundings import keep_threads
-from training.engine.task import MAY_CHANGE, RunOptions, Task
+from training.engine.task import RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
 from training.engine.weights import Origin
 from training.engine.zero import Zero, state_bytes
@@ -326,13 +326,12 @@ class _Run:
         config = self.config
 
         def open_on_first() -> Checkpoint | None:
-            may_change = MAY_CHANGE | self.task.may_change
             return folder.open(
                 self.about,
                 data,
                 config=to_yaml(config),
                 source=config.resume_from,
-                may_change=may_change,
+                may_change=config.may_change,
                 shared_steps=self._shared_steps,
             )
 

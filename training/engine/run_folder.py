@@ -20,6 +20,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from io import FileIO
 from itertools import count
@@ -61,6 +62,7 @@ from training.engine.weights import other_kind
 
 if TYPE_CHECKING:
     from training.engine.address.home import Home
+    from training.engine.task import RunOptions
 
 CONFIG = "config.yaml"
 
@@ -110,7 +112,7 @@ class RunFolder:
         *,
         config: str,
         source: Path | None,
-        may_change: set[str],
+        may_change: AbstractSet[str],
         shared_steps: Callable[[Checkpoint], int] = lambda checkpoint: checkpoint.step,
     ) -> Checkpoint | None:
         """Locks the folder and finds the newest valid checkpoint, here, at the run's address, or in `source`.
@@ -294,7 +296,7 @@ def _refuse_lost_checkpoints(run_dir: Path) -> None:
 
 
 def _check_same_run(
-    latest: Checkpoint, about: dict[str, Any], may_change: set[str], address: str | None = None
+    latest: Checkpoint, about: dict[str, Any], may_change: AbstractSet[str], address: str | None = None
 ) -> None:
     """Raises UserError where the checkpoint is another run's. address: from where it comes, if not from its folder."""
     place, option = (address, "--run_at") if address is not None else (latest.folder.parents[1], "--run_dir")
@@ -337,6 +339,21 @@ def _check_same_run(
             f"{place} holds a run with another definition ({'; '.join(differences)}): restore these keys to continue "
             f"it{_made_with(latest)}, or choose another {option}; nothing was changed{longer}"
         )
+
+
+def refuse_other_options(config: RunOptions) -> None:
+    """Raises UserError where the run in the config's folder has other options, as far as these tell without a model.
+
+    `RunFolder.open` compares all that defines the run, and verifies what it reads. A budget that is still to be spent
+    on options compares for itself.
+    """
+    if config.budget is not None and config.optim.steps is None:
+        return
+    for checkpoint in reversed(checkpoints(config.run_dir)):
+        with suppress(OSError, ValueError):
+            about = {**checkpoint.manifest, "config": config.model_dump(mode="json")}
+            _check_same_run(checkpoint, about, config.may_change)
+            return
 
 
 def _made_with(checkpoint: Checkpoint) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -39,7 +39,15 @@ class LogOptions(Options):
 
 
 class RunOptions(Options):
-    """What every training has; a script adds its own groups. See `MAY_CHANGE` for what does not define the run."""
+    """What every training has; a script adds its own groups, and to `may_change` what of them does not define a run."""
+
+    # Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("run_dir", "run_at", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from"),
+            *("init_from", "checkpoint", "log", "session", "wandb"),
+        }
+    )
 
     run_dir: Path = Field(description="the run's folder: config, metrics, checkpoints, status, report")
     data: Path = Field(description="prepared data set, made by data_prep")
@@ -119,13 +127,6 @@ class RunOptions(Options):
         return chosen if chosen is not None else 0 if self.spreads_weights else usual
 
 
-# Keys that may change between two sessions of a run. `data` is compared by content, so the folder may have moved.
-MAY_CHANGE = {
-    *("run_dir", "run_at", "data", "training", "deterministic", "parallel", "zero", "private", "resume_from"),
-    *("init_from", "checkpoint", "log", "session", "wandb"),
-}
-
-
 @dataclass(frozen=True)
 class Validation:
     """Scores on held-out data: mean loss per target token (nats) and share of target tokens predicted exactly."""
@@ -150,7 +151,6 @@ class Task(ABC):
     flops_per_token: float  # forward and backward, per real token
     memory: str | None = None  # what a process needs, in words
     built_on: Mapping[str, Any] = {}  # what the run depends on besides data and config: another one is another run
-    may_change: frozenset[str] = frozenset()  # keys of the config that do not define the run, besides the usual ones
     libraries: tuple[str, ...] = ()  # whose versions go into the manifest
     generated: tuple[str, ...] = ()  # names of the scores that `generate` gives; () where the task has none
     samples: int = 0  # how many held-out samples it answers for them
