@@ -34,6 +34,7 @@ from training.base.console import UserError
 from training.data.prepared import PARTS, open_prepared
 from training.data.text import clean
 from training.data.tokenizers import EOS, PAD, SEP, SOS, SPECIALS
+from training.engine.status import write_status
 from training.evaluation import evaluate, export
 from training.evaluation.exports import hugging_face, translator
 from training.evaluation.translations.trained import TrainedModel, open_trained
@@ -391,6 +392,12 @@ def test_a_run_on_simplified_text_says_what_the_tokenizer_does_not_do(run_copy, 
     assert export.main([str(run_copy), "--output", str(tmp_path / "export")]) == 0
     assert "does not convert traditional characters" in capsys.readouterr().out
     assert 'opencc.OpenCC("t2s")' in (tmp_path / "export/README.md").read_text()
+
+
+def test_a_run_that_is_not_finished_is_exported_with_a_warning(run_copy, tmp_path, capsys):
+    write_status(run_copy, "resumable", "signal SIGTERM", restart=True)
+    assert export.main([str(run_copy), "--output", str(tmp_path / "export")]) == 0
+    assert "is not finished (signal SIGTERM): this exports what it has come to" in capsys.readouterr().err
 
 
 def test_a_run_on_words_is_exported_with_its_tokenizer(run, sample_data, tmp_path):
