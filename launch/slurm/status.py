@@ -163,10 +163,11 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
         return _failed(status["reason"])
     if status["status"] == "resumable" and jobs:
         return f"resumable, job {jobs[0].state.lower()}"
-    if status["status"] != "running":
+    if status["status"] == "resumable":
         last = next(reversed(read_events(run_dir)), None)
-        if not jobs and last is not None and last["outcome"] == "failed" and last["step"] >= last_step(run_dir):
+        if last is not None and last["outcome"] == "failed" and last["step"] >= last_step(run_dir):
             return _failed(last["reason"])
+    if status["status"] != "running":
         return str(status["status"])
     # "running" may be the last word of a session that was killed.
     return "running" if is_held(run_dir) or any(job.state == "RUNNING" for job in jobs) else "interrupted"
