@@ -25,7 +25,7 @@ NAMED_MALFORMED = 3  # of them, those that the report names
 # How many of them are left out where nobody says: such a share, and in a small source so many, up to a tenth of it.
 _MALFORMED_SHARE, _FEW_MALFORMED = 0.01, 10
 
-MOST_MALFORMED = "null: 0.01, or in a small source 10 lines, up to a tenth of it"
+MOST_MALFORMED = f"null: {_MALFORMED_SHARE}, or in a small source {_FEW_MALFORMED} lines, up to a tenth of it"
 
 # By fewer rows than these no checkpoint is told from the next.
 _FEW_TO_VALIDATE = 10
@@ -99,11 +99,9 @@ def too_many_malformed(malformed: int, lines: int, most_share: float | None) -> 
     most = max(_MALFORMED_SHARE * lines, min(_FEW_MALFORMED, lines / 10)) if most_share is None else most_share * lines
     if malformed <= most:
         return None
-    return (
-        f"more than the {int(most):,} that are left out without --max_malformed_share"
-        if most_share is None
-        else (f"more than --max_malformed_share {most_share}")
-    )
+    if most_share is None:
+        return f"more than the {int(most):,} that are left out without --max_malformed_share"
+    return f"more than --max_malformed_share {most_share}"
 
 
 def warn_of_few(rows: Mapping[str, int]) -> None:

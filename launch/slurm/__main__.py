@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from launch.scripts import job_name, last_step, read_options, script_of
 from launch.slurm.job import JOBS, note
-from launch.slurm.status import ask_slurm, jobs_of, print_status, queue, stop, trains_elsewhere
+from launch.slurm.status import ask_slurm, in_training, jobs_of, print_status, queue, stop
 from training.base.console import UserError, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import open_in_place, writing_to
@@ -265,7 +265,7 @@ def submit(argv: Sequence[str]) -> int:
         stopping = "it was told to stop and is still saving: try again in a moment"
     if queued and not job.asked.chain:
         raise UserError(f"{job.run_dir} is in the queue already, {', '.join(queued)}; {stopping}")
-    if not queued and trains_elsewhere(job.run_dir):
+    if not queued and in_training(job.run_dir):
         raise UserError(f"{job.run_dir} is trained by a session that is no job of its own; {stopping}")
     accepted = re.sub(r"^sbatch: Job \d+", "a job is", _sbatch(job, "--test-only").stderr.strip())
     _print_plan(job)

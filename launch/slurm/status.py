@@ -77,7 +77,7 @@ def stop(argv: Sequence[str]) -> int:
     parser = CommandLine("python -m launch.slurm stop", about)
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args(argv).run_dir
-    trains = trains_elsewhere(run_dir)
+    trains = in_training(run_dir)
     if not (run_dir / JOBS).exists() and not trains:
         raise UserError(f"no job of {run_dir} is known ({JOBS}); a file {run_dir}/{STOP_FILE} stops any session")
     jobs = jobs_of(run_dir, queue())
@@ -99,8 +99,8 @@ def stop(argv: Sequence[str]) -> int:
     return 0
 
 
-def trains_elsewhere(run_dir: Path) -> bool:
-    """Whether a session trains the run now, which need not be one of its jobs'."""
+def in_training(run_dir: Path) -> bool:
+    """Whether a session trains the run now, one of its jobs' or any other."""
     return (read_status(run_dir) or {}).get("status") == "running" and is_held(run_dir)
 
 
@@ -161,9 +161,9 @@ def _state(run_dir: Path, status: dict[str, Any], jobs: Sequence[Queued]) -> str
         return ("starting" if any(job.state == "RUNNING" for job in jobs) else "waiting") if jobs else "not begun"
     if status["status"] == "failed":
         return _failed(status["reason"])
-    if status["status"] == "resumable" and jobs:
-        return f"resumable, job {jobs[0].state.lower()}"
     if status["status"] == "resumable":
+        if jobs:
+            return f"resumable, job {jobs[0].state.lower()}"
         last = next(reversed(read_events(run_dir)), None)
         if last is not None and last["outcome"] == "failed" and last["step"] >= last_step(run_dir):
             return _failed(last["reason"])

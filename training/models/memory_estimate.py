@@ -217,16 +217,18 @@ class FineTuningChooser(Chooser):
             count = next((each for each in shared if total >= each * self.longest), ranks)
         while True:
             size = max(self.longest, -(-total // count))
+            room = "so many has the longest sample" if size == self.longest else "shared out equally"
+            if self._gpu_bytes is None:
+                break
             tried = options.model_copy(update={"micro_batches_per_step": count, "tokens_per_micro_batch": size})
-            memory = self._memory_for(tried)
-            fits = self._gpu_bytes is None or memory.fits(self._gpu_bytes, error=ESTIMATE_ERROR)
-            if fits or size == self.longest:
+            memory, card = self._memory_for(tried), f"a card of {self._gpu_bytes / 1e9:.1f} GB"
+            if memory.fits(self._gpu_bytes, error=ESTIMATE_ERROR):
+                room = f"{card} has room for it: {memory}"
+                break
+            if size == self.longest:
+                room += f"; {card} is too small"
                 break
             count *= 2
-        room = "so many has the longest sample" if size == self.longest else "shared out equally"
-        if self._gpu_bytes is not None:
-            card = f"a card of {self._gpu_bytes / 1e9:.1f} GB"
-            room = f"{card} has room for it: {memory}" if fits else f"{room}; {card} is too small"
         return [
             Choice("batch.micro_batches_per_step", count, reason),
             Choice("batch.tokens_per_micro_batch", size, room),
