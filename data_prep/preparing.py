@@ -104,12 +104,12 @@ def too_many_malformed(malformed: int, lines: int, most_share: float | None) -> 
     return f"more than --max_malformed_share {most_share}"
 
 
-def warn_of_few(rows: Mapping[str, int]) -> None:
-    """Warns where the validation part, of so many rows, says little. rows: of each part."""
+def warn_of_few(rows: Mapping[str, int], option: str = "--validation_share") -> None:
+    """Warns where the validation part, of so many rows, says little. rows: of each part; option: what gave it."""
     if rows["validation"] < _FEW_TO_VALIDATE:
         warn(
             f"validation has {rows['validation']:,} rows, by which the best checkpoint can hardly be told: pass more "
-            "data, or a larger --validation_share"
+            f"data, or a larger {option}"
         )
 
 

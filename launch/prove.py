@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from launch.scripts import read_options, script_of
 from launch.supervisor import layout
-from training.base.console import UserError, run_main, say
+from training.base.console import UserError, counted, run_main, say
 from training.base.durations import format_duration
 from training.base.options import CommandLine, raw_values
 from training.base.processes import children, family_of, is_alive, kill_all, signal_all
@@ -245,9 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("uninterrupted", "interrupted")
     )
     began = time.monotonic()
-    say(f"uninterrupted: {arguments.steps} steps with {chosen.processes} process(es)")
+    say(f"uninterrupted: {arguments.steps} steps with {counted(chosen.processes, 'process')}")
     whole.finish()
-    say(f"interrupted: the same with {arguments.kills} accident(s)")
+    say(f"interrupted: the same with {counted(arguments.kills, 'accident')}")
     events = interrupt(broken, arguments.kills, random.Random(arguments.random_seed), [])
     different = differences(whole, broken)
     _print_proof(events, whole, broken)
@@ -255,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"NOT the same: {'; '.join(different) or 'a published checkpoint was lost'}. Both runs are in {folder}")
         return 1
     say(
-        f"the same, bit for bit: {len(events)} accident(s), all {len(read_metrics(whole.run_dir))} lines of {METRICS} "
-        f"equal, {format_duration(time.monotonic() - began)}"
+        f"the same, bit for bit: {counted(len(events), 'accident')}, all {len(read_metrics(whole.run_dir))} lines of "
+        f"{METRICS} equal, {format_duration(time.monotonic() - began)}"
     )
     if len(events) < arguments.kills:
         say(f"(the run was finished before {arguments.kills} could happen; more --steps leave room for them)")

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and not words[0].startswith("-"):
             raw_values(words[:1])  # says what is wrong with the file
         elif arguments.script is None:
-            raise UserError("name a config file first, as in: python -m launch.run configs/gpt/sample.yaml")
+            stray = f", before {words[0]}" if words else ""
+            raise UserError(f"name a config file first{stray}, as in: python -m launch.run configs/gpt/sample.yaml")
         script = arguments.script or script_of(Path(words[0]))
         ending = _train(supervisor, script, words, arguments.processes, arguments.failure_limit)
     if ending.outcome == "crashed":

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from training.base.console import is_ignored, warn
+from training.base.console import counted, is_ignored, warn
 from training.base.durations import format_duration
 from training.base.environment import LAUNCHER, cores, cores_seen, read_ranks, relay_error_file
 from training.base.files import read_plain
@@ -59,8 +59,8 @@ class Layout:
     reason: str
 
     def __str__(self) -> str:
-        threads = f" of {self.threads} thread(s)" if self.threads is not None and not self.gpus else ""
-        return f"{self.processes} process(es){threads}: {self.reason}"
+        threads = f" of {counted(self.threads, 'thread')}" if self.threads is not None and not self.gpus else ""
+        return f"{counted(self.processes, 'process')}{threads}: {self.reason}"
 
 
 def layout(micro_batches: int | None = None, processes: int | None = None) -> Layout:
@@ -76,8 +76,8 @@ def layout(micro_batches: int | None = None, processes: int | None = None) -> La
         processes = next(count for count in range(gpus, 0, -1) if micro_batches is None or micro_batches % count == 0)
     elif processes is None:
         processes = math.gcd(here, micro_batches or 2)
-    found = f"{gpus} GPU(s)" if gpus else f"{here} core(s)"
-    shared = f", {micro_batches} micro-batch(es) a step" if micro_batches is not None else ""
+    found = counted(gpus, "GPU") if gpus else counted(here, "core")
+    shared = f", {counted(micro_batches, 'micro-batch')} a step" if micro_batches is not None else ""
     return Layout(processes, threads_of(processes), gpus, found + shared)
 
 
@@ -286,8 +286,8 @@ class Supervisor:
             if self.asked:
                 return ending
             if fruitless >= failure_limit:
-                found = f"{fruitless} session(s) in a row came no further than step {step:,}; the last: {ending.reason}"
-                return Ending("crashed", found)
+                found = f"{counted(fruitless, 'session')} in a row came no further than step {step:,}"
+                return Ending("crashed", f"{found}; the last: {ending.reason}")
             pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**fruitless)
             warn(f"{ending.reason}; starting again from step {step:,} in {format_duration(pause_s)}")
             self._sleep(pause_s)

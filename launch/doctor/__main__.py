@@ -24,7 +24,7 @@ from typing import Any
 from launch.doctor import machine, ranks, run
 from launch.doctor.findings import Check, DoctorReport, Finding, MustMatch, examine, first_words, merge, print_report
 from launch.scripts import peek, script_of
-from training.base.console import UserError, run_main, say_as_any_rank, tell_launcher
+from training.base.console import UserError, counted, run_main, say_as_any_rank, tell_launcher
 from training.base.environment import Ranks, read_ranks, without_local_rank
 from training.base.options import CommandLine
 from training.engine.cluster import Cluster
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             names = [each.name for each in reports]
             findings += ranks.shared_folder(cluster, names, run_dir)
             found, failed = ranks.collectives(cluster, names)  # last, because they may hang
-            nodes = len({each.host for each in reports})
-            status = print_report([*findings, found], f"{nodes} node(s), {len(reports)} rank(s)")
+            nodes = counted(len({each.host for each in reports}), "node")
+            status = print_report([*findings, found], f"{nodes}, {counted(len(reports), 'rank')}")
             if status:
                 tell_launcher("launch.doctor found errors, see its report", to_mend=True)
             if failed:

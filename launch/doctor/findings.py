@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from training.base.console import PeerError, UserError, say
+from training.base.console import PeerError, UserError, counted, say
 from training.base.environment import Ranks
 
 Level = Literal["ok", "warning", "error"]
@@ -126,5 +126,6 @@ def print_report(findings: Sequence[Finding], examined: str) -> int:
         say(f"{each.level:<8} {each.subject:<{width}}  {each.text}")
     count = Counter(each.level for each in findings)
     verdict = "the errors must be mended before a run" if count["error"] else "a run can start"
-    say(f"\n{examined}: {count['error']} error(s), {count['warning']} warning(s), {count['ok']} ok: {verdict}")
+    bad = f"{counted(count['error'], 'error')}, {counted(count['warning'], 'warning')}"
+    say(f"\n{examined}: {bad}, {count['ok']} ok: {verdict}")
     return 1 if count["error"] else 0

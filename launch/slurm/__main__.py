@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from launch.scripts import job_name, last_step, read_options, script_of
 from launch.slurm.job import JOBS, note
 from launch.slurm.status import ask_slurm, in_training, jobs_of, print_status, queue, stop
-from training.base.console import UserError, run_main, say, warn
+from training.base.console import UserError, counted, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import open_in_place, writing_to
 from training.base.options import FLAG, CommandLine, raw_values, unprintable
@@ -147,8 +147,9 @@ def _read_job(argv: Sequence[str]) -> Job:
     if count % job.ranks:
         fitting = ", ".join(str(ranks) for ranks in range(1, count + 1) if count % ranks == 0)
         raise UserError(
-            f"{asked.nodes} nodes x {job.ranks_per_node} ranks cannot share the {count} micro-batches of a step "
-            f"equally: take {fitting} ranks in all, or in a new run another --batch.micro_batches_per_step"
+            f"{counted(asked.nodes, 'node')} x {counted(job.ranks_per_node, 'rank')} cannot share the {count} "
+            f"micro-batches of a step equally: take {fitting} ranks in all, or in a new run another "
+            "--batch.micro_batches_per_step"
         )
     return job
 
@@ -199,7 +200,7 @@ def _pace(job: Job) -> tuple[int, float, str] | None:
     paces = [(pace, session) for session in read_sessions(job.run_dir) if (pace := pace_s(session))]
     if paces and steps is not None:
         pace, last = paces[-1]
-        known_from = f"session {last['number']}, with {last['world_size']} rank(s)"
+        known_from = f"session {last['number']}, with {counted(last['world_size'], 'rank')}"
         return steps, pace * last["world_size"] / job.ranks, known_from
     if job.asked.no_dry_run:
         return None
@@ -214,15 +215,16 @@ def _pace(job: Job) -> tuple[int, float, str] | None:
         said = [line for line in tried.stderr.splitlines() if line.startswith("error: ")] or [tried.stderr[-2000:]]
         raise UserError(f"the dry run failed, so nothing was submitted: {said[-1].removeprefix('error: ')}")
     found = json.loads(tried.stdout.splitlines()[-1])
-    known_from = f"a dry run with one process here, divided by {job.ranks} ranks"
+    known_from = f"a dry run with one process here, divided by {counted(job.ranks, 'rank')}"
     return found["steps"], found["step_s"] / job.ranks, known_from
 
 
 def _print_plan(job: Job) -> None:
     asked, limit = job.asked, format_duration(job.time_s)
-    kind = f"{asked.gpus_per_node} GPUs" if job.gpus else f"{job.ranks_per_node * asked.cpus_per_rank} CPU cores"
+    cores = job.ranks_per_node * asked.cpus_per_rank
+    kind = counted(asked.gpus_per_node, "GPU") if job.gpus else counted(cores, "CPU core")
     say(
-        f"{job.run_dir}: {job.ranks} ranks on {asked.nodes} node(s) of {kind}, jobs of {limit}, "
+        f"{job.run_dir}: {counted(job.ranks, 'rank')} on {counted(asked.nodes, 'node')} of {kind}, jobs of {limit}, "
         + (f"a chain of {asked.chain}" if asked.chain else "requeued until the run is finished")
     )
     pace = _pace(job)
@@ -236,7 +238,7 @@ def _print_plan(job: Job) -> None:
         warn(f"a job of {limit} may be too short for a single step")
         return
     jobs = math.ceil(left / steps_per_job)
-    say(f"{min(left, steps_per_job):,} steps per job, {jobs} job(s) expected")
+    say(f"{min(left, steps_per_job):,} steps per job, {counted(jobs, 'job')} expected")
     if asked.chain and asked.chain < jobs:
         warn(f"{asked.chain} jobs will not be enough; the same command continues, or take --chain {jobs + 1}")
 
@@ -289,7 +291,8 @@ def submit(argv: Sequence[str]) -> int:
 
 def _sbatch(job: Job, *more: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or not key.startswith(_NOT_OURS)}
-    refusal = "SLURM does not take the job: {}" + ("" if "--test-only" in more else "; nothing more was submitted")
+    advice = "sinfo -o '%P %l %c %G' shows the partitions with their time limits, cores and GPUs"
+    refusal = "SLURM does not take the job: {}; " + (advice if "--test-only" in more else "nothing more was submitted")
     return ask_slurm(*job.sbatch(*more), refusal=refusal, env={**kept, **job.settings})
 
 

@@ -47,7 +47,7 @@ from tests.bench.common import (
     start_worker,
     workers,
 )
-from training.base.console import UserError, run_main, say
+from training.base.console import UserError, counted, run_main, say
 from training.base.environment import keep_freed_memory
 from training.data.prepared import open_prepared
 from training.data.tokenizers import EOS, PAD, SEP, SOS
@@ -264,7 +264,7 @@ def compare(arguments: Arguments, name: str, folder: Path, *, rounds: int, plain
     for way, (prefix, about) in PEERS[name].items():
         best, threads = max((median(speeds[f"{way}{threads}"]), threads) for threads in (1, 2))
         ratio = ratio_by_rounds(speeds["batched"], speeds[f"{way}{threads}"])
-        speed = f"{about}, {plain_count} of them, {threads} thread(s)"
+        speed = f"{about}, {plain_count} of them, {counted(threads, 'thread')}"
         figures += [
             Figure(f"{name}_{prefix}ratio", ratio, f"Relay over {about}", WANTED[name]),
             Figure(f"{name}_{prefix or 'plain_'}sentences_per_s", best, speed),

@@ -79,7 +79,7 @@ def test_run_survives_a_killed_rank_ctrl_c_and_the_death_of_its_launcher_bit_for
     assert_all_gone(started)
     # Beside what the training says: what was chosen and why, and the crash.
     said = started.printed()
-    assert said.count("2 process(es)") == said.count("warning: rank 1 was ended by SIGKILL") == 1
+    assert said.count("2 processes") == said.count("warning: rank 1 was ended by SIGKILL") == 1
     assert said.count("starting again from step 18 in 5s") == 1
     assert "Traceback" not in said and "torch" not in said.lower()
 
@@ -118,7 +118,7 @@ def test_after_three_sessions_in_a_row_without_progress_it_ends_and_pauses_grow(
     ending = Supervisor().run_to_the_end(crash, lambda: next(found), failure_limit=3)
     assert slept == [10.0, 5.0, 10.0, 20.0]
     assert ending.outcome == "crashed" and ending.exit_status == 1
-    assert ending.reason == ("3 session(s) in a row came no further than step 10; the last: rank 1 ended with status 1")
+    assert ending.reason == ("3 sessions in a row came no further than step 10; the last: rank 1 ended with status 1")
     assert "starting again from step 10 in 20s" in capsys.readouterr().err
     for once in (Ending("finished"), Ending("stopped"), Ending("to mend")):
         assert Supervisor().run_to_the_end(iter([once]).__next__, lambda: 0, failure_limit=3) is once

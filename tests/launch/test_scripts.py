@@ -75,3 +75,12 @@ def test_quickstart_looks_at_the_run_that_its_options_name(tmp_path):
     assert done.returncode == 0, done
     assert "finished: 4 steps" in done.stdout and "Not finished" not in done.stderr
     assert (tmp_path / "run/evaluation/test.json").is_file()
+
+
+@pytest.mark.parametrize("module", ["launch.run", "launch.doctor", "training.gpt", "data_prep.pairs"])
+def test_python_without_the_packages_is_told_where_they_come_from(module: str):
+    words = [sys.executable, "-S", "-m", module, "--help"]
+    tried = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert tried.returncode == 1
+    (line,) = tried.stderr.splitlines()
+    assert "run `source launch/setup.sh` first" in line

@@ -332,7 +332,7 @@ def test_dry_run_prints_config_steps_and_arithmetic_and_writes_nothing(launch: L
         "5,130 samples",
         f"{plan.lengths.sum():,} tokens an epoch in 161 micro-batches",
         f"{plan.padding_share():.1%} padding",
-        "a step: 1 ranks x 4 micro-batches",
+        "a step: 1 rank x 4 micro-batches",
         f"50 steps in {plan.epoch(50):.2f} epochs",
         "nothing was written",
         "a checkpoint every 8 steps is one every",

@@ -44,6 +44,12 @@ def is_ignored(number: int) -> bool:
     return signal.getsignal(number) is signal.SIG_IGN
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 rank", "2 processes"."""
+    plural = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{plural}"
+
+
 def say(text: str = "") -> None:
     """Prints `text` on standard output, on rank 0 only."""
     if speaks():

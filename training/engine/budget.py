@@ -31,7 +31,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from training.base.console import UserError, say, warn
+from training.base.console import UserError, counted, say, warn
 from training.base.durations import format_duration
 from training.base.environment import process_age_s
 from training.base.files import read_plain, temporary_folder, writing_to
@@ -184,7 +184,7 @@ def length_of(
         )
     parts = {
         f"for steps of {m.step_s:.3g} s with their saves": steps * step_s,
-        f"for {count} validation(s)": count * each_s,
+        f"for {counted(count, 'validation')}": count * each_s,
         "for starting and measuring": m.spent_s + m.setup_s,
         "to spare": margin_s,
     }

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from training.base.console import UserError, run_main, say, warn
+from training.base.console import UserError, counted, run_main, say, warn
 from training.base.files import (
     check_room,
     copy_plain,
@@ -353,7 +353,7 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
     if len(found) < count:
         option = "keep" if which == "last" else "keep_best"
         raise UserError(
-            f"{run_dir} has {len(found)} {which} checkpoint(s), not {count}: ask for fewer, or train with "
+            f"{run_dir} has {counted(len(found), f'{which} checkpoint')}, not {count}: ask for fewer, or train with "
             f"--checkpoint.{option} {count}"
         )
     return found

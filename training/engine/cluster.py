@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
-from training.base.console import PeerError, UserError, say_as_any_rank
+from training.base.console import PeerError, UserError, counted, say_as_any_rank
 from training.base.environment import (
     LAUNCHER_GONE,
     Ranks,
@@ -338,9 +338,9 @@ class Cluster:
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         if self.world_size == 1:
-            return f"one process on {name}, {torch.get_num_threads()} threads"
+            return f"one process on {name}, {counted(torch.get_num_threads(), 'thread')}"
         backend = "NCCL" if self.device.type == "cuda" else "gloo"
-        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        threads = f", {counted(torch.get_num_threads(), 'thread')} each" if self.device.type == "cpu" else ""
         return f"{self.world_size} processes on {name} ({backend}){threads}"
 
 

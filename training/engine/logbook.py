@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.base.console import say, warn
+from training.base.console import counted, say, warn
 from training.base.durations import format_duration
 from training.base.environment import as_no_rank
 from training.engine.checkpoint import Tensors
@@ -200,7 +200,7 @@ class FirstRanksLogbook(Logbook):
         if status == "finished":
             trained = format_duration(sum(session["seconds"] for session in sessions.all))
             best_step = "none validated" if best["best_step"] is None else f"the best at step {best['best_step']:,}"
-            sessions_done = f"{len(sessions.all)} session(s), {trained}"
+            sessions_done = f"{counted(len(sessions.all), 'session')}, {trained}"
             say(f"finished: {step:,} steps, {best_step}, in {sessions_done}; see {self._run_dir}")
             return
         if sessions.current["from_step"] == step and status == "resumable":

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from training.base.console import UserError, say, warn
+from training.base.console import UserError, counted, say, warn
 from training.base.durations import format_duration
 from training.base.environment import process_age_s
 from training.base.files import writing_to
@@ -175,7 +175,7 @@ def describe(config: RunOptions, task: Task, cluster: Cluster) -> str:
         f"{task.name}: {parameters / 1e6:.2f} M parameters to train, {memory}\n"
         f"{samples}, {tokens:,} tokens an epoch in {plan.micro_batches_per_epoch:,} micro-batches, "
         f"{plan.padding_share():.1%} padding\n"
-        f"a step: {cluster.world_size} ranks x {per_rank} micro-batches, about "
+        f"a step: {counted(cluster.world_size, 'rank')} x {counted(per_rank, 'micro-batch')}, about "
         f"{tokens / plan.micro_batches_per_epoch * plan.micro_batches_per_step:,.0f} tokens; "
         f"{plan.steps:,} steps in {plan.epoch(plan.steps):.2f} epochs"
     )
