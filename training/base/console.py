@@ -45,7 +45,7 @@ def is_ignored(number: int) -> bool:
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 rank", "2 processes"."""
+    """A number with its noun, as in 1 rank and 2 processes."""
     plural = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number:,} {noun}{plural}"
 
