@@ -20,8 +20,6 @@ from training.data.languages import LanguageCode, language_of
 from training.data.prepared import PARTS
 from training.data.tokenizers import Tokenizer, load_tokenizer
 
-CHOSEN = "chosen by the data"
-
 # Options that came later: where they are as here, they change nothing about what is prepared.
 LATER = {
     "source_language": "zh",

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.columns import EXTRA_TAB, HEADING, NO_TAB, SWAPPED, has_script
-from data_prep.pair_options import CHOSEN, LATER, PairOptions, take_tokenizers
+from data_prep.pair_options import LATER, PairOptions, take_tokenizers
 from data_prep.pair_rows import HEAD_ROWS, SIDES, Pairs, Reader, TableCounts, texts_of, write_parts
 from data_prep.preparing import (
     LISTED_MALFORMED,
@@ -75,6 +75,7 @@ VOCABULARY_LINES = 500_000  # sentences that a vocabulary is made from, at most
 # configs/README.md; the others keep the pieces of a vocabulary about as frequent.
 VOCABULARY_SIZES = ((3_000, 1_000), (10_000, 2_000), (100_000, 4_000), (1_000_000, 8_000))
 LARGEST_VOCABULARY = 16_000
+CHOSEN = "chosen by the data"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from launch.scripts import script_of
-from training.base.console import UserError
+from training.base.console import UserError, counted
 from training.base.files import (
     PATH_WITHIN,
     open_atomically,
@@ -72,7 +72,7 @@ def _by_folder(files: Mapping[str, Path]) -> str:
     sizes: defaultdict[str, list[int]] = defaultdict(list)
     for name, path in sorted(files.items()):
         sizes[name.partition("/")[0]].append(path.stat().st_size)
-    counts = {top: f"{len(each):,} {'file' if len(each) == 1 else 'files'}" for top, each in sizes.items()}
+    counts = {top: counted(len(each), "file") for top, each in sizes.items()}
     return ", ".join(f"{top} ({counts[top]}, {sum(each) / 1e6:,.1f} MB)" for top, each in sizes.items())
 
 

@@ -257,6 +257,16 @@ def test_pairs_that_will_disappoint_are_prepared_with_a_warning(name: str, tmp_p
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_few_rows_of_validation_are_told_with_the_option_that_gives_more(own: bool, tmp_path: Path, capsys):
+    lines = CORPUS.splitlines(keepends=True)
+    (tmp_path / "mine.tsv").write_text("".join(lines[:100]), encoding="utf-8")
+    (tmp_path / "few.tsv").write_text("".join(lines[:5]), encoding="utf-8")
+    words = ["--train", tmp_path / "mine.tsv", "--test", tmp_path / "mine.tsv", "--output", tmp_path / "x"]
+    prepare_here(*words, *(["--validation", tmp_path / "few.tsv"] if own else []))
+    assert f"or a larger {'--validation' if own else '--validation_share'}\n" in capsys.readouterr().err
+
+
 def test_groups_that_no_part_has_room_for_are_named(tmp_path: Path):
     (tmp_path / "mine.tsv").write_text("Hi.\t嗨。\n" * 50, encoding="utf-8")
     with pytest.raises(UserError, match=r"50 sentence pairs .*in 1 groups that share sentences.*or --split random"):

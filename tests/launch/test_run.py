@@ -262,6 +262,7 @@ def test_cores_of_a_slurm_job_count_though_the_task_is_not_bound_to_them(monkeyp
         (["configs/gpt/sample.yaml"], {"SLURM_JOB_ID": "7", "SLURM_NNODES": "3"}, "this job has 3; .*slurm/run.sbatch"),
         (["configs/gpt/sample.yaml"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "as by torchrun"),
         ([], {}, "name a config file"),
+        (["--proceses", "2", "configs/gpt/sample.yaml"], {}, "name a config file first, before --proceses"),
         (["--processes", "0", "-m", "launch.doctor"], {}, "--processes must be at least 1"),
         (["--failure-limit", "0", "configs/gpt/sample.yaml"], {}, "--failure-limit must be at least 1"),
         (["configs/gpt/sample.yaml", "-m", "launch.doctor"], {}, "stands before -m"),

@@ -192,7 +192,7 @@ def test_chain_without_requeueing_hands_the_run_on_and_its_rest_has_nothing_to_d
         accidents=({**SLOW, "seconds": 0.25}, hold_at(5)),  # time for the signal to arrive
     )
     jobs = submitted(result)
-    assert "2 ranks on 1 node" in result.out and "a chain of 3" in result.out
+    assert "2 ranks on 1 node of" in result.out and "a chain of 3" in result.out
     assert "60 of 60 steps to go" in result.out and "1 job expected" in result.out
     assert f"tail -F {run_dir}/slurm-{jobs[0]}.log" in result.out
     wait_until((config.parents[1] / "at-forward-5-0").exists, "held at step 5")
