@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def measure(arguments: Arguments, folder: Path) -> None:
     config, budget_s = arguments.more.config, arguments.sized(whole=60 * arguments.more.minutes, quick=120.0)
     say(f"preparing {arguments.about_data}")
-    data = prepare(arguments, folder / "data", "--split", "grouped")
+    data = prepare(arguments, folder / "data", "--split", "grouped", validation_share=0.05)  # as users have it
     pairs = len(data.part("train"))
 
     def train(name: str, budget_s: float, *words: str) -> tuple[float, float]:

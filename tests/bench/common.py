@@ -134,9 +134,9 @@ def read_arguments(
     return arguments
 
 
-def prepare(arguments: Arguments, folder: Path, *options: str) -> Prepared:
-    """Prepares the raw data into `folder` by the command that users run. Validation, which no bench needs, is small."""
-    words = ["--source", arguments.data, "--output", folder, "--validation_share", 0.01]
+def prepare(arguments: Arguments, folder: Path, *options: str, validation_share: float = 0.01) -> Prepared:
+    """Prepares the raw data into `folder` by the command that users run. Few benches need more for validation."""
+    words = ["--source", arguments.data, "--output", folder, "--validation_share", validation_share]
     run_module("data_prep.pairs", *words, *options, here=arguments.quick)
     return open_prepared(folder)
 

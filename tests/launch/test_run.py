@@ -79,7 +79,7 @@ def test_run_survives_a_killed_rank_ctrl_c_and_the_death_of_its_launcher_bit_for
     assert_all_gone(started)
     # Beside what the training says: what was chosen and why, and the crash.
     said = started.printed()
-    assert said.count("2 processes") == said.count("warning: rank 1 was ended by SIGKILL") == 1
+    assert said.count("2 processes of ") == said.count("warning: rank 1 was ended by SIGKILL") == 1
     assert said.count("starting again from step 18 in 5s") == 1
     assert "Traceback" not in said and "torch" not in said.lower()
 
