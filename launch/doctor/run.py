@@ -93,11 +93,13 @@ def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]
 
 def address(url: str) -> Iterator[Finding]:
     """Whether a run can live at the URL: written and read back, no name given twice, and who has the run."""
-    from training.engine.address.claim import newest_link
+    from training.engine.address.claim import check_is_free, newest_link
     from training.engine.address.store import AddressError, open_store
 
     store, own = open_store(url), f"doctor-{os.urandom(4).hex()}"
     try:
+        if not (link := newest_link(store)).version:
+            check_is_free(store)
         with tempfile.TemporaryDirectory() as folder:
             sent, back = Path(folder, "sent"), Path(folder, "back")
             sent.write_bytes(os.urandom(_SENT_BYTES))
@@ -109,7 +111,6 @@ def address(url: str) -> Iterator[Finding]:
             if back.read_bytes() != sent.read_bytes():
                 yield Finding("error", "address", f"a file sent to {url} does not come back as it was: take another")
         created = [store.create(f"{own}/name", b"") for _ in range(2)]
-        link = newest_link(store)
     except AddressError as error:
         raise UserError(f"{url} cannot be used: {error}") from None
     finally:

@@ -217,7 +217,7 @@ class _InTurns:
 
 
 @pytest.mark.parametrize(
-    "place, tries", [("drive", 100), pytest.param("s3", 4, marks=pytest.mark.whole)], indirect=["place"]
+    "place, tries", [("drive", 100), pytest.param("s3", 6, marks=pytest.mark.whole)], indirect=["place"]
 )
 def test_two_machines_never_both_publish_in_whatever_order_they_act(place, tries, monkeypatch):
     clock = threading.local()  # each machine has its own, which stands still between its waits
@@ -509,6 +509,20 @@ def test_a_run_does_not_go_back_because_what_has_come_further_cannot_be_fetched(
         begin(place.url, "older", BreaksOff)
     assert set(saved_steps(tmp_path / "older")) == {1}
     assert set(newest_link(open_store(place.url)).checkpoints) == {1, 2}
+
+
+@on("drive", "s3")
+def test_a_run_is_not_strewn_among_the_files_of_others(begin, place, tmp_path):
+    store = open_store(place.url)
+    (tmp_path / "letter").write_text("mine")
+    for name in ("letter.txt", ".hidden", "1/left"):
+        store.put(tmp_path / "letter", name)
+    before = set(store.names(""))
+    with pytest.raises(UserError, match=f"{place.url} holds .* such as letter.txt: .* own, such as {place.url}/RUN"):
+        begin(place.url)
+    assert set(store.names("")) == before, "nothing was written"
+    store.remove("letter.txt")
+    begin(place.url)
 
 
 @pytest.mark.parametrize("url", ["s3://key:SECRET@bucket/run", "https://x/run?token=SECRET", "SECRET"])

@@ -9,6 +9,7 @@ moment finds its next link taken. Promises, where the store guards (`Store.guard
 - A claim is dead once its chain has not moved for the claim's own time, measured by the observer's monotonic clock. No
   other machine's clock is read.
 - A link that a kill tore is as if it had not been, and its number is used up.
+- A chain begins only where nothing else lies, so that a run is not strewn among the files of others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from training.base.console import TryLaterError, say
+from training.base.console import TryLaterError, UserError, say
 from training.base.durations import format_duration
 from training.engine.address.store import AddressError, Store
 
@@ -97,8 +98,11 @@ def take_claim(store: Store, earlier: str | None = None) -> Claim:
     """Takes the claim, or waits until it is known to be dead. Raises TryLaterError where another machine moves it.
 
     earlier: the token of a claim whose holder is known to have ended, because this process has its run folder.
+    Raises UserError where no run lives at the address and other things do.
     """
     seen = newest_link(store)
+    if not seen.version:
+        check_is_free(store)
     if store.guards and not seen.free and seen.token != earlier:
         seen = _once_dead(store, seen)
     mine = seen.model_copy(
@@ -116,6 +120,19 @@ def take_claim(store: Store, earlier: str | None = None) -> Claim:
     if store.guards and store.create(_name(mine.version), mine.model_dump_json().encode()):
         store.guards = False  # a server that takes a second file of the same name
     return Claim(store, mine)
+
+
+def check_is_free(store: Store) -> None:
+    """Raises UserError where other things lie than hidden files, what a new disk has, and what a run leaves there whose
+    chain was moved away.
+    """
+    usual = (".", "claim", "lost+found")
+    others = [name for name in store.names("") if not (name.isdecimal() or name.startswith(usual))]
+    if others:
+        raise UserError(
+            f"--run_at {store.url} holds other things than a run, such as {min(others)}: give the run a folder of its "
+            f"own, such as {store.url}/RUN"
+        )
 
 
 def _once_dead(store: Store, seen: Link) -> Link:
