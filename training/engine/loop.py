@@ -53,7 +53,7 @@ from training.engine.surroundings import keep_threads
 from training.engine.task import RunOptions, Task
 from training.engine.wandb.tracker import send_the_rest
 from training.engine.weights import Origin
-from training.engine.zero import Zero, state_bytes
+from training.engine.zero import Zero, ZeroOptions, state_bytes
 
 if TYPE_CHECKING:
     from training.engine.address.home import Home
@@ -82,6 +82,8 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     precision = choose_precision(config.precision, cluster.device)
     say(f"{cluster}; {precision.name}: {precision.reason}")
     say(describe(config, task, cluster))
+    if config.parallel != "deepspeed" and config.zero != ZeroOptions():
+        warn(f"zero.* has no effect with --parallel {config.parallel}: DeepSpeed takes --parallel deepspeed")
     shapes = {name: tensor.shape for name, tensor in model_state(task.model).items()}
     engine = parallel_of(config, task, cluster, precision)
     if dry_run:

@@ -471,6 +471,13 @@ def test_a_pause_is_no_slow_step_and_the_scheduler_is_asked_again_what_is_left(t
     assert (flag.usable_s() or 0) > 1900 and 9 < flag._slowest_step_s < 11
 
 
+def test_options_of_deepspeed_without_it_are_warned_of(tmp_path, handlers, capsys):
+    assert train_here(tmp_path, stop_at=2, zero={"stage": 3}) == EXIT_RESUMABLE
+    assert "warning: zero.* has no effect with --parallel ddp: " in capsys.readouterr().err
+    assert train_here(tmp_path) == 0
+    assert "zero" not in capsys.readouterr().err
+
+
 # What the bits depend on.
 
 
