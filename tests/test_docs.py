@@ -13,11 +13,13 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import launch.slurm.__main__ as slurm
 from tests.support.commands import PATIENCE_S, ROOT
 from tests.support.zygote import Forked, usual_environment
 from training.base.options import CommandLine, parse
@@ -173,6 +175,18 @@ def test_every_command_has_options_that_its_program_knows(page: Path, monkeypatc
         monkeypatch.setattr("sys.argv", [module, *words])
         with pytest.raises(Taken):
             script.main()
+
+
+def test_the_ranks_of_every_job_can_share_the_steps_of_its_config(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    jobs = 0
+    for command in (*(line.strip() for line in slurm.__doc__.splitlines()), *chain(*map(commands_of, PAGES))):
+        job = re.match(r"python -m launch.slurm() (configs/\S+)(.*)|sbatch (.*) slurm/run.sbatch (\S+)(.*)", command)
+        if job is not None and not is_form(command):
+            before, config, behind = filter(lambda part: part is not None, job.groups())
+            assert slurm.main([config, "--time", "4:00:00", *shlex.split(before + behind), "--print"]) == 0
+            jobs += 1
+    assert jobs >= 5
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Submits a run to SLURM once, shows how all runs stand, or stops one after a save.
 
-    python -m launch.slurm configs/gpt/base.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00 --partition gpu
-    python -m launch.slurm configs/gpt/base.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00 --print
+    python -m launch.slurm configs/gpt/base.yaml --nodes 2 --gpus-per-node 2 --time 4:00:00 --partition gpu
+    python -m launch.slurm configs/gpt/base.yaml --nodes 2 --gpus-per-node 2 --time 4:00:00 --print
     python -m launch.slurm status [FOLDER]
     python -m launch.slurm stop runs/gpt-base
 

@@ -528,7 +528,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in sorted((run_dir / "checkpoints").glob("invalid-step-*")):
         say(f"{folder.name}: set aside earlier as damaged; remove it when you do not need it any more")
     if not valid:
-        raise UserError(f"{run_dir} has no valid checkpoint: the next start of the run begins at step 0")
+        raise UserError(
+            f"{run_dir} has no valid checkpoint: put a copy of one back, or move the folder aside to begin anew"
+        )
     return 1 if len(valid) < len(found) else 0
 
 

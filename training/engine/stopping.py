@@ -61,7 +61,7 @@ class SessionOptions(Options):
         600,
         gt=0,
         description="without progress for so long (at the start and the end 20 minutes more) a rank is named with its "
-        "stack, and the run ends",
+        "stack, and the session ends",
     )
 
 

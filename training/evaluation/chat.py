@@ -41,7 +41,7 @@ _COMMAND = re.compile(r"/[a-z]+|/(base|new)\b.*", re.IGNORECASE)  # as a line; a
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; raises UserError for everything the user can mend."""
-    parser = CommandLine("python -m training.evaluation.chat", __doc__.split("\n")[0])
+    parser = CommandLine("python -m training.evaluation.chat", __doc__.partition("\n\nPromises:")[0])
     add_model_options(parser, several=True)
     of_answers, of_translations = OptionsOf(QLORA, parser), OptionsOf(TRANSLATION, parser)
     of_answers.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
