@@ -34,8 +34,7 @@ from training.base.options import CommandLine, raw_values
 from training.base.processes import children, family_of, is_alive, kill_all, signal_all
 from training.engine.checkpoint import Checkpoint, checkpoints, newest_valid
 from training.engine.metrics import read_metrics
-from training.engine.run_folder import CONFIG
-from training.engine.status import METRICS, RECORDS, read_sessions, read_status
+from training.engine.status import CONFIG, METRICS, RECORDS, read_sessions, read_status
 
 # Each of them happens once before any happens twice, in random order: who gets a signal, and which.
 ACCIDENTS: dict[str, tuple[Literal["a rank", "all", "launcher"], signal.Signals]] = {

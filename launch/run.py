@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.scripts import last_step, note_killed, read_options, script_of
+from launch.scripts import last_step, micro_batches_of, note_killed, read_options, script_of
 from launch.supervisor import Ending, Supervisor, layout
 from training.base.console import TryLaterError, UserError, run_main, say
 from training.base.environment import job_nodes, read_ranks
@@ -82,13 +82,14 @@ def _train(
     from training.engine.run_folder import check_free  # imports torch
 
     options = read_options(script, words)
-    chosen = layout(options.batch.micro_batches_per_step, processes)
+    chosen = layout(micro_batches_of(options, words), processes)
     say(str(chosen))
 
     def session() -> Ending:
         check_free(options.run_dir)
         ending = supervisor.run([script, *words], chosen.processes)
-        note_killed(options.run_dir, ending.reason)
+        if ending.outcome == "crashed":  # any other end has written its own status, or has nothing to do with the run
+            note_killed(options.run_dir, ending.reason)
         return ending
 
     return supervisor.run_to_the_end(session, lambda: last_step(options.run_dir), failure_limit=failure_limit)

@@ -15,10 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from training.base.console import UserError
-from training.base.files import open_plain
-from training.base.options import meant_for, parse, raw_values
-from training.engine.status import read_status, saved_steps, write_status
+from training.base.files import open_plain, read_plain
+from training.base.options import meant_for, named_keys, parse, raw_values
+from training.base.strict_yaml import read_yaml
+from training.engine.status import CONFIG, read_status, saved_steps, write_status
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -62,6 +65,19 @@ def run_and_data(words: Sequence[str]) -> tuple[Path, Path]:
     if missing:
         raise UserError(f"{words[0]} and the options do not say {' and '.join(missing)}")
     return Path(said["run_dir"]).expanduser(), Path(said["data"]).expanduser()
+
+
+def micro_batches_of(options: RunOptions, words: Sequence[str], run_dir: Path | None = None) -> int:
+    """Micro-batches of a step: as many as the run has chosen by its budget, else those of the options that `words` set.
+
+    run_dir: where the run is, if not in the options' folder.
+    """
+    if options.budget is not None and "batch.micro_batches_per_step" not in named_keys(words):
+        with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            chosen = read_yaml(read_plain((run_dir or options.run_dir) / CONFIG).decode())
+            if chosen["budget"] == options.model_dump(mode="json")["budget"]:
+                return int(chosen["batch"]["micro_batches_per_step"])
+    return options.batch.micro_batches_per_step
 
 
 def last_step(run_dir: Path) -> int:

@@ -83,6 +83,8 @@ def layout(micro_batches: int | None = None, processes: int | None = None) -> La
 
 def threads_of(processes: int) -> int | None:
     """How many threads each of so many processes here is to have; None where one may use all that it sees."""
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        return int(given)
     share = max(1, cores() // processes)
     return None if share == cores_seen() else share
 

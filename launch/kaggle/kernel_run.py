@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launch.scripts import read_options, script_of
+from launch.scripts import micro_batches_of, read_options, script_of
 from launch.supervisor import Ending, Layout, Session, Supervisor, layout
 from training.base.console import Terminated, TryLaterError, UserError, run_main, say, warn
 from training.base.durations import format_duration
@@ -267,7 +267,7 @@ class ThisKernelRun:
         left = time_left()
         self.margin = max(self.options.session.margin, margin_s(left[0])) if left else self.options.session.margin
         self._asked: list[int] = []  # the signals that asked it to stop
-        self._layout = _layout(self.options.batch.micro_batches_per_step)
+        self._layout = _layout(micro_batches_of(self.options, words, self.source))
         self.training = Training(
             words=(script, *words, *self._own_words()),
             processes=self._layout.processes,

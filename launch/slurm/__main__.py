@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.scripts import job_name, last_step, read_options, script_of
+from launch.scripts import job_name, last_step, micro_batches_of, read_options, script_of
 from launch.slurm.job import JOBS, note
 from launch.slurm.status import ask_slurm, in_training, jobs_of, print_status, queue, stop
 from training.base.console import UserError, counted, run_main, say, warn
 from training.base.durations import format_duration, parse_duration
 from training.base.files import open_in_place, writing_to
-from training.base.options import FLAG, CommandLine, raw_values, unprintable
+from training.base.options import FLAG, CommandLine, named_keys, raw_values, unprintable
 from training.engine.status import STOP_FILE, pace_s, read_sessions, read_status
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _read_job(argv: Sequence[str]) -> Job:
     words = [str(asked.config), *words]
     options = read_options(script, words)
     job = Job(asked, script, tuple(words), options, gpus, time_s)
-    count = options.batch.micro_batches_per_step
+    count = micro_batches_of(options, words)
     if count % job.ranks:
         fitting = ", ".join(str(ranks) for ranks in range(1, count + 1) if count % ranks == 0)
         raise UserError(
@@ -163,6 +163,8 @@ def _checked(asked: argparse.Namespace, words: Sequence[str]) -> tuple[int, int]
     except ValueError as error:
         no_time = str(error)
     mistakes = {
+        "--dry-run would be all that the job does: a step is tried here before every submission, and --print shows "
+        "what would be submitted": "dry_run" in named_keys(words),
         **{
             f"--{name.replace('_', '-')} must be at least {least}, got {vars(asked)[name]}": vars(asked)[name] < least
             for name, least in _LEAST.items()
@@ -196,7 +198,11 @@ def _pace(job: Job) -> tuple[int, float, str] | None:
     """
     import torch  # long since imported by the script that read the options
 
-    steps = job.options.optim.steps or (read_status(job.run_dir) or {}).get("steps")
+    from training.engine.run_folder import has_another_length
+
+    steps = job.options.optim.steps
+    if not has_another_length(job.run_dir, job.options.optim):
+        steps = (read_status(job.run_dir) or {}).get("steps", steps)
     paces = [(pace, session) for session in read_sessions(job.run_dir) if (pace := pace_s(session))]
     if paces and steps is not None:
         pace, last = paces[-1]
@@ -215,8 +221,10 @@ def _pace(job: Job) -> tuple[int, float, str] | None:
         said = [line for line in tried.stderr.splitlines() if line.startswith("error: ")] or [tried.stderr[-2000:]]
         raise UserError(f"the dry run failed, so nothing was submitted: {said[-1].removeprefix('error: ')}")
     found = json.loads(tried.stdout.splitlines()[-1])
-    known_from = f"a dry run with one process here, divided by {counted(job.ranks, 'rank')}"
-    return found["steps"], found["step_s"] / job.ranks, known_from
+    known_from = "a dry run with one process here"
+    if job.options.budget is not None:  # more ranks do more steps in the same time
+        return found["steps"], found["step_s"], known_from
+    return found["steps"], found["step_s"] / job.ranks, f"{known_from}, divided by {counted(job.ranks, 'rank')}"
 
 
 def _print_plan(job: Job) -> None:
@@ -256,7 +264,8 @@ def submit(argv: Sequence[str]) -> int:
         return 0
     from training.engine.run_folder import has_another_length, refuse_other_options  # slow to import
 
-    refuse_other_options(job.options)
+    if "budget" not in named_keys(job.words):  # which chooses options, and then compares for itself
+        refuse_other_options(job.options)
     status = (read_status(job.run_dir) or {}).get("status")
     if status == "finished" and not has_another_length(job.run_dir, job.options.optim):
         say(f"{job.run_dir} is finished; to train anew choose another --run_dir")

@@ -236,15 +236,19 @@ def test_handlers_of_a_process_are_seen(handlers):
 def test_processes_share_gpus_or_cores_and_micro_batches(
     monkeypatch, gpus, cores, micro_batches, wanted, processes, threads
 ):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     found = layout(micro_batches, wanted)
     assert (found.processes, found.threads, found.gpus) == (processes, threads, gpus)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert layout(micro_batches, wanted).threads == 5, "as somebody has said"
 
 
 def test_cores_of_a_slurm_job_count_though_the_task_is_not_bound_to_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     assert layout(4).processes == 4 and layout(4).threads == 16, "no job, whatever the variable says"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -306,6 +310,12 @@ def test_a_session_that_was_killed_does_not_leave_a_status_that_says_running(com
         status, why, restart, step = before
         write_status(command.run_dir, status, why, restart=restart, step=step)
         assert after_a_start() == (("resumable", reason, True, 5) if status == "running" else before)
+
+    # What ends in good order has written what is to be known of it: a dry run nothing, for one.
+    write_status(command.run_dir, "running", "training", restart=True, step=5)
+    monkeypatch.setattr(Supervisor, "run", lambda *_, **__: Ending("finished", ""))
+    assert run.main(["--script", "training.gpt", str(command.config), "--dry-run"]) == 0
+    assert read_status(command.run_dir)["status"] == "running"
 
 
 def test_ctrl_z_makes_the_ranks_stand_still_and_fg_go_on(tmp_path, monkeypatch, handlers):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from launch.scripts import peek, read_options, run_and_data, script_of
+from launch.scripts import micro_batches_of, peek, read_options, run_and_data, script_of
 from tests.support.commands import PATIENCE_S, ROOT
 from training.base.console import UserError
 
@@ -39,6 +39,21 @@ def test_a_config_starts_no_module_that_nobody_here_has_put_beside_relays(tmp_pa
     config.write_text(f"training: {module}\nrun_dir: x\ndata: y\n", encoding="utf-8")
     with pytest.raises(UserError, match="name it by --script"):
         script_of(config)
+
+
+def test_micro_batches_of_a_step_are_those_that_a_run_has_chosen_by_its_budget(tmp_path):
+    words = [str(ROOT / "configs/gpt/sample.yaml"), "--run_dir", str(tmp_path), "--budget", "10m"]
+
+    def found(*more: str, within: tuple[str, ...] = ()) -> int:
+        return micro_batches_of(read_options("training.gpt", [*words, *within]), [*words, *more])
+
+    assert found() == 2, "the config's"
+    (tmp_path / "config.yaml").write_text("budget: 10m00s\nbatch: {micro_batches_per_step: 1}\n")
+    assert found() == 1
+    assert found("--batch.micro_batches_per_step", "2") == 2, "as given"
+    assert found(within=("--budget", "20m")) == found(within=("--budget", "null")) == 2, "another run"
+    (tmp_path / "config.yaml").write_text("budget: [")
+    assert found() == 2
 
 
 def test_what_is_said_of_a_run_is_known_without_its_script(tmp_path):

@@ -27,9 +27,12 @@ from tests.support.lives import RUN, SLOW
 from tests.support.runs import assert_same_model, assert_same_record, reference, status_of
 from tests.support.slurm_cluster import write_config
 from training.base.console import UserError
+from training.base.options import to_yaml, with_values
+from training.engine import run_folder
 from training.engine.address.claim import newest_link
 from training.engine.address.store import open_store
-from training.engine.status import read_status
+from training.engine.status import read_status, write_status
+from training.engine.task import RunOptions
 
 SCRIPT = "slurm/run.sbatch"
 
@@ -113,6 +116,7 @@ def test_mistakes_are_all_told_before_anything_is_submitted(submission, config, 
         (("--time", "5", "--gpus-per-node", "many"), ("expected 4 or a100:4",)),
         (("--time", "5", "--sbatch=--gres=gpu:2"), ("name GPUs by --gpus-per-node",)),
         (("--time", "5", "--sbatch=--array=1-10"), ("--array would start all of its tasks in one run folder",)),
+        (("--time", "5", "--dry-run"), ("--dry-run would be all that the job does",)),
         (("--time", "5", "--array", "1-10"), ("--array would start all of its tasks in one run folder",)),
         (("--time", "5", "--partition", "nowhere"), ("SLURM does not take the job", "invalid partition")),
         (("--time", "5", "--nodes", "4"), ("SLURM does not take the job", "sinfo -o")),
@@ -163,6 +167,33 @@ def test_every_run_has_a_job_name_of_its_own(tmp_path, monkeypatch, capsys):
     assert len(set(names)) == len(names) and names[0].startswith("a-b-")
     (tmp_path / "link").symlink_to(tmp_path / "one/runs")
     assert name_of(tmp_path / "link/a-b") == name_of(os.path.relpath(clones[0])) == names[0]
+
+
+def test_the_plan_is_for_the_steps_that_the_run_will_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    session = {"number": 1, "world_size": 2, "from_step": 0, "step": 100, "seconds": 200.0}
+    monkeypatch.setattr(slurm, "read_sessions", lambda run_dir: [session])
+
+    def job(*words: str) -> slurm.Job:
+        always = ("--run_dir", str(tmp_path), "--time", "5", "--no-dry-run")
+        return slurm._read_job(["configs/gpt/sample.yaml", *always, *words])
+
+    write_status(tmp_path, "finished", "", restart=False, steps=300)
+    begun = job("--optim.schedule", "wsd", "--optim.decay_steps", "50")
+    (tmp_path / "config.yaml").write_text(to_yaml(begun.options))
+    assert slurm._pace(begun) == (300, 4.0, "session 1, with 2 ranks")
+    assert slurm._pace(job(*begun.words[-4:], "--optim.epochs", "900")) is None, "nobody knows how long that is"
+    assert slurm._pace(job(*begun.words[-4:], "--optim.steps", "500"))[0] == 500
+
+    def refuse(options: RunOptions) -> None:
+        raise AssertionError("what the budget has chosen is not in the options")
+
+    monkeypatch.setattr(run_folder, "refuse_other_options", refuse)
+    asked = job("--budget", "10m", "--optim.steps", "100")  # these as in a config's file
+    (tmp_path / "config.yaml").write_text(to_yaml(with_values(asked.options, {"optim.steps": 300})))
+    assert slurm._pace(asked)[0] == 300
+    assert slurm.submit([*asked.words, "--time", "5"]) == 0
+    assert f"{tmp_path} is finished" in capsys.readouterr().out
 
 
 def test_no_option_ends_a_line_and_begins_a_command(tmp_path, monkeypatch):

@@ -40,11 +40,12 @@ from training.base.strict_yaml import read_yaml
 from training.engine.batch_plan import in_rounds
 from training.engine.checkpoint import checkpoints, publish
 from training.engine.cluster import Cluster
-from training.engine.loop import forward_backward, parallel_of
+from training.engine.loop import check_world_size, forward_backward, parallel_of
 from training.engine.optim import Course, learning_rate
 from training.engine.precision import PrecisionName, choose_precision, has_bf16
-from training.engine.run_folder import CONFIG, Data
+from training.engine.run_folder import Data, refuse_foreign_folder
 from training.engine.saver import best_interval, copied_to_host
+from training.engine.status import CONFIG
 from training.engine.task import RunOptions, Task
 
 # What is chosen in every training; a `Chooser` has more.
@@ -226,7 +227,7 @@ def within_budget(
         other = (
             "leave one out"
             if "budget" in named
-            else "leave that out, or take the budget of the config away (--budget null)"
+            else "leave that out, or in a new run take the budget of the config away (--budget null)"
         )
         raise UserError(f"--budget {budget} chooses the length of the run, and so does --{lengths[0]}: {other}")
     if "budget" not in named and config.optim.steps is not None:
@@ -248,8 +249,9 @@ def within_budget(
 def _chosen_before(config: RunOptions, data: Data, open_keys: Sequence[str]) -> dict[str, Any] | None:
     """What the run chose at its first start, by key; None where it has none yet.
 
-    Raises UserError where there is a run with another budget, or none.
+    Raises UserError where there is a run with another budget, or none, or something that is no run.
     """
+    refuse_foreign_folder(config.run_dir)
     asked = config.model_dump(mode="json")
     place, found = _of_newest_checkpoint(config)
     if found is not None and found.get("budget") != asked["budget"]:
@@ -334,6 +336,7 @@ class _Decision(Generic[Config]):
         """All choices, one after the other: what a step is first, then how many."""
         self._check_start()
         self.take(*self._batch())
+        check_world_size(self.config, self.cluster)
         self._choose_step()
         self._free()
         self._choose_length(dry_run=dry_run)
@@ -397,7 +400,8 @@ class _Decision(Generic[Config]):
         plan, most, steps, reason = trial.task.plan, self.chooser.most_passes, found.steps, found.reason
         if plan.epoch(steps) > most:
             steps = math.ceil(most * plan.micro_batches_per_epoch / plan.micro_batches_per_step)
-            took = format_duration(m.spent_s + m.setup_s + steps * m.step_s + found.validations * m.validation_s)
+            validations = found.validations if validate_every is None else steps // validate_every
+            took = format_duration(m.spent_s + m.setup_s + steps * m.step_s + validations * m.validation_s)
             reason = f"{most:g} passes over the data, about {took}: more would learn it by heart"
         self._passes = plan.epoch(steps)
         self.take(

@@ -38,7 +38,7 @@ from training.engine.optim import Course, build_optimizer, learning_rate, optimi
 from training.engine.parallel import DataParallel, Parallel
 from training.engine.precision import Precision, choose_precision
 from training.engine.run_folder import Data, RunFolder
-from training.engine.saver import best_interval, price_of_a_kill, write_s
+from training.engine.saver import best_interval, copied_to_host, price_of_a_kill, write_s
 from training.engine.status import (
     EXIT_RESUMABLE,
     Best,
@@ -72,7 +72,7 @@ def train(config: RunOptions, task: Task, data: Data, cluster: Cluster, *, dry_r
     status.json then stays as it was. Also when no checkpoint can be written or gradients stay not finite; status.json
     then says `failed`.
     """
-    _check_world_size(config, cluster)
+    check_world_size(config, cluster)
     if config.budget is not None and config.optim.steps is None:
         raise UserError(f"{task.name} cannot go by --budget: its script does not call training.engine.budget")
     _check_patience(config, task)
@@ -127,7 +127,8 @@ def parallel_of(config: RunOptions, task: Task, cluster: Cluster, precision: Pre
     return DataParallel(model, optimizer, cluster, precision, clip_norm, ema_decay)
 
 
-def _check_world_size(config: RunOptions, cluster: Cluster) -> None:
+def check_world_size(config: RunOptions, cluster: Cluster) -> None:
+    """Raises UserError where the ranks cannot share a step equally."""
     count = config.batch.micro_batches_per_step
     if count % cluster.world_size:
         fitting = [ranks for ranks in range(1, count + 1) if count % ranks == 0]
@@ -228,9 +229,7 @@ def _price_of_a_kill(config: RunOptions, engine: Parallel, cluster: Cluster, ste
     save_s = published_s = write_s(tensors)
     if config.checkpoint.background:
         began = time.monotonic()
-        for part in tensors.values():
-            for tensor in part.values():
-                tensor.to("cpu", copy=True)
+        copied_to_host(tensors)
         save_s = time.monotonic() - began
     hours = config.checkpoint.hours_between_kills
     least = best_interval(step_s, save_s, published_s, hours, cluster.device.type)

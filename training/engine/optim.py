@@ -63,7 +63,7 @@ class OptimOptions(Options):
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError(
                 "optim.schedule wsd and optim.decay_steps belong together: set both, for example --optim.decay_steps "
-                "to a fifth of the run, or neither"
+                "to a fifth of the run, or neither (a --budget chooses decay_steps where the config file has it)"
             )
         return self
 

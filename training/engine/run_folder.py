@@ -47,6 +47,7 @@ from training.engine.fork import go_back, leave_record, remove_unfinished
 from training.engine.metrics import is_damaged, read_metrics, write_lines
 from training.engine.optim import EXTENDABLE, LENGTH, OptimOptions
 from training.engine.status import (
+    CONFIG,
     KEPT,
     METRICS,
     RECORDS,
@@ -63,8 +64,6 @@ from training.engine.weights import other_kind
 if TYPE_CHECKING:
     from training.engine.address.home import Home
     from training.engine.task import RunOptions
-
-CONFIG = "config.yaml"
 
 # A session that was told to stop may still be writing its checkpoint when the next one starts.
 _LOCK_PATIENCE_S = 10.0
@@ -126,7 +125,7 @@ class RunFolder:
         A new run has no checkpoint yet; its folder gets `config` (YAML) and what the run keeps of its data. Raises
         UserError when the folder is in use or is another run's.
         """
-        _refuse_foreign_folder(self.run_dir)
+        refuse_foreign_folder(self.run_dir)
         with writing_to(self.run_dir, option="--run_dir"):
             Path(self.run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -276,7 +275,7 @@ def _lacks(found: object, expected: object) -> bool:
     )
 
 
-def _refuse_foreign_folder(run_dir: Path) -> None:
+def refuse_foreign_folder(run_dir: Path) -> None:
     """Raises UserError for prepared data, a model or an export, which a run would be mixed up with."""
     if kind := other_kind(run_dir):
         raise UserError(

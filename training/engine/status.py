@@ -25,6 +25,7 @@ from training.base.environment import job_id
 from training.base.files import read_plain, recover, write_atomically
 from training.engine.goodput import Clock, Kind, hours_of
 
+CONFIG = "config.yaml"
 STATUS = "status.json"
 SESSIONS = "sessions.json"
 METRICS = "metrics.jsonl"

@@ -141,6 +141,8 @@ def test_a_run_that_was_begun_keeps_its_choice_before_its_first_checkpoint_unles
     assert budget._chosen_before(config_of((*command, "--model.dropout", 0.5)), data, named) is None
     (tmp_path / "run/data.json").write_text("{}")
     assert budget._chosen_before(config, data, keys) is None, "the data was prepared anew"
+    with pytest.raises(UserError, match="holds prepared data, and a run has a folder of its own"):
+        budget._chosen_before(config_of((*command, "--run_dir", sample_data)), data, keys)
 
 
 def test_a_run_with_a_budget_is_not_taken_for_one_that_is_to_be_longer(tmp_path: Path):
@@ -283,6 +285,15 @@ def test_a_budget_that_cannot_be_is_refused_in_one_line(
     result = launch(*command_of(tmp_path / "run", sample_data, *RUN, *words)).wait()
     assert_only_one_line_is_said(result, *parts)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_ranks_that_cannot_share_a_step_are_told_before_anything_is_measured(tmp_path: Path):
+    config = config_of(command_of(tmp_path, tmp_path, *BUDGET, "--batch.micro_batches_per_step", 2))
+    cluster: Any = SimpleNamespace(world_size=3, maximum=list)
+    chooser: Any = SimpleNamespace(keys=(), longest=10)
+    decision = budget._Decision(config, [], pytest.fail, cluster, chooser)
+    with pytest.raises(UserError, match="3 ranks cannot share the 2 micro-batches"):
+        decision.make(dry_run=True)
 
 
 def test_the_config_of_a_run_with_a_budget_is_read_back_as_it_was_chosen(tmp_path: Path):

@@ -44,6 +44,7 @@ from training.engine.address.store import AddressError, open_store
 from training.engine.checkpoint import MANIFEST, Checkpoint, checkpoints
 from training.engine.fork import link_or_copy, set_aside
 from training.engine.status import (
+    CONFIG,
     KEPT,
     METRICS,
     SESSIONS,
@@ -55,7 +56,7 @@ from training.engine.status import (
 )
 
 # What of the run folder goes along, beside the checkpoints.
-RECORD = ("config.yaml", "data.json", METRICS, SESSIONS, STATUS, WANDB_FILE, KEPT, "report.html", "summary.json")
+RECORD = (CONFIG, "data.json", METRICS, SESSIONS, STATUS, WANDB_FILE, KEPT, "report.html", "summary.json")
 
 # In the run folder: the last claim of a process that had the folder's lock, and the newest checkpoint that arrived.
 KNOWN = "address.json"
