@@ -525,6 +525,15 @@ def test_a_run_is_not_strewn_among_the_files_of_others(begin, place, tmp_path):
     begin(place.url)
 
 
+def test_other_things_that_turn_up_when_the_address_can_be_reached_end_the_session(begin, hasty, tmp_path):
+    save(tmp_path / "run", 1)
+    home = begin(f"file://{tmp_path}/drive/run")
+    (tmp_path / "drive/run").mkdir(parents=True)
+    (tmp_path / "drive/run/letter.txt").write_text("mine")
+    until(lambda: home.lost)
+    assert "holds other things than a run, such as letter.txt" in home.lost
+
+
 @pytest.mark.parametrize("url", ["s3://key:SECRET@bucket/run", "https://x/run?token=SECRET", "SECRET"])
 def test_an_address_with_a_secret_is_refused_and_not_printed(launch, sample_data, tmp_path, url):
     result = launch(*command_of(tmp_path / "run", sample_data, *RUN, "--run_at", url)).wait()

@@ -293,7 +293,7 @@ class Home:
                 self._failed, pause_s = False, 0.0
             except LostClaim:
                 return
-            except TryLaterError as error:
+            except UserError as error:  # another machine has the claim, or the address holds other things
                 self._refused = str(error)
                 return
             except (AddressError, OSError, ValueError) as error:
