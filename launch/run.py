@@ -5,11 +5,11 @@
 
 It finds the training that the config is for, and how many processes and threads suit this machine: one process for
 each GPU, or fewer where these cannot share the micro-batches of a step equally; on a CPU as many as divide both its
-cores and these. When one of them is killed, crashes or
-hangs, the session is over, and after a pause the next one begins; --failure-limit sessions in a row without a
-checkpoint of a later step end the run. Ctrl-C, SIGTERM and SIGUSR1 stop it after a save. The exit status is 0 when the
-run is finished, 75 when it was stopped and the same command goes on with it, 1 after an error. Options that it does not
-know go to the training (`python -m training.gpt --help` lists them).
+cores and these. When one of them is killed, crashes or hangs, the session is over, and after a pause the next one
+begins; --failure-limit sessions in a row without a checkpoint of a later step end the run. Ctrl-C, SIGTERM and SIGUSR1
+stop it after a save. The exit status is 0 when the run is finished, 75 when it was stopped and the same command goes on
+with it, 1 after an error. Options that it does not know go to the training (`python -m training.gpt --help` lists
+them).
 
 With -m it runs another command once, whose processes share the work; all that follows are the command's own words.
 """

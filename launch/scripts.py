@@ -15,13 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from training.base.console import UserError
-from training.base.files import open_plain, read_plain
+from training.base.files import open_plain
 from training.base.options import meant_for, named_keys, parse, raw_values
-from training.base.strict_yaml import read_yaml
-from training.engine.status import CONFIG, read_status, saved_steps, write_status
+from training.engine.status import read_config, read_status, saved_steps, write_status
 
 if TYPE_CHECKING:
     from training.engine.task import RunOptions
@@ -73,8 +70,8 @@ def micro_batches_of(options: RunOptions, words: Sequence[str], run_dir: Path | 
     run_dir: where the run is, if not in the options' folder.
     """
     if options.budget is not None and "batch.micro_batches_per_step" not in named_keys(words):
-        with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            chosen = read_yaml(read_plain((run_dir or options.run_dir) / CONFIG).decode())
+        chosen = read_config(run_dir or options.run_dir) or {}
+        with suppress(ValueError, KeyError, TypeError):
             if chosen["budget"] == options.model_dump(mode="json")["budget"]:
                 return int(chosen["batch"]["micro_batches_per_step"])
     return options.batch.micro_batches_per_step

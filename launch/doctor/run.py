@@ -93,13 +93,12 @@ def base_model(name: str, revision: str | None) -> Iterator[Finding | MustMatch]
 
 def address(url: str) -> Iterator[Finding]:
     """Whether a run can live at the URL: written and read back, no name given twice, and who has the run."""
-    from training.engine.address.claim import check_is_free, newest_link
+    from training.engine.address.claim import link_to_follow
     from training.engine.address.store import AddressError, open_store
 
     store, own = open_store(url), f"doctor-{os.urandom(4).hex()}"
     try:
-        if not (link := newest_link(store)).version:
-            check_is_free(store)
+        link = link_to_follow(store)
         with tempfile.TemporaryDirectory() as folder:
             sent, back = Path(folder, "sent"), Path(folder, "back")
             sent.write_bytes(os.urandom(_SENT_BYTES))

@@ -267,7 +267,7 @@ class ThisKernelRun:
         left = time_left()
         self.margin = max(self.options.session.margin, margin_s(left[0])) if left else self.options.session.margin
         self._asked: list[int] = []  # the signals that asked it to stop
-        self._layout = _layout(micro_batches_of(self.options, words, self.source))
+        self._layout = _layout(micro_batches_of(self.options, words, self.source or self.run_dir))
         self.training = Training(
             words=(script, *words, *self._own_words()),
             processes=self._layout.processes,

@@ -262,9 +262,10 @@ def submit(argv: Sequence[str]) -> int:
         print(shlex.join(["mkdir", "-p", str(job.run_dir)]))
         print("\n".join([shlex.join(["env", *settings, *job.sbatch(ONE_AT_A_TIME)])] * (job.asked.chain or 1)))
         return 0
-    from training.engine.run_folder import has_another_length, refuse_other_options  # slow to import
+    from training.engine.budget import is_to_choose  # slow to import, as the next
+    from training.engine.run_folder import has_another_length, refuse_other_options
 
-    if "budget" not in named_keys(job.words):  # which chooses options, and then compares for itself
+    if not is_to_choose(job.options, named_keys(job.words)):  # else the job compares, once all is chosen
         refuse_other_options(job.options)
     status = (read_status(job.run_dir) or {}).get("status")
     if status == "finished" and not has_another_length(job.run_dir, job.options.optim):

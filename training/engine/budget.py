@@ -19,6 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from pydantic import ValidationError
 
 from training.base.console import UserError, counted, say, warn
@@ -36,7 +36,6 @@ from training.base.durations import format_duration
 from training.base.environment import process_age_s
 from training.base.files import read_plain, temporary_folder, writing_to
 from training.base.options import differing_keys, named_keys, with_values
-from training.base.strict_yaml import read_yaml
 from training.engine.batch_plan import in_rounds
 from training.engine.checkpoint import checkpoints, publish
 from training.engine.cluster import Cluster
@@ -45,7 +44,7 @@ from training.engine.optim import Course, learning_rate
 from training.engine.precision import PrecisionName, choose_precision, has_bf16
 from training.engine.run_folder import Data, refuse_foreign_folder
 from training.engine.saver import best_interval, copied_to_host
-from training.engine.status import CONFIG
+from training.engine.status import read_config
 from training.engine.task import RunOptions, Task
 
 # What is chosen in every training; a `Chooser` has more.
@@ -203,6 +202,14 @@ def warmup_of(steps: int) -> tuple[int, str]:
     return min((500, "as many as it ever has"), max((steps // 20, "a twentieth"), least))
 
 
+def is_to_choose(config: RunOptions, named: AbstractSet[str]) -> bool:
+    """Whether these options have a budget that is still to choose some; in the config.yaml of a run it has chosen all.
+
+    named: the keys of the command line.
+    """
+    return config.budget is not None and ("budget" in named or config.optim.steps is None)
+
+
 def within_budget(
     config: Config,
     build: Callable[[Config], Task],
@@ -230,8 +237,8 @@ def within_budget(
             else "leave that out, or in a new run take the budget of the config away (--budget null)"
         )
         raise UserError(f"--budget {budget} chooses the length of the run, and so does --{lengths[0]}: {other}")
-    if "budget" not in named and config.optim.steps is not None:
-        return config  # from the config.yaml of a run: all is chosen
+    if not is_to_choose(config, named):
+        return config
     open_keys = [key for key in (*KEYS, *chooser.keys) if key not in named]
     known = cluster.on_first(lambda: _chosen_before(config, data, open_keys))
     (values, *_) = cluster.gather(known or {}, dict[str, Any])
@@ -293,12 +300,12 @@ def _begun(config: RunOptions, asked: dict[str, Any], data: Data, open_keys: Seq
     """The config.yaml of a run that was begun with these very options and this data, and has no checkpoint yet."""
     run_dir = config.run_dir
     kept = [(run_dir / name, path) for name, path in data.kept.items() if path.is_file()]
+    found = read_config(run_dir)
     try:
-        found = read_yaml(read_plain(run_dir / CONFIG).decode())
         same_data = all(read_plain(copy) == path.read_bytes() for copy, path in kept)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or not same_data:
+    if found is None or not same_data:
         return None
     free = config.may_change - {"data"}
     before, now = ({key: value for key, value in each.items() if key not in free} for each in (found, asked))

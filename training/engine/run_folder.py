@@ -54,6 +54,7 @@ from training.engine.status import (
     SESSIONS,
     WANDB_FILE,
     end_killed_saves,
+    read_config,
     read_record,
     read_sessions,
     read_status,
@@ -210,13 +211,13 @@ def has_another_length(run_dir: Path, asked: OptimOptions) -> bool:
 
     False for one with a budget, whose length was chosen for good.
     """
+    config = read_config(run_dir) or {}
     try:
-        config = read_yaml(read_plain(run_dir / CONFIG).decode())
         kept = config["optim"]
         return config["budget"] is None and any(
             value != kept[key] for key, value in asked.model_dump(include={*LENGTH, "patience"}).items()
         )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (KeyError, TypeError):
         return False
 
 
@@ -343,11 +344,8 @@ def _check_same_run(
 def refuse_other_options(config: RunOptions) -> None:
     """Raises UserError where the run in the config's folder has other options, as far as these tell without a model.
 
-    `RunFolder.open` compares all that defines the run, and verifies what it reads. A budget that is still to be spent
-    on options compares for itself.
+    `RunFolder.open` compares all that defines the run, and verifies what it reads.
     """
-    if config.budget is not None and config.optim.steps is None:
-        return
     for checkpoint in reversed(checkpoints(config.run_dir)):
         with suppress(OSError, ValueError):
             about = {**checkpoint.manifest, "config": config.model_dump(mode="json")}

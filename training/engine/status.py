@@ -13,16 +13,19 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, Literal, NotRequired
 
+import yaml
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from training.base.durations import format_duration
 from training.base.environment import job_id
 from training.base.files import read_plain, recover, write_atomically
+from training.base.strict_yaml import read_yaml
 from training.engine.goodput import Clock, Kind, hours_of
 
 CONFIG = "config.yaml"
@@ -143,6 +146,14 @@ class Best(TypedDict):
 def badness(score: float, by: str) -> float:
     """What is lower for the better of two scores of that name: a lower loss, more of any other."""
     return score if by == "loss" else -score
+
+
+def read_config(run_dir: Path) -> dict[str, Any] | None:
+    """The options in config.yaml, as they were written; None where there is nothing that can be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        found = read_yaml(read_plain(run_dir / CONFIG).decode())
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def write_status(run_dir: Path, status: Status, reason: str, *, restart: bool, **more: Any) -> None:

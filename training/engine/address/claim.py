@@ -98,11 +98,9 @@ def take_claim(store: Store, earlier: str | None = None) -> Claim:
     """Takes the claim, or waits until it is known to be dead. Raises TryLaterError where another machine moves it.
 
     earlier: the token of a claim whose holder is known to have ended, because this process has its run folder.
-    Raises UserError where no run lives at the address and other things do.
+    Raises UserError as `link_to_follow` does.
     """
-    seen = newest_link(store)
-    if not seen.version:
-        check_is_free(store)
+    seen = link_to_follow(store)
     if store.guards and not seen.free and seen.token != earlier:
         seen = _once_dead(store, seen)
     mine = seen.model_copy(
@@ -122,17 +120,20 @@ def take_claim(store: Store, earlier: str | None = None) -> Claim:
     return Claim(store, mine)
 
 
-def check_is_free(store: Store) -> None:
-    """Raises UserError where other things lie than hidden files, what a new disk has, and what a run leaves there whose
-    chain was moved away.
+def link_to_follow(store: Store) -> Link:
+    """The newest link, for whoever is to have the run.
+
+    Raises UserError where there is no chain, and other things lie than hidden files, what a new disk has, and what a
+    run leaves there whose chain was moved away.
     """
-    usual = (".", "claim", "lost+found")
-    others = [name for name in store.names("") if not (name.isdecimal() or name.startswith(usual))]
-    if others:
+    found, usual = newest_link(store), (".", "claim", "lost+found")
+    names = () if found.version else store.names("")
+    if others := [name for name in names if not (name.isdecimal() or name.startswith(usual))]:
         raise UserError(
             f"--run_at {store.url} holds other things than a run, such as {min(others)}: give the run a folder of its "
             f"own, such as {store.url}/RUN"
         )
+    return found
 
 
 def _once_dead(store: Store, seen: Link) -> Link:
