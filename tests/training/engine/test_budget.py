@@ -287,7 +287,10 @@ def test_a_budget_that_cannot_be_is_refused_in_one_line(
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_ranks_that_cannot_share_a_step_are_told_before_anything_is_measured(tmp_path: Path):
+def test_ranks_that_cannot_share_a_step_are_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(budget, "process_age_s", lambda: 1.0)  # not that of the tests, which may be half an hour
     config = config_of(command_of(tmp_path, tmp_path, *BUDGET, "--batch.micro_batches_per_step", 2))
     cluster: Any = SimpleNamespace(world_size=3, maximum=list)
     chooser: Any = SimpleNamespace(keys=(), longest=10)
