@@ -156,15 +156,19 @@ class Length:
 
 
 def length_of(
-    budget_s: float, measured: Measured, *, save_every: int, validate_every: int | None = None, end_s: float = _END_S
+    budget_s: float,
+    measured: Measured,
+    *,
+    save_every: int,
+    validate_every: int | None = None,
+    enough: tuple[float, str] = (math.inf, ""),
 ) -> Length:
     """The run that fits into `budget_s`. Raises UserError where none does.
 
-    save_every, validate_every: in steps; None: as often as is worth it.
+    save_every, validate_every: in steps; None: as often as is worth it. enough: steps, and why a run has no more.
     """
     m = measured
-    margin_s = MARGIN * budget_s + end_s
-    left_s = budget_s - m.spent_s - m.setup_s - margin_s
+    left_s = (1 - MARGIN) * budget_s - _END_S - m.spent_s - m.setup_s
     step_s = m.step_s + m.save_s / save_every
     each_s = m.validation_s + m.save_s  # the best so far is saved
     if validate_every is None:
@@ -173,22 +177,26 @@ def length_of(
         steps = int((left_s - count * each_s) / step_s)
     else:
         steps = int((left_s - each_s) / (step_s + each_s / validate_every))
-        count = max(1, -(-steps // validate_every))
     if steps < FEWEST_STEPS:
         # The margin is a share of the budget that is asked for.
-        least_s = (m.spent_s + m.setup_s + end_s + each_s + FEWEST_STEPS * step_s) / (1 - MARGIN)
+        least_s = (m.spent_s + m.setup_s + _END_S + each_s + FEWEST_STEPS * step_s) / (1 - MARGIN)
         raise UserError(
             f"--budget {format_duration(budget_s)} leaves time for {max(0, steps)} steps: starting and measuring took "
             f"{format_duration(m.spent_s)}, starting again takes {format_duration(m.setup_s)}, a validation "
             f"{format_duration(m.validation_s)}, a step {m.step_s:.2g} s; give it {_minutes(2 * least_s)} or more"
         )
+    why = ""
+    if steps > enough[0]:
+        steps, why = math.ceil(enough[0]), f"{enough[1]}; "
+    if validate_every is not None:
+        count = max(1, -(-steps // validate_every))
     parts = {
         f"for steps of {m.step_s:.3g} s with their saves": steps * step_s,
         f"for {counted(count, 'validation')}": count * each_s,
         "for starting and measuring": m.spent_s + m.setup_s,
-        "to spare": margin_s,
     }
-    reason = ", ".join(f"{format_duration(seconds)} {words}" for words, seconds in parts.items())
+    parts["to spare"] = budget_s - sum(parts.values())
+    reason = why + ", ".join(f"{format_duration(seconds)} {words}" for words, seconds in parts.items())
     return Length(steps, count, reason)
 
 
@@ -403,20 +411,17 @@ class _Decision(Generic[Config]):
         if every == "auto" or "checkpoint.every_steps" in self.open_keys:
             every = best_interval(m.step_s, m.stall_s, m.save_s, hours, self.cluster.device.type)
         validate_every = None if "log.validate_every_steps" in self.open_keys else config.log.validate_every_steps
-        found = length_of(self.budget_s, m, save_every=every, validate_every=validate_every)
-        plan, most, steps, reason = trial.task.plan, self.chooser.most_passes, found.steps, found.reason
-        if plan.epoch(steps) > most:
-            steps = math.ceil(most * plan.micro_batches_per_epoch / plan.micro_batches_per_step)
-            validations = found.validations if validate_every is None else steps // validate_every
-            took = format_duration(m.spent_s + m.setup_s + steps * m.step_s + validations * m.validation_s)
-            reason = f"{most:g} passes over the data, about {took}: more would learn it by heart"
-        self._passes = plan.epoch(steps)
+        plan, passes = trial.task.plan, self.chooser.most_passes
+        enough = passes * plan.micro_batches_per_epoch / plan.micro_batches_per_step
+        why = f"{passes:g} passes over the data: more would learn it by heart"
+        found = length_of(self.budget_s, m, save_every=every, validate_every=validate_every, enough=(enough, why))
+        self._passes = plan.epoch(found.steps)
         self.take(
-            Choice("optim.steps", steps, reason),
-            Choice("optim.warmup_steps", *warmup_of(steps)),
+            Choice("optim.steps", found.steps, found.reason),
+            Choice("optim.warmup_steps", *warmup_of(found.steps)),
             Choice(
                 "log.validate_every_steps",
-                -(-steps // found.validations),
+                -(-found.steps // found.validations),
                 f"{found.validations} in all, of {m.validation_s:.2g} s each",
             ),
             Choice(
@@ -426,7 +431,7 @@ class _Decision(Generic[Config]):
             ),
         )
         if config.optim.schedule == "wsd":
-            self.take(Choice("optim.decay_steps", max(1, steps // 5), "a fifth"))
+            self.take(Choice("optim.decay_steps", max(1, found.steps // 5), "a fifth"))
 
     def say(self) -> None:
         """Prints it."""

@@ -171,7 +171,8 @@ def test_qlora_goes_by_a_budget_and_keeps_what_it_chose(launch: Launch, tmp_path
     life = Life(launch, tmp_path, law_data(), ranks=None, run=run, module="training.qlora")
     printed = life.kill_at(4).printed()
     chosen = chosen_in(config_in(life.run_dir), ("optim.steps", "optim.warmup_steps", "log.validate_every_steps"))
-    assert f"\n  optim.steps {chosen['optim.steps']} " in printed and "3 passes over the data, about" in printed
+    assert f"\n  optim.steps {chosen['optim.steps']} " in printed
+    assert "3 passes over the data: more would learn it by heart; " in printed
     assert "resuming at step 2" in life.kill_at(6).printed()
     assert chosen_in(config_in(life.run_dir), tuple(chosen)) == chosen
 
@@ -225,6 +226,15 @@ def test_validations_that_are_given_cost_time_too():
     often, seldom = (length_of(600, MEASURED, save_every=500, validate_every=every) for every in (20, 2000))
     assert often.steps < 0.6 * seldom.steps
     assert often.validations == -(-often.steps // 20)
+
+
+def test_a_run_that_has_read_its_data_often_enough_leaves_time_over():
+    found = length_of(600, MEASURED, save_every=500, validate_every=20, enough=(99.5, "enough"))
+    assert (found.steps, found.validations) == (100, 5)
+    assert found.reason == (
+        "enough; 25s for steps of 0.25 s with their saves, 22s for 5 validations, 23s for starting and measuring, "
+        "8m49s to spare"
+    )
 
 
 def test_a_budget_that_is_too_short_says_what_takes_how_long_and_what_is_enough():
