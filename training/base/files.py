@@ -15,6 +15,7 @@ import difflib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from pydantic_core import from_json
+from safetensors import SafetensorError
 
 from training.base.errors import UserError
 
@@ -59,7 +61,8 @@ def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
     Put it around everything that writes `path`, outside of whatever removes the unfinished work.
     """
     try:
-        yield
+        with _with_the_systems_number():
+            yield
     except OSError as error:
         reason = _MENDABLE.get(error.errno or 0)
         if reason is None:
@@ -70,6 +73,18 @@ def writing_to(path: Path, option: str = "--output") -> Iterator[None]:
         if error.errno == errno.EEXIST and (link := dangling(path)) is not None:
             said = f"{link}: mount or make that, or choose another {option}"
         raise UserError(f"{said}{more}; nothing unfinished was left behind") from error
+
+
+@contextmanager
+def _with_the_systems_number() -> Iterator[None]:
+    """safetensors wraps what the system said in an error of its own, and the number stands in its text alone."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _refused(error: OSError, path: Path) -> Path:

@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from typing import Any, Literal, NotRequired
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, with_config
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -345,7 +344,9 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
     """
     newest_first = checkpoints(run_dir)[::-1]
     candidates = newest_first if which == "last" else best(run_dir, len(newest_first))
-    found = _first_valid(candidates, count) or _first_valid(newest_first, 1)  # a run never validated has no best one
+    found = _first_valid(candidates, count)
+    if not found and (found := _first_valid([each for each in newest_first if each not in candidates], 1)):
+        warn(f"{run_dir} has no checkpoint with a validation's score: step {found[0].step:,}, the newest, is taken")
     if not found:
         raise UserError(
             f"{run_dir} has no valid checkpoint: train first (for example python -m training.gpt and a config)"
@@ -361,7 +362,14 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
 
 def _first_valid(candidates: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
     """Those that pass `verify`, up to `count`: that reads every byte, so it stops when it has enough."""
-    return list(islice((checkpoint for checkpoint in candidates if checkpoint.verify() is None), count))
+
+    def is_valid(checkpoint: Checkpoint) -> bool:
+        problem = checkpoint.verify()
+        if problem is not None and checkpoint.folder.is_dir():  # else the run goes on, and has removed it
+            warn(f"{checkpoint.folder} is damaged and left out: {problem}")
+        return problem is None
+
+    return list(islice(filter(is_valid, candidates), count))
 
 
 def publish(
@@ -386,7 +394,7 @@ def publish(
     with writing_to(final, option="--run_dir"), temporary_folder(final) as folder:
         check_room(folder, bytes_of(tensors) + _ROOM_BESIDE_TENSORS)
         for name, part in tensors.items():
-            _write_tensors(folder / name, part)
+            save_file(dict(part), folder / name)
         write_atomically(folder / "state.json", json.dumps(state, indent=2))
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
@@ -423,17 +431,6 @@ def _manifest_text(content: Mapping[str, Any]) -> str:
     content = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=2) + "\n"
-
-
-def _write_tensors(path: Path, tensors: Tensors) -> None:
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        # The library wraps what the system said; `writing_to` knows a full disk by its number.
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int, best_by: str) -> None:

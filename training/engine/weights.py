@@ -61,7 +61,13 @@ class Weights:
         return {each.step: each.manifest["files"][name]["sha256"] for each in chosen}
 
     def read(self, chosen: Sequence[Checkpoint]) -> dict[str, Tensor]:
-        """The weights, from what `choose` gave."""
+        """The weights, from what `choose` gave. Raises UserError where the run went on, and has removed some since."""
+        try:
+            return self._read(chosen)
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is gone, since the run goes on: start the same command again") from None
+
+    def _read(self, chosen: Sequence[Checkpoint]) -> dict[str, Tensor]:
         if self.which == "ema":
             return chosen[0].ema_state()
         weights = chosen[0].model_state()
@@ -158,10 +164,7 @@ class Origin:
         if not found["checkpoints"]:
             return self._read_foreign(self._run_dir) or {}
         chosen = [Checkpoint(checkpoint_folder(self._run_dir, int(step))) for step in found["checkpoints"]]
-        try:
-            return Weights.parse(self._weights).read(chosen)
-        except OSError as error:  # the source goes on training, and has removed it
-            raise UserError(f"--init_from: {error}: start the same command again") from None
+        return Weights.parse(self._weights).read(chosen)
 
 
 _MOST_ANCESTORS = 20

@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_base_options(of_answers)
     add_search_options(of_translations)
     arguments = parser.parse_args(argv)
-    folder = arguments.run_dir
-    is_ensemble = "," in str(folder) and not folder.exists()
-    kind = TRANSLATION if is_ensemble else kind_of(folder) or QLORA  # an export, or what is refused when it is opened
+    kind = kind_of(arguments.run_dir) or QLORA  # an export, or what is refused when it is opened
     for options in (of_answers, of_translations):
         options.check(arguments, kind)
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
@@ -80,15 +78,10 @@ def _answers(arguments: Namespace, cluster: Cluster) -> None:
     conversation = Conversation(opened, system=arguments.system, max_new_tokens=most)
 
     def tell(answer: Callable[[Callable[[str], None]], bool]) -> None:
-        try:
-            ended = answer(say_part)
-            say()
-            if not ended:
-                warn(f"the answer was cut off: --max_new_tokens {most}, or the end of the model's context")
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            say(" (stopped)")
+        ended = answer(say_part)
+        say()
+        if not ended:
+            warn(f"the answer was cut off: --max_new_tokens {most}, or the end of the model's context")
 
     def work(text: str) -> None:
         if text == "/new":
@@ -152,7 +145,10 @@ def _translations(arguments: Namespace, cluster: Cluster) -> None:
 
 
 def _for_each_line(work: Callable[[str], None], greeting: str) -> None:
-    """Calls `work` with each line of standard input; what it refuses is named, and the next line is read."""
+    """Calls `work` with each line of standard input; what it refuses is named, and the next line is read.
+
+    At a terminal Ctrl-C ends the work on a line.
+    """
     is_typed = sys.stdin.isatty()
     if is_typed:
         say(f"{greeting}, Ctrl-D ends")
@@ -165,6 +161,10 @@ def _for_each_line(work: Callable[[str], None], greeting: str) -> None:
             warn(f"{where}this is not UTF-8, and was not read")
         except UserError as error:
             warn(f"{where}{error}")
+        except KeyboardInterrupt:
+            if not is_typed:
+                raise
+            say(" (stopped)")
 
 
 def _typed() -> Iterator[bytes]:

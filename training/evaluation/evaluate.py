@@ -19,12 +19,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.base.console import run_main
+from training.base.console import UserError, run_main
 from training.base.environment import without_local_rank
 from training.base.options import CommandLine
 from training.data.prepared import PARTS
 from training.engine.cluster import Cluster
-from training.evaluation.runs import QLORA, TRANSLATION, kind_of
+from training.evaluation.runs import QLORA, TRANSLATION, TrainedRun, kind_of
 from training.evaluation.setting import (
     OptionsOf,
     add_asking_options,
@@ -67,6 +67,7 @@ def _translations(arguments: Namespace) -> None:
         trained = open_translator(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         data = open_prepared(trained.data_folder(arguments.data))
         trained.check_fits(data)
+        check_same([trained, *trained.others], cluster)
         evaluate(trained, data, arguments.part, search, cluster)
 
 
@@ -86,7 +87,15 @@ def _answers(arguments: Namespace) -> None:
         )
         data = open_conversations(trained.data_folder(arguments.data))
         trained.check_fits(data)
+        check_same([trained], cluster)
         evaluate(trained, data, arguments.part, asking, cluster)
+
+
+def check_same(opened: Sequence[TrainedRun], cluster: Cluster) -> None:
+    """Raises UserError where another rank opened other checkpoints, since the run trains and has saved in between."""
+    steps = [[checkpoint.step for checkpoint in each.checkpoints] for each in opened]
+    if any(other != steps for other in cluster.gather(steps, list[list[int]])):
+        raise UserError(f"{opened[0].run_dir} has saved while it was opened: start the same command again")
 
 
 if __name__ == "__main__":

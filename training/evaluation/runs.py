@@ -43,7 +43,12 @@ _DATA: TypeAdapter[Any] = TypeAdapter(_Data)
 
 
 def kind_of(run_dir: Path) -> str | None:
-    """TRANSLATION or QLORA, by the format of the data it is trained on; None where its folder does not say."""
+    """TRANSLATION or QLORA, by the format of the data it is trained on; None where its folder does not say.
+
+    Several runs between commas are an ensemble, of translators.
+    """
+    if "," in str(run_dir) and not run_dir.exists():
+        return TRANSLATION
     try:
         return _KIND_BY_FORMAT.get(read_json(run_dir / "data.json")["format"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -320,7 +320,7 @@ def test_without_any_valid_checkpoint_the_damage_is_told_and_the_run_starts_anew
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 @pytest.mark.parametrize("best", [None, 10, 40, 60])
-def test_the_newest_and_the_best_are_kept(tmp_path, keep, best):
+def test_the_newest_and_the_best_are_kept(tmp_path, keep, best, capsys):
     saved = []
     for step in range(10, 70, 10):
         best_so_far = best if best is not None and step >= best else None
@@ -330,9 +330,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, best):
     assert all(checkpoint.verify() is None for checkpoint in checkpoints(tmp_path))
     assert choose(tmp_path, "last")[0].step == 60
     assert choose(tmp_path, "best")[0].step == (best or 60)
+    unscored = f"warning: {tmp_path} has no checkpoint with a validation's score: step 60, the newest, is taken\n"
+    assert capsys.readouterr().err == ("" if best else unscored)
 
 
-def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_path):
+def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_path, capsys):
     found = {10: 0.5, 20: 0.7, 30: None, 40: 0.6, 50: 0.7, 60: 0.1, 70: None}
     for step, accuracy in found.items():
         state = {"scores": {} if accuracy is None else {"accuracy": accuracy}}
@@ -341,7 +343,10 @@ def test_as_many_of_the_best_are_kept_as_asked_for_and_found_again_in_order(tmp_
     assert [each.step for each in choose(tmp_path, "best", 3)] == [20, 50, 40]
     assert [each.step for each in choose(tmp_path, "last", 4)] == [70, 50, 40, 20]
     cut_in_half(tmp_path / "checkpoints" / folder_of(50) / "model.safetensors")
+    assert not capsys.readouterr().err
     assert [each.step for each in choose(tmp_path, "best", 2)] == [20, 40], "a damaged one is none"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{folder_of(50)} is damaged and left out: model.safetensors has " in said
     with pytest.raises(UserError, match=r"2 best checkpoint.*not 3.*--checkpoint.keep_best 3"):
         choose(tmp_path, "best", 3)
     with pytest.raises(UserError, match=r"3 last checkpoint.*not 9.*--checkpoint.keep 9"):
@@ -529,7 +534,7 @@ def test_a_checkpoint_is_complete_and_on_the_disk_before_it_is_published(tmp_pat
 def test_room_is_checked_before_the_first_byte_is_written(tmp_path, monkeypatch):
     save_step(tmp_path, 1, keep=1)
     written = []
-    monkeypatch.setattr(checkpoint_module, "_write_tensors", lambda *_: written.append(1))
+    monkeypatch.setattr(checkpoint_module, "save_file", lambda *_: written.append(1))
     monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=12_345))
     with pytest.raises(UserError, match=r"no space left .* MB needed, 0.0 MB free"):
         save_step(tmp_path, 2, keep=1)

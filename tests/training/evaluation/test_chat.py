@@ -26,17 +26,19 @@ from bitsandbytes.nn import Linear4bit
 
 from tests.support.base_models import make_tiny_qwen2
 from tests.support.commands import PATIENCE_S, ROOT
+from tests.support.families import make_family
 from tests.support.legal_records import law_run, law_run_base
 from tests.support.once import once
 from tests.support.runs import reference
 from tests.support.zygote import usual_environment
 from training.base.console import UserError
 from training.data.chat import assistant, user
+from training.engine.precision import choose_precision
 from training.evaluation import chat, export
 from training.evaluation.chat_model import unpacking
 from training.evaluation.chat_model.adapters import open_adapters
 from training.evaluation.chat_model.conversation import ChatModel, Conversation, open_chat
-from training.evaluation.chat_model.streaming import Text
+from training.evaluation.chat_model.streaming import Speaker, Text
 from training.evaluation.translations.trained import open_trained
 from training.models.decoding import translate
 from training.models.generation import generate
@@ -265,6 +267,33 @@ def test_a_translator_takes_a_sentence_a_line_and_draws_its_attention(sample_dat
     assert len(said) == 4 and "line 1: /attention FILE.svg draws" in said[0] and "line 3: there is no /map" in said[1]
     assert "line 6: " in said[2] and "is there already" in said[2]
     assert "line 7: " in said[3] and f"there is no folder {tmp_path}/none; make it first" in said[3]
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3.5"])
+def test_a_model_that_keeps_more_than_keys_and_values_forgets_another_conversation(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_family(family, tmp_path)).eval()
+    speaker, fresh = (Speaker(model, end_id=-1, precision=choose_precision("fp32", CPU)) for _ in range(2))
+    said: dict[Speaker, list[int]] = {speaker: [], fresh: []}
+    speaker.answer([5, 6, 7, 8], 6, lambda token: None)
+    for each, tokens in said.items():
+        each.answer([5, 9, 10], 6, tokens.append)
+    assert said[speaker] == said[fresh] and len(set(said[fresh])) > 1
+
+
+def test_ctrl_c_at_a_terminal_ends_the_work_on_a_line_and_the_next_one_is_read(monkeypatch, capsys):
+    done: list[str] = []
+
+    def work(text: str) -> None:
+        if text == "slow":
+            raise KeyboardInterrupt
+        done.append(text)
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(chat, "_typed", lambda: iter([b"slow", b"next"]))
+    chat._for_each_line(work, "hello")
+    assert done == ["next"] and " (stopped)" in capsys.readouterr().out
 
 
 def test_a_character_of_several_tokens_appears_when_it_is_whole():

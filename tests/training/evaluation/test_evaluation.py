@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -327,11 +329,12 @@ def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq
         tell_otherwise(moved, data.folder, tmp_path / "gone")
         shutil.rmtree(untrained / "checkpoints")
         (untrained / "checkpoints").mkdir()
+        pair = f"{moved},{moved}"
         answers = {
             (untrained,): f"{untrained} has no valid checkpoint: train first",
             (moved,): f"trained on the data in {tmp_path}/gone, and there is no such folder here: name where it is now",
             (moved, "--beam_size", 0): "the beam size must be 1 (greedy) or more, got 0",
-            (moved, "--answers-per-task", 5): f"{moved} is a translation run: leave out --answers_per_task",
+            (pair, "--answers-per-task", 5): f"{pair} is a translation run: leave out --answers_per_task",
             (moved, "--data", empty): f"the test part of {empty} is empty: choose another --part",
             (moved, "--data", long): f"none of the 2 pairs in the test part of {long} fits the model",
         }
@@ -341,6 +344,17 @@ def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq
             assert result.status == 1 and "Traceback" not in result.err, result
             assert len(result.error_lines) == 1 and answers[words] in result.error_lines[0]
         assert not (moved / "evaluation/test-on-long.json").exists()
+
+
+def test_a_run_that_saves_while_it_is_opened_is_not_scored_by_two_checkpoints(run_copy):
+    trained = open_trained(run_copy, device=CPU)
+    for other, refused in (([[trained.step]], False), ([[trained.step + 1]], True)):
+        cluster: Any = SimpleNamespace(gather=lambda own, kind, other=other: [own, other])
+        with pytest.raises(UserError, match="has saved while it was opened") if refused else nullcontext():
+            evaluate.check_same([trained], cluster)
+    shutil.rmtree(trained.checkpoint.folder)
+    with pytest.raises(UserError, match="is gone, since the run goes on: start the same command again"):
+        trained.weights.read(trained.checkpoints)
 
 
 def test_a_sentence_on_the_command_line_is_translated_without_the_data(run_copy, data, capsys):

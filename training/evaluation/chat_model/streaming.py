@@ -71,8 +71,8 @@ class Speaker:
         same = next((place for place, (held, read) in enumerate(pairs) if held != read), None)
         same = min(len(self._held), len(prompt) - 1) if same is None else same
         others = len(self._held) - same
-        # What has left the window of a layer cannot be brought back.
-        if self._cache is None or (others and any(self._cache.is_sliding)):
+        # What has left the window of a layer, or went into the state of a convolution, cannot be brought back.
+        if self._cache is None or (others and any(self._cache.is_sliding + self._cache.is_linear)):
             self._forget()
             self._cache = transformers.DynamicCache(config=self._model.config)
             return 0
