@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from training.base.console import UserError
 from training.data.chat import load_text_tokenizer
 from training.data.conversations import Conversations, open_conversations
 from training.data.prepared import PARTS
+from training.evaluation import evaluate
 
 END = {"eos_token": "<|endoftext|>", "pad_token": "<|im_end|>"}
 
@@ -114,5 +116,10 @@ def test_a_base_model_without_a_template_goes_on_learning_texts(tokenizer: Path,
     scores = json.loads((run_dir / "evaluation/test-2answers-8tokens.json").read_text("utf-8"))
     total = scores["losses"][-1]
     assert total["after"]["loss"] < total["before"]["loss"]
+    with pytest.raises(UserError, match="learned texts, not answers"):
+        evaluate.main([str(run_dir), "--disc_law_eval", str(tmp_path)])
     result = launch(run_dir, "--output", tmp_path / "adapters", module="training.evaluation.export").wait()
     assert result.status == 0, result
+    card = (tmp_path / "adapters/README.md").read_text("utf-8")
+    assert re.search(r"Trained with Relay on \d+ texts,", card) and 'tokenizer("Once upon a time"' in card
+    assert "chat_template" not in card

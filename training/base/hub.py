@@ -6,13 +6,14 @@ says how to get the files by hand; what is complete on this machine is used with
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from training.base.console import UserError, say
-from training.base.files import lock, open_in_place
+from training.base.files import dangling, lock, nearest_folder, open_in_place
 from training.base.network import why_unreachable
 
 _CONNECT_LIMIT_S = 5.0  # the library itself would try for most of a minute
@@ -36,7 +37,7 @@ def fetch_snapshot(
     import huggingface_hub.errors  # neither module is there before someone has imported it
 
     cache, endpoint = Path(hub.constants.HF_HUB_CACHE), hub.constants.ENDPOINT
-    by_hand = _by_hand(name, revision, kind)
+    by_hand, near = _by_hand(name, revision, kind), nearest_folder(Path(name))
     elsewhere = f"on a machine with a network run `{by_hand}`, copy the folder here, and name it instead"
 
     def snapshot(*, only_cached: bool) -> Path:
@@ -55,7 +56,7 @@ def fetch_snapshot(
     if found := cached():
         return found
     if hub.constants.HF_HUB_OFFLINE:
-        raise UserError(f"{name} is no folder here and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
+        raise UserError(f"{name} is no folder here{near} and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
     cache.mkdir(parents=True, exist_ok=True)
     with open_in_place(cache / f".relay-{kind}-{name.replace('/', '--')}.lock") as file:
         lock(file, wait=True)
@@ -63,19 +64,26 @@ def fetch_snapshot(
             return found
         obstacle = why_unreachable(endpoint, _CONNECT_LIMIT_S)
         if obstacle is not None:
-            raise UserError(f"{name} is no folder here, and {endpoint} cannot be reached ({obstacle}): {elsewhere}")
+            raise UserError(
+                f"{name} is no folder here{near}, and {endpoint} cannot be reached ({obstacle}): {elsewhere}"
+            )
         say(f"fetching {name} ({revision or 'newest revision'}) from {endpoint}")
         try:
             folder = snapshot(only_cached=False)
         except Exception as error:  # a connection that breaks comes out as whatever the library at work raises
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"{name} could not be fetched ({reason}); what has arrived is kept, and the same command goes on. By "
-                f"hand: `{by_hand}`, and name the folder instead"
+                f"{name} is no folder here{near} and could not be fetched ({reason}); what has arrived is kept, "
+                f"and the same command goes on. By hand: `{by_hand}`, and name the folder instead"
             ) from None
     if not is_complete(folder):
         raise UserError(f"{name} has not all the files that are needed ({', '.join(patterns)}); is the name right?")
     return folder
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this could be the name of a repository, and is no folder that is missing here."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and dangling(Path(name)) is None
 
 
 def commit_of(folder: Path) -> str | None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from training.base.console import UserError
 from training.base.files import is_there, nearest_folder, read_json, write_atomically
-from training.base.hub import commit_of, fetch_snapshot
+from training.base.hub import commit_of, fetch_snapshot, is_hub_name
 from training.base.limits import call_limited
 
 if TYPE_CHECKING:
@@ -538,11 +538,10 @@ def reopened(folder: Path, about: Mapping[str, Any]) -> TextTokenizer:
 def _load(name: str) -> tuple[PreTrainedTokenizerFast, Path]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        near = nearest_folder(folder)
-        if near or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if not is_hub_name(name):
             raise UserError(
-                f"--tokenizer {name}: there is no such folder{near}, and it is no name on the hub (like "
-                "Qwen/Qwen2.5-3B-Instruct)"
+                f"--tokenizer {name}: there is no such folder{nearest_folder(folder)}, and it is no name on the hub "
+                "(like Qwen/Qwen2.5-3B-Instruct)"
             )
         folder = fetch_snapshot(name, revision=None, patterns=_FILES, is_complete=_is_whole)
     if not _holds_tokenizer(folder):

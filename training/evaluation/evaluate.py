@@ -21,6 +21,7 @@ from pathlib import Path
 
 from training.base.console import UserError, run_main
 from training.base.environment import without_local_rank
+from training.base.files import write_atomically, writing_to
 from training.base.options import CommandLine
 from training.data.prepared import PARTS
 from training.engine.cluster import Cluster
@@ -67,7 +68,7 @@ def _translations(arguments: Namespace) -> None:
         trained = open_translator(arguments.run_dir, arguments.checkpoint, device=cluster.device)
         data = open_prepared(trained.data_folder(arguments.data))
         trained.check_fits(data)
-        check_same([trained, *trained.others], cluster)
+        check_ready([trained, *trained.others], cluster)
         evaluate(trained, data, arguments.part, search, cluster)
 
 
@@ -87,15 +88,28 @@ def _answers(arguments: Namespace) -> None:
         )
         data = open_conversations(trained.data_folder(arguments.data))
         trained.check_fits(data)
-        check_same([trained], cluster)
+        check_ready([trained], cluster)
         evaluate(trained, data, arguments.part, asking, cluster)
 
 
-def check_same(opened: Sequence[TrainedRun], cluster: Cluster) -> None:
-    """Raises UserError where another rank opened other checkpoints, since the run trains and has saved in between."""
+def check_ready(opened: Sequence[TrainedRun], cluster: Cluster) -> None:
+    """Raises UserError for what would spoil the work, which takes long, at its end.
+
+    That is a folder that nothing can be written to, and other checkpoints on other ranks, as a run that saves meanwhile
+    leaves them.
+    """
+    cluster.on_first(lambda: _check_writable(opened[0].run_dir))
     steps = [[checkpoint.step for checkpoint in each.checkpoints] for each in opened]
     if any(other != steps for other in cluster.gather(steps, list[list[int]])):
         raise UserError(f"{opened[0].run_dir} has saved while it was opened: start the same command again")
+
+
+def _check_writable(run_dir: Path) -> None:
+    folder = run_dir / "evaluation"
+    with writing_to(run_dir, option="RUN"):
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / ".writable", "")
+        (folder / ".writable").unlink()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
 from statistics import mean, stdev
 
 from training.base.console import say
@@ -38,15 +37,14 @@ class Welch:
 
     @classmethod
     def of(cls, first: Sequence[float], second: Sequence[float]) -> Welch:
-        """Of two groups of two scores or more each."""
+        """Of two groups of two scores or more each, not all of a group's equal in both."""
         from scipy import stats  # slow to import
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of groups without any spread
+            warnings.simplefilter("ignore")  # of a group without any spread
             found = stats.ttest_ind(second, first, equal_var=False)
             low, high = found.confidence_interval(1 - LEVEL)
-        # Equal scores in both groups: nothing differs.
-        return cls(mean(second) - mean(first), (float(low), float(high)), 1.0 if isnan(found.pvalue) else found.pvalue)
+        return cls(mean(second) - mean(first), (float(low), float(high)), float(found.pvalue))
 
 
 def print_groups(groups: Sequence[Group]) -> None:
@@ -61,15 +59,20 @@ def print_groups(groups: Sequence[Group]) -> None:
             spread = f"{stdev(found):.2f}" if len(found) > 1 else "-"
             numbers = f"{mean(found):6.2f}  {spread:>9}  {min(found):6.2f}  {max(found):7.2f}"
             say(f"  {one.name:<{width}}  {len(found):4}  {numbers}")
-        if len(groups) == 2 and all(len(one.scores) > 1 for one in groups):
+        if len(groups) < 2 or any(len(one.scores) == 1 for one in groups):
+            continue
+        if all(len(set(one.of(metric))) == 1 for one in groups):
+            verdicts.append(f"{metric}: the runs of each group score the same, so there is no spread to test by")
+        else:
             test = Welch.of(*(one.of(metric) for one in groups))
             low, high = test.interval
             bounds = f"95 %: {low:+.2f} to {high:+.2f}"
             say(f"  {'difference':<{width}}        {test.difference:+.2f} ({bounds}), p = {test.p:.3f}")
-            verdicts.append(better_of(metric, [one.name for one in groups], test.difference, test.p))
+            verdict = better_of(metric, [one.name for one in groups], test.difference, test.p)
+            verdicts.append(f"{verdict} (Welch's t-test over runs)")
     say("")
     for one in groups:
         if len(one.scores) == 1:
             say(f"{one.name} is a single run, so nobody can say what its seed was worth: train it with others, too")
     for each in verdicts:
-        say(f"{each} (Welch's t-test over runs)")
+        say(each)

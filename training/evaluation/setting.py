@@ -71,7 +71,9 @@ class Asking:
             found += f"-{self.answers_per_task or 'all'}answers"
         if self.max_new_tokens != NEW_TOKENS:
             found += f"-{self.max_new_tokens}tokens"
-        return found + (f"-{self.disc_law_eval_limit}ofexam" if self.disc_law_eval_limit else "")
+        if self.disc_law_eval is not None:
+            found += f"-{self.disc_law_eval_limit or 'all'}ofexam"
+        return found
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from training.base.console import UserError
 from training.base.files import nearest_folder, read_json
-from training.base.hub import fetch_snapshot
+from training.base.hub import fetch_snapshot, is_hub_name
 from training.base.known_files import sha256_once
 from training.base.options import Options
 from training.engine.precision import gpu_of
@@ -67,11 +67,10 @@ def find_base_model(name: str, revision: str | None, *, weights: bool = True) ->
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        near = nearest_folder(folder)
-        if near or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        if not is_hub_name(name):
             raise UserError(
-                f"base_model {name}: there is no such folder{near}, and it is no name on the hub (like "
-                "Qwen/Qwen2.5-3B-Instruct); name a folder with config.json, weights (.safetensors) and tokenizer"
+                f"base_model {name}: there is no such folder{nearest_folder(folder)}, and it is no name on the hub "
+                "(like Qwen/Qwen2.5-3B-Instruct); name a folder with config.json, weights (.safetensors) and tokenizer"
             )
         folder = fetch_snapshot(
             name,

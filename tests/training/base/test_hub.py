@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import PATIENCE_S, ROOT, Result, usual_environment
-from training.base.hub import commit_of
+from training.base.hub import commit_of, is_hub_name
 
 NAME = "someone/tiny-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -169,7 +169,17 @@ def test_hub_that_cannot_be_reached_is_named_within_seconds(tmp_path: Path):
     assert result.status == 1 and "http://127.0.0.1:9 cannot be reached" in line and f"hf download {NAME}" in line
 
 
+def test_a_name_is_the_hubs_also_where_a_folder_is_called_nearly_so_but_not_if_it_is_a_broken_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "Qwen/Qwen2.5-7B").mkdir(parents=True)
+    (tmp_path / "Qwen/Qwen2.5-0.5B").symlink_to("/nowhere/at/all")
+    monkeypatch.chdir(tmp_path)
+    names = ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-0.5B", "./Qwen/x", "Qwen", "/Qwen/x", "../Qwen", "a/b/c")
+    assert [name for name in names if is_hub_name(name)] == ["Qwen/Qwen2.5-3B"]
+
+
 def test_name_that_the_hub_does_not_know_is_said(hub: Hub, tmp_path: Path):
     result = start(tmp_path, hub.address, name="someone/no-such-model")
     (line,) = result.error_lines
-    assert result.status == 1 and "someone/no-such-model could not be fetched" in line
+    assert result.status == 1 and "someone/no-such-model is no folder here and could not be fetched" in line

@@ -217,6 +217,16 @@ def test_groups_of_one_recipe_are_not_told_apart(tmp_path: Path, capsys):
     assert capsys.readouterr().out.count("no difference can be told") == 2
 
 
+def test_groups_without_any_spread_are_not_told_apart(tmp_path: Path, capsys):
+    for name, said in (("a", GOOD), ("b", BAD)):
+        for seed in range(2):
+            evaluated(tmp_path / f"{name}-s{seed}", said, REFERENCES)
+    assert compare.main([f"{tmp_path}/a-s*", f"{tmp_path}/b-s*"]) == 0
+    printed = capsys.readouterr().out
+    assert "BLEU: the runs of each group score the same, so there is no spread to test by" in printed
+    assert "better" not in printed
+
+
 def test_what_a_run_was_before_it_became_longer_is_no_run_of_the_group(tmp_path: Path, capsys):
     group = seeds_of(tmp_path, "a", 0.15, range(3))
     evaluated(tmp_path / "a-s1-at-300", BAD, REFERENCES)

@@ -349,9 +349,9 @@ def test_mistakes_are_answered_by_one_line_that_says_what_to_do(trained_run, seq
 def test_a_run_that_saves_while_it_is_opened_is_not_scored_by_two_checkpoints(run_copy):
     trained = open_trained(run_copy, device=CPU)
     for other, refused in (([[trained.step]], False), ([[trained.step + 1]], True)):
-        cluster: Any = SimpleNamespace(gather=lambda own, kind, other=other: [own, other])
+        cluster: Any = SimpleNamespace(gather=lambda own, kind, other=other: [own, other], on_first=lambda work: work())
         with pytest.raises(UserError, match="has saved while it was opened") if refused else nullcontext():
-            evaluate.check_same([trained], cluster)
+            evaluate.check_ready([trained], cluster)
     shutil.rmtree(trained.checkpoint.folder)
     with pytest.raises(UserError, match="is gone, since the run goes on: start the same command again"):
         trained.weights.read(trained.checkpoints)

@@ -65,8 +65,6 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     if len(part) == 0:
         raise UserError(f"the {part_name} part of {data.folder} is empty: choose another --part, or other --data")
     label = Setting.of(trained, data, part_name).label + asking.label
-    # The work takes long, so what would stop it at its end is looked for before.
-    cluster.on_first(lambda: _check_writable(trained.run_dir))
     # The questions of the table are asked in any case.
     table = [row for row, uid in enumerate(part.uids) if uid in set(data.meta["questions"])]
     rows = sorted({*questions_of(list(part.tasks), asking.answers_per_task or None), *table})
@@ -146,14 +144,6 @@ def scores_of(about: Mapping[str, Any], answers: AnswerComparison, losses: Seque
     }
 
 
-def _check_writable(run_dir: Path) -> None:
-    folder = run_dir / "evaluation"
-    with writing_to(run_dir, option="RUN"):
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / ".writable", "")
-        (folder / ".writable").unlink()
-
-
 def questions_of(tasks: Sequence[str], per_task: int | None) -> list[int]:
     """Which rows are asked: `per_task` of each task, drawn by a fixed seed; a larger number has those of a smaller."""
     chosen = []
@@ -192,7 +182,7 @@ def _both_sides(
 ) -> list[Side]:
     """Before and after: losses of all rows, and answers to the questions of `rows` and to the benchmark's."""
     folder = asking.disc_law_eval
-    questions = None if folder is None else load_law_questions(folder, asking.disc_law_eval_limit)
+    questions = None if folder is None else load_law_questions(trained.chat, folder, asking.disc_law_eval_limit)
     part, most = answers.part, asking.max_new_tokens
     prompts = [asked_of(part, row, trained.tokenizer).prompt for row in rows]
     sides = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ def open_evaluation(name: str, run_dir: Path, label: str) -> AnswerRun:
     name: what the run is called in messages.
     """
     path = run_dir / "evaluation" / f"{label}{ENDING}"
-    command = f"`python -m training.evaluation.evaluate {run_dir}`"
+    evaluate = f"`python -m training.evaluation.evaluate {shlex.quote(str(run_dir))}`"
+    command = f"{evaluate} and the options that {label} stands for"
     if not path.is_file():
         labels = sorted(each.name.removesuffix(ENDING) for each in path.parent.glob(f"*{ENDING}"))
         found = f"; there is {', '.join(labels)}" if labels else ""
@@ -43,7 +45,7 @@ def open_evaluation(name: str, run_dir: Path, label: str) -> AnswerRun:
     except (OSError, ValueError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise UserError(f"{path} is damaged: make it again with {command} and the options that {label} stands for")
+        raise UserError(f"{path} is damaged: make it again with {command}")
     return AnswerRun(name, rows)
 
 

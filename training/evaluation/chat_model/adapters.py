@@ -90,14 +90,27 @@ def open_adapters(
     run, state = open_run(run_dir, weights, {"qlora": QLoRAConfig}, what="answer questions")
     config = run.config
     assert isinstance(config, QLoRAConfig)
-    base = find_base_model(base_model or config.base_model, config.base_revision)
-    if fingerprint_of(base) != run.checkpoint.manifest["built_on"]["base_model"]:
-        raise UserError(
-            f"the model in {base} is not the one that the adapters in {run.run_dir} were trained on (config.yaml says "
-            f"{config.base_model}): on another model they mean nothing; name the right one with --base_model"
-        )
+    fingerprint = run.checkpoint.manifest["built_on"]["base_model"]
+    base = find_base_of(run.run_dir, base_model, config.base_model, config.base_revision, fingerprint)
     chosen = choose_precision(precision or config.precision, device)
     model = build_model(config, base, COMPUTE_TYPES[chosen.name], device, trains=False)
     load_model_state(model, state)
     model.eval()
     return TrainedAdapters(**vars(run), base=base, model=model, precision=chosen)
+
+
+def find_base_of(folder: Path, here: str | None, named: str, revision: str | None, fingerprint: str) -> Path:
+    """The base model of the adapters in `folder`. here: where it is now, if not where it was when it was `named`.
+
+    Raises UserError where it is missing or another.
+    """
+    try:
+        base = find_base_model(here or named, revision)
+    except UserError as error:
+        raise error if here else UserError(f"{error}; or say with --base_model FOLDER where it is") from None
+    if fingerprint_of(base) != fingerprint:
+        raise UserError(
+            f"the model in {base} is not the one that the adapters in {folder} were trained on ({named}): on another "
+            "model they mean nothing; name the right one with --base_model"
+        )
+    return base

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from training.base.console import UserError
 from training.data.chat import ChatTokenizer, Message, assistant, load_chat_tokenizer, user
 from training.engine.precision import Precision, PrecisionName, choose_precision
-from training.evaluation.chat_model.adapters import open_adapters
+from training.evaluation.chat_model.adapters import find_base_of, open_adapters
 from training.evaluation.chat_model.streaming import Speaker, Text
 from training.evaluation.chat_model.unpacking import unpack_where_there_is_room
 from training.evaluation.exports.folder import ABOUT
@@ -27,7 +27,6 @@ from training.models.base_model import (
     CONFIG,
     QuantisationOptions,
     find_base_model,
-    fingerprint_of,
     load_base_model,
     read_config,
 )
@@ -119,12 +118,7 @@ def _adapters(
         quantisation = QuantisationOptions.model_validate(about["quantisation"])
     except (KeyError, ValidationError):
         raise UserError(f"{folder / ABOUT} was written by another version: export the run again") from None
-    base = find_base_model(base_model or named, revision)
-    if fingerprint_of(base) != fingerprint:
-        raise UserError(
-            f"the model in {base} is not the one that the adapters in {folder} were trained on "
-            f"({named}): name the right one with --base_model"
-        )
+    base = find_base_of(folder, base_model, named, revision, fingerprint)
     loaded = load_base_model(base, quantisation, compute_type, device)
     if device.type == "cpu":
         unpack_where_there_is_room(loaded, compute_type)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from training.base.console import warn
-from training.data.chat import user
+from training.data.chat import ChatTokenizer, user
 from training.engine.cluster import Cluster
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.chat_model.answering import answers_to
@@ -59,24 +59,25 @@ class LawAnswers:
 class LawQuestions:
     """What is asked."""
 
+    tokenizer: ChatTokenizer  # in whose form
     questions: list[Question]
     prompts: list[str]  # of `questions`, with four solved samples each
     open_questions: list[OpenQuestion]
 
 
-def load_law_questions(folder: Path, limit: int | None) -> LawQuestions:
+def load_law_questions(tokenizer: ChatTokenizer, folder: Path, limit: int | None) -> LawQuestions:
     """The questions in `folder`, the first `limit` of each exam, None for all; raises UserError if not as released."""
     samples = load_samples(folder)
     questions = _first(load_questions(folder), limit)
     prompts = [four_shot_prompt(each, samples) for each in questions]
-    return LawQuestions(questions, prompts, open_questions(folder)[: limit or None])
+    return LawQuestions(tokenizer, questions, prompts, open_questions(folder)[: limit or None])
 
 
 def ask_law_eval(
     trained: TrainedAdapters, asked: LawQuestions, max_new_tokens: int, cluster: Cluster, label: str
 ) -> LawAnswers:
     """Puts the questions to the model as it is now; every rank answers its share."""
-    tokenizer = trained.chat
+    tokenizer = asked.tokenizer
     config = trained.model.model.get_base_model().config.get_text_config()
 
     def ask(texts: Sequence[str], most: int, what: str) -> tuple[list[str], int]:

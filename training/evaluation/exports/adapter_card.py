@@ -11,6 +11,7 @@ import yaml
 
 from training.base.files import is_there
 from training.base.strict_yaml import read_yaml
+from training.data.chat import ChatTokenizer
 from training.data.conversations import DISC_LAW_SFT
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.exports import cards
@@ -78,6 +79,7 @@ def card(trained: TrainedAdapters, about: dict[str, Any], differences: Sequence[
             "quantisation": config.quantisation,
             "compute": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[trained.precision.name],
             "data": data,
+            "learned": "conversations" if isinstance(trained.tokenizer, ChatTokenizer) else "texts",
             "place": place_of(data["source"]),
             "law": law,
             "licence": in_words,

@@ -240,7 +240,7 @@ class Export:
         self._tell_differences(*found, "bfloat16")
         if has_modelfile:
             say(f"  run it    ollama create {run} -f {output}/Modelfile && ollama run {run}")
-        else:
+        elif self._is_chat:
             warn(
                 "the chat template has no form that a Modelfile can have, so there is none; llama.cpp reads it as it is"
             )

@@ -75,7 +75,7 @@ def model_of(gpt: GPT) -> PreTrainedModel:
     if gpt.vocabularies.source is not None:
         raise UserError(
             "transformers has no architecture with a vocabulary for each side, so this model cannot be exported; those "
-            "with data prepared with --vocabularies joint can (configs/gpt/sample.yaml)"
+            "with data prepared with --vocabularies joint can (configs/gpt/plain.yaml)"
         )
     convert = {("learned", "layer"): _gpt2, ("rotary", "layer"): _gpt_neox, ("rotary", "rms"): _arcee}.get(
         (options.positions, options.norm)
