@@ -37,8 +37,8 @@ from data_prep.records import (
     unread_keys,
     written_text,
 )
-from data_prep.sources import is_dataset
-from training.base.console import UserError, run_main
+from data_prep.tables import is_saved
+from training.base.console import UserError, run_main, warn
 from training.base.options import Pairs, Revision, Words, parse
 from training.data.chat import TextTokenizer, assistant, load_text_tokenizer
 
@@ -102,8 +102,11 @@ class InstructionOptions(ConversationOptions):
     @model_validator(mode="after")
     def _of_data_sets(self) -> InstructionOptions:
         named = sorted({"subset", "split", "revision"} & self.model_fields_set)
-        if named and not any(is_dataset(_weighted(word)[0]) for word in self.source):
-            raise ValueError(f"{named[0]} is that of a data set, hub:NAME or a folder: leave it out")
+        words = [_weighted(word)[0] for word in self.source]
+        if named and not any(word.startswith(HUB) or is_saved(Path(word).expanduser()) for word in words):
+            raise ValueError(
+                f"{named[0]} is that of a data set, hub:NAME or a folder that `datasets` has saved: leave it out"
+            )
         return self
 
     @field_validator("roles")
@@ -191,7 +194,7 @@ class Instructions(Corpus[Record, RecordFile]):
         task = self._task_of(values) if options.tasks == "field" else None
         return Record(
             None if name is None else text_of("id", name),
-            task or file.stem,
+            task or _task_by(file),
             tuple(read.messages[: answers[-1] + 1]),
             unread=tuple(dict.fromkeys([*read.unread, *unread_keys(values)])),
             earlier=tuple(answers[:-1]) if options.learn == "all" else (),
@@ -210,7 +213,7 @@ class Instructions(Corpus[Record, RecordFile]):
         task = self._task_of(values) if self.options.tasks == "field" else None
         name = None if name is None else text_of("id", name)
         # A file of plain text is one of many, which are no tasks of their own.
-        whole = file.source if isinstance(file, RecordFile) and file.form == "text" else file.stem
+        whole = file.source if isinstance(file, RecordFile) and file.form == "text" else _task_by(file)
         return Record(name, task or whole, (assistant(text),), unread=tuple(unread_keys(values)))
 
     def _task_of(self, values: dict[str, Any]) -> str | None:
@@ -223,6 +226,12 @@ class Instructions(Corpus[Record, RecordFile]):
         if task in FOR_ALL:
             raise Malformed(f"{key} is {task!r}, which is what tables call all of them: name it otherwise")
         return task or None
+
+
+def _task_by(file: SourceFile) -> str:
+    """The task of records that name none: their file's name, without its endings and the number of a shard."""
+    task = re.sub(r"[-_.](\d{5,}|\d+[-_]of[-_]\d+)$", "", file.stem) or file.stem
+    return file.path.name if task in FOR_ALL else task
 
 
 def open_corpus(options: InstructionOptions) -> Instructions:
@@ -242,6 +251,7 @@ def open_corpus(options: InstructionOptions) -> Instructions:
             found = [dataset]
         else:
             found = files_in(place, word, options.keys, text=options.learn == "text")
+            _warn_of_parts(word, found)
         name = found[0].stem if len(found) == 1 else place.name
         name = word if name in weights else name
         weights[name] = weight
@@ -250,6 +260,16 @@ def open_corpus(options: InstructionOptions) -> Instructions:
         raise UserError(f"--source names {len(weights)} sources, more than {MOST_SOURCES}: put them into folders")
     is_mixture = len(weights) > 1 or set(weights.values()) != {1.0}
     return Instructions(options, files, weights if is_mixture else {})
+
+
+def _warn_of_parts(word: str, files: Sequence[RecordFile]) -> None:
+    """Says that the parts into which others split their records are all read."""
+    parts = [file for file in files if file.stem in ("train", "test", "validation", "valid", "dev")]
+    if len(parts) > 1:
+        warn(
+            f"{word} has {', '.join(file.name for file in parts)}, all of which are read and split anew: pass the one "
+            f"to learn from, as in --source {parts[0].path}"
+        )
 
 
 def _weighted(word: str) -> tuple[str, float]:

@@ -330,6 +330,7 @@ def _call_of(where: str, call: object) -> dict[str, Any]:
         except (ValueError, RecursionError):
             pass  # it stays the text that it is
     called = {"name": function["name"], "arguments": arguments}
+    checked_text(where, json.dumps(called, ensure_ascii=False))
     named = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
     return {**named, "type": "function", "function": called}
 
@@ -342,6 +343,7 @@ def _tools_of(key: str, value: object) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Malformed(f"{key} has a tool without a name")
         tools.append({"type": "function", "function": function})
+    checked_text(key, json.dumps(tools, ensure_ascii=False))
     return tools
 
 

@@ -38,6 +38,21 @@ def packing_of(begin: bytes) -> str:
     return next((kind for magic, kind in _MAGIC.items() if begin.startswith(magic)), "")
 
 
+def refuse_archive(path: Path, begin: bytes) -> None:
+    """Raises UserError where the content of the file at `path` begins as an archive of tar does."""
+    if begin[257:262] == b"ustar":
+        raise UserError(f"{path} is an archive of tar: unpack it (`tar xf`), and pass what was in it")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises UserError for a file that cannot be opened in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
 @contextmanager
 def naming_damage(path: Path, kind: str) -> Iterator[None]:
     """Raises UserError for what the libraries raise in this block over a damaged file."""

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     began = time.monotonic()
     output, existing = claim_output(options.output, dry_run, options.overwrite, open_prepared, example="tatoeba")
-    downloads = output.parent / "downloads"
+    replaces, downloads = output.exists(), output.parent / "downloads"
     missing = [
         download
         for name in options.tables.values()
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with writing_to(output), temporary_folder(output) as temporary:
         meta = build(temporary, options, sources)
-        publish_folder(temporary, output, replace=output.exists())
+        publish_folder(temporary, output, replace=replaces)
     _report(output, options, meta, time.monotonic() - began)
     return 0
 

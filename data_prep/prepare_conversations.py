@@ -70,7 +70,7 @@ def prepare(
     """
     began = time.monotonic()
     output, existing = claim_output(options.output, dry_run, options.overwrite, open_conversations, example=example)
-    tokenizer = options.load_tokenizer()
+    replaces, tokenizer = output.exists(), options.load_tokenizer()
 
     def done(corpus: Corpus) -> bool:
         return existing is not None and is_done(
@@ -99,7 +99,7 @@ def prepare(
             temporary_folder(output) as temporary,
         ):
             meta = build(temporary, output, options, corpus, tokenizer, workers)
-            publish_folder(temporary, output, replace=output.exists())
+            publish_folder(temporary, output, replace=replaces)
     _report(output, meta, corpus, time.monotonic() - began)
     return 0
 
@@ -149,6 +149,11 @@ def build(
         chosen = {part: split.first_share(part, options.fraction, records.group) for part in PARTS}
         if corpus.learn == "all":
             chosen = {part: np.array([row for row in rows if records.learned[row]]) for part, rows in chosen.items()}
+            if empty := [part for part, rows in chosen.items() if not len(rows)]:
+                raise UserError(
+                    f"nothing is left for {' and '.join(empty)}, since training has every prompt of its conversations, "
+                    "too: pass each conversation once, without its beginnings, or use --learn last"
+                )
         columns = [
             *(["learned"] if corpus.learn == "all" else []),
             *(["tools"] if records.has_tools else []),
@@ -204,9 +209,11 @@ def _check_records(records: Records, options: ConversationOptions, corpus: Corpu
             f"({mostly}the first is {first['file']} line {first['line']}: {first['reason']}); {corpus.advice}"
         )
     if len(records.tasks) > MAX_TASKS:
+        count, advice = len(corpus.files), "--tasks file takes the names of the files"
+        advice = f"join some of the {count} files" if count > MAX_TASKS else advice
         raise UserError(
             f"the records are of {len(records.tasks):,} tasks (such as {', '.join(records.tasks[:3])}), more than "
-            f"{MAX_TASKS}: --tasks file takes the names of the files instead"
+            f"{MAX_TASKS}: {advice} instead"
         )
 
 

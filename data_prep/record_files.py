@@ -23,11 +23,13 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from data_prep.layouts import Keys, is_turn, is_turns
-from data_prep.packing import open_unpacked, packing_of
+from data_prep.packing import open_unpacked, packing_of, reading, refuse_archive
 from data_prep.preparing import refuse_prepared
 from data_prep.records import Lines, Malformed, SourceFile, decoded, kind_of
+from data_prep.tables import csv_rows, is_saved
 from training.base.console import UserError
 from training.base.files import check_there, nearest_folder, sha256_of
+from training.data.text import in_utf8
 
 Form = Literal["lines", "values", "csv", "parquet", "text", "dataset"]
 
@@ -35,8 +37,8 @@ Form = Literal["lines", "values", "csv", "parquet", "text", "dataset"]
 NO_RECORDS = {
     b"version https://git-lfs": "it is the pointer to a file that git-lfs keeps; `git lfs pull` fetches that",
     b"PK\x03\x04": "it is a zip file or a spreadsheet; unpack it, or export it as CSV",
-    b"\xff\xfe": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
-    b"\xfe\xff": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > mine-utf8.jsonl` converts it",
+    b"\xff\xfe": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > {made}` converts it",
+    b"\xfe\xff": "it is UTF-16; `iconv -f UTF-16 -t UTF-8 {path} > {made}` converts it",
 }
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_ENDINGS = (".txt", ".md")  # documents, with --learn text
@@ -108,12 +110,15 @@ def _plain_name(path: Path) -> str:
 
 
 def _file(path: Path, keys: Keys, *, text: bool) -> RecordFile:
-    with path.open("rb") as opened:
+    with reading(path), path.open("rb") as opened:
         begin = opened.read(max(map(len, NO_RECORDS)))
     packed = packing_of(begin)
     for magic, mend in NO_RECORDS.items():
         if begin.startswith(magic):
-            raise UserError(f"{path} is no file of records: {mend.format(path=shlex.quote(str(path)))}")
+            mend = mend.format(path=shlex.quote(str(path)), made=in_utf8(path))
+            raise UserError(f"{path} is no file of records: {mend}")
+    with open_unpacked(path, packed) as opened:
+        refuse_archive(path, opened.read(512))
     form: Form = "parquet" if begin.startswith(b"PAR1") else "lines"
     if form == "lines" and _plain_name(path).endswith((".csv", ".tsv")):
         form = "csv"
@@ -186,7 +191,7 @@ def from_hub(name: str, config: str | None, split: str, revision: str, word: str
 
 def saved(place: Path, split: str, word: str) -> RecordFile | None:
     """A data set that `datasets` saved in the folder `place`; None if it is no such folder."""
-    if not any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not is_saved(place):
         return None
     import datasets
 
@@ -259,21 +264,16 @@ def _csv_rows(opened: IO[bytes], file: RecordFile) -> Iterator[tuple[int, Any, s
 
     Not by pyarrow, which ends at the first row of another length, and knows no lines.
     """
-    csv.field_size_limit(MOST_CELL)
     text = io.TextIOWrapper(opened, "utf-8-sig", errors="surrogateescape", newline="")
-    head = text.readline()
+    head, before = "", 0
+    while not head.strip() and (first := text.readline()):
+        head, before = first, before + 1
     delimiter = "\t" if ".tsv" in file.name.lower() else max(",;\t", key=head.count)
     heading = next(csv.reader([head], delimiter=delimiter), [])
-    rows = csv.reader(text, delimiter=delimiter)
-    while True:
-        line = rows.line_num + 2
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, Malformed(f"no row of CSV: {error}"), ""
-            continue
+    if len(set(heading)) < len(heading):
+        twice = next(name for name in heading if heading.count(name) > 1)
+        raise UserError(f"{file.path} has the column {twice!r} twice: name one of them otherwise")
+    for line, row in csv_rows(text, delimiter, str(file.path), before=before, longest=MOST_CELL):
         if not any(row):
             continue
         begin = delimiter.join(row)[:80]

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.packing import naming_damage, open_unpacked, packing_of
+from data_prep.packing import naming_damage, open_unpacked, packing_of, reading, refuse_archive
 from data_prep.preparing import sha256_of_json
 from training.base.console import UserError
 from training.base.files import sha256_of
@@ -88,11 +88,8 @@ class Packed:
     @classmethod
     def of(cls, path: Path) -> Packed:
         """By how the file begins. Raises UserError for a folder, a spreadsheet, or a zip file of several texts."""
-        try:
-            with path.open("rb") as file:
-                begin = file.read(8)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        with reading(path), path.open("rb") as file:
+            begin = file.read(8)
         kind = packing_of(begin)
         if kind != "zip":
             return cls(path, kind, path.stem if kind else path.name)
@@ -139,6 +136,18 @@ class TextTable(Table):
         """Its lines without their ends; a BOM before one is left out."""
         return (line.decode("utf-8-sig") for line in split_lines(self.packed.parts()))
 
+    def sentences(self) -> Iterator[str]:
+        """Its lines, where line N belongs to line N of another text: a CR within one of many LFs ends none."""
+        if not any(b"\n" in part for part in self.packed.parts()):
+            yield from self.lines()
+            return
+        left = b""
+        for part in self.packed.parts():
+            *lines, left = (left + part).split(b"\n")
+            yield from (line.removesuffix(b"\r").decode("utf-8-sig") for line in lines)
+        if left:
+            yield left.decode("utf-8-sig")
+
 
 class TabTable(TextTable):
     """A row a line, its cells parted by tabs. A quote is a character like others."""
@@ -157,16 +166,30 @@ class CSVTable(TextTable):
         first = next(lines, "")
         unquoted = re.sub('"[^"]*"', "", first)
         delimiter = max(",;\t", key=unquoted.count)
-        csv.field_size_limit(LONGEST_CELL)
-        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+        yield from csv_rows(chain([first], lines), delimiter, self.place)
+
+
+def csv_rows(
+    lines: Iterable[str], delimiter: str, place: str, *, before: int = 0, longest: int = LONGEST_CELL
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows of CSV, each with the line where it begins. Raises UserError where a quote swallows what follows.
+
+    lines: with their ends. before: how many were read before. longest: characters of a cell.
+    """
+    csv.field_size_limit(longest)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        number = before + reader.line_num + 1
         try:
-            for cells in reader:
-                yield reader.line_num, cells
+            cells = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
             raise UserError(
-                f"{self.place} is no CSV from line {reader.line_num} on ({error}): a cell with a quote in it stands in "
-                'quotes, and its own quotes twice, as in "He said ""yes""."'
+                f"{place} is no CSV from line {number} on ({error}): a cell with a quote in it stands in quotes, and "
+                'its own quotes twice, as in "He said ""yes""."'
             ) from None
+        yield number, cells
 
 
 @dataclass(frozen=True)
@@ -233,6 +256,8 @@ def open_text(path: Path, place: str | None = None) -> TextTable:
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = 0
     for part in packed.parts():
+        if not size:
+            refuse_archive(path, part)
         try:
             decoder.decode(part)
         except UnicodeDecodeError as error:
@@ -263,7 +288,9 @@ def _not_utf8(packed: Packed, place: str, line: int, part: bytes, error: Unicode
         advice = "it ends in the middle of a character: copy it again, whole"
     else:
         begin = next(packed.parts())
-        advice = encoding_advice(begin if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else part, str(packed.path))
+        content = begin if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else part
+        advice = encoding_advice(content, Path(packed.name) if packed.kind else packed.path)
+        advice = f"unpack it; {advice}" if packed.kind else advice
     return UserError(f"{place} is not UTF-8 text (line {line}); {advice}")
 
 
@@ -335,6 +362,11 @@ class DatasetTable(Table):
 _PASS_FILE = "; if one of its files holds the sentence pairs, pass that"
 
 
+def is_saved(place: Path) -> bool:
+    """Whether this is a folder in which `datasets` has saved a data set."""
+    return any((place / about).is_file() for about in ("dataset_dict.json", "state.json"))
+
+
 def open_dataset(name: str, subset: str | None, revision: str | None, split: str) -> DatasetTable:
     """The split of a data set: of a folder, or, called hub:NAME, of the Hugging Face hub.
 
@@ -345,8 +377,15 @@ def open_dataset(name: str, subset: str | None, revision: str | None, split: str
     datasets.disable_progress_bars()
     commit = None
     hub = name.removeprefix("hub:")
+    saved = is_saved(Path(name))
+    texts = sorted(each.suffix for each in Path(name).glob("*.t[sx][vt]")) if name == hub and not saved else []
+    if texts:
+        raise UserError(
+            f"{name} is a folder of texts, of which only the library knows what is a heading: join them (`cat "
+            f"{shlex.quote(name)}/*{texts[0]} > joined{texts[0]}`), and pass that"
+        )
     try:
-        if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
+        if saved:
             found = datasets.load_from_disk(name)
             splits = found if isinstance(found, dict) else {split: found}
         else:
@@ -390,9 +429,9 @@ class ParallelTable(Table):
 
     def rows(self) -> Iterator[Row]:
         first, second = self.sides
-        for number, cells in enumerate(zip_longest(first.lines(), second.lines()), 1):
+        for number, cells in enumerate(zip_longest(first.sentences(), second.sentences()), 1):
             if None in cells:
-                counts = [sum(1 for _ in side.lines()) for side in self.sides]
+                counts = [sum(1 for _ in side.sentences()) for side in self.sides]
                 raise UserError(
                     f"{first.place} has {counts[0]:,} lines and {second.place} {counts[1]:,}: line N of one belongs to "
                     "line N of the other, so both need as many"
@@ -413,10 +452,9 @@ def open_parallel(paths: tuple[Path, Path], names: tuple[str, str]) -> ParallelT
 
 def open_file(path: Path) -> Table:
     """The table in a file, by its content and its name."""
-    with path.open("rb") as file:
-        if cast(BinaryIO, file).read(4) == b"PAR1":
-            return open_parquet(path)
-    return open_text(path)
+    with reading(path), path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    return open_parquet(path) if is_parquet else open_text(path)
 
 
 def first_rows(rows: Iterator[Row], count: int) -> tuple[list[Row], Iterable[Row]]:

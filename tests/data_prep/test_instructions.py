@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep import disc_law, export, instructions
+from data_prep import disc_law, export, instructions, prepare_conversations
 from tests.support.base_models import CHATML, WITH_TOOLS, make_tiny_qwen2, make_tokenizer
 from tests.support.commands import Launch
 from tests.support.legal_records import sentence
@@ -183,6 +183,35 @@ def test_task_or_category_of_a_record_or_the_name_of_its_file_is_its_task(make: 
     assert by_file.meta["tasks"] == ["mine-1"]
     with pytest.raises(UserError, match=r"of 120 tasks .*--tasks file"):
         make([qa(number, category=f"kind {number}") for number in range(120)])
+    (tmp_path / "shards").mkdir()
+    for number in range(120):
+        (tmp_path / f"shards/part-{number:05d}.jsonl").write_bytes(lines_of([qa(number)]))
+    (tmp_path / "shards/all.jsonl").write_bytes(lines_of([qa(number) for number in range(200, 220)]))
+    assert make(tmp_path / "shards").meta["tasks"] == ["all.jsonl", "part"]
+
+
+def test_parts_into_which_others_split_records_are_all_read_and_that_is_said(make: Make, tmp_path: Path, capsys):
+    (tmp_path / "parts").mkdir()
+    for place, part in enumerate(("train", "test")):
+        lines = lines_of([qa(number) for number in range(40 * place, 40 * place + 40)])
+        (tmp_path / f"parts/{part}.jsonl").write_bytes(lines)
+    assert sum(make(tmp_path / "parts").meta["rows"].values()) == 80
+    assert "has test.jsonl, train.jsonl, all of which are read and split anew" in capsys.readouterr().err
+    with pytest.raises(UserError, match="split is that of a data set"):
+        make(tmp_path / "parts", "--split", "train")
+
+
+def test_what_appears_at_the_output_while_it_is_prepared_is_not_replaced(make: Make, tmp_path: Path, monkeypatch):
+    def build(*words: object) -> object:
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made/notes.txt").write_text("mine")
+        return made(*words)
+
+    made = prepare_conversations.build
+    monkeypatch.setattr(prepare_conversations, "build", build)
+    with pytest.raises(UserError, match="made was made meanwhile, by something else: choose another --output"):
+        make([qa(number) for number in range(30)], output=tmp_path / "made")
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["notes.txt"]
 
 
 def test_ids_are_the_records_own_or_their_lines_and_unique(make: Make):
@@ -218,6 +247,13 @@ BAD_LINES: list[tuple[Line, str]] = [
     ({"messages": [{"from": "function_call", "value": "calc("}]}, "turn 1 of messages calls a tool, but 'calc('"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "has a call of a tool without a name"),
     (qa(1, tools=[{"type": "function"}]), "tools has a tool without a name"),
+    (json.dumps(qa(1, tools=[{"name": "f", "description": "\ud83d"}])).encode(), "tools holds half a surrogate pair"),
+    (
+        json.dumps(
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "\ud83d"}]}]}
+        ).encode(),
+        "turn 1 of messages holds half a surrogate pair",
+    ),
     ({"messages": [*turns("why?"), {"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "leaves"),
     ({"question": "why?", "answer": ["so"]}, "answer is a list, not text"),
     ({"instruction": " ", "input": "", "output": "x"}, "instruction is empty"),
@@ -311,6 +347,8 @@ def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path)
     (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     (tmp_path / "wide.jsonl").write_text(json.dumps(qa(1)), encoding="utf-16")
+    (tmp_path / "open.csv").write_text('question,answer\nQ,A\nQ,"A\nQ,"A"\n')
+    (tmp_path / "twice.csv").write_text("\nquestion,answer,answer\nQ,A,B\n")
     for name, expected in (
         ("nothing.jsonl", "does not exist: pass a file of records, a folder"),
         ("folder", r"holds no \.jsonl, .* file"),
@@ -323,7 +361,9 @@ def test_sources_that_hold_no_records_say_what_to_do(make: Make, tmp_path: Path)
         ("endless.jsonl.gz", "unpacks to more than 67,108,864, which no text does"),
         ("sheet.xlsx", "a spreadsheet; .*export it as CSV"),
         ("rows.parquet", "is a damaged Parquet file"),
-        ("wide.jsonl", "UTF-16; `iconv -f UTF-16"),
+        ("wide.jsonl", "UTF-16; `iconv -f UTF-16 .* > wide-utf8.jsonl`"),
+        ("open.csv", "is no CSV from line 3 on"),
+        ("twice.csv", "has the column 'answer' twice"),
     ):
         with pytest.raises(UserError, match=expected):
             make(tmp_path / name, output=tmp_path / "x")

@@ -14,6 +14,7 @@ from data_prep import instructions
 from tests.support.base_models import CHATML, make_tiny_qwen2, make_tokenizer
 from tests.support.commands import ROOT
 from tests.support.legal_records import sentence
+from training.base.console import UserError
 from training.data.chat import assistant, load_chat_tokenizer, user
 from training.data.conversations import Conversations, open_conversations
 from training.data.prepared import PARTS
@@ -172,6 +173,14 @@ def test_a_held_out_turn_whose_prompt_is_trained_on_is_read_and_not_scored(make)
     for name in ("validation", "test"):
         part = data.part(name)
         assert all(json.loads(text)[0]["content"] == "你好" for text in part.messages), "it is read"
+
+
+def test_conversations_that_are_passed_with_their_beginnings_leave_nothing_to_score_and_that_is_said(make):
+    whole = [dialogue(number, 3) for number in range(6)]
+    records = [{"messages": each[:turns]} for each in whole for turns in (2, 4, 6)]
+    with pytest.raises(UserError, match="since training has every prompt of its conversations"):
+        for seed in range(4):
+            make(f"beginnings-{seed}", records, "--learn", "all", "--seed", seed)
 
 
 def test_a_share_that_groups_do_not_allow_is_said(make, capsys):

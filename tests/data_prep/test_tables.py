@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 
 from data_prep import pairs, tables
 from data_prep.sources import sample_lines
+from tests.support.disks import not_as_root
 from training.base.console import UserError
 from training.data.prepared import Prepared, open_prepared
 
@@ -49,6 +51,14 @@ def as_zip(name: str, content: bytes) -> bytes:
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr(name, content)
         opened.writestr("_about.txt", "about")
+    return made.getvalue()
+
+
+def as_tar(name: str, content: bytes) -> bytes:
+    made, about = io.BytesIO(), tarfile.TarInfo(name)
+    about.size = len(content)
+    with tarfile.open(fileobj=made, mode="w:gz") as opened:
+        opened.addfile(about, io.BytesIO(content))
     return made.getvalue()
 
 
@@ -125,6 +135,27 @@ def test_parallel_files_of_other_lengths_are_refused(tmp_path: Path):
     (tmp_path / "a.zh").write_text("嗨。\n走。\n跑。\n", encoding="utf-8")
     said = refused(tmp_path, f"{tmp_path / 'a.en'},{tmp_path / 'a.zh'}")
     assert "a.en has 2 lines and" in said and "a.zh 3: line N of one belongs to line N of the other" in said
+
+
+def test_a_stray_cr_in_one_of_two_files_moves_no_sentence_to_another(tmp_path: Path):
+    for end, place, number in (("en", 0, 7), ("zh", 1, 90)):
+        lines = [pair[place] for pair in PAIRS]
+        lines[number] = f"\r{lines[number]}"
+        (tmp_path / f"a.{end}").write_bytes("\r\n".join(lines).encode())
+    assert texts(prepared(tmp_path, f"{tmp_path / 'a.en'},{tmp_path / 'a.zh'}")) == set(PAIRS)
+
+
+def test_a_folder_of_texts_is_not_left_to_a_library_that_takes_the_first_pair_for_a_heading(tmp_path: Path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/a.tsv").write_bytes(TEXT)
+    assert "is a folder of texts" in refused(tmp_path, tmp_path / "shards")
+
+
+def test_a_file_that_may_not_be_read_is_one_line():
+    with not_as_root() as folder:
+        (folder / "a.tsv").write_bytes(TEXT)
+        (folder / "a.tsv").chmod(0)
+        assert "a.tsv cannot be read: Permission denied" in refused(folder, folder / "a.tsv")
 
 
 def test_an_empty_line_of_one_of_two_files_is_no_pair_and_is_named(tmp_path: Path):
@@ -251,6 +282,10 @@ def test_english_is_told_from_languages_of_its_script_by_its_words(tmp_path: Pat
 BAD = {
     "bad.csv": (b'Hi.,"a"b\n', "is no CSV from line 1 on"),
     "open.csv": ('"Hi.","嗨。"\n"Go.,"走。"\n'.encode(), "is no CSV from line 2 on"),
+    "unmatched.csv": ('"Hi.","嗨。"\nGo.,"走。\nRun.,跑。\n'.encode(), "is no CSV from line 2 on"),
+    "gbk.csv": ('"Hi.","嗨。"\n'.encode("gb18030"), "/gbk.csv > gbk-utf8.csv`"),
+    "gbk.csv.gz": (gzip.compress('"Hi.","嗨。"\n'.encode("gb18030")), "unpack it; it looks like GBK: convert"),
+    "pairs.tar.gz": (as_tar("pairs.tsv", TEXT), "is an archive of tar: unpack it"),
     "list.json": ('[{"en": "Hi.", "zh": "嗨。"}]'.encode(), "is one JSON list, not a JSON object a line: `jq -c '.[]'"),
     "numbers.jsonl": (b"1\n2\n", "holds no JSON object a line"),
     "cut.parquet": (FORMS["columns.parquet"][:-30], "is a damaged Parquet file"),

@@ -38,6 +38,7 @@ _MENDABLE = {
     errno.EPERM: "writing {refused} is not permitted: choose another {option} or change the permissions there",
     errno.EEXIST: "{path} cannot be made, a part of this path is a file: choose another {option}",
     errno.ENOTDIR: "{path} cannot be made, a part of this path is a file: choose another {option}",
+    errno.ENOTEMPTY: "{path} was made meanwhile, by something else: choose another {option}",
     errno.ENAMETOOLONG: "the name {path} is too long for this file system: choose a shorter {option}",
 }
 

@@ -177,11 +177,17 @@ def codes_called(word: str) -> set[str]:
     return {each.code for each in LANGUAGES if each is known or word.lower() in each.headings}
 
 
+# Codes of countries that are no language's, and are often taken for one.
+_COUNTRIES = {"cn": "zh", "jp": "ja", "kr": "ko", "cz": "cs", "ua": "uk", "gr": "el", "vn": "vi", "dk": "da"}
+
+
 def language_of(code: str) -> Language:
     """The language with this code, alias or English name. Raises ValueError for what is none of them and no code."""
     found = known_language(code)
     if found is not None:
         return found
+    if code in _COUNTRIES:
+        raise ValueError(f"{code} is a country; its language has the code {_COUNTRIES[code]}")
     if not re.fullmatch("[a-z]{2,3}", code):
         near = difflib.get_close_matches(code.lower(), _BY_NAME, n=1)
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.data.languages import Language
@@ -41,11 +42,16 @@ def split_lines(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield from part.splitlines()  # of bytes: at these three only
 
 
-def encoding_advice(content: bytes, path: str) -> str:
-    """What to do about the file at `path`, which holds `content` and is not UTF-8."""
-    place = shlex.quote(path)
+def in_utf8(path: Path) -> str:
+    """What the file at `path` may be called once it was converted, as a shell reads it."""
+    return shlex.quote(f"{path.stem}-utf8{path.suffix}".lstrip("-"))
+
+
+def encoding_advice(content: bytes, path: Path) -> str:
+    """What to do about the file at `path`, which holds `content` and is not UTF-8; `-` is standard input."""
+    place = f"{shlex.quote(str(path))} > {in_utf8(path)}"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {place} > utf8.txt`"
+        return f"it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8 {place}`"
     try:
         codecs.getincrementaldecoder("gb18030")().decode(content)  # the content may end within a character
     except UnicodeDecodeError:
@@ -54,7 +60,7 @@ def encoding_advice(content: bytes, path: str) -> str:
             "fetch it again"
         )
     return (
-        f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {place} > utf8.txt`, with `-f BIG5` if that "
+        f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {place}`, with `-f BIG5` if that "
         "gives other characters"
     )
 

@@ -133,7 +133,7 @@ def _checked(lines: Iterable[bytes], path: Path | None) -> Iterator[bytes]:
     telling = [line for line in first if not line.isascii()]
     wrong = [line for line in telling if not _is_utf8(line)]
     if 2 * len(wrong) > len(telling) and len(wrong) > 1:
-        advice = encoding_advice(b"".join(first), str(path or "-"))
+        advice = encoding_advice(b"".join(first), Path(path or "-"))
         raise UserError(f"{path or 'the input'} is not UTF-8 text; {advice}")
     return chain(first, lines)
 

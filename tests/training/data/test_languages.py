@@ -34,6 +34,8 @@ def test_an_unknown_language_has_blanks_and_13a_and_no_script():
     for name, near in (("frennch", "french"), ("x", ""), ("12", ""), ("", "")):
         with pytest.raises(ValueError, match=f"ISO 639.*{near}"):
             language_of(name)
+    with pytest.raises(ValueError, match="cn is a country; its language has the code zh"):
+        language_of("cn")
 
 
 def test_languages_that_are_written_alike_are_not_told_by_script():
