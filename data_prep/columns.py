@@ -28,6 +28,7 @@ _ATTRIBUTIONS = ("attribution", "author", "authors", "licence", "license", "cred
 _OTHER_FORMS = (".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")  # whose content tells them
 # Words that most English texts have some of, and those of other languages in Latin letters none.
 _ENGLISH = re.compile(r"\b(?:the|you|this|they|what|with)\b", re.IGNORECASE)
+_NAME = re.compile(r"\w+(?:[_.-]\w+)*")
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?")
 
 Languages = tuple[Language, Language]  # of source and target
@@ -318,7 +319,6 @@ def _languages_called(name: str) -> set[str]:
 
 def _is_heading(cells: Sequence[str], languages: Languages) -> bool:
     """Whether two cells of a first row, or more, name the languages or their sides."""
-    if len(cells) < 2:
-        return False
     codes = {language.code for language in languages}
-    return sum(cell.lower() in _SIDES or bool(codes_called(cell) & codes) for cell in cells) >= 2
+    names = filter(_NAME.fullmatch, cells)
+    return sum(name.lower() in _SIDES or bool(_languages_called(name) & codes) for name in names) >= 2

@@ -270,8 +270,7 @@ def _csv_rows(opened: IO[bytes], file: RecordFile) -> Iterator[tuple[int, Any, s
         head, before = first, before + 1
     delimiter = "\t" if ".tsv" in file.name.lower() else max(",;\t", key=head.count)
     heading = next(csv.reader([head], delimiter=delimiter), [])
-    if len(set(heading)) < len(heading):
-        twice = next(name for name in heading if heading.count(name) > 1)
+    if twice := next((name for name in heading if name and heading.count(name) > 1), None):
         raise UserError(f"{file.path} has the column {twice!r} twice: name one of them otherwise")
     for line, row in csv_rows(text, delimiter, str(file.path), before=before, longest=MOST_CELL):
         if not any(row):

@@ -254,9 +254,9 @@ def test_languages_of_one_script_are_told_by_names_or_asked_for(tmp_path: Path):
     )
     asked = prepared(tmp_path / "asked", str(tmp_path / "a.tsv"), *french, "--columns", "2,1")
     assert texts(asked) == set(rows)
-    headed = "\n".join(map("\t".join, [("English", "French"), *rows]))
-    (tmp_path / "b.tsv").write_text(headed, encoding="utf-8")
-    assert texts(prepared(tmp_path / "headed", str(tmp_path / "b.tsv"), *french)) == set(rows)
+    for name, heading in (("plain", ("English", "French")), ("words", ("text_en", "text_fr"))):
+        (tmp_path / f"{name}.tsv").write_text("\n".join(map("\t".join, [heading, *rows])), encoding="utf-8")
+        assert texts(prepared(tmp_path / name, str(tmp_path / f"{name}.tsv"), *french)) == set(rows)
     credited = "\n".join(f"{en}\t{fr}\tCC-BY 2.0 (France) Attribution: tatoeba.org #1" for en, fr in rows)
     (tmp_path / "c.tsv").write_text(credited, encoding="utf-8")
     found = prepared(tmp_path / "credited", str(tmp_path / "c.tsv"), *french)
