@@ -147,9 +147,10 @@ def _read_layout(values: dict[str, Any], keys: Keys, read: Conversation) -> None
     answers = (keys.answer,) if keys.answer else _only([key for key in ANSWERS if key in values], "--answer_key")
     answers = tuple(key for key in answers or PAIR[2:] if key in values)
     if not answers and "chosen" in values and "rejected" in values:
+        can_be = questions or isinstance(values["chosen"], list)
         raise Malformed(
-            "it is a pair of a preferred answer and another one (chosen, rejected), which is not learned as such: with "
-            "--answer_key chosen the preferred one is"
+            "it is a pair of a preferred answer and another one (chosen, rejected), which is not learned as such"
+            + (": with --answer_key chosen the preferred one is" if can_be else ", and has no question of its own")
         )
     if questions and not answers:
         raise Malformed(f"no answer ({keys.answer or ', '.join(ANSWERS)}) beside {_names(values)}"[:300])

@@ -242,6 +242,7 @@ BAD_LINES: list[tuple[Line, str]] = [
     ({"messages": [*turns("why?"), {"role": "assistant", "content": None}]}, "content of turn 2 of messages is null"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "has a part that is no text: image_url"),
     ({"question": "why?", "chosen": "so", "rejected": "no"}, "with --answer_key chosen the preferred one is"),
+    ({"chosen": "Human: why? Assistant: so", "rejected": "no"}, "not learned as such, and has no question of its own"),
     ({"text": "A text."}, "with --learn text"),
     ({"messages": "[1"}, "begins like a list, but is no JSON"),
     ({"messages": [{"from": "function_call", "value": "calc("}]}, "turn 1 of messages calls a tool, but 'calc('"),
