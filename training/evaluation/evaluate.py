@@ -105,9 +105,8 @@ def check_ready(opened: Sequence[TrainedRun], cluster: Cluster) -> None:
 
 
 def _check_writable(run_dir: Path) -> None:
-    folder = run_dir / "evaluation"
+    folder = run_dir / "evaluation" if (run_dir / "evaluation").is_dir() else run_dir
     with writing_to(run_dir, option="RUN"):
-        folder.mkdir(exist_ok=True)
         write_atomically(folder / ".writable", "")
         (folder / ".writable").unlink()
 

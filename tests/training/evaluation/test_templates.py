@@ -58,7 +58,7 @@ ADAPTERS = {
         **{"rows": {"train": 4000}, "source": {"sha256": "c" * 64, "licence": "free"}, "fingerprint": "d" * 64},
         "tokenizer": {"template_options": {"enable_thinking": False}},
     },
-    **{"place": "x.jsonl", "law": False, "licence": "free", "differences": []},
+    **{"place": "x.jsonl", "law": False, "licence": "free", "differences": [], "learned": "conversations"},
 }
 
 

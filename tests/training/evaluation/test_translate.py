@@ -128,7 +128,7 @@ def test_sentences_without_chinese_are_translated_with_a_warning(run, capsys):
 def test_a_file_in_another_encoding_is_refused_with_the_command_that_converts_it(run, tmp_path, monkeypatch):
     gbk = CASES / "t23_gbk_translate_input.txt"
     said = refused(run, "--input", gbk, "--output", tmp_path / "out.txt")
-    advice = f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {gbk} > utf8.txt`"
+    advice = f"it looks like GBK: convert it with `iconv -f GB18030 -t UTF-8 {gbk} > {gbk.stem}-utf8.txt`"
     assert f"{gbk} is not UTF-8 text; {advice}" in said
     assert list(tmp_path.iterdir()) == []
     with gbk.open(encoding="gb18030") as file, monkeypatch.context() as patch:

@@ -98,6 +98,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
     }
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
+        folder.mkdir(exist_ok=True)
         lines = (_line(part.uids[row], each) for row, each in zip(rows, answered, strict=True))
         write_atomically(folder / f"{label}{ENDING}", "".join(lines))
         if before.law and after.law:

@@ -78,6 +78,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     examples, sheets = shown["content"]["examples"], shown["content"]["attention"]
     folder = trained.run_dir / "evaluation"
     with writing_to(trained.run_dir, option="RUN"):
+        folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{label}-translations.jsonl", _lines(part, translations, results))
         for earlier in range(1, SHEETS + 1):
             (folder / f"{label}-attention-{earlier}.svg").unlink(missing_ok=True)
