@@ -32,6 +32,7 @@ from data_prep.records import (
     Malformed,
     Record,
     SourceFile,
+    checked_text,
     json_value,
     kind_of,
     unread_keys,
@@ -192,13 +193,14 @@ class Instructions(Corpus[Record, RecordFile]):
         if isinstance(name, list | dict):
             raise Malformed(f"id is {kind_of(name)}, not text")
         task = self._task_of(values) if options.tasks == "field" else None
+        tools = json.dumps(without_absent(read.tools), ensure_ascii=False) if read.tools else ""
         return Record(
             None if name is None else text_of("id", name),
             task or _task_by(file),
             tuple(read.messages[: answers[-1] + 1]),
             unread=tuple(dict.fromkeys([*read.unread, *unread_keys(values)])),
             earlier=tuple(answers[:-1]) if options.learn == "all" else (),
-            tools=json.dumps(without_absent(read.tools), ensure_ascii=False) if read.tools else "",
+            tools=checked_text("tools", tools),
             notes=tuple(read.notes),
         )
 

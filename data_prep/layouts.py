@@ -344,7 +344,6 @@ def _tools_of(key: str, value: object) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Malformed(f"{key} has a tool without a name")
         tools.append({"type": "function", "function": function})
-    checked_text(key, json.dumps(tools, ensure_ascii=False))
     return tools
 
 

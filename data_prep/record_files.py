@@ -118,15 +118,15 @@ def _file(path: Path, keys: Keys, *, text: bool) -> RecordFile:
             mend = mend.format(path=shlex.quote(str(path)), made=in_utf8(path))
             raise UserError(f"{path} is no file of records: {mend}")
     with open_unpacked(path, packed) as opened:
-        refuse_archive(path, opened.read(512))
+        head = opened.read(HEAD)
+    refuse_archive(path, head)
     form: Form = "parquet" if begin.startswith(b"PAR1") else "lines"
     if form == "lines" and _plain_name(path).endswith((".csv", ".tsv")):
         form = "csv"
     elif form == "lines" and text and _plain_name(path).endswith(TEXT_ENDINGS):
         form = "text"
     elif form == "lines":
-        with open_unpacked(path, packed) as opened:
-            form = _form_of(opened.read(HEAD), keys)
+        form = _form_of(head, keys)
     return RecordFile(path, path.stat().st_size, sha256_of(path), form, packed, name=path.name)
 
 

@@ -37,7 +37,7 @@ def fetch_snapshot(
     import huggingface_hub.errors  # neither module is there before someone has imported it
 
     cache, endpoint = Path(hub.constants.HF_HUB_CACHE), hub.constants.ENDPOINT
-    by_hand, near = _by_hand(name, revision, kind), nearest_folder(Path(name))
+    by_hand = _by_hand(name, revision, kind)
     elsewhere = f"on a machine with a network run `{by_hand}`, copy the folder here, and name it instead"
 
     def snapshot(*, only_cached: bool) -> Path:
@@ -55,6 +55,7 @@ def fetch_snapshot(
 
     if found := cached():
         return found
+    near = nearest_folder(Path(name))
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"{name} is no folder here{near} and not in {cache}, and HF_HUB_OFFLINE is set: {elsewhere}")
     cache.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,11 @@ class TrainedAdapters(TrainedRun):
         return reopened(self.run_dir / "tokenizer", self.data["tokenizer"])
 
     @property
+    def is_chat(self) -> bool:
+        """Whether it learned conversations, and not texts."""
+        return isinstance(self.tokenizer, ChatTokenizer)
+
+    @property
     def chat(self) -> ChatTokenizer:
         """The tokenizer of a run that learned conversations. Raises UserError for another one."""
         if not isinstance(self.tokenizer, ChatTokenizer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import yaml
 
 from training.base.files import is_there
+from training.base.hub import is_hub_name
 from training.base.strict_yaml import read_yaml
-from training.data.chat import ChatTokenizer
 from training.data.conversations import DISC_LAW_SFT
 from training.evaluation.chat_model.adapters import TrainedAdapters
 from training.evaluation.exports import cards
@@ -56,7 +55,7 @@ def card(trained: TrainedAdapters, about: dict[str, Any], differences: Sequence[
     """
     config, data, base = trained.config, trained.data, trained.config.base_model
     licence, in_words = licence_of(base, trained.base)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).is_dir()
+    on_hub = is_hub_name(base) and not Path(base).is_dir()
     law = DISC_LAW_SFT.rpartition("/")[2] in data["source"]["licence"]
     header: dict[str, Any] = {
         **({"base_model": base} if on_hub else {}),
@@ -79,7 +78,7 @@ def card(trained: TrainedAdapters, about: dict[str, Any], differences: Sequence[
             "quantisation": config.quantisation,
             "compute": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[trained.precision.name],
             "data": data,
-            "learned": "conversations" if isinstance(trained.tokenizer, ChatTokenizer) else "texts",
+            "learned": "conversations" if trained.is_chat else "texts",
             "place": place_of(data["source"]),
             "law": law,
             "licence": in_words,

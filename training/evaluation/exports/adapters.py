@@ -231,7 +231,7 @@ class Export:
             # The weights fit float16, GGUF's 16 bits; what is computed with them may not, so bfloat16 compares.
             found = self._write_merged(whole, config, "float16", computed_in="bfloat16")
             gguf_file.write(whole, folder / name, kind, name=run, end_id=trained.data["tokenizer"]["end_id"])
-            has_modelfile = self._is_chat and modelfile.write(load_chat_tokenizer(str(whole)), folder, name)
+            has_modelfile = trained.is_chat and modelfile.write(load_chat_tokenizer(str(whole)), folder, name)
             shutil.rmtree(whole)
             self.about |= {"kind": "gguf", "dtype": kind, "modelfile": has_modelfile, "versions": versions}
             publish(folder, output, card(trained, self.about, merged_differences(*found, "bfloat16")), self.about)
@@ -240,14 +240,10 @@ class Export:
         self._tell_differences(*found, "bfloat16")
         if has_modelfile:
             say(f"  run it    ollama create {run} -f {output}/Modelfile && ollama run {run}")
-        elif self._is_chat:
+        elif trained.is_chat:
             warn(
                 "the chat template has no form that a Modelfile can have, so there is none; llama.cpp reads it as it is"
             )
-
-    @property
-    def _is_chat(self) -> bool:
-        return isinstance(self.trained.tokenizer, ChatTokenizer)
 
     @property
     def _config(self) -> PretrainedConfig:
