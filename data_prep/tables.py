@@ -378,8 +378,9 @@ def open_dataset(name: str, subset: str | None, revision: str | None, split: str
     commit = None
     hub = name.removeprefix("hub:")
     saved = is_saved(Path(name))
-    texts = sorted(each.suffix for each in Path(name).glob("*.t[sx][vt]")) if name == hub and not saved else []
-    if texts:
+    endings = {each.suffix for each in Path(name).glob("*")} if name == hub and not saved else set()
+    # Beside columns, a text is a licence or a description.
+    if not endings & {".parquet", ".arrow", ".jsonl", ".json"} and (texts := sorted(endings & {".tsv", ".txt"})):
         raise UserError(
             f"{name} is a folder of texts, of which only the library knows what is a heading: join them (`cat "
             f"{shlex.quote(name)}/*{texts[0]} > joined{texts[0]}`), and pass that"

@@ -170,6 +170,7 @@ def test_an_empty_line_of_one_of_two_files_is_no_pair_and_is_named(tmp_path: Pat
 def save_folder(folder: Path) -> None:
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(FORMS["lines.jsonl"])
+    (folder / "LICENSE.txt").write_text("free")
 
 
 def save_to_disk(folder: Path) -> None:
