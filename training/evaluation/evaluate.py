@@ -18,10 +18,11 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from training.base.console import UserError, run_main
 from training.base.environment import without_local_rank
-from training.base.files import write_atomically, writing_to
+from training.base.files import writing_to
 from training.base.options import CommandLine
 from training.data.prepared import PARTS
 from training.engine.cluster import Cluster
@@ -106,9 +107,8 @@ def check_ready(opened: Sequence[TrainedRun], cluster: Cluster) -> None:
 
 def _check_writable(run_dir: Path) -> None:
     folder = run_dir / "evaluation" if (run_dir / "evaluation").is_dir() else run_dir
-    with writing_to(run_dir, option="RUN"):
-        write_atomically(folder / ".writable", "")
-        (folder / ".writable").unlink()
+    with writing_to(run_dir, option="RUN"), TemporaryFile(dir=folder):
+        pass
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ as everywhere: what cannot be shown of an evaluation is left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from training.base.files import read_plain, write_atomically
+from training.base.files import lock, read_plain, write_atomically, writing_to
 from training.base.strict_yaml import read_yaml
 from training.engine.checkpoint import checkpoints
 from training.engine.metrics import read_metrics
@@ -88,6 +88,23 @@ def _config(run_dir: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return {**found, "session": None}  # with a command of the user's
     return {}
+
+
+@contextmanager
+def evaluation_folder(run_dir: Path) -> Iterator[Path]:
+    """runs/NAME/evaluation, made if it is not there, to write to; an evaluation that ends meanwhile waits.
+
+    Raises UserError where it cannot be written.
+    """
+    folder = run_dir / "evaluation"
+    with writing_to(run_dir, option="RUN"):
+        folder.mkdir(exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            lock(opened, wait=True)
+            yield folder
+        finally:
+            os.close(opened)  # also unlocks
 
 
 def write_evaluated(folder: Path, label: str, evaluated: Evaluated) -> None:

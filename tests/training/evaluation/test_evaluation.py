@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,7 @@ from training.evaluation.translations.scores import score_texts
 from training.evaluation.translations.trained import open_trained
 from training.models.decoding import translate as translate_ids
 from training.report.examples import EXAMPLES
+from training.report.page import evaluation_folder, write_evaluated, write_page
 
 CPU = torch.device("cpu")
 
@@ -355,6 +357,24 @@ def test_a_run_that_saves_while_it_is_opened_is_not_scored_by_two_checkpoints(ru
     shutil.rmtree(trained.checkpoint.folder)
     with pytest.raises(UserError, match="is gone, since the run goes on: start the same command again"):
         trained.weights.read(trained.checkpoints)
+
+
+def test_evaluations_of_one_run_may_begin_and_end_at_once(evaluated, run_copy):
+    run_dir = shutil.copytree(evaluated, run_copy.with_name("evaluated"))
+    trained = open_trained(run_dir, device=CPU)
+    shown = json.loads((run_dir / "evaluation/test.page").read_text(encoding="utf-8"))
+    files = set((run_dir / "evaluation").iterdir())
+    cluster: Any = SimpleNamespace(gather=lambda own, kind: [own, own], on_first=lambda work: work())
+
+    def evaluate_again(number: int) -> None:
+        evaluate.check_ready([trained], cluster)
+        with evaluation_folder(run_dir) as folder:
+            write_evaluated(folder, "test", shown)
+            write_page(run_dir, within=folder)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(evaluate_again, range(40)))
+    assert set((run_dir / "evaluation").iterdir()) == files
 
 
 def test_a_sentence_on_the_command_line_is_translated_without_the_data(run_copy, data, capsys):

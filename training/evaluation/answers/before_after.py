@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from training.base.console import UserError, say
-from training.base.files import write_atomically, writing_to
+from training.base.files import write_atomically
 from training.base.progress import Progress
 from training.data.conversations import ConversationPart, Conversations, asked_of
 from training.engine.batch_plan import batches_by_length
@@ -36,7 +36,7 @@ from training.evaluation.setting import Asking, Setting
 from training.models.generation import Generated
 from training.qlora import LIBRARIES, Answers, losses_of
 from training.report.examples import example_rows
-from training.report.page import REPORT, write_evaluated, write_page
+from training.report.page import REPORT, evaluation_folder, write_evaluated, write_page
 
 # Positions of a batch of losses; a single conversation may be longer.
 LOSS_TOKENS = 4096
@@ -96,9 +96,7 @@ def evaluate(trained: TrainedAdapters, data: Conversations, part_name: str, aski
         "examples": [answered[place] for place in example_rows(len(rows))],
         "law_eval": law_eval,
     }
-    folder = trained.run_dir / "evaluation"
-    with writing_to(trained.run_dir, option="RUN"):
-        folder.mkdir(exist_ok=True)
+    with evaluation_folder(trained.run_dir) as folder:
         lines = (_line(part.uids[row], each) for row, each in zip(rows, answered, strict=True))
         write_atomically(folder / f"{label}{ENDING}", "".join(lines))
         if before.law and after.law:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.base.console import UserError, say
-from training.base.files import write_atomically, writing_to
+from training.base.files import write_atomically
 from training.data.languages import Language, language_of
 from training.data.prepared import Part, Prepared
 from training.data.tokenizers import UNK
@@ -34,7 +34,7 @@ from training.evaluation.translations.trained import TrainedModel
 from training.evaluation.translations.translators import EnsembleTranslator
 from training.models.decoding import Translation, translate
 from training.report.examples import example_rows
-from training.report.page import REPORT, Evaluated, write_evaluated, write_page
+from training.report.page import REPORT, Evaluated, evaluation_folder, write_evaluated, write_page
 from training.report.sheets import Sheet
 from training.translation import held_out_scores
 
@@ -76,9 +76,7 @@ def evaluate(trained: TrainedModel, data: Prepared, part_name: str, search: Sear
     }
     shown = _shown(trained, data, part, results, translations, scores)
     examples, sheets = shown["content"]["examples"], shown["content"]["attention"]
-    folder = trained.run_dir / "evaluation"
-    with writing_to(trained.run_dir, option="RUN"):
-        folder.mkdir(exist_ok=True)
+    with evaluation_folder(trained.run_dir) as folder:
         write_atomically(folder / f"{label}-translations.jsonl", _lines(part, translations, results))
         for earlier in range(1, SHEETS + 1):
             (folder / f"{label}-attention-{earlier}.svg").unlink(missing_ok=True)
