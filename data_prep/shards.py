@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -172,7 +172,7 @@ def scratch_folder(output: Path) -> Iterator[Path]:
     begin = f".{output.name}.unpacked-"
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f"{glob.escape(begin)}*"):
-        with _locked(left) as is_free:
+        with suppress(FileNotFoundError), _locked(left) as is_free:  # its owner may have come to its end
             if is_free:
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=begin, dir=output.parent))

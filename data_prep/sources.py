@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from data_prep.columns import Languages
 from data_prep.preparing import refuse_prepared
 from data_prep.tables import Row, Table, open_dataset, open_file, open_parallel, open_text
 from training.base.console import UserError, say
-from training.base.files import open_atomically, sha256_of, writing_to
+from training.base.files import one_at_a_time, open_atomically, sha256_of, writing_to
 from training.base.progress import Progress
 from training.data.languages import known_language
 from training.data.text import split_lines
@@ -185,16 +186,18 @@ def _downloaded(pair: str, folder: Path) -> Path:
     """The zip file in `folder`, fetched if it is not there yet."""
     path, url = folder / f"{pair}.zip", address_of(pair)
     if path.exists():
-        say(f"using {path}, downloaded earlier (delete it to fetch the newest): sha256 {sha256_of(path)}")
-        return path
+        return _downloaded_earlier(path)
     say(f"downloading {url}")
     # The site answers 406 to clients that do not look like a browser.
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (X11; Linux x86_64) Relay"})
     with writing_to(path):
         try:
             # The answer comes first: a host without network leaves no empty folder behind.
-            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as answer:
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as answer, ExitStack() as stack:
                 folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(one_at_a_time(folder))
+                if path.exists():  # by another preparation, which had the folder until now
+                    return _downloaded_earlier(path)
                 total = int(answer.headers.get("Content-Length") or 0)
                 with open_atomically(path) as file, Progress("download", total, "bytes") as progress:
                     while block := answer.read(1 << 16):
@@ -202,16 +205,21 @@ def _downloaded(pair: str, folder: Path) -> Path:
                         progress.advance(len(block))
                     if total and progress.done != total:
                         raise http.client.IncompleteRead(b"", total - progress.done)
+                if not zipfile.is_zipfile(path):
+                    path.unlink()
+                    raise UserError(
+                        f"{url} did not answer with a zip file; open {DOWNLOAD_PAGE} in a browser, save {pair}.zip, "
+                        f"and pass its path: --source PATH/{pair}.zip"
+                    )
         except (urllib.error.URLError, TimeoutError, http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
             raise UserError(
                 f"{url} could not be fetched ({getattr(error, 'reason', None) or error}). By hand: open "
                 f"{DOWNLOAD_PAGE} in a browser, save {pair}.zip, and pass its path: --source PATH/{pair}.zip"
             ) from None
-    if not zipfile.is_zipfile(path):
-        path.unlink()
-        raise UserError(
-            f"{url} did not answer with a zip file; open {DOWNLOAD_PAGE} in a browser, save {pair}.zip, "
-            f"and pass its path: --source PATH/{pair}.zip"
-        )
     say(f"saved {path}: {path.stat().st_size:,} bytes, sha256 {sha256_of(path)}")
+    return path
+
+
+def _downloaded_earlier(path: Path) -> Path:
+    say(f"using {path}, downloaded earlier (delete it to fetch the newest): sha256 {sha256_of(path)}")
     return path

@@ -109,7 +109,7 @@ def print_status(argv: Sequence[str]) -> int:
     parser = CommandLine("python -m launch.slurm status", "Prints a line for every run below a folder.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
     folder = parser.parse_args(argv).folder
-    runs = sorted({path.parent for name in ("status.json", JOBS) for path in folder.rglob(name)})
+    runs = sorted(Path(place) for place, _, files in os.walk(folder) if not {"status.json", JOBS}.isdisjoint(files))
     if not runs:
         raise UserError(f"there is no run below {folder}")
     queued: list[Queued] = []

@@ -44,10 +44,15 @@ def python() -> Path:
     folder = CACHE / PACKAGE.replace("==", "-")
     interpreter, ready = folder / "bin/python", folder / "ready"
     installed = "\n".join((PACKAGE, *NEEDS))
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+    def find_ours() -> None:  # behind its own packages it finds ours, torch above all
+        (packages / "relay.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+
     if ready.exists() and ready.read_text() == installed:
+        find_ours()  # it may have been made by an environment that is gone
         return interpreter
     say(f"installing {PACKAGE} into {folder}")
-    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
@@ -57,8 +62,8 @@ def python() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{PACKAGE} cannot be installed: {done.stderr.strip()[-500:]}")
-        if command[1:3] == ["-m", "venv"]:  # behind its own packages it finds ours, torch above all
-            (packages / "relay.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+        if command[1:3] == ["-m", "venv"]:
+            find_ours()
     ready.write_text(installed)
     return interpreter
 

@@ -636,7 +636,7 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_not_done(
 ):
     output, shards = tmp_path / "x", tmp_path / ".x.shards"
     words = ["--source", large_source, "--output", output, "--tokenizer", small]
-    running = launch(*words, "--workers", 2, module="data_prep.disc_law")
+    running = launch("data_prep.disc_law", *words, "--workers", 2, module="tests.support.slow_preparing")
     while not list(shards.glob("*.arrow")):
         assert running.process.poll() is None, running.printed()
         time.sleep(0.001)

@@ -449,7 +449,7 @@ def test_killed_in_the_middle_it_goes_on_and_makes_the_same(
     source, output, shards = tmp_path / "mine.jsonl", tmp_path / "x", tmp_path / ".x.shards"
     source.write_bytes(lines_of([qa(number) for number in range(6000)]))
     words = ("--source", source, "--output", output, "--tokenizer", tokenizer, "--workers", 2)
-    running = launch(*words, module="data_prep.instructions")
+    running = launch("data_prep.instructions", *words, module="tests.support.slow_preparing")
     while not list(shards.glob("*.arrow")):
         assert running.process.poll() is None, running.printed()
         time.sleep(0.001)

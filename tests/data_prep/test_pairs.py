@@ -11,9 +11,10 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import opencc
 import pytest
@@ -28,10 +29,6 @@ from training.data.languages import Language
 from training.data.prepared import PARTS, Prepared, open_prepared
 from training.data.text import clean
 from training.data.tokenizers import WordTokenizer
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "data_prep.pairs", *map(str, words)]
 
 
 def prepare(*words: object, **environment: str) -> Result:
@@ -307,7 +304,10 @@ def test_output_that_is_a_file_or_holds_other_things_is_never_touched(tmp_path):
 @pytest.mark.parametrize("moment", [".", "tokenizer/source", "test"])
 def test_killed_preparation_leaves_no_output_and_is_redone(moment, tmp_path):
     output, partial = tmp_path / "x", tmp_path / ".x.partial"
-    running = subprocess.Popen(command("--source", "sample", "--output", output), cwd=ROOT, stdout=subprocess.DEVNULL)
+    # All of these are there when it looks for leaks; from then on it waits to be killed.
+    code = "import time; from data_prep import pairs; pairs.leakage = lambda *_: time.sleep(3600); pairs.main()"
+    words = ("--source", "sample", "--output", str(output))
+    running = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (partial / moment).exists():
         assert running.poll() is None, "finished before it could be killed"
         time.sleep(0.001)
@@ -443,6 +443,28 @@ def test_download_is_kept_and_prepared_like_the_file_in_it(tmp_path, monkeypatch
     assert pairs.main(["--source", str(tmp_path / "cmn-eng.zip"), "--output", str(tmp_path / "from_zip")]) == 0
     same = {open_prepared(tmp_path / name).fingerprint for name in ("from_file", "from_zip", "prepared/x")}
     assert len(same) == 1
+
+
+def test_two_preparations_that_download_at_once_have_the_same_file(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "cmn-eng.zip", "w") as archive:
+        archive.write(small_corpus(tmp_path / "cmn.txt"), "cmn.txt")
+    body, both = (tmp_path / "cmn-eng.zip").read_bytes(), Barrier(2)
+
+    class SlowSite(Site):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body[:100])
+            both.wait()
+            self.wfile.write(body[100:])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowSite) as server, ThreadPoolExecutor(2) as pool:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(sources, "DOWNLOAD_PAGE", f"http://127.0.0.1:{server.server_port}/")
+        made = list(pool.map(lambda _: sources._downloaded("cmn-eng", tmp_path / "downloads"), range(2)))
+        server.shutdown()
+    assert made == [tmp_path / "downloads/cmn-eng.zip"] * 2
+    assert [path.read_bytes() for path in (tmp_path / "downloads").iterdir()] == [body]
 
 
 def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> str:

@@ -390,11 +390,11 @@ def test_notebook_without_gpu_is_told_to_choose_one(launch, config, tmp_path):
 
 def test_training_that_does_not_end_is_killed_before_the_limit(monkeypatch, tmp_path, handlers):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    monkeypatch.setenv(KAGGLE_LIMIT, str(container_age_s() + 5))
+    monkeypatch.setenv(KAGGLE_LIMIT, str(container_age_s() + 62))
     deaf = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; time.sleep(3600)"
     (tmp_path / "deaf.py").write_text(deaf)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    training = Training(("deaf",), 1, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1), margin=12)
+    training = Training(("deaf",), 1, Disk(tmp_path, tmp_path / "run", None), Retention(2, 1), margin=240)
     assert training.run(Supervisor()) == Ending("stopped")
     left = time_left()
     assert left is not None and left[0] > 0

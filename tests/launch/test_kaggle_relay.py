@@ -381,7 +381,7 @@ def test_dataset_that_is_public_is_not_written_to(account: Account, private: boo
 
 
 def test_two_relays_of_one_run_are_refused(account: Account) -> None:
-    account.set(running_looks=50, steps=300)
+    account.set(running_looks=1_000_000, steps=300)
     first = account.start()
     wait_until(lambda: "running" in first.printed(), first)
     second = account.relay()

@@ -58,6 +58,7 @@ class WandbServer:
         self.sweep = ""
         self.trials: list[tuple[str, dict[str, Any]]] = []
         self.lossy = self.silent = False
+        self.kept_waiting = threading.Event()  # whether a client waits for a silent server
         self.lost = 0  # connections lost so far
         self._uploads = 0
         self._lock = threading.Lock()
@@ -100,6 +101,7 @@ class WandbServer:
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if server.silent:
+                    server.kept_waiting.set()
                     threading.Event().wait()
                 answer = server.respond(urlsplit(self.path).path, body)
                 if answer is None or server._http is None:

@@ -276,12 +276,19 @@ def _own_folder(path: Path) -> int | None:
     """Makes an empty folder and returns it open and locked; None where a living process holds the one that is there."""
     for _ in range(_TRIES):
         with ExitStack() as stack:
-            with suppress(OSError):  # nothing is there, or no folder
+            try:
                 left = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _HARDENED)
+            except FileNotFoundError:
+                pass
+            except OSError:  # no folder
+                remove(path)
+            else:
                 stack.callback(os.close, left)
                 if not lock(left):
                     return None
-            remove(path)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(left), os.lstat(path)):  # else it is another process's by now
+                        remove(path)
         with suppress(FileExistsError, FileNotFoundError):
             path.mkdir()
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _HARDENED)
@@ -308,6 +315,17 @@ def lock(file: int | IO[Any], *, wait: bool = False) -> bool:
     except OSError:
         return True
     return True
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder that is there; who asks for it meanwhile waits. Raises OSError."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(opened, wait=True)
+        yield
+    finally:
+        os.close(opened)  # also unlocks
 
 
 def check_folder_of(path: Path, option: str = "--output") -> None:

@@ -145,13 +145,13 @@ class Checkpoint:
             files = self.manifest["files"]
             # Nothing else vouches for the manifest: written again from what was read, it must be the same to the byte.
             intact = read_plain(self.folder / MANIFEST) == _manifest_text(self.manifest).encode()
+            present = {path.name for path in self.folder.iterdir()} - {MANIFEST}
         except (OSError, ValueError) as error:
             return f"its {MANIFEST} cannot be read ({' '.join(str(error).split())})"
         if not intact:
             return f"the content of {MANIFEST} has changed (SHA-256 differs)"
         if self.manifest["step"] != self.step:
             return f"its {MANIFEST} is that of step {self.manifest['step']}"
-        present = {path.name for path in self.folder.iterdir()} - {MANIFEST}
         if present != set(files):
             missing, extra = sorted(set(files) - present), sorted(present - set(files))
             return f"files missing: {missing or 'none'}, files that do not belong: {extra or 'none'}"
@@ -173,7 +173,7 @@ class Checkpoint:
         # Renamed first: a kill in the middle must not leave a half-empty checkpoint under a valid name.
         doomed = self.folder.with_name(f"removing-{self.folder.name}")
         self.folder.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # what somebody still reads may stay; `retire` looks again
 
     def state(self) -> RunState:
         """The small values."""
@@ -360,12 +360,19 @@ def choose(run_dir: str | Path, which: Literal["best", "last"], count: int = 1) 
     return found
 
 
+def check_not_removed(checkpoint: Checkpoint) -> None:
+    """Raises UserError where it was removed since it was chosen."""
+    if not checkpoint.folder.is_dir():
+        raise UserError(f"{checkpoint.folder} is gone, since the run goes on: start the same command again")
+
+
 def _first_valid(candidates: Sequence[Checkpoint], count: int) -> list[Checkpoint]:
     """Those that pass `verify`, up to `count`: that reads every byte, so it stops when it has enough."""
 
     def is_valid(checkpoint: Checkpoint) -> bool:
         problem = checkpoint.verify()
-        if problem is not None and checkpoint.folder.is_dir():  # else the run goes on, and has removed it
+        if problem is not None:
+            check_not_removed(checkpoint)
             warn(f"{checkpoint.folder} is damaged and left out: {problem}")
         return problem is None
 
@@ -457,7 +464,10 @@ def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int, b
         if problem is not None:
             raise OSError(errno.EIO, f"{newest.folder} read back from the disk is damaged: {problem}")
     for checkpoint in surplus:
-        checkpoint.remove()
+        # To read back takes its time, in which somebody may have asked for this one.
+        for_good = kept_for_good(run_dir)
+        if for_good is not None and checkpoint.step not in for_good:
+            checkpoint.remove()
     for leftover in Path(run_dir, "checkpoints").glob("removing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -503,12 +513,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"the checkpoint of step {kept.step:,} cannot be kept: {problem}; the steps of {run_dir} are {there}"
             )
     found, for_good = checkpoints(run_dir), kept_for_good(run_dir) or ()
-    problems = {checkpoint.step: checkpoint.verify() for checkpoint in found}
+    problems, sizes = {}, {}
+    for checkpoint in found:
+        problems[checkpoint.step] = checkpoint.verify()
+        with suppress(FileNotFoundError):  # the run goes on, and has removed it
+            sizes[checkpoint.step] = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
+    found = [checkpoint for checkpoint in found if checkpoint.step in sizes]
     valid = [checkpoint for checkpoint in found if problems[checkpoint.step] is None]
     best_one = best(run_dir, 1)
     say(f"{'step':>12}  {'MB':>9}  {'written':<24}  verified")
     for checkpoint in found:
-        size = sum(path.stat().st_size for path in checkpoint.folder.iterdir()) / 1e6
         problem = problems[checkpoint.step]
         written = "unknown" if problem else checkpoint.manifest.get("time", "unknown")
         role = ", ".join(
@@ -521,7 +535,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if holds
         )
         verdict = f"DAMAGED: {problem}" if problem else "ok" + (f" ({role})" if role else "")
-        say(f"{checkpoint.step:>12,}  {size:>9,.1f}  {written:<24}  {verdict}")
+        say(f"{checkpoint.step:>12,}  {sizes[checkpoint.step]:>9,.1f}  {written:<24}  {verdict}")
     for folder in sorted((run_dir / "checkpoints").glob("invalid-step-*")):
         say(f"{folder.name}: set aside earlier as damaged; remove it when you do not need it any more")
     if not valid:

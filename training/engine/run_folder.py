@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from io import FileIO
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,7 +88,8 @@ def keep_private(run_dir: Path) -> None:
     Raises UserError where something there is another user's.
     """
     os.umask(0o077)
-    for path in (run_dir, *run_dir.rglob("*")):
+    below = (Path(place, name) for place, folders, files in os.walk(run_dir) for name in (*folders, *files))
+    for path in chain([run_dir], below):
         with suppress(FileNotFoundError):  # not there yet, or not any more
             if path.is_symlink():
                 continue
@@ -374,6 +375,7 @@ def _carry_over(source: Path, run_dir: Path, newest: Checkpoint, data: Data) -> 
         if record := read_record(run_dir, WANDB_FILE):  # other visits' files stay where they are
             write_atomically(run_dir / WANDB_FILE, json.dumps({**record, "folder": None}, indent=2) + "\n")
     for older in checkpoints(source):
-        if older.step < newest.step and older.verify() is None:
-            copy_checkpoint(older, run_dir)
+        with suppress(FileNotFoundError):  # a run that still goes on removes older ones
+            if older.step < newest.step and older.verify() is None:
+                copy_checkpoint(older, run_dir)
     return copy_checkpoint(newest, run_dir)

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from training.base.console import UserError
 from training.base.files import nearest_folder
 from training.base.options import differing_keys
-from training.engine.checkpoint import EMA, MODEL, Checkpoint, checkpoints, choose
+from training.engine.checkpoint import EMA, MODEL, Checkpoint, check_not_removed, checkpoints, choose
 from training.engine.status import checkpoint_folder
 
 ReadForeign = Callable[[Path], dict[str, Tensor] | None]
@@ -64,8 +64,10 @@ class Weights:
         """The weights, from what `choose` gave. Raises UserError where the run went on, and has removed some since."""
         try:
             return self._read(chosen)
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is gone, since the run goes on: start the same command again") from None
+        except FileNotFoundError:
+            for checkpoint in chosen:
+                check_not_removed(checkpoint)
+            raise
 
     def _read(self, chosen: Sequence[Checkpoint]) -> dict[str, Tensor]:
         if self.which == "ema":

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from training.base.files import lock, read_plain, write_atomically, writing_to
+from training.base.files import one_at_a_time, read_plain, write_atomically, writing_to
 from training.base.strict_yaml import read_yaml
 from training.engine.checkpoint import checkpoints
 from training.engine.metrics import read_metrics
@@ -99,12 +99,8 @@ def evaluation_folder(run_dir: Path) -> Iterator[Path]:
     folder = run_dir / "evaluation"
     with writing_to(run_dir, option="RUN"):
         folder.mkdir(exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            lock(opened, wait=True)
+        with one_at_a_time(folder):
             yield folder
-        finally:
-            os.close(opened)  # also unlocks
 
 
 def write_evaluated(folder: Path, label: str, evaluated: Evaluated) -> None:

@@ -359,6 +359,23 @@ def test_file_or_folder_is_on_the_disk_before_it_has_its_name_and_the_name_behin
     assert events == [*inner, ("named", "folder"), on_disk[1]]
 
 
+def test_a_folder_that_another_process_begins_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    final, system_open, others = tmp_path / "folder", os.open, []
+
+    def open_too_early(path: Path, flags: int, *mode: int) -> int:
+        if not others and flags & os.O_DIRECTORY:
+            others.append(temporary_folder(final))
+            (others[0].__enter__() / "begun").touch()
+            raise FileNotFoundError
+        return system_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", open_too_early)
+    with pytest.raises(UserError, match="another process is writing"), temporary_folder(final):
+        pass
+    assert (tmp_path / ".folder.partial/begun").exists()
+    others[0].__exit__(None, None, None)
+
+
 def test_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -94,7 +94,7 @@ def test_kills_at_any_moment_lose_no_more_than_since_the_last_checkpoint(uninter
     assert newest == 33
 
     # All of them, at some moment.
-    session = life.start(SLOW)
+    session = life.start(SLOW, {"at": "forward", "step": STEPS, "do": "hold"})
     session.wait_for_step(life.run_dir, 45)
     time.sleep(dice.uniform(0, 0.5))
     session.kill_all()
@@ -122,10 +122,11 @@ def test_ranks_whose_launcher_is_killed_save_and_go_away_by_themselves(uninterru
     assert_stopped(life.run_dir, "the end of the launcher")
 
     # In the middle; torchrun does not catch SIGUSR1 unless told to.
-    session = life.start(SLOW)
-    session.wait_for_step(life.run_dir, 30)
+    session = life.start(SLOW, {"at": "forward", "step": 31, "rank": 0, "do": "hold"})
+    life.wait_at(session, "forward-31")
     os.kill(session.process.pid, signal.SIGUSR1)
     assert session.wait().status == -signal.SIGUSR1
+    life.go_on("forward-31")
     assert_all_gone(session)
     assert_stopped(life.run_dir, "the end of the launcher")
 
@@ -512,7 +513,10 @@ def test_time_limit_ends_a_session_in_time_and_the_next_ones_finish(uninterrupte
     programs = tmp_path / "programs"
     programs.mkdir()
     squeue = programs / "squeue"
-    squeue.write_text("#!/bin/sh\necho 0:09\n")
+    began = tmp_path / "began"
+    squeue.write_text(
+        f"#!/bin/sh\n[ -e {began} ] || date +%s > {began}\necho 0:0$(($(cat {began}) + 9 - $(date +%s)))\n"
+    )
     squeue.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "4711", "PATH": f"{programs}:{os.environ['PATH']}"}
     assert "this session ends in 9s: SLURM's time limit" in limited(9, environment=slurm)

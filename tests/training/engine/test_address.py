@@ -73,7 +73,7 @@ def machine(
 ) -> Started:
     """A session of RUN in a run folder of its own, to which these accidents happen."""
     run_dir.parent.mkdir(exist_ok=True)
-    around = {"ACCIDENTS": json.dumps({"folder": str(run_dir.parent), "list": accidents}), "RELAY_DEAD_AFTER_S": "1.5"}
+    around = {"ACCIDENTS": json.dumps({"folder": str(run_dir.parent), "list": accidents}), "RELAY_DEAD_AFTER_S": "3"}
     words = command_of(run_dir, data, *RUN, "--run_at", place.url)
     return launch(
         *words, module="tests.support.faulty_training", environment={**place.variables, **around}, real=False, **how
@@ -123,7 +123,9 @@ def test_a_run_goes_on_from_machine_to_machine_with_empty_disks(launch, sample_d
 def test_a_frozen_machine_publishes_nothing_and_leaves_when_it_wakes(launch, sample_data, tmp_path, place):
     expected = reference(sample_data, *RUN)
     frozen, next_one = tmp_path / "frozen/run", tmp_path / "next/run"
-    started = machine(launch, place, frozen, sample_data, {"at": "forward", "step": 10, "do": "hold"})
+    # Awake, it looks who has the run while it does these steps.
+    slow = [{"at": "forward", "step": step, "do": "pause", "seconds": 0.5} for step in range(11, 16)]
+    started = machine(launch, place, frozen, sample_data, {"at": "forward", "step": 10, "do": "hold"}, *slow)
     number = arrived(place, 8).number
     os.kill(started.process.pid, signal.SIGSTOP)
     successor = machine(launch, place, next_one, sample_data, {"at": "forward", "step": 18, "do": "hold"})
@@ -528,8 +530,9 @@ def test_a_run_is_not_strewn_among_the_files_of_others(begin, place, tmp_path):
 def test_other_things_that_turn_up_when_the_address_can_be_reached_end_the_session(begin, hasty, tmp_path):
     save(tmp_path / "run", 1)
     home = begin(f"file://{tmp_path}/drive/run")
-    (tmp_path / "drive/run").mkdir(parents=True)
-    (tmp_path / "drive/run/letter.txt").write_text("mine")
+    (tmp_path / "other/run").mkdir(parents=True)
+    (tmp_path / "other/run/letter.txt").write_text("mine")
+    (tmp_path / "other").rename(tmp_path / "drive")
     until(lambda: home.lost)
     assert "holds other things than a run, such as letter.txt" in home.lost
 

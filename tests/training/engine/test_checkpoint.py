@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from training.engine.checkpoint import (
     checkpoints,
     choose,
     copy_checkpoint,
+    keep_for_good,
     main,
     newest_valid,
     publish,
@@ -413,6 +415,33 @@ def test_a_step_that_is_to_be_kept_for_good_stays(tmp_path, capsys):
     (tmp_path / "kept_steps.json").write_text("[30]")
     save_step(tmp_path, 50, keep=1)
     assert steps_in(tmp_path) == [30, 50]
+
+
+def test_a_step_that_is_asked_for_while_the_newest_is_read_back_stays(tmp_path, monkeypatch):
+    for step in (10, 20):
+        save_step(tmp_path, step)
+    monkeypatch.setattr(checkpoint_module, "drop_from_cache", lambda _: keep_for_good(tmp_path, 10))
+    save_step(tmp_path, 30, keep=1)
+    assert steps_in(tmp_path) == [10, 30]
+
+
+def test_what_the_run_removes_meanwhile_is_not_listed_and_not_replaced_by_the_next_best(tmp_path, capsys, monkeypatch):
+    run_dir, verify = tmp_path / "run", Checkpoint.verify
+    for step, accuracy in {10: 0.5, 20: 0.9, 30: 0.7}.items():
+        state = {"scores": {"accuracy": accuracy}}
+        publish(run_dir, step, tensors_of(*trained(step)), state=state, about=ABOUT, keep=3)
+    same = shutil.copytree(run_dir, tmp_path / "same")
+
+    def remove_first(checkpoint: Checkpoint) -> str | None:
+        if checkpoint.step == 20 and checkpoint.folder.is_dir():
+            checkpoint.remove()
+        return verify(checkpoint)
+
+    monkeypatch.setattr(Checkpoint, "verify", remove_first)
+    with pytest.raises(UserError, match=rf"{folder_of(20)} is gone, since the run goes on: start the same command"):
+        choose(run_dir, "best")
+    assert main([str(same)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "10", "30"]
 
 
 def test_a_damaged_best_one_does_not_take_the_place_of_a_valid_one(tmp_path):

@@ -330,7 +330,12 @@ def test_without_server_or_key_it_is_offline_within_seconds_and_says_why(
     runner.environment["WANDB_MODE"] = "disabled"  # the options decide, not the shell
     if not key:
         del runner.environment["WANDB_API_KEY"]
-    result = runner.session(mode, last=20, patient=False)
+    # How long wandb takes to start depends on the machine's other work, and is not what is bounded.
+    session = runner.start(mode, last=20, hold=20, patient=False, limits={"FLUSH_EVERY_S": 0.3, "INIT_LIMIT_S": 600})
+    wait_for(lambda: any(log.steps for log in runner.logs()), "rows in a file")
+    runner.go_on()
+    result = runner.end(session)
+    assert result["status"] == 0
     (line,) = lines_said(result)
     assert reason in line and f"wandb sync {runner.run_dir}/wandb/offline-run-*" in line
     assert line.startswith("warning: ") == (mode == "online")
@@ -367,13 +372,33 @@ def test_server_dies_mid_run_and_comes_back_every_row_arrives(runner: Runner, se
 
 def test_server_that_never_answers_does_not_hold_up_the_end(runner: Runner, server: WandbServer) -> None:
     server.silent = True
-    result = runner.session("online", last=20, patient=False, limits={"CLOSE_LIMIT_S": 3})
+    session = runner.start("online", last=20, hold=20, patient=False, limits={"CLOSE_LIMIT_S": 3})
+    assert server.kept_waiting.wait(PATIENCE_S)
+    runner.go_on()
+    result = runner.end(session)
     # The process's exit, too, waits for nothing. (How long it takes to start depends on the machine's other work.)
     assert result["close"] < 5 and result["ended"] - result["closed"] < 5
     assert "was left" in result["printed"]
     server.silent = False
     runner.session("online", first=20, last=20)
     assert rows_of(server.runs[runner.run_id]) == [row_of(step) for step in steps(20)]
+
+
+def test_wandb_that_is_still_imported_at_the_end_is_not_waited_for(tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "slow/wandb/sdk"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("import time\ntime.sleep(3600)\n")
+    code = (
+        "import sys; from pathlib import Path; from training.engine.wandb import tracker\n"
+        "tracker.CLOSE_LIMIT_S = 0.5\n"
+        "made = tracker.WandbTracker(tracker.WandbOptions(mode='offline'), Path(sys.argv[1]), run_id=None,"
+        " config=None, lines=[])\n"
+        "made.close('finished', 'because', {})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{folder.parent.parent}:{ROOT}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0 and "was left" in done.stderr, done
 
 
 def check_what_wandb_collects(runner: Runner, run: Run) -> None:

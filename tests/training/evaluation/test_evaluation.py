@@ -355,7 +355,8 @@ def test_a_run_that_saves_while_it_is_opened_is_not_scored_by_two_checkpoints(ru
         with pytest.raises(UserError, match="has saved while it was opened") if refused else nullcontext():
             evaluate.check_ready([trained], cluster)
     shutil.rmtree(trained.checkpoint.folder)
-    with pytest.raises(UserError, match="is gone, since the run goes on: start the same command again"):
+    gone = f"{trained.checkpoint.folder.name} is gone, since the run goes on: start the same command again"
+    with pytest.raises(UserError, match=gone):
         trained.weights.read(trained.checkpoints)
 
 

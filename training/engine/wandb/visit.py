@@ -13,6 +13,7 @@ import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from training.base.console import UserError, say, warn
@@ -26,6 +27,7 @@ CONNECT_LIMIT_S = 2.0
 INIT_LIMIT_S = 10.0
 FINISH_LIMIT_S = 8.0  # for what is still to be uploaded when a visit ends
 UPLOAD_LIMIT_S = 300.0  # for earlier offline visits, before an online one goes on
+ABANDON_LIMIT_S = 1.0
 
 RETRIES = 100_000  # of an upload, up to 60 s apart: if wandb gave up, after minutes, it would drop all later rows
 FLUSH_EVERY_S = 2.0  # with wandb's own 15 s a kill would cost as much, until the run is resumed
@@ -217,13 +219,18 @@ def _upload(waiting: list[VisitLog]) -> None:
 
 def abandon() -> None:
     """Keeps Python from waiting for wandb without any limit at its exit. wandb's own process ends with this one."""
-    try:
-        from wandb.sdk import wandb_setup
 
-        connection: Any = wandb_setup.singleton()._connection
-        connection._cleanup()
-    except Exception:  # not started yet, or not where it was in the version that this was written for
-        pass
+    def clean_up() -> None:
+        with suppress(Exception):  # not started yet, or not where it was in the version that this was written for
+            from wandb.sdk import wandb_setup
+
+            connection: Any = wandb_setup.singleton()._connection
+            connection._cleanup()
+
+    # While wandb is imported or starts, this waits for its locks.
+    thread = Thread(target=clean_up, name="abandoning wandb", daemon=True)
+    thread.start()
+    thread.join(ABANDON_LIMIT_S)
 
 
 def first_line(error: BaseException) -> str:
