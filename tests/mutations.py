@@ -643,10 +643,18 @@ FAULTS = (
     Fault(
         "a temporary folder is taken as it lies there",
         "training/base/files.py",
-        "            remove(path)\n"
+        "                        remove(path)\n"
         "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir()",
-        "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir(exist_ok=True)\n",
+        "                        pass\n"
+        "        with suppress(FileExistsError, FileNotFoundError):\n            path.mkdir(exist_ok=True)",
         "tests/training/engine/test_foreign_folders.py::test_a_temporary_name_is_made_anew_whatever_lies_there",
+    ),
+    Fault(
+        "who has to wait for a folder does not",
+        "training/base/files.py",
+        "        lock(opened, wait=True)\n",
+        "        lock(opened)\n",
+        "tests/training/evaluation/test_evaluation.py::test_evaluations_of_one_run_may_begin_and_end_at_once",
     ),
     Fault(
         "offsets in prepared data are believed",
