@@ -224,7 +224,10 @@ def _serve(listener: socket.socket, controller: int) -> dict[str, Any]:
 
 
 def fork_ranks(count: int) -> None:
-    """Returns in each of `count` ranks; this process becomes their launcher, as torchrun would be."""
+    """Returns in each of `count` ranks; this process becomes their launcher, as torchrun would be.
+
+    With RANKS_LEFT_ALONE it is one that has not looked yet when a rank has failed: the others end by themselves.
+    """
     import torch
 
     listener = socket.create_server(("127.0.0.1", 0))
@@ -265,7 +268,10 @@ def fork_ranks(count: int) -> None:
         ranks.discard(pid)
         if ended and not status:
             status = 1
-            end_all(signal.SIGTERM)
+            if "RANKS_LEFT_ALONE" in os.environ:
+                signal.alarm(_PATIENCE_S)
+            else:
+                end_all(signal.SIGTERM)
     del store
     os._exit(status)
 
