@@ -442,8 +442,8 @@ FAULTS = (
     Fault(
         "what is to be kept for good is removed",
         "training/engine/checkpoint.py",
-        " and each.step not in (for_good or ())]",
-        "]",
+        "if for_good is not None and checkpoint.step not in for_good:",
+        "if for_good is not None:",
         "tests/training/engine/test_checkpoint.py::test_a_step_that_is_to_be_kept_for_good_stays",
     ),
     Fault(

@@ -452,10 +452,7 @@ def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int, b
 
     found = checkpoints(run_dir)
     kept = to_keep(found) + to_keep([each for each in found if each.step <= newest.fork])
-    for_good = kept_for_good(run_dir)
-    if for_good is None:
-        kept = found
-    surplus = [each for each in found if each not in kept and each.step not in (for_good or ())]
+    surplus = [each for each in found if each not in kept]
     if surplus:
         # What the disk holds counts, not what the system still has in memory.
         for path in newest.folder.iterdir():
@@ -464,8 +461,7 @@ def retire(run_dir: str | Path, newest: Checkpoint, keep: int, keep_best: int, b
         if problem is not None:
             raise OSError(errno.EIO, f"{newest.folder} read back from the disk is damaged: {problem}")
     for checkpoint in surplus:
-        # To read back takes its time, in which somebody may have asked for this one.
-        for_good = kept_for_good(run_dir)
+        for_good = kept_for_good(run_dir)  # only now: to read back takes its time, in which somebody may ask for one
         if for_good is not None and checkpoint.step not in for_good:
             checkpoint.remove()
     for leftover in Path(run_dir, "checkpoints").glob("removing-*"):
