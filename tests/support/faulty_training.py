@@ -3,9 +3,9 @@
     ACCIDENTS='{"folder": "/tmp/x", "list": [{"at": "forward", "step": 20, "rank": 1, "do": "SIGTERM"}]}' \\
         torchrun --standalone --nproc-per-node=2 -m tests.support.faulty_training [training.qlora] --run_dir ...
 
-at: plan (the ranks have met, and nothing else has begun; step 0), forward (before a forward pass of the step), batch
-(behind each batch of the validation after the step), validated (behind that validation), or write (when the weights of
-the step's checkpoint are being written).
+at: begin (the command has done nothing; step 0), plan (the ranks have met, and nothing else has begun; step 0), forward
+(before a forward pass of the step), batch (behind each batch of the validation after the step), validated (behind that
+validation), or write (when the weights of the step's checkpoint are being written).
 step, rank: where; without, at each. do: what, see `happen`. always: at every such place, not only at the first. saved:
 hold once the checkpoint that is being written is published.
 """
@@ -163,4 +163,9 @@ if __name__ == "__main__":
     training = importlib.import_module(*named or ["training.gpt"])
     _Traps(training)
     sys.argv[0] = training.__file__
-    run_main(training.main)
+
+    def main() -> int | None:
+        reach("begin", 0)
+        return training.main()
+
+    run_main(main)

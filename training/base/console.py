@@ -109,7 +109,7 @@ def run_main(main: Callable[[], int | None], *, prints_product: bool = False) ->
     try:
         status = _run(main)
     except UserError as error:
-        if speaks() if error.speaks is None else error.speaks:
+        if error.speaks:
             say_as_any_rank(f"error: {error}")
             tell_launcher(str(error), to_mend=not isinstance(error, TryLaterError))
         status = 1
@@ -158,7 +158,11 @@ def _run(main: Callable[[], int | None]) -> int:
         status = main() or 0
         sys.stdout.flush()
         return status
-    except (UserError, PeerError):
+    except UserError as error:
+        is_told_here = speaks() if error.speaks is None else error.speaks
+        error.speaks = is_told_here or (_is_left_alone() and error.speaks is None)
+        raise
+    except PeerError:
         raise
     except Exception as error:
         # The library that was at work when the signal came may have turned it into an error of its own: an extension
@@ -169,6 +173,26 @@ def _run(main: Callable[[], int | None]) -> int:
     finally:
         # How it ends is known; the launcher may tell us to leave because another rank has left.
         _told_to_leave = _told_to_leave or "SIGTERM"
+
+
+def _is_left_alone() -> bool:
+    """Gives the rank that tells an error the time to; whether nothing comes of that.
+
+    It may come to it much later than this one, and a launcher ends all ranks once the first has left.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    file = relay_error_file()
+    try:
+        for _ in range(_HEAD_START_LOOKS):
+            if file is not None and file.exists():
+                return False
+            time.sleep(_LOOK_EVERY_S)
+    except Terminated:
+        return False
+    return True
+
+
+_LOOK_EVERY_S, _HEAD_START_LOOKS = 0.1, 50
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -135,8 +135,16 @@ def test_a_process_that_is_alone_speaks_whatever_rank_its_surroundings_have(tmp_
         result = printing(tmp_path, '"$@"', "fails", **variables)
         assert (result.returncode, result.stdout) == (1, "译" * 40_000 + "\n")
         assert result.stderr == "warning: 看\nerror: no such thing\n"
-    peer = printing(tmp_path, '"$@"', "fails", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
-    assert (peer.returncode, peer.stdout, peer.stderr) == (1, "", "")
+
+
+def test_another_rank_than_the_first_leaves_an_error_to_it_and_tells_it_if_it_is_left_alone(tmp_path: Path):
+    second = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    (tmp_path / "told").touch()
+    told = printing(tmp_path, '"$@"', "fails", **second, RELAY_ERROR_FILE=str(tmp_path / "told"))
+    assert (told.returncode, told.stdout, told.stderr) == (1, "", "")
+    alone = printing(tmp_path, '"$@"', "fails", **second, RELAY_ERROR_FILE=str(tmp_path / "untold"))
+    assert (alone.returncode, alone.stdout, alone.stderr) == (1, "", "error: no such thing\n")
+    assert (tmp_path / "untold").read_text() == "no such thing"
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path: Path):

@@ -627,6 +627,12 @@ def test_error_to_mend_is_told_once_whichever_ranks_it_is_of(launch, sample_data
     assert len(own) == 1, result.err
 
 
+def test_error_of_all_ranks_is_told_by_the_first_however_late_it_comes(launch, sample_data, tmp_path):
+    life = Life(launch, tmp_path, sample_data, ranks=2)
+    late = {"at": "begin", "rank": 0, "do": "pause", "seconds": 1}
+    assert_only_one_line_is_said(life.start(late, words=("--modle.width", 32)).wait(), "modle.width")
+
+
 def test_process_whose_lock_a_library_never_gives_back_is_shown_where_it_is_and_ended(launch, sample_data, tmp_path):
     life = Life(launch, tmp_path, sample_data, ranks=None)
     session = life.start({"at": "forward", "step": 7, "do": "lock"}, words=("--session.hang_timeout", "3s"))
