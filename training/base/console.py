@@ -180,7 +180,7 @@ def _is_left_alone() -> bool:
 
     It may come to it much later than this one, and a launcher ends all ranks once the first has left.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _terminate)  # a training has a handler of its own, which only makes a note
     file = relay_error_file()
     try:
         for _ in range(_HEAD_START_LOOKS):
